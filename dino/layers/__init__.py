@@ -1,0 +1,36 @@
+"""The parts of DINO that know tensors only: torch, and scipy for the assignment."""
+
+from .boxes import cxcywh_to_xyxy, generalized_iou, inverse_sigmoid, refine, xyxy_to_cxcywh
+from .criterion import SetCriterion
+from .deform_attn import MultiScaleDeformableAttention, deform_attn, deform_attn_reference
+from .denoising import ContrastiveDenoising, denoising_mask
+from .matcher import HungarianMatcher, NonFiniteCostError
+from .position_encoding import SinePositionEncoding
+from .postprocess import Detections, detections
+from .structures import Denoised, NoisedQueries, Outputs, Predictions, Queries, Target, Tokens
+
+__all__ = [
+    "ContrastiveDenoising",
+    "Denoised",
+    "Detections",
+    "HungarianMatcher",
+    "MultiScaleDeformableAttention",
+    "NoisedQueries",
+    "NonFiniteCostError",
+    "Outputs",
+    "Predictions",
+    "Queries",
+    "SetCriterion",
+    "SinePositionEncoding",
+    "Target",
+    "Tokens",
+    "cxcywh_to_xyxy",
+    "deform_attn",
+    "deform_attn_reference",
+    "denoising_mask",
+    "detections",
+    "generalized_iou",
+    "inverse_sigmoid",
+    "refine",
+    "xyxy_to_cxcywh",
+]

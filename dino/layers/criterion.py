@@ -1,0 +1,148 @@
+"""The set criterion: every prediction set is matched, then charged for class, box and overlap (paper section 3.1)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .boxes import cxcywh_to_xyxy, generalized_iou, widened
+from .structures import Denoised, Outputs, Predictions, Target
+
+
+class Matches(NamedTuple):
+    """K pairs of a prediction and an object, the same number for every layer, sorted by layer."""
+
+    layer: Tensor  # (K,) int64
+    image: Tensor  # (K,) int64
+    query: Tensor  # (K,) int64
+    target: Tensor  # (K,) int64, index into the objects of all images, one image after the other
+
+
+class SetCriterion(nn.Module):
+    """Turns the outputs of DINO into a dictionary of weighted losses; their plain sum is the training loss.
+
+    Names: `loss_ce`, `loss_bbox`, `loss_giou` for the last decoder layer, with `_0`, `_1` … for the earlier ones,
+    `_interm` for the encoder's proposals, and `_dn`, `_dn_0` … for denoising.
+
+    Args:
+        matcher: (Predictions, targets) -> pairs, see `HungarianMatcher`.
+        class_weight, l1_weight, giou_weight: weights of the three losses, equal for all prediction sets.
+        alpha, gamma: of the focal loss.
+    """
+
+    def __init__(
+        self,
+        *,
+        matcher: nn.Module,
+        class_weight: float = 1.0,
+        l1_weight: float = 5.0,
+        giou_weight: float = 2.0,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+    ):
+        super().__init__()
+        self.matcher = matcher
+        self.weights = {"ce": class_weight, "bbox": l1_weight, "giou": giou_weight}
+        self.alpha = alpha
+        self.gamma = gamma
+
+    def forward(self, outputs: Outputs, targets: list[Target]) -> dict[str, Tensor]:
+        """Outputs and B targets -> named scalars in float32.
+
+        Raises:
+            NonFiniteCostError: a prediction is NaN or infinite.
+        """
+        noised = outputs.denoising.targets if outputs.denoising else []
+        num_boxes, num_noised = average_over_workers([count(targets), count(noised)], outputs.decoder.boxes.device)
+        names = [f"_{i}" for i in range(len(outputs.decoder.logits) - 1)]
+        matched = Predictions(*(torch.cat(pair) for pair in zip(outputs.decoder, outputs.proposals, strict=True)))
+        pairs = flatten_matches(self.matcher(matched, targets), targets, matched.boxes.device)
+        losses = self.named(self.losses(matched, pairs, targets), num_boxes, [*names, "", "_interm"])
+        if outputs.denoising:
+            sums = self.denoising_losses(outputs.denoising)
+            scale = num_noised * max(1, outputs.denoising.num_groups)
+            losses |= self.named(sums, scale, [f"_dn{name}" for name in [*names, ""]])
+        return losses
+
+    def named(self, sums: dict[str, Tensor], num_boxes: Tensor, suffixes: list[str]) -> dict[str, Tensor]:
+        """{"ce": (N,), …} -> {"loss_ce" + suffix of the layer: weighted scalar, …}."""
+        return {
+            f"loss_{key}{suffix}": value
+            for key, layers in sums.items()
+            for suffix, value in zip(suffixes, (self.weights[key] / num_boxes * layers).unbind(), strict=True)
+        }
+
+    def losses(self, predictions: Predictions, matches: Matches, targets: list[Target]) -> dict[str, Tensor]:
+        """The three losses of N layers, summed over all images and queries -> (N,) each."""
+        logits, boxes = widened(predictions.logits), widened(predictions.boxes)
+        layers = len(logits)
+        labels = torch.cat([t.labels for t in targets])[matches.target]  # (K,)
+        true_boxes = torch.cat([t.boxes for t in targets]).to(boxes)[matches.target]  # (K, 4)
+        boxes = boxes[matches.layer, matches.image, matches.query]  # (K, 4)
+        positive = torch.zeros_like(logits)  # (N, B, Q, C)
+        positive[matches.layer, matches.image, matches.query, labels] = 1
+        giou = generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(true_boxes))  # (K,)
+        per_layer = (layers, len(boxes) // layers)
+        return {
+            "ce": focal_loss(logits, positive, self.alpha, self.gamma).sum((1, 2, 3)),
+            "bbox": (boxes - true_boxes).abs().sum(-1).view(per_layer).sum(1),
+            "giou": (1 - giou).view(per_layer).sum(1),
+        }
+
+    def denoising_losses(self, denoising: Denoised) -> dict[str, Tensor]:
+        """As `losses`, with pairs known by construction; zero, but part of the graph, where nothing was noised."""
+        predictions, targets, num_groups = denoising
+        if num_groups == 0:
+            logits, boxes = (widened(x).sum((1, 2, 3)) * 0 for x in predictions)
+            return {"ce": logits, "bbox": boxes, "giou": boxes}
+        layers, _, slots, _ = predictions.boxes.shape
+        known = [known_matches(len(t.labels), num_groups, slots) for t in targets]
+        return self.losses(predictions, flatten_matches([known] * layers, targets, predictions.boxes.device), targets)
+
+
+def focal_loss(logits: Tensor, positive: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Sigmoid focal loss of each element (RetinaNet, arXiv 1708.02002, eq. 5); `positive` holds 0 and 1."""
+    p = logits.sigmoid()
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, positive, reduction="none")
+    p_true = p * positive + (1 - p) * (1 - positive)
+    weight = alpha * positive + (1 - alpha) * (1 - positive)
+    return weight * (1 - p_true) ** gamma * cross_entropy
+
+
+def known_matches(num_objects: int, num_groups: int, num_slots: int) -> tuple[np.ndarray, np.ndarray]:
+    """Object g belongs to slot g of the positive half of each group; negatives and padding stay background."""
+    objects = np.arange(num_objects)
+    starts = np.arange(num_groups) * (num_slots // num_groups)
+    return (starts[:, None] + objects).ravel(), np.tile(objects, num_groups)
+
+
+def flatten_matches(
+    layers: list[list[tuple[np.ndarray, np.ndarray]]], targets: list[Target], device: torch.device
+) -> Matches:
+    """Pairs per layer and image -> one table, moved to the device at once."""
+    first = np.cumsum([0] + [len(t.labels) for t in targets])
+    rows = [
+        np.stack([np.full_like(query, n), np.full_like(query, b), query, target + first[b]])
+        for n, images in enumerate(layers)
+        for b, (query, target) in enumerate(images)
+    ]
+    return Matches(*torch.from_numpy(np.concatenate(rows, 1)).to(device, torch.int64))
+
+
+def count(targets: list[Target]) -> int:
+    """Number of objects of all images."""
+    return sum(len(t.labels) for t in targets)
+
+
+def average_over_workers(counts: list[int], device: torch.device) -> Tensor:
+    """Mean of each count over all processes, at least 1 -> (len(counts),) float32; no transfer back to the host."""
+    total = torch.tensor(counts, dtype=torch.float32, device=device)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(total)
+        total /= dist.get_world_size()
+    return total.clamp(min=1)

@@ -1,0 +1,95 @@
+"""The values that travel through the detector. Read this file first.
+
+Letters used in every shape comment of the package:
+
+    B images      L feature levels      H, W height and width     S tokens of all levels (sum of H*W)
+    E channels of a token (embed_dim)   M attention heads         D channels of one head (E / M)
+    P sampling points                   Q queries                 C classes
+    N prediction layers                 G ground-truth boxes of one image
+    T denoising slots, in front of the Q matching queries
+
+Boxes are (cx, cy, w, h) as fractions of the unpadded image unless a name says otherwise. Masks are True where something
+is padded or forbidden.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Target(NamedTuple):
+    """The objects of one image."""
+
+    labels: Tensor  # (G,) int64, 0 <= label < C
+    boxes: Tensor  # (G, 4) float32
+
+
+class Tokens(NamedTuple):
+    """A feature pyramid, flattened over its levels: level after level, row after row."""
+
+    features: Tensor  # (B, S, E)
+    position: Tensor  # (B, S, E), sine code of the place plus the code of the level
+    padding: Tensor  # (B, S) bool, True on padded cells
+    shapes: list[tuple[int, int]]  # L pairs (H, W); Python ints, so that reading them never waits for a device
+    valid_sizes: Tensor  # (B, L, 2) float32, width and height of the unpadded part in cells
+
+    @property
+    def valid_ratios(self) -> Tensor:
+        """(B, L, 2): the unpadded fraction of each level's width and height."""
+        return self.valid_sizes / self.valid_sizes.new_tensor([(w, h) for h, w in self.shapes])
+
+
+class Queries(NamedTuple):
+    """What the decoder refines."""
+
+    content: Tensor  # (B, Q, E)
+    box_logits: Tensor  # (B, Q, 4) float32, the initial boxes before the sigmoid; carries no gradient
+    blocked: Tensor | None = None  # (Q, Q) bool, True where a row must not attend to a column
+
+
+class Predictions(NamedTuple):
+    """Class logits and boxes of several layers."""
+
+    logits: Tensor  # (N, B, Q, C), before the sigmoid
+    boxes: Tensor  # (N, B, Q, 4) float32
+
+    def split(self, count: int) -> tuple[Predictions, Predictions]:
+        """Separate the first `count` queries from the others."""
+        head = Predictions(self.logits[:, :, :count], self.boxes[:, :, :count])
+        return head, Predictions(self.logits[:, :, count:], self.boxes[:, :, count:])
+
+
+class NoisedQueries(NamedTuple):
+    """Denoising queries, and what the criterion must know to charge for them."""
+
+    queries: Queries  # Q = T slots; `blocked` covers the T + Q rows of the decoder
+    targets: list[Target]  # the objects that were noised; fewer than the image has where the budget is exceeded
+    num_groups: int  # 0 when nothing was noised: the single slot is then free of charge
+
+
+class Denoised(NamedTuple):
+    """The decoder's answer to `NoisedQueries`."""
+
+    predictions: Predictions  # Q = T slots
+    targets: list[Target]
+    num_groups: int
+
+
+class Outputs(NamedTuple):
+    """Everything DINO returns."""
+
+    decoder: Predictions  # N decoder layers; the last one is the result
+    proposals: Predictions  # N = 1: the encoder's own guess for the selected tokens
+    denoising: Denoised | None = None  # training only
+
+
+def concatenate(first: Queries, second: Queries) -> Queries:
+    """Put `first` in front of `second` along Q; the mask is that of `first`, which must cover both."""
+    return Queries(
+        torch.cat([first.content, second.content], 1),
+        torch.cat([first.box_logits, second.box_logits], 1),
+        first.blocked,
+    )

@@ -1,0 +1,18 @@
+"""The network: torch only, torchvision for its backbones."""
+
+from .backbones import TorchvisionBackbone
+from .build import build_dino
+from .neck import ChannelMapper
+from .network import DINO
+from .transformer import Decoder, Encoder, QuerySelection, share_heads
+
+__all__ = [
+    "DINO",
+    "ChannelMapper",
+    "Decoder",
+    "Encoder",
+    "QuerySelection",
+    "TorchvisionBackbone",
+    "build_dino",
+    "share_heads",
+]

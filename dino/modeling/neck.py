@@ -1,0 +1,77 @@
+"""The pyramid that DINO reads: a backbone's feature maps at one width, and coarser levels behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+
+class ChannelMapper(nn.Module):
+    """Wraps a backbone, asks its channels and strides, and projects its maps to one width.
+
+    Extra levels halve the size: the first is made from the backbone's last raw map, each further one from the level
+    before it.
+
+    Args:
+        backbone: images (B, 3, H, W) -> dict of maps; `output_shape()` tells `.channels` and `.stride` of each name.
+        in_features: names of the maps to use, finest first.
+        out_channels: E, a multiple of `norm_groups`.
+        num_levels: L, at least as many as `in_features`.
+        norm_groups: groups of the GroupNorm behind each projection.
+
+    Raises:
+        ValueError: unknown feature names, names not sorted by stride, too few levels, or an odd width.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: nn.Module,
+        in_features: Sequence[str],
+        out_channels: int = 256,
+        num_levels: int = 4,
+        norm_groups: int = 32,
+    ):
+        super().__init__()
+        shapes = backbone.output_shape()
+        check_features(list(in_features), {name: s.stride for name, s in shapes.items()}, num_levels)
+        if out_channels % norm_groups:
+            raise ValueError(f"out_channels {out_channels} is not a multiple of norm_groups {norm_groups}")
+        self.backbone = backbone
+        self.in_features = list(in_features)
+        self.out_channels = out_channels
+        self.num_levels = num_levels
+        channels = [shapes[name].channels for name in in_features]
+        extra = [channels[-1], *[out_channels] * num_levels][: num_levels - len(channels)]
+        self.lateral = nn.ModuleList(projection(c, out_channels, 1, 1, norm_groups) for c in channels)
+        self.coarser = nn.ModuleList(projection(c, out_channels, 3, 2, norm_groups) for c in extra)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> L maps (B, E, h, w), finest first."""
+        maps = self.backbone(images)
+        levels = [project(maps[name]) for project, name in zip(self.lateral, self.in_features, strict=True)]
+        last = maps[self.in_features[-1]]
+        for project in self.coarser:
+            last = project(last)
+            levels.append(last)
+        return levels
+
+
+def check_features(names: list[str], strides: dict[str, int], num_levels: int) -> None:
+    """Raise a ValueError where `names` do not describe a pyramid of at most `num_levels` levels."""
+    unknown = [name for name in names if name not in strides]
+    if unknown or not names:
+        raise ValueError(f"in_features {names}: the backbone has {sorted(strides)}")
+    if sorted(names, key=strides.get) != names:
+        raise ValueError(f"in_features {names} must go from the finest to the coarsest level")
+    if num_levels < len(names):
+        raise ValueError(f"num_levels {num_levels} is less than the number of in_features {names}")
+
+
+def projection(in_channels: int, out_channels: int, kernel_size: int, stride: int, norm_groups: int) -> nn.Sequential:
+    """Convolution and GroupNorm, without activation."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2)
+    nn.init.xavier_uniform_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    return nn.Sequential(conv, nn.GroupNorm(norm_groups, out_channels))

@@ -1,0 +1,261 @@
+"""Encoder, mixed query selection and decoder of DINO (paper sections 3.1, 3.4 and 3.5)."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dino.layers.boxes import refine, widened
+from dino.layers.deform_attn import MultiScaleDeformableAttention
+from dino.layers.position_encoding import encode_boxes
+from dino.layers.structures import Predictions, Queries, Tokens
+
+FOCAL_PRIOR = -math.log((1 - 0.01) / 0.01)  # bias of class heads: every class starts at a probability of 1 %
+
+
+class MLP(nn.Sequential):
+    """Linear layers of the given widths with ReLU between them."""
+
+    def __init__(self, *dims: int):
+        layers: list[nn.Module] = []
+        for i, o in pairwise(dims):
+            layers += [nn.Linear(i, o), nn.ReLU()]
+        super().__init__(*layers[:-1])
+
+
+def class_head(embed_dim: int, num_classes: int) -> nn.Linear:
+    """(..., E) -> (..., C) logits, biased to a score of 0.01."""
+    head = nn.Linear(embed_dim, num_classes)
+    nn.init.constant_(head.bias, FOCAL_PRIOR)
+    return head
+
+
+def box_head(embed_dim: int) -> MLP:
+    """(..., E) -> (..., 4) steps in logit space, all zero at the start."""
+    head = MLP(embed_dim, embed_dim, embed_dim, 4)
+    nn.init.zeros_(head[-1].weight)
+    nn.init.zeros_(head[-1].bias)
+    return head
+
+
+def xavier_(module: nn.Module) -> None:
+    """Initialise the weights of all linear layers below `module`; their biases keep torch's default."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a residual connection and a norm behind it."""
+
+    def __init__(self, embed_dim: int, hidden_dim: int):
+        super().__init__()
+        self.linear1 = nn.Linear(embed_dim, hidden_dim)
+        self.linear2 = nn.Linear(hidden_dim, embed_dim)
+        self.norm = nn.LayerNorm(embed_dim)
+        xavier_(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ·, E) -> the same shape."""
+        return self.norm(x + self.linear2(F.relu(self.linear1(x))))
+
+
+class EncoderLayer(nn.Module):
+    """Deformable self-attention over the pyramid, then a feed-forward network."""
+
+    def __init__(self, embed_dim: int, num_heads: int, num_levels: int, num_points: int, hidden_dim: int):
+        super().__init__()
+        self.attention = MultiScaleDeformableAttention(embed_dim, num_heads, num_levels, num_points)
+        self.norm = nn.LayerNorm(embed_dim)
+        self.feed_forward = FeedForward(embed_dim, hidden_dim)
+
+    def forward(self, x: Tensor, tokens: Tokens, reference: Tensor) -> Tensor:
+        """x (B, S, E), reference (B, S, L, 2) -> (B, S, E)."""
+        read = self.attention(x + tokens.position, reference, x, tokens.padding, tokens.shapes)
+        return self.feed_forward(self.norm(x + read))
+
+
+def token_centers(tokens: Tokens) -> Tensor:
+    """(B, S, 2): the centre of every cell as (x, y), as a fraction of the unpadded image."""
+    centers = []
+    for level, (height, width) in enumerate(tokens.shapes):
+        y = torch.arange(height, device=tokens.valid_sizes.device, dtype=torch.float32) + 0.5
+        x = torch.arange(width, device=tokens.valid_sizes.device, dtype=torch.float32) + 0.5
+        grid = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], -1).flatten(0, 1)  # (H*W, 2)
+        centers.append(grid / tokens.valid_sizes[:, None, level])
+    return torch.cat(centers, 1)
+
+
+class Encoder(nn.Module):
+    """Lets the cells of all levels exchange information.
+
+    Args:
+        num_layers, embed_dim, num_heads, num_levels, num_points: number of layers, E, M, L and P.
+        hidden_dim: width of the feed-forward networks.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int = 6,
+        embed_dim: int = 256,
+        num_heads: int = 8,
+        num_levels: int = 4,
+        num_points: int = 4,
+        hidden_dim: int = 2048,
+    ):
+        super().__init__()
+        args = (embed_dim, num_heads, num_levels, num_points, hidden_dim)
+        self.layers = nn.ModuleList(EncoderLayer(*args) for _ in range(num_layers))
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        """Tokens -> the same with new features, the "memory"."""
+        reference = token_centers(tokens)[:, :, None] * tokens.valid_ratios[:, None]  # (B, S, L, 2)
+        x = tokens.features
+        for layer in self.layers:
+            x = layer(x, tokens, reference)
+        return tokens._replace(features=x)
+
+
+class QuerySelection(nn.Module):
+    """Mixed query selection (paper section 3.4): boxes come from the best tokens, contents are learned.
+
+    Args:
+        num_queries, num_classes, embed_dim: Q, C and E. Images with fewer than Q tokens get as many queries as tokens.
+        anchor_size: side of the anchors of the finest level as a fraction of the image; it doubles with every level.
+    """
+
+    def __init__(self, *, num_queries: int, num_classes: int, embed_dim: int = 256, anchor_size: float = 0.05):
+        super().__init__()
+        self.num_queries = num_queries
+        self.anchor_size = anchor_size
+        self.project = nn.Sequential(nn.Linear(embed_dim, embed_dim), nn.LayerNorm(embed_dim))
+        self.class_head = class_head(embed_dim, num_classes)
+        self.box_head = box_head(embed_dim)
+        self.content = nn.Embedding(num_queries, embed_dim)
+        xavier_(self.project)
+        nn.init.xavier_uniform_(self.content.weight)
+
+    def forward(self, memory: Tokens) -> tuple[Queries, Predictions]:
+        """Memory -> Q queries, and the encoder's own predictions for the selected tokens (N = 1)."""
+        anchors, usable = self.anchors(memory)
+        features = self.project(memory.features.masked_fill(~usable[..., None], 0))  # (B, S, E)
+        logits = self.class_head(features)  # (B, S, C)
+        best = self.select(logits, usable, memory.padding)[..., None]  # (B, Q, 1)
+        delta = self.box_head(features.take_along_dim(best, 1))
+        box_logits = anchors.take_along_dim(best, 1) + widened(delta)  # (B, Q, 4)
+        proposals = Predictions(logits.take_along_dim(best, 1)[None], box_logits.sigmoid()[None])
+        content = self.content.weight[: best.shape[1]].expand(len(best), -1, -1)  # (B, Q, E)
+        return Queries(content, box_logits.detach()), proposals
+
+    def select(self, logits: Tensor, usable: Tensor, padding: Tensor) -> Tensor:
+        """(B, Q) indices of the tokens of highest score over all classes, best first.
+
+        Tokens without an anchor come after all others and padded tokens last. (In the official program both compete
+        with the logits of a zero vector, and can win.)
+        """
+        scores = widened(logits.detach()).amax(-1)  # (B, S)
+        scores = scores.masked_fill(~usable, torch.finfo(scores.dtype).min).masked_fill(padding, -math.inf)
+        return scores.topk(min(self.num_queries, scores.shape[1]), dim=1).indices
+
+    def anchors(self, memory: Tokens) -> tuple[Tensor, Tensor]:
+        """One box per token in logit space (B, S, 4), +inf where unusable; and whether it is usable (B, S).
+
+        An anchor is usable if all its numbers lie within (0.01, 0.99) and its token is not padding.
+        """
+        centers = token_centers(memory)  # (B, S, 2)
+        sizes = [
+            centers.new_full((h * w, 2), self.anchor_size * 2.0**level) for level, (h, w) in enumerate(memory.shapes)
+        ]
+        boxes = torch.cat([centers, torch.cat(sizes).expand(len(centers), -1, -1)], -1)  # (B, S, 4)
+        usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1) & ~memory.padding
+        return torch.log(boxes / (1 - boxes)).masked_fill(~usable[..., None], math.inf), usable
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention among the queries, deformable attention to the memory, feed-forward network; norms behind each."""
+
+    def __init__(self, embed_dim: int, num_heads: int, num_levels: int, num_points: int, hidden_dim: int):
+        super().__init__()
+        self.self_attention = nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)
+        self.self_norm = nn.LayerNorm(embed_dim)
+        self.cross_attention = MultiScaleDeformableAttention(embed_dim, num_heads, num_levels, num_points)
+        self.cross_norm = nn.LayerNorm(embed_dim)
+        self.feed_forward = FeedForward(embed_dim, hidden_dim)
+        xavier_(self.self_attention)
+
+    def forward(self, x: Tensor, position: Tensor, reference: Tensor, memory: Tokens, blocked: Tensor | None) -> Tensor:
+        """x and position (B, Q, E), reference (B, Q, L, 4), blocked (Q, Q) bool -> (B, Q, E)."""
+        q = x + position
+        read, _ = self.self_attention(q, q, x, attn_mask=blocked, need_weights=False)
+        x = self.self_norm(x + read)
+        read = self.cross_attention(x + position, reference, memory.features, memory.padding, memory.shapes)
+        return self.feed_forward(self.cross_norm(x + read))
+
+
+class Decoder(nn.Module):
+    """Refines the boxes of the queries layer by layer and predicts after each (paper section 3.5).
+
+    Each layer has its own pair of heads; `share_heads` makes one pair serve all, as in the official program.
+
+    Args:
+        num_classes: C.
+        num_layers, embed_dim, num_heads, num_levels, num_points: N, E, M, L and P.
+        hidden_dim: width of the feed-forward networks.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        num_layers: int = 6,
+        embed_dim: int = 256,
+        num_heads: int = 8,
+        num_levels: int = 4,
+        num_points: int = 4,
+        hidden_dim: int = 2048,
+    ):
+        super().__init__()
+        args = (embed_dim, num_heads, num_levels, num_points, hidden_dim)
+        self.layers = nn.ModuleList(DecoderLayer(*args) for _ in range(num_layers))
+        self.class_heads = nn.ModuleList(class_head(embed_dim, num_classes) for _ in range(num_layers))
+        self.box_heads = nn.ModuleList(box_head(embed_dim) for _ in range(num_layers))
+        self.position = MLP(2 * embed_dim, embed_dim, embed_dim)
+        self.norm = nn.LayerNorm(embed_dim)
+        self.embed_dim = embed_dim
+        xavier_(self.position)
+
+    def forward(self, queries: Queries, memory: Tokens) -> Predictions:
+        """Queries and memory -> N predictions.
+
+        Look forward twice: the boxes of layer i are a step from `previous`, the boxes of layer i-1 with their gradient,
+        so that the loss of layer i also trains the step of layer i-1. The attention of layer i reads the same boxes
+        without gradient. The step for the next layer comes from the state before the norm, the predicted one from
+        behind it.
+        """
+        x, boxes = queries.content, queries.box_logits.sigmoid()
+        previous = boxes
+        ratios = memory.valid_ratios.repeat(1, 1, 2)[:, None]  # (B, 1, L, 4)
+        logits, refined = [], []
+        for layer, to_class, to_delta in zip(self.layers, self.class_heads, self.box_heads, strict=True):
+            reference = boxes[:, :, None] * ratios  # (B, Q, L, 4)
+            position = self.position(encode_boxes(reference[:, :, 0], self.embed_dim // 2).to(x.dtype))
+            x = layer(x, position, reference, memory, queries.blocked)
+            normed = self.norm(x)
+            logits.append(to_class(normed))
+            refined.append(refine(previous, to_delta(normed)))
+            previous = refine(boxes, to_delta(x))
+            boxes = previous.detach()
+        return Predictions(torch.stack(logits), torch.stack(refined))
+
+
+def share_heads(decoder: Decoder) -> Decoder:
+    """Let the first layer's heads serve all layers of `decoder`, in place, as in the official program."""
+    for heads in (decoder.class_heads, decoder.box_heads):
+        for i in range(len(heads)):
+            heads[i] = heads[0]
+    return decoder
