@@ -22,7 +22,7 @@ def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
 def inverse_sigmoid(x: Tensor) -> Tensor:
     """Logit of `x` clamped to [0, 1], with numerator and denominator kept above 1e-3; any shape.
 
-    The gradient is 0 where the clamp acts.
+    The gradient is 0 outside [0, 1]; within 0.001 of a border only the unclamped one of the two logarithms passes any.
     """
     x = x.clamp(0, 1)
     return torch.log(x.clamp(min=INVERSE_SIGMOID_EPS) / (1 - x).clamp(min=INVERSE_SIGMOID_EPS))

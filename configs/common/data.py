@@ -1,0 +1,43 @@
+"""COCO with DETR's augmentation: flip, then resize, with an equal chance of a crop in between."""
+
+from detectron2.config import LazyCall as L
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data import transforms as T
+from omegaconf import OmegaConf
+
+from dino.d2.data import Evaluator, OneOf, ShortSide, TestMapper, TrainMapper, dataset
+
+SIZES = [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
+
+dataloader = OmegaConf.create()
+dataloader.train = L(build_detection_train_loader)(
+    dataset=L(dataset)(name="coco_2017_train"),
+    mapper=L(TrainMapper)(
+        augmentations=[
+            L(T.RandomFlip)(),
+            L(OneOf)(
+                branches=[
+                    [L(ShortSide)(sizes=SIZES, max_size=1333)],
+                    [
+                        L(ShortSide)(sizes=[400, 500, 600]),
+                        L(T.RandomCrop)(crop_type="absolute_range", crop_size=(384, 600)),
+                        L(ShortSide)(sizes=SIZES, max_size=1333),
+                    ],
+                ]
+            ),
+        ]
+    ),
+    total_batch_size=16,
+    aspect_ratio_grouping=False,
+    num_workers=4,
+)
+dataloader.test = L(build_detection_test_loader)(
+    dataset=L(dataset)(name="coco_2017_val"),
+    mapper=L(TestMapper)(augmentations=[L(ShortSide)(sizes=[800], max_size=1333)]),
+    num_workers=4,
+)
+dataloader.evaluator = L(Evaluator)(
+    dataset_name="coco_2017_val",
+    output_dir="${train.output_dir}/inference",
+    max_dets_per_image=100,
+)

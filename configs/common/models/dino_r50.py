@@ -1,0 +1,65 @@
+"""DINO with Detectron2's ResNet-50 and 4 scales. `num_classes` is stated here and nowhere else."""
+
+from detectron2.config import LazyCall as L
+from detectron2.modeling import ResNet
+from detectron2.modeling.backbone import BasicStem
+
+from dino.d2 import DINODetector
+from dino.layers import ContrastiveDenoising, HungarianMatcher, SetCriterion, SinePositionEncoding
+from dino.modeling import DINO, ChannelMapper, Decoder, Encoder, QuerySelection
+
+model = L(DINODetector)(
+    num_classes=80,  # replaced by the number of classes of the data
+    network=L(DINO)(
+        neck=L(ChannelMapper)(
+            backbone=L(ResNet)(
+                stem=L(BasicStem)(in_channels=3, out_channels=64, norm="FrozenBN"),
+                stages=L(ResNet.make_default_stages)(depth=50, stride_in_1x1=False, norm="FrozenBN"),
+                out_features=["res3", "res4", "res5"],
+                freeze_at=2,  # the stem and res2, as in the official program
+            ),
+            in_features="${.backbone.out_features}",
+            out_channels=256,
+            num_levels=4,
+        ),
+        position_encoding=L(SinePositionEncoding)(
+            embed_dim="${..neck.out_channels}", temperatures=[20.0, 20.0], offset=0.0
+        ),
+        encoder=L(Encoder)(
+            num_layers=6,
+            embed_dim="${..neck.out_channels}",
+            num_heads=8,
+            num_levels="${..neck.num_levels}",
+            num_points=4,
+            hidden_dim=2048,
+        ),
+        query_selection=L(QuerySelection)(
+            num_queries=900, num_classes="${...num_classes}", embed_dim="${..neck.out_channels}"
+        ),
+        denoising=L(ContrastiveDenoising)(
+            num_classes="${...num_classes}",
+            embed_dim="${..neck.out_channels}",
+            num_denoising=100,
+            label_noise=0.5,
+            box_noise=1.0,
+        ),
+        decoder=L(Decoder)(
+            num_classes="${...num_classes}",
+            num_layers=6,
+            embed_dim="${..neck.out_channels}",
+            num_heads="${..encoder.num_heads}",
+            num_levels="${..neck.num_levels}",
+            num_points="${..encoder.num_points}",
+            hidden_dim="${..encoder.hidden_dim}",
+        ),
+    ),
+    criterion=L(SetCriterion)(
+        matcher=L(HungarianMatcher)(class_cost=2.0, l1_cost=5.0, giou_cost=2.0),
+        class_weight=1.0,
+        l1_weight=5.0,
+        giou_weight=2.0,
+    ),
+    pixel_mean=[123.675, 116.28, 103.53],
+    pixel_std=[58.395, 57.12, 57.375],
+    max_detections=300,
+)

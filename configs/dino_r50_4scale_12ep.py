@@ -1,0 +1,16 @@
+"""DINO, ResNet-50, 4 scales, 12 epochs.
+
+    python tools/lazyconfig_train_net.py --config-file configs/dino_r50_4scale_12ep.py --num-gpus 8
+
+Published for this setting: 49.0 AP on COCO val2017, by the authors of the paper (IDEA-Research/DINO). Differs from that
+run in two things: the classes are the 80 of the data, not 91 raw ids, and every decoder layer has its own pair of
+heads, not one pair for all. The learning rate falls after 11 epochs. Not trained here.
+"""
+
+from .common.data import dataloader
+from .common.models.dino_r50 import model
+from .common.optim import optimizer
+from .common.schedule import lr_multiplier
+from .common.train import train
+
+train.init_checkpoint = "detectron2://ImageNetPretrained/torchvision/R-50.pkl"

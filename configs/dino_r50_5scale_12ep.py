@@ -1,0 +1,13 @@
+"""DINO, ResNet-50, 5 scales, 12 epochs.
+
+    python tools/lazyconfig_train_net.py --config-file configs/dino_r50_5scale_12ep.py --num-gpus 8
+
+Published for this setting: 49.4 AP on COCO val2017, by the authors of the paper (IDEA-Research/DINO). Differs from that
+run in two things: the classes are the 80 of the data, not 91 raw ids, and every decoder layer has its own pair of
+heads, not one pair for all. The learning rate falls after 11 epochs. Not trained here.
+"""
+
+from .dino_r50_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train
+
+model.network.neck.backbone.out_features = ["res2", "res3", "res4", "res5"]
+model.network.neck.num_levels = 5

@@ -1,0 +1,74 @@
+"""Checkpoints: written whole or not at all, read without running what they contain."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+
+from dino.images import DataError
+from dino.pickles import read_pickle
+
+logger = logging.getLogger("detectron2.dino")
+
+
+class Checkpointer(DetectionCheckpointer):
+    """DetectionCheckpointer that writes files whole or not at all, runs no pickled code, and keeps the class names.
+
+    Args:
+        names: class names, stored with every checkpoint.
+    """
+
+    def __init__(self, model, save_dir: str = "", *, names: list[str], **checkpointables):
+        super().__init__(model, save_dir, **checkpointables)
+        self.names = names
+        self.problems: list[str] = []  # tensors that the last loaded file lacked or held in another shape
+
+    def save(self, name: str, **kwargs) -> None:
+        """Write `name`.pth under another name first, then rename it."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
+        with open(path + ".part", "wb") as file:
+            torch.save({"model": self.model.state_dict(), **parts, "names": self.names, **kwargs}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".part", path)
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def load(self, path: str, *args, **kwargs) -> dict:
+        """Load a file.
+
+        Raises:
+            DataError: it is missing, broken, or holds more than plain data.
+        """
+        if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
+            raise DataError(f"weights not found: {path}")
+        try:
+            extra = super().load(path, *args, **kwargs)
+        except (OSError, RuntimeError, KeyError, EOFError, ValueError, AttributeError, TypeError) as error:
+            self._parsed_url_during_load = None
+            raise DataError(f"can't use the checkpoint {path}: {str(error)[:500]}") from error
+        if extra.get("names", self.names) != self.names:
+            logger.warning(f"{path} was trained for the classes {extra['names']}, the data has {self.names}")
+        return extra
+
+    def _load_file(self, filename: str) -> dict:
+        if not filename.endswith(".pkl"):
+            return super()._load_file(filename)
+        content = read_pickle(filename)
+        if "model" in content and "__author__" in content:
+            return content
+        return {"model": content.get("blobs", content), "__author__": "Caffe2", "matching_heuristics": True}
+
+    def _torch_load(self, f: str) -> dict:
+        return torch.load(f, map_location="cpu", weights_only=True)
+
+    def _load_model(self, checkpoint: dict):
+        incompatible = super()._load_model(checkpoint)
+        shapes = [f"{key} {theirs} instead of {ours}" for key, theirs, ours in incompatible.incorrect_shapes]
+        self.problems = [*incompatible.missing_keys, *shapes]
+        return incompatible

@@ -1,0 +1,76 @@
+"""The yacs road: with `add_dino_config`, Detectron2's own DefaultTrainer and DefaultPredictor build a DINODetector.
+
+cfg = get_cfg()
+add_dino_config(cfg)
+cfg.MODEL.DINO.NUM_CLASSES = 3
+"""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+from detectron2.modeling import build_backbone
+
+from dino.layers import HungarianMatcher, SetCriterion
+from dino.modeling.build import build_dino
+
+
+def add_dino_config(cfg: CfgNode) -> None:
+    """Add `MODEL.DINO` and set what DINO needs elsewhere: R50 without pre-trained weights, 4 scales, AdamW, RGB images.
+
+    The keys hold the published 4-scale settings; see `build_dino` for their meaning.
+    """
+    cfg.MODEL.META_ARCHITECTURE = "DINODetector"
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res3", "res4", "res5"]
+    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
+    cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
+    cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    cfg.SOLVER.OPTIMIZER = "AdamW"
+    cfg.SOLVER.BASE_LR = 1e-4
+    cfg.SOLVER.WARMUP_ITERS = 0
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "full_model"
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 0.1
+    cfg.MODEL.DINO = CfgNode(
+        {
+            "NUM_CLASSES": 80,
+            "NUM_LEVELS": 4,
+            "NUM_QUERIES": 900,
+            "NUM_DENOISING": 100,
+            "EMBED_DIM": 256,
+            "NUM_HEADS": 8,
+            "HIDDEN_DIM": 2048,
+            "ENCODER_LAYERS": 6,
+            "DECODER_LAYERS": 6,
+            "MAX_DETECTIONS": 300,
+        }
+    )
+
+
+def parts_from_config(cfg: CfgNode) -> dict:
+    """The constructor arguments of `DINODetector` from a yacs config."""
+    dino = cfg.MODEL.DINO
+    backbone = build_backbone(cfg)
+    network = build_dino(
+        backbone=backbone,
+        in_features=sorted(backbone.output_shape(), key=lambda name: backbone.output_shape()[name].stride),
+        num_classes=dino.NUM_CLASSES,
+        num_levels=dino.NUM_LEVELS,
+        num_queries=dino.NUM_QUERIES,
+        num_denoising=dino.NUM_DENOISING,
+        embed_dim=dino.EMBED_DIM,
+        num_heads=dino.NUM_HEADS,
+        hidden_dim=dino.HIDDEN_DIM,
+        encoder_layers=dino.ENCODER_LAYERS,
+        decoder_layers=dino.DECODER_LAYERS,
+    )
+    return {
+        "network": network,
+        "criterion": SetCriterion(matcher=HungarianMatcher()),
+        "num_classes": dino.NUM_CLASSES,
+        "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+        "pixel_std": cfg.MODEL.PIXEL_STD,
+        "max_detections": dino.MAX_DETECTIONS,
+    }

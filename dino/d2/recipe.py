@@ -1,0 +1,152 @@
+"""From the command line to a complete recipe: files, classes and epochs are resolved before anything is built."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import math
+import os
+from pathlib import Path
+
+import torch
+from detectron2.config import LazyCall, LazyConfig
+from detectron2.engine import default_argument_parser
+from omegaconf import DictConfig, OmegaConf
+
+from dino.images import DataError
+
+from .data import class_names, dataset
+
+logger = logging.getLogger("detectron2.dino")
+
+NUM_CLASSES = "model.num_classes"  # the one place of a recipe that states it; the parts interpolate
+
+
+def argument_parser(epilog: str) -> argparse.ArgumentParser:
+    """Detectron2's arguments and four for data in COCO format."""
+    parser = default_argument_parser(epilog)
+    for split in ("train", "val"):
+        group = parser.add_argument_group(f"{split} data in COCO format, instead of the recipe's")
+        group.add_argument(f"--{split}-json", help="annotations")
+        group.add_argument(f"--{split}-images", help="folder of their images")
+    return parser
+
+
+def load_recipe(args: argparse.Namespace) -> DictConfig:
+    """Read the recipe, apply the overrides and the data of the command line, and fill in what follows from the data.
+
+    Raises:
+        DataError: a file is missing, a key is unknown, or what was asked for makes no sense; says what to do.
+    """
+    if not Path(args.config_file or "").is_file():
+        raise DataError(f"recipe not found: {args.config_file!r}. Give --config-file, for example configs/…_12ep.py")
+    cfg = LazyConfig.load(args.config_file)
+    check_recipe(cfg, args.config_file)
+    use_files(cfg, args)
+    check_overrides(cfg, args.opts)
+    cfg = LazyConfig.apply_overrides(cfg, args.opts)
+    if not torch.cuda.is_available() and str(cfg.train.device).startswith("cuda"):
+        cfg.train.device = "cpu"
+    use_classes(cfg, any(o.split("=")[0] == NUM_CLASSES for o in args.opts), args.eval_only)
+    return cfg
+
+
+def check_recipe(cfg: DictConfig, path: str) -> None:
+    """Raise a DataError where a recipe lacks one of its five parts."""
+    missing = [key for key in ("model", "dataloader", "optimizer", "lr_multiplier", "train") if key not in cfg]
+    if missing:
+        raise DataError(f"{path} is no recipe: it does not define {', '.join(missing)}")
+
+
+def check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
+    """Raise a DataError for an override whose key the recipe does not have, with the nearest key that it has."""
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals:
+            raise DataError(f"can't understand {override!r}: overrides are key=value, and options come before them")
+        if not has_key(cfg, key):
+            near = difflib.get_close_matches(key, all_keys(cfg), n=1, cutoff=0)
+            raise DataError(f"the recipe has no key {key!r}; the nearest is {near[0]!r}")
+
+
+def has_key(cfg: DictConfig, key: str) -> bool:
+    """Whether `key`, dotted, with numbers for places in lists, leads anywhere; a value of None counts."""
+    *path, last = key.split(".")
+    node = OmegaConf.select(cfg, ".".join(path)) if path else cfg
+    if OmegaConf.is_list(node):
+        return last.isdigit() and int(last) < len(node)
+    return OmegaConf.is_dict(node) and (last in node or last == "_target_")
+
+
+def all_keys(node, prefix: str = "") -> list[str]:
+    """Every dotted key of a config."""
+    if not OmegaConf.is_config(node):
+        return []
+    keys = range(len(node)) if OmegaConf.is_list(node) else [k for k in node if k != "_target_"]
+    found = []
+    for key in keys:
+        name = f"{prefix}{key}"
+        child = None if OmegaConf.is_interpolation(node, key) else node[key]
+        found += [name, *all_keys(child, f"{name}.")]
+    return found
+
+
+def use_files(cfg: DictConfig, args: argparse.Namespace) -> None:
+    """Point the recipe at the COCO-format files of the command line."""
+    for split, loader in (("train", "train"), ("val", "test")):
+        annotations, images = getattr(args, f"{split}_json"), getattr(args, f"{split}_images")
+        if bool(annotations) != bool(images):
+            raise DataError(f"--{split}-json and --{split}-images belong together: give both")
+        if annotations:
+            paths = {"annotations": os.path.abspath(annotations), "images": os.path.abspath(images)}
+            cfg.dataloader[loader].dataset = LazyCall(dataset)(name=f"custom_{split}", **paths)
+            if split == "val":
+                cfg.dataloader.evaluator.dataset_name = f"custom_{split}"
+    if args.train_json and not args.val_json and not args.eval_only:
+        raise DataError("--train-json without --val-json: give validation data of the same classes too")
+
+
+def use_classes(cfg: DictConfig, stated: bool, eval_only: bool) -> None:
+    """Take the number of classes from the data; a number `stated` on the command line must agree."""
+    val = names_of(cfg.dataloader.test.dataset)
+    train = val if eval_only else names_of(cfg.dataloader.train.dataset)
+    if train != val:
+        only_train, only_val = ([n for n in a if n not in b] for a, b in ((train, val), (val, train)))
+        raise DataError(
+            f"training and validation data differ in their classes: only in training {only_train}, only in validation "
+            f"{only_val}" + ("" if only_train or only_val else ": the same names in another order")
+        )
+    current = OmegaConf.select(cfg, NUM_CLASSES)
+    if stated and current != len(train):
+        raise DataError(
+            f"{NUM_CLASSES}={current}, but the data has {len(train)} classes: write {NUM_CLASSES}={len(train)}"
+        )
+    OmegaConf.update(cfg, NUM_CLASSES, len(train))
+
+
+def names_of(node: DictConfig) -> list[str]:
+    """Class names of the data set that a recipe's `L(dataset)(…)` describes."""
+    return class_names(node.name, node.get("annotations"), node.get("images"))
+
+
+def use_epochs(cfg: DictConfig, num_images: int) -> None:
+    """Turn epochs into iterations, wherever the recipe leaves a number of iterations open (None)."""
+    train = cfg.train
+    per_epoch = max(1, math.ceil(num_images / cfg.dataloader.train.total_batch_size))
+    if train.max_iter is None:
+        train.max_iter = max(1, round(train.epochs * per_epoch))
+    if train.eval_period is None:
+        train.eval_period = per_epoch
+    if train.checkpointer.period is None:
+        train.checkpointer.period = per_epoch
+    logger.info(f"1 epoch = {per_epoch} iterations, {train.max_iter} iterations in all")
+
+
+def check_output(cfg: DictConfig, args: argparse.Namespace) -> None:
+    """Raise a DataError rather than mix a new run with an old one in the same folder."""
+    folder = Path(cfg.train.output_dir)
+    if args.eval_only and not cfg.train.init_checkpoint:
+        raise DataError("--eval-only needs weights: write train.init_checkpoint=PATH")
+    if not args.eval_only and not args.resume and any(folder.glob("*.pth")):
+        raise DataError(f"{folder} holds the checkpoints of a run: add --resume, or choose another train.output_dir")

@@ -1,0 +1,210 @@
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dino.layers import (
+    Denoised,
+    HungarianMatcher,
+    NonFiniteCostError,
+    Outputs,
+    Predictions,
+    SetCriterion,
+    Target,
+    cxcywh_to_xyxy,
+)
+from dino.layers.criterion import average_over_workers, focal_loss
+
+from ..tiny import default_criterion, random_boxes, random_targets
+from .test_boxes import giou_by_hand
+
+UNWEIGHTED = {"class_weight": 1, "l1_weight": 1, "giou_weight": 1}
+
+
+def leaf_predictions(layers, images, queries, classes=3):
+    logits, boxes = torch.randn(layers, images, queries, classes), random_boxes(layers, images, queries)
+    return Predictions(logits.requires_grad_(), boxes.requires_grad_())
+
+
+def random_outputs(targets, *, layers=2, queries=5, num_groups=None, classes=3):
+    """With `num_groups`, also denoising predictions for `targets`; 0 groups make the free slot."""
+    images, denoising = len(targets), None
+    if num_groups is not None:
+        slots = 2 * num_groups * max(len(t.labels) for t in targets) if num_groups else 1
+        denoising = Denoised(leaf_predictions(layers, images, slots, classes), targets, num_groups)
+    decoder = leaf_predictions(layers, images, queries, classes)
+    return Outputs(decoder, leaf_predictions(1, images, queries, classes), denoising)
+
+
+def focal_by_hand(logit, positive):
+    p = 1 / (1 + math.exp(-logit))
+    if positive:
+        return 0.25 * (1 - p) ** 2 * -math.log(p)
+    return 0.75 * p**2 * -math.log(1 - p)
+
+
+def losses_by_hand(logits, boxes, pairs_per_image, targets, num_boxes):
+    """One layer: (B, Q, C), (B, Q, 4) and (query, object) pairs -> the three losses without weights."""
+    ce = l1 = overlap = 0.0
+    for image, pairs in enumerate(pairs_per_image):
+        label_of = {query: targets[image].labels[g].item() for query, g in pairs}
+        for query, row in enumerate(logits[image].tolist()):
+            ce += sum(focal_by_hand(x, label_of.get(query) == c) for c, x in enumerate(row))
+        for query, g in pairs:
+            box, true_box = boxes[image, query].double(), targets[image].boxes[g].double()
+            l1 += sum(abs(a - b) for a, b in zip(box.tolist(), true_box.tolist(), strict=True))
+            overlap += 1 - giou_by_hand(cxcywh_to_xyxy(box).tolist(), cxcywh_to_xyxy(true_box).tolist())
+    return {"loss_ce": ce / num_boxes, "loss_bbox": l1 / num_boxes, "loss_giou": overlap / num_boxes}
+
+
+def known_pairs_by_hand(target, num_groups, longest):
+    return [(group * 2 * longest + g, g) for group in range(num_groups) for g in range(len(target.labels))]
+
+
+def all_losses_by_hand(outputs, targets, matcher):
+    objects = max(1, sum(len(t.labels) for t in targets))
+    last = len(outputs.decoder.logits) - 1
+    named = {}
+    for predictions, is_decoder in ((outputs.decoder, True), (outputs.proposals, False)):
+        for layer, images in enumerate(matcher(predictions, targets)):
+            pairs = [list(zip(query.tolist(), g.tolist(), strict=True)) for query, g in images]
+            suffix = "_interm" if not is_decoder else "" if layer == last else f"_{layer}"
+            losses = losses_by_hand(predictions.logits[layer], predictions.boxes[layer], pairs, targets, objects)
+            named |= {f"{key}{suffix}": value for key, value in losses.items()}
+    if outputs.denoising:
+        predictions, noised, num_groups = outputs.denoising
+        longest = max(len(t.labels) for t in noised)
+        pairs = [known_pairs_by_hand(t, num_groups, longest) for t in noised]
+        scale = num_groups * max(1, sum(len(t.labels) for t in noised))
+        for layer in range(last + 1):
+            suffix = "_dn" if layer == last else f"_dn_{layer}"
+            losses = losses_by_hand(predictions.logits[layer], predictions.boxes[layer], pairs, noised, scale)
+            named |= {f"{key}{suffix}": value for key, value in losses.items()}
+    return named
+
+
+@pytest.mark.parametrize("num_groups", [None, 1, 3])
+@pytest.mark.parametrize("counts", [(2, 3), (0, 2), (7, 1)])
+def test_against_loops(counts, num_groups):
+    """7 objects are more than the 5 queries."""
+    targets = random_targets(*counts)
+    outputs = random_outputs(targets, num_groups=num_groups)
+    criterion = SetCriterion(matcher=HungarianMatcher(), **UNWEIGHTED)
+    losses, expected = criterion(outputs, targets), all_losses_by_hand(outputs, targets, criterion.matcher)
+    assert set(losses) == set(expected)
+    for name, loss in losses.items():
+        assert loss.item() == pytest.approx(expected[name], rel=1e-4), name
+
+
+def test_weights_are_applied_once():
+    targets = random_targets(2, 1)
+    outputs = random_outputs(targets, num_groups=1)
+    plain = SetCriterion(matcher=HungarianMatcher(), **UNWEIGHTED)(outputs, targets)
+    weights = {"loss_ce": 3, "loss_bbox": 0.5, "loss_giou": 7}
+    weighted = SetCriterion(matcher=HungarianMatcher(), class_weight=3, l1_weight=0.5, giou_weight=7)(outputs, targets)
+    for name, loss in weighted.items():
+        kind = "_".join(name.split("_")[:2])
+        torch.testing.assert_close(loss, weights[kind] * plain[name])
+
+
+def test_published_example():
+    logits = torch.tensor([[0.3, -2.0], [1.5, 0.2], [-4.6, -4.6]])
+    boxes = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.3, 0.3, 0.1, 0.4], [0.7, 0.6, 0.3, 0.3]])
+    target = Target(torch.tensor([0, 1]), torch.tensor([[0.52, 0.5, 0.2, 0.25], [0.7, 0.62, 0.28, 0.3]]))
+    predictions = Predictions(logits[None, None], boxes[None, None])
+    losses = SetCriterion(matcher=HungarianMatcher(), **UNWEIGHTED)(Outputs(predictions, predictions), [target])
+    for name, expected in {"loss_ce": 1.095025, "loss_bbox": 0.055, "loss_giou": 0.267809}.items():
+        assert losses[name].item() == pytest.approx(expected, abs=2e-6)
+        assert losses[f"{name}_interm"].item() == pytest.approx(expected, abs=2e-6)
+
+
+def test_focal_loss_published_example():
+    logits, positive = torch.tensor([[0.3, -2.0], [1.5, 0.2], [-4.6, -4.6]]), torch.zeros(3, 2)
+    positive[0, 0] = 1
+    assert focal_loss(logits, positive, 0.25, 2.0).sum().item() == pytest.approx(1.060375, abs=2e-6)
+
+
+def test_names_of_six_layers():
+    """The 39 names of the published programs."""
+    targets = random_targets(1, 2)
+    losses = default_criterion()(random_outputs(targets, layers=6, num_groups=1), targets)
+    layers = ["", "_0", "_1", "_2", "_3", "_4"]
+    suffixes = [*layers, "_interm", *(f"_dn{layer}" for layer in layers)]
+    assert set(losses) == {f"loss_{kind}{suffix}" for kind in ("ce", "bbox", "giou") for suffix in suffixes}
+    assert len(losses) == 39
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (0, 3), (3, 2)])
+@pytest.mark.parametrize("num_groups", [None, 0])
+def test_gradients_are_finite(counts, num_groups):
+    """Every prediction has one, also in images without objects and where nothing was noised."""
+    targets = random_targets(*counts)
+    outputs = random_outputs(targets, num_groups=num_groups)
+    losses = default_criterion()(outputs, targets)
+    assert all(loss.isfinite() for loss in losses.values())
+    sum(losses.values()).backward()
+    leaves = [*outputs.decoder, *outputs.proposals, *(outputs.denoising.predictions if outputs.denoising else ())]
+    assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in leaves)
+
+
+def test_no_objects_at_all():
+    """Background is still trained; boxes and the free denoising slot cost nothing."""
+    targets = random_targets(0, 0)
+    outputs = random_outputs(targets, num_groups=0)
+    losses = default_criterion()(outputs, targets)
+    for name, loss in losses.items():
+        assert (loss > 0) == (name.startswith("loss_ce") and "_dn" not in name), name
+    sum(losses.values()).backward()
+    assert not any(leaf.grad.any() for leaf in outputs.denoising.predictions)
+
+
+def test_degenerate_boxes():
+    targets = random_targets(2)
+    targets[0].boxes[0, 2:] = 0
+    outputs = random_outputs(targets)
+    with torch.no_grad():
+        outputs.decoder.boxes[:, :, ::2, 2:] = 0
+    losses = default_criterion()(outputs, targets)
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    assert outputs.decoder.boxes.grad.isfinite().all()
+
+
+def test_one_class():
+    targets = random_targets(2, 0, num_classes=1)
+    losses = default_criterion()(random_outputs(targets, num_groups=1, classes=1), targets)
+    assert all(loss.isfinite() for loss in losses.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_predictions_are_widened(dtype):
+    targets = random_targets(2, 1)
+    outputs = random_outputs(targets)
+    half = Outputs(*(Predictions(*(x.to(dtype) for x in p)) for p in (outputs.decoder, outputs.proposals)))
+    wide = Outputs(*(Predictions(*(x.float() for x in p)) for p in (half.decoder, half.proposals)))
+    losses, expected = default_criterion()(half, targets), default_criterion()(wide, targets)
+    assert all(loss.dtype == torch.float32 for loss in losses.values())
+    assert losses == expected
+
+
+def test_non_finite_predictions():
+    targets = random_targets(1, 2)
+    outputs = random_outputs(targets)
+    with torch.no_grad():
+        outputs.proposals.boxes[0, 1, 0] = math.nan
+    with pytest.raises(NonFiniteCostError, match="image 1"):
+        default_criterion()(outputs, targets)
+
+
+def test_counts_are_averaged_over_workers(monkeypatch):
+    """Two processes, the other of which has 5 and 0 objects."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda total: total.add_(torch.tensor([5.0, 0.0])))
+    counts = average_over_workers([2, 1], torch.device("cpu"))
+    assert counts.tolist() == [3.5, 1.0]
+
+
+def test_counts_of_one_worker_are_at_least_one():
+    assert average_over_workers([0, 4], torch.device("cpu")).tolist() == [1.0, 4.0]

@@ -1,0 +1,167 @@
+import math
+
+import pytest
+import torch
+
+from dino.layers import ContrastiveDenoising, Target, denoising_mask
+
+from ..tiny import random_targets
+
+
+def make(num_classes=3, embed_dim=4, **changes):
+    return ContrastiveDenoising(num_classes=num_classes, embed_dim=embed_dim, **changes)
+
+
+def noise_box_by_hand(box, signs, parts, negative, scale):
+    """One (cx, cy, w, h) as floats -> its noised logits."""
+    cx, cy, w, h = box
+    corners = [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]
+    for i, half_side in enumerate((w / 2, h / 2, w / 2, h / 2)):
+        part = parts[i] + 1 if negative else parts[i]
+        corners[i] += (1 if signs[i] else -1) * part * half_side * scale
+        corners[i] = min(max(corners[i], 0.0), 1.0)
+    x0, y0, x1, y1 = corners
+    numbers = [(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0]
+    clamped = [min(max(number, 0.0), 1.0) for number in numbers]
+    return [math.log(max(c, 1e-3) / max(1 - c, 1e-3)) for c in clamped]
+
+
+@pytest.mark.parametrize("box_noise", [0.4, 1.0])
+@pytest.mark.parametrize("counts", [(3, 0, 2), (1,), (0, 4)])
+def test_against_loops(counts, box_noise):
+    denoising, targets, num_groups = make(box_noise=box_noise), random_targets(*counts), 3
+    longest = max(counts)
+    noise = denoising.draw(2 * num_groups, torch.cat([t.labels for t in targets]))
+    queries = denoising.build(targets, 5, num_groups, noise).queries
+    content = torch.zeros(len(counts), 2 * num_groups * longest, 4)
+    box_logits = torch.zeros(len(counts), 2 * num_groups * longest, 4)
+    for repeat in range(2 * num_groups):
+        entry = 0  # counts the objects of all images
+        for image, target in enumerate(targets):
+            for place in range(len(target.labels)):
+                slot, draws = repeat * longest + place, [x[repeat, entry] for x in noise]
+                chance, new_label, signs, parts = draws
+                label = new_label if chance < 0.25 else target.labels[place]
+                content[image, slot] = denoising.label_embed.weight[label].detach()
+                box = target.boxes[place].tolist()
+                noised = noise_box_by_hand(box, signs.tolist(), parts.tolist(), repeat % 2 == 1, box_noise)
+                box_logits[image, slot] = torch.tensor(noised)
+                entry += 1
+    torch.testing.assert_close(queries.content, content)
+    torch.testing.assert_close(queries.box_logits, box_logits, rtol=1e-3, atol=1e-4)
+
+
+def test_slots_without_an_object_hold_a_centred_box():
+    queries = make()(random_targets(1, 3), 5).queries
+    slots = queries.box_logits[0].view(-1, 3, 4)
+    assert torch.equal(slots[:, 1:].sigmoid(), torch.full_like(slots[:, 1:], 0.5))
+    assert not queries.content[0].view(-1, 3, 4)[:, 1:].any()
+
+
+@pytest.mark.parametrize(
+    ("fullest", "num_groups", "slots"),
+    [(7, 14, 196), (3, 33, 198), (50, 2, 200), (51, 1, 102), (100, 1, 200), (101, 1, 200), (150, 1, 200), (1, 100, 200)],
+)
+def test_groups_of_a_budget_of_100(fullest, num_groups, slots):
+    """As published up to 100 objects; beyond, the published programs grow without bound."""
+    noised = make()(random_targets(fullest, 1), 5)
+    assert noised.num_groups == num_groups
+    assert noised.queries.content.shape[1] == slots
+    assert noised.queries.box_logits.shape[1] == slots
+
+
+@pytest.mark.parametrize("budget", [1, 2, 5, 10, 49])
+@pytest.mark.parametrize("fullest", [1, 2, 7, 60])
+def test_a_small_budget_is_never_exceeded(budget, fullest):
+    noised = make(num_denoising=budget)(random_targets(fullest, 0), 5)
+    assert 0 < noised.queries.content.shape[1] <= 2 * budget
+    assert noised.num_groups == max(1, budget // fullest)
+
+
+def test_a_crowd_is_sampled():
+    """The noised objects are a subset in the same order, and they come back as the targets of the denoising losses."""
+    crowd, few = random_targets(50, 2)
+    noised = make(num_denoising=10)([crowd, few], 5)
+    chosen = noised.targets[0]
+    places = [crowd.boxes.tolist().index(box) for box in chosen.boxes.tolist()]
+    assert len(places) == 10
+    assert places == sorted(set(places))
+    assert torch.equal(chosen.labels, crowd.labels[places])
+    assert torch.equal(noised.targets[1].boxes, few.boxes)
+    again = make(num_denoising=10)([crowd, few], 5).targets[0]
+    assert not torch.equal(again.boxes, chosen.boxes), "each step must draw anew"
+
+
+def mask_by_hand(num_groups, group_size, num_queries):
+    slots = num_groups * group_size
+    total = slots + num_queries
+    blocked = torch.zeros(total, total, dtype=torch.bool)
+    for row in range(total):
+        for column in range(slots):
+            same_group = row < slots and row // group_size == column // group_size
+            blocked[row, column] = not same_group
+    return blocked
+
+
+@pytest.mark.parametrize("sizes", [(3, 4, 5), (1, 1, 2), (2, 6, 0), (1, 2, 3)])
+def test_mask_against_loops(sizes):
+    assert torch.equal(denoising_mask(*sizes, torch.device("cpu")), mask_by_hand(*sizes))
+
+
+def test_mask_published_counts():
+    """Seven objects: a denoising query sees its group and all matching queries, a matching query its like only."""
+    seen = (~denoising_mask(14, 14, 900, torch.device("cpu"))).sum(1)
+    assert set(seen[:196].tolist()) == {914}
+    assert set(seen[196:].tolist()) == {900}
+
+
+@pytest.mark.parametrize(("budget", "counts"), [(100, (0, 0)), (0, (3, 2)), (0, (0, 0))])
+def test_nothing_to_noise(budget, counts):
+    """One slot per image keeps the label embedding in the graph, and no matching query sees it."""
+    denoising = make(num_denoising=budget)
+    noised = denoising(random_targets(*counts), 5)
+    assert noised.num_groups == 0
+    assert noised.queries.content.shape == (2, 1, 4)
+    assert noised.queries.blocked[1:, 0].all()
+    assert not noised.queries.blocked[:, 1:].any()
+    assert [len(t.labels) for t in noised.targets] == [0, 0]
+    noised.queries.content.sum().backward()
+    assert denoising.label_embed.weight.grad is not None
+
+
+def test_statistics_of_noise():
+    """A quarter of the labels is drawn anew, positives stay within their noise, negatives go beyond it."""
+    target = Target(torch.zeros(1000, dtype=torch.int64), torch.tensor([[0.5, 0.5, 0.2, 0.2]]).repeat(1000, 1))
+    denoising = make(num_classes=4, embed_dim=1, num_denoising=10000)
+    with torch.no_grad():
+        denoising.label_embed.weight.copy_(torch.arange(4.0)[:, None])
+    queries = denoising([target], 1).queries
+    labels = queries.content.view(-1, 1000)
+    assert (labels != 0).float().mean().item() == pytest.approx(0.25 * 3 / 4, abs=0.01)
+    center, side = queries.box_logits.sigmoid().view(10, 2, 1000, 4).split(2, -1)
+    positive, negative = side.unbind(1)
+    assert 0 < positive.min()
+    assert positive.max() <= 0.4 + 1e-6
+    assert (center[:, 0] - 0.5).abs().max() <= 0.1 + 1e-6
+    # Both corners moved by one to two half sides: a side of 0.2 becomes at least 0.4, at most 0.2 longer, or it inverts.
+    inverted = (negative < 0.002).float().mean().item()
+    assert inverted == pytest.approx(0.25, abs=0.02)
+    assert negative.max() <= 0.6 + 1e-6
+
+
+def test_no_noise():
+    target = random_targets(3)[0]
+    queries = make(label_noise=0, box_noise=0, num_denoising=6)([target], 1).queries
+    boxes = queries.box_logits.sigmoid().view(4, 3, 4)
+    torch.testing.assert_close(boxes, target.boxes.expand(4, 3, 4), rtol=0, atol=1e-5)
+
+
+def test_one_class():
+    denoising = make(num_classes=1)
+    queries = denoising(random_targets(2, 1, num_classes=1), 3).queries
+    assert torch.equal(queries.content[0], denoising.label_embed.weight.expand(len(queries.content[0]), -1))
+
+
+def test_negative_budget():
+    with pytest.raises(ValueError, match="num_denoising must be 0"):
+        make(num_denoising=-1)

@@ -1,0 +1,201 @@
+"""Train and evaluate DINO on COCO-format data in a plain PyTorch loop: torchvision and pycocotools, no Detectron2.
+
+    python tools/plain_train.py --train-json train.json --train-images images \\
+        --val-json val.json --val-images images --output output/plain --epochs 20
+    python tools/plain_train.py --val-json val.json --val-images images \\
+        --eval-only --weights output/plain/model.pth
+
+The recipes of `configs/` belong to `tools/lazyconfig_train_net.py`; here arguments choose a network for small data.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from dino.coco import CocoImages, evaluate, to_results
+from dino.images import DataError, message_of
+from dino.layers import HungarianMatcher, SetCriterion, Target, detections, xyxy_to_cxcywh
+from dino.modeling import TorchvisionBackbone, build_dino
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for split in ("train", "val"):
+        parser.add_argument(f"--{split}-json", type=Path, help="COCO-format annotations")
+        parser.add_argument(f"--{split}-images", type=Path, help="folder of their images")
+    parser.add_argument("--output", type=Path, default=Path("output/plain"))
+    parser.add_argument("--weights", type=Path, help="model.pth to start from, or to evaluate")
+    parser.add_argument("--eval-only", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--bf16", action="store_true", help="run the network under bfloat16 autocast")
+    parser.add_argument("--backbone", default="resnet18")
+    parser.add_argument("--size", type=int, default=240, help="short side of the images in pixels")
+    parser.add_argument("--flips", choices=["none", "horizontal", "both"], default="horizontal")
+    parser.add_argument("--embed-dim", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=3, help="of the encoder, and of the decoder")
+    parser.add_argument("--queries", type=int, default=100)
+    parser.add_argument("--epochs", type=float, default=20)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=2e-4, help="falls to a tenth over the last fifth of the training")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=42)
+    return parser.parse_args(argv)
+
+
+def transforms(args, training):
+    flips = {"none": [], "horizontal": [v2.RandomHorizontalFlip()]}
+    flips["both"] = [*flips["horizontal"], v2.RandomVerticalFlip()]
+    clean = [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1)]
+    tensors = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+    resize = v2.Resize(args.size, max_size=2 * args.size)
+    return v2.Compose([*flips[args.flips if training else "none"], resize, *clean, *tensors])
+
+
+def collate(samples):
+    """-> images (B, 3, H, W) zero-padded, padding (B, H, W), targets, entries of the annotation file."""
+    images = [image for image, _, _ in samples]
+    height, width = (max(i.shape[d] for i in images) for d in (1, 2))
+    batch = torch.zeros(len(images), 3, height, width)
+    padding = torch.ones(len(images), height, width, dtype=torch.bool)
+    targets = []
+    for b, (image, objects, _) in enumerate(samples):
+        h, w = image.shape[1:]
+        batch[b, :, :h, :w], padding[b, :h, :w] = image, False
+        boxes = xyxy_to_cxcywh(objects["boxes"].as_subclass(torch.Tensor)) / torch.tensor([w, h, w, h])
+        targets.append(Target(objects["labels"], boxes))
+    return batch, padding, targets, [entry for _, _, entry in samples]
+
+
+def autocast(args):
+    return torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.bf16)
+
+
+@torch.inference_mode()
+def predict(model, data, args):
+    """Every image by itself, so that none is padded -> entries of COCO's results format."""
+    model.eval()
+    results = []
+    for images, padding, _, (entry,) in tqdm(
+        DataLoader(data, collate_fn=collate, num_workers=args.workers), desc="evaluate", disable=None
+    ):
+        with autocast(args):
+            predictions = model(images.to(args.device), padding.to(args.device)).decoder
+        size = entry["height"], entry["width"]
+        found = detections(predictions.logits[-1, 0], predictions.boxes[-1, 0], size, max_detections=100)
+        results += to_results(found, entry["id"], data.category_ids)
+    return results
+
+
+def train(model, data, args):
+    model.train()
+    criterion = SetCriterion(matcher=HungarianMatcher())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=1e-4)
+    loader = DataLoader(
+        data, args.batch, shuffle=True, drop_last=len(data) > args.batch, collate_fn=collate, num_workers=args.workers
+    )
+    steps = max(1, round(args.epochs * len(loader)))
+    drop = torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(0.8 * steps)])
+    batches = (batch for _ in range(math.ceil(args.epochs)) for batch in loader)
+    progress = tqdm(range(steps), desc="train", disable=None)
+    for step, (images, padding, targets, entries) in zip(progress, batches, strict=False):
+        targets = [Target(t.labels.to(args.device), t.boxes.to(args.device)) for t in targets]
+        with autocast(args):
+            outputs = model(images.to(args.device), padding.to(args.device), targets)
+        loss = sum(criterion(outputs, targets).values())
+        if not torch.isfinite(loss):
+            names = [entry["file_name"] for entry in entries]
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step}, images {names}. Lower --lr")
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        drop.step()
+        if step % 20 == 0:
+            progress.set_postfix(loss=f"{loss.item():.2f}")
+
+
+def build(args, num_classes):
+    backbone = TorchvisionBackbone(args.backbone, norm_layer=torch.nn.BatchNorm2d)
+    return build_dino(
+        backbone=backbone,
+        num_classes=num_classes,
+        num_queries=args.queries,
+        embed_dim=args.embed_dim,
+        hidden_dim=4 * args.embed_dim,
+        encoder_layers=args.layers,
+        decoder_layers=args.layers,
+    ).to(args.device)
+
+
+def load(model, path, names):
+    """Load weights that this program saved; plain tensors only, so that no code in the file can run."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(checkpoint["model"])
+    except FileNotFoundError:
+        raise DataError(f"weights not found: {path}") from None
+    except Exception as error:
+        raise DataError(f"can't use the weights {path}: {str(error)[:500]}") from error
+    if checkpoint.get("names") != names:
+        raise DataError(f"{path} was trained for the classes {checkpoint.get('names')}, the data has {names}")
+
+
+def write(path, save):
+    """Let `save` write a file under another name first, so that `path` is whole or not there."""
+    part = path.with_name(path.name + ".part")
+    save(part)
+    os.replace(part, path)
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    if not args.val_json or not args.val_images or not (args.eval_only or (args.train_json and args.train_images)):
+        raise DataError("give --val-json and --val-images, and to train also --train-json and --train-images")
+    if args.eval_only and not args.weights:
+        raise DataError("--eval-only needs --weights: the file to evaluate")
+    if not args.eval_only and (args.output / "model.pth").exists():
+        raise DataError(f"{args.output} holds a trained model: choose another --output, or move it away")
+    val = CocoImages(args.val_json, args.val_images, transforms(args, training=False))
+    model = build(args, len(val.names))
+    if args.weights:
+        load(model, args.weights, val.names)
+    args.output.mkdir(parents=True, exist_ok=True)
+    seconds = 0.0
+    if not args.eval_only:
+        data = CocoImages(args.train_json, args.train_images, transforms(args, training=True))
+        if data.names != val.names:
+            raise DataError(f"training and validation data differ in their classes: {data.names}, {val.names}")
+        empty = sum(not objects for objects in data.objects.values())
+        print(f"{len(data)} images, {empty} without objects, {data.dropped} boxes of no size dropped; {data.names}")
+        start = time.perf_counter()
+        train(model, data, args)
+        seconds = time.perf_counter() - start
+        write(
+            args.output / "model.pth", lambda part: torch.save({"model": model.state_dict(), "names": val.names}, part)
+        )
+    results = predict(model, val, args)
+    metrics = {**evaluate(val.truth, results, val.names), "training_seconds": round(seconds, 1)}
+    for name, content in (("results.json", results), ("metrics.json", metrics)):
+        write(args.output / name, lambda part, content=content: part.write_text(json.dumps(content)))
+    print("\n".join(f"{name:>18} {value:.3f}" for name, value in metrics.items()), f"\nwritten to {args.output}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (DataError, FloatingPointError) as error:
+        sys.exit(f"error: {message_of(error)}")
