@@ -17,9 +17,9 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["dino", "dino.*"]),
     # Detectron2 is a peer dependency: no package index carries it, see README.md.
-    install_requires=["torch>=2.10", "torchvision", "scipy", "numpy", "pillow", "pycocotools"],
+    install_requires=["torch>=2.10", "torchvision", "scipy", "numpy", "pillow", "pycocotools", "tqdm"],
     extras_require={
-        "demo": ["opencv-python-headless", "matplotlib", "tqdm"],
-        "test": ["pytest", "pytest-timeout", "safetensors", "ruff"],
+        "demo": ["opencv-python-headless"],  # Detectron2's Visualizer needs it
+        "test": ["opencv-python-headless", "pytest", "pytest-timeout", "ruff", "safetensors"],
     },
 )

@@ -56,6 +56,17 @@ class Checkpointer(DetectionCheckpointer):
             logger.warning(f"{path} was trained for the classes {extra['names']}, the data has {self.names}")
         return extra
 
+    def load_whole(self, path: str) -> dict:
+        """As `load`, for evaluation: raises a DataError unless the file holds every tensor of the model."""
+        extra = self.load(path, checkpointables=[])
+        if self.problems:
+            some = ", ".join(self.problems[:5])
+            raise DataError(
+                f"{path} does not fit the recipe: {len(self.problems)} tensors are missing or of another shape, among "
+                f"them {some}"
+            )
+        return extra
+
     def _load_file(self, filename: str) -> dict:
         if not filename.endswith(".pkl"):
             return super()._load_file(filename)
@@ -72,3 +83,21 @@ class Checkpointer(DetectionCheckpointer):
         shapes = [f"{key} {theirs} instead of {ours}" for key, theirs, ours in incompatible.incorrect_shapes]
         self.problems = [*incompatible.missing_keys, *shapes]
         return incompatible
+
+
+def read_names(path: str) -> list[str]:
+    """The class names that a checkpoint of this project carries.
+
+    Raises:
+        DataError: the file is missing, broken, holds more than plain data, or has no names.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise DataError(f"weights not found: {path}") from None
+    except Exception as error:  # a broken file can raise anything
+        raise DataError(f"can't use the checkpoint {path}: {str(error)[:500]}") from error
+    names = content.get("names") if isinstance(content, dict) else None
+    if not names:
+        raise DataError(f"{path} carries no class names: it was not written by tools/lazyconfig_train_net.py")
+    return names

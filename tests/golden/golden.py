@@ -33,13 +33,13 @@ OWN_BOUNDS = (
     OwnBound(
         r"07:train/.*/grad_norm/.*",
         1e-5,
-        "A norm is one number, which the official program's float32 can hit by luck to the last digit, so that 20 times "
-        "its error is less than one rounding of the gradient. Ours moves by 2.4e-6 with the number of threads alone.",
+        "A norm is one number, which the official program's float32 can hit by luck to the last digit; 20 times its "
+        "error is then less than one rounding of the gradient. Ours moves by 2.4e-6 with the number of threads alone.",
     ),
     OwnBound(
         r"09:.*/final_delta_norm/.*",
         1e-4,
-        "AdamW's first steps are lr * g / |g| for each number, so where a gradient is next to zero its rounding decides "
+        "AdamW's first steps are lr * g / |g| for each number, so where a gradient is next to zero, rounding decides "
         "the whole step; no float64 reference is recorded. Ours moves by 1.3e-5 with the number of threads alone.",
     ),
 )
@@ -82,7 +82,8 @@ class GoldenFile:
 
     def targets(self, case: str) -> list[Target]:
         """The ground truth of all images of a case."""
-        return [Target(*pair) for pair in zip(self.numbered(f"{case}/labels"), self.numbered(f"{case}/boxes"), strict=True)]
+        labels, boxes = self.numbered(f"{case}/labels"), self.numbered(f"{case}/boxes")
+        return [Target(*pair) for pair in zip(labels, boxes, strict=True)]
 
     def bound(self, name: str) -> float:
         """Largest difference that counts as equal."""

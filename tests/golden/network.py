@@ -11,17 +11,17 @@ from dino.weights import from_official
 
 
 def read_noise(golden, case, repeats, objects, label_noise):
-    """The recorded draws of a case as (R, K) arrays; what was not drawn is zero.
+    """The recorded draws of a case as (R, K) arrays; what was not drawn changes nothing.
 
     Replacement labels were drawn for replaced entries only.
     """
     shape = (repeats, objects)
-    draws = {name: x.view(*shape, *x.shape[1:]) for name, x in golden.below(f"{case}/draw/").items() if name != "label_new"}
-    chance = draws.get("label_p", torch.zeros(shape))
+    draws = golden.below(f"{case}/draw/")
+    replacements = draws.pop("label_new", torch.zeros(0, dtype=torch.int64))
+    draws = {name: x.view(*shape, *x.shape[1:]) for name, x in draws.items()}
+    chance, nothing = draws.get("label_p", torch.ones(shape)), torch.zeros(*shape, 4)
     labels = torch.zeros(shape, dtype=torch.int64)
-    if "label_p" in draws:
-        labels[chance < 0.5 * label_noise] = golden[f"{case}/draw/label_new"]
-    nothing = torch.zeros(*shape, 4)
+    labels[chance < 0.5 * label_noise] = replacements
     return Noise(chance, labels, draws.get("box_sign01", nothing), draws.get("box_part", nothing))
 
 
@@ -89,9 +89,7 @@ def build_network(config, backbone):
             box_noise=config["dn_box_noise_scale"],
         ),
         decoder=share_heads(
-            Decoder(
-                num_classes=classes, num_layers=config["dec_layers"], num_points=config["dec_n_points"], **sizes
-            )
+            Decoder(num_classes=classes, num_layers=config["dec_layers"], num_points=config["dec_n_points"], **sizes)
         ),
     )
 

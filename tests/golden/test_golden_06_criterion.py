@@ -25,10 +25,9 @@ def criterion():
 
 def leaves_of(case):
     """{part: (logits, boxes)} that collect gradients."""
-    return {
-        part: tuple(golden[f"{case}/out/{part}/{kind}"].clone().requires_grad_() for kind in ("pred_logits", "pred_boxes"))
-        for part in sorted({name.split("/")[0] for name in golden.below(f"{case}/out/")})
-    }
+    leaves = {name: x.clone().requires_grad_() for name, x in golden.below(f"{case}/out/").items()}
+    parts = sorted({name.split("/")[0] for name in leaves})
+    return {part: (leaves[f"{part}/pred_logits"], leaves[f"{part}/pred_boxes"]) for part in parts}
 
 
 def stacked(leaves, parts):

@@ -40,7 +40,7 @@ def test_every_official_weight_has_a_place(model):
 def test_padding_of_levels(model):
     tokens = model.tokenize(model.neck(IMAGES), PADDING)
     masks = tokens.padding.split([h * w for h, w in tokens.shapes], 1)
-    for i, mask in enumerate(golden.numbered("in/mask")):
+    for i in range(len(golden.numbered("in/mask"))):
         golden.check(f"in/mask{i}", masks[i].unflatten(1, tokens.shapes[i]))
 
 

@@ -45,7 +45,7 @@ def test_evaluation(model):
     memory = model.encoder(model.tokenize(model.neck(IMAGES), PADDING))
     every = len(memory.features[0]) // golden["eval/memory_every_4_tokens"].shape[1]
     golden.check("eval/memory_every_4_tokens", memory.features[:, ::every])
-    anchors, usable = model.query_selection.anchors(memory)
+    _, usable = model.query_selection.anchors(memory)
     features = model.query_selection.project(memory.features.masked_fill(~usable[..., None], 0))
     logits = model.query_selection.class_head(features)
     golden.check("eval/topk_indices", model.query_selection.select(logits, usable, memory.padding))

@@ -68,7 +68,7 @@ def test_published_samples(operator, place, expected):
 
 def test_gradients_of_reference():
     inputs = [x.requires_grad_() for x in random_inputs(batch=1, queries=2, dim=2)]
-    assert torch.autograd.gradcheck(lambda v, l, w: deform_attn_reference(v, SHAPES, l, w), inputs)
+    assert torch.autograd.gradcheck(lambda value, *rest: deform_attn_reference(value, SHAPES, *rest), inputs)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -79,8 +79,7 @@ def test_images_without_objects(counts):
     assert [[len(query) for query, _ in layer] for layer in matches] == [list(counts)] * 2
 
 
-@pytest.mark.parametrize("broken", [math.nan, math.inf])
-@pytest.mark.parametrize("part", ["logits", "boxes"])
+@pytest.mark.parametrize(("part", "broken"), [("logits", math.nan), ("boxes", math.nan), ("boxes", math.inf)])
 def test_non_finite_predictions_name_the_image(part, broken):
     predictions, targets = random_predictions(2, 3, 4), random_targets(2, 1, 2)
     getattr(predictions, part)[1, 2, 3] = broken

@@ -1,0 +1,169 @@
+import pytest
+import torch
+
+from dino.layers import ContrastiveDenoising, SinePositionEncoding
+from dino.modeling import DINO, ChannelMapper, Decoder, Encoder, QuerySelection, TorchvisionBackbone, share_heads
+
+from ..tiny import default_criterion, random_batch, random_targets, tiny_network
+
+
+def train_step(model, counts, num_classes=3):
+    images, padding = random_batch(len(counts))
+    targets = random_targets(*counts, num_classes=num_classes)
+    outputs = model(images, padding, targets)
+    losses = default_criterion()(outputs, targets)
+    sum(losses.values()).backward()
+    return outputs, losses
+
+
+@pytest.mark.parametrize("num_denoising", [6, 0])
+@pytest.mark.parametrize("counts", [(2, 3), (0, 2), (2, 0), (0, 0), (15, 1)])
+def test_every_parameter_has_a_gradient(counts, num_denoising):
+    """15 objects are more than the 12 queries, and more than the denoising budget."""
+    model = tiny_network(num_denoising=num_denoising)
+    outputs, losses = train_step(model, counts)
+    assert all(loss.isfinite() for loss in losses.values())
+    assert len(losses) == 15
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    assert outputs.denoising.predictions.logits.shape[2] <= max(1, 2 * num_denoising)
+
+
+def test_training_moves_every_parameter():
+    """Where there are objects, no gradient is zero once the matrices that start with zeros have left them."""
+    model = tiny_network()
+    for parameter in model.parameters():
+        if parameter.dim() == 2 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    train_step(model, (3, 2))
+    idle = [name for name, parameter in model.named_parameters() if not parameter.grad.any()]
+    assert not idle
+
+
+def test_shapes():
+    outputs, _ = train_step(tiny_network(num_layers=3), (2, 3))
+    assert outputs.decoder.logits.shape == (3, 2, 12, 3)
+    assert outputs.decoder.boxes.shape == (3, 2, 12, 4)
+    assert outputs.proposals.logits.shape == (1, 2, 12, 3)
+    # 6 // 3 groups of 3 positives and 3 negatives.
+    assert outputs.denoising.num_groups == 2
+    assert outputs.denoising.predictions.boxes.shape == (3, 2, 12, 4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("counts", [(2, 3), (0, 0)])
+def test_denoising_does_not_disturb_detection(counts):
+    model = tiny_network().eval()
+    images, padding = random_batch(2)
+    with_noise, without = model(images, padding, random_targets(*counts)), model(images, padding)
+    assert without.denoising is None
+    for trained, plain in ((with_noise.decoder, without.decoder), (with_noise.proposals, without.proposals)):
+        torch.testing.assert_close(trained.logits, plain.logits)
+        torch.testing.assert_close(trained.boxes, plain.boxes)
+
+
+@torch.no_grad()
+def test_images_do_not_disturb_each_other():
+    model = tiny_network().eval()
+    images, padding = random_batch(3)
+    together = model(images, padding).decoder.boxes
+    alone = model(images[1:2], padding[1:2]).decoder.boxes
+    torch.testing.assert_close(together[:, 1:2], alone)
+
+
+@torch.no_grad()
+def test_an_image_of_fewer_tokens_than_queries():
+    """32 x 24 pixels make 4*3 + 2*2 + 1 + 1 tokens."""
+    model = tiny_network(num_queries=50)
+    targets = random_targets(20)
+    outputs = model(torch.randn(1, 3, 32, 24), torch.zeros(1, 32, 24, dtype=torch.bool), targets)
+    assert outputs.decoder.boxes.shape == (2, 1, 18, 4)
+    assert all(loss.isfinite() for loss in default_criterion()(outputs, targets).values())
+
+
+def test_one_class():
+    _, losses = train_step(tiny_network(num_classes=1), (2, 1), num_classes=1)
+    assert all(loss.isfinite() for loss in losses.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    """Boxes and losses stay in float32, and the loss stays near that of full precision."""
+    model = tiny_network()
+    images, padding = random_batch(2)
+    targets, criterion = random_targets(2, 3), default_criterion()
+    totals = []
+    for enabled in (False, True):
+        torch.manual_seed(1)  # the same denoising queries
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            outputs = model(images, padding, targets)
+            losses = criterion(outputs, targets)
+        assert outputs.decoder.boxes.dtype == outputs.proposals.boxes.dtype == torch.float32
+        assert all(loss.dtype == torch.float32 for loss in losses.values())
+        totals.append(sum(losses.values()))
+    assert totals[1].item() == pytest.approx(totals[0].item(), rel=0.02)
+    totals[1].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@torch.no_grad()
+def test_a_model_in_bfloat16_detects():
+    model = tiny_network(num_queries=85).eval()  # all tokens, so that rounding can't change the selection
+    images, padding = random_batch(2)
+    full = model(images, padding).proposals
+    half = model.bfloat16()(images.bfloat16(), padding)
+    assert half.decoder.boxes.dtype == torch.float32
+    assert half.decoder.logits.isfinite().all()
+    # Rounding changes their order, so compare what was selected as a set.
+    torch.testing.assert_close(
+        half.proposals.logits.float().flatten(2).sort().values, full.logits.flatten(2).sort().values, rtol=0, atol=0.1
+    )
+    torch.testing.assert_close(half.proposals.boxes.sort(2).values, full.boxes.sort(2).values, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_padding_of_tokens():
+    """A token is padding where the nearest pixel is; the valid sizes count whole columns and rows."""
+    model = tiny_network()
+    images, padding = random_batch(2)
+    tokens = model.tokenize(model.neck(images), padding)
+    assert tokens.shapes == [(8, 8), (4, 4), (2, 2), (1, 1)]
+    assert tokens.valid_sizes[0].tolist() == [[8, 8], [4, 4], [2, 2], [1, 1]]
+    assert tokens.valid_sizes[1].tolist() == [[6, 6], [3, 3], [2, 2], [1, 1]]
+    finest = tokens.padding[1, :64].view(8, 8)
+    assert not finest[:6, :6].any()
+    assert finest[6:].all()
+    assert finest[:, 6:].all()
+
+
+def resnet50_network(num_classes, in_features, num_levels):
+    return DINO(
+        neck=ChannelMapper(
+            backbone=TorchvisionBackbone("resnet50", out_features=in_features),
+            in_features=in_features,
+            num_levels=num_levels,
+        ),
+        position_encoding=SinePositionEncoding(256),
+        encoder=Encoder(num_levels=num_levels),
+        query_selection=QuerySelection(num_queries=900, num_classes=num_classes),
+        denoising=ContrastiveDenoising(num_classes=num_classes, embed_dim=256),
+        decoder=Decoder(num_classes=num_classes, num_levels=num_levels),
+    )
+
+
+def count_parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_published_parameter_counts():
+    """The official table of label embeddings has one more row, which nothing reads."""
+    finest = ["res2", "res3", "res4", "res5"]
+    with torch.device("meta"):  # shapes without memory
+        assert count_parameters(resnet50_network(80, finest[1:], 4)) == 47_650_316
+        shared = resnet50_network(91, finest[1:], 4)
+        share_heads(shared.decoder)
+        assert count_parameters(shared) == 46_893_182 - 256
+        shared = resnet50_network(91, finest, 5)
+        share_heads(shared.decoder)
+        assert count_parameters(shared) == 47_255_806 - 256

@@ -1,0 +1,234 @@
+import math
+
+import pytest
+import torch
+
+from dino.layers import Queries, Tokens
+from dino.modeling import Decoder, Encoder, QuerySelection, share_heads
+from dino.modeling.transformer import MLP, token_centers
+
+SHAPES = [(4, 6), (2, 3)]
+TOKENS = sum(h * w for h, w in SHAPES)
+SIZES = {"embed_dim": 16, "num_heads": 2, "num_levels": 2, "num_points": 2, "hidden_dim": 8}
+
+
+def random_tokens(images=2, padded_columns=0, embed_dim=16):
+    """The finer level of all images is padded by some columns, the coarser one is not."""
+    padding = torch.zeros(images, 4, 6, dtype=torch.bool)
+    padding[:, :, 6 - padded_columns :] = True
+    return Tokens(
+        features=torch.randn(images, TOKENS, embed_dim),
+        position=torch.randn(images, TOKENS, embed_dim),
+        padding=torch.cat([padding.flatten(1), torch.zeros(images, 6, dtype=torch.bool)], 1),
+        shapes=SHAPES,
+        valid_sizes=torch.tensor([[[6.0 - padded_columns, 4.0], [3.0, 2.0]]]).expand(images, -1, -1),
+    )
+
+
+def random_queries(images=2, count=5, embed_dim=16):
+    return Queries(torch.randn(images, count, embed_dim), torch.randn(images, count, 4))
+
+
+def moving_decoder(num_layers):
+    """A decoder whose box heads move the boxes: fresh ones return zeros."""
+    decoder = Decoder(num_classes=3, num_layers=num_layers, **SIZES)
+    for head in decoder.box_heads:
+        torch.nn.init.normal_(head[-1].weight, std=0.1)
+    return decoder
+
+
+def test_centers_published_example():
+    """Levels of 4 x 6 and 2 x 3 cells, the last column of the first one padded."""
+    tokens = random_tokens(padded_columns=1)
+    reference = token_centers(tokens)[0, 0] * tokens.valid_ratios[0]
+    torch.testing.assert_close(reference, torch.tensor([[0.083333, 0.125], [0.1, 0.125]]), rtol=0, atol=1e-6)
+
+
+def test_encoder_changes_features_only():
+    tokens = random_tokens(padded_columns=1)
+    memory = Encoder(num_layers=2, **SIZES)(tokens)
+    assert memory.features.shape == tokens.features.shape
+    assert not torch.equal(memory.features, tokens.features)
+    assert memory[1:] == tokens[1:]
+
+
+def test_anchors_published_example():
+    selection = QuerySelection(num_queries=1, num_classes=1, embed_dim=16)
+    anchors, usable = selection.anchors(random_tokens(padded_columns=1))
+    boxes = anchors.sigmoid()
+    torch.testing.assert_close(boxes[0, 0], torch.tensor([0.1, 0.125, 0.05, 0.05]))
+    torch.testing.assert_close(boxes[0, 24], torch.tensor([1 / 6, 0.25, 0.1, 0.1]))
+    padded = random_tokens(padded_columns=1).padding
+    assert torch.equal(usable, ~padded)
+    assert (anchors[padded] == math.inf).all()
+
+
+def test_anchors_must_lie_inside():
+    """The finest cells of a wide image are less than 0.01 from its border."""
+    tokens = random_tokens(1)._replace(
+        features=torch.zeros(1, 60, 16),
+        padding=torch.zeros(1, 60, dtype=torch.bool),
+        shapes=[(1, 60)],
+        valid_sizes=torch.tensor([[[60.0, 1.0]]]),
+    )
+    _, usable = QuerySelection(num_queries=1, num_classes=1, embed_dim=16).anchors(tokens)
+    assert usable[0].nonzero().flatten().tolist() == list(range(1, 59))
+
+
+def test_selection_takes_the_best_over_all_classes():
+    selection = QuerySelection(num_queries=3, num_classes=2, embed_dim=16)
+    logits = torch.zeros(1, 5, 2)
+    logits[0, :, 0] = torch.tensor([0.1, 0.5, -1, -1, -1])
+    logits[0, :, 1] = torch.tensor([-1, -1, -1, 0.3, 0.7])
+    everything, nothing = torch.ones(1, 5, dtype=torch.bool), torch.zeros(1, 5, dtype=torch.bool)
+    assert selection.select(logits, everything, nothing).tolist() == [[4, 1, 3]]
+
+
+def test_selection_takes_padding_last():
+    """First the usable tokens, then those without an anchor, then padding; whatever their logits."""
+    selection = QuerySelection(num_queries=6, num_classes=1, embed_dim=16)
+    logits = torch.tensor([[9.0, 8, 7, -60, -50, 6]])[..., None]
+    padding = torch.tensor([[True, False, False, False, False, True]])
+    usable = torch.tensor([[False, False, False, True, True, False]])
+    chosen = selection.select(logits, usable, padding)[0].tolist()
+    assert chosen[:2] == [4, 3]
+    assert set(chosen[2:4]) == {1, 2}
+    assert set(chosen[4:]) == {0, 5}
+
+
+@torch.no_grad()
+def test_padded_tokens_are_not_selected_before_real_ones():
+    """Padding is made to carry the highest logits."""
+    tokens = random_tokens(padded_columns=3)
+    selection = QuerySelection(num_queries=TOKENS - 12, num_classes=3, embed_dim=16)
+    selection.class_head.bias.zero_()
+    _, usable = selection.anchors(tokens)
+    features = torch.full_like(tokens.features, -1)
+    features[tokens.padding] = 100.0
+    queries, _ = selection(tokens._replace(features=features))
+    assert queries.box_logits.isfinite().all(), "an unusable token has an infinite anchor"
+    # One query more than real tokens: only this one is padding, and its box is the whole corner.
+    selection = QuerySelection(num_queries=TOKENS - 11, num_classes=3, embed_dim=16)
+    queries, _ = selection(tokens._replace(features=features))
+    assert usable.sum(1).tolist() == [TOKENS - 12] * 2
+    assert queries.box_logits[:, :-1].isfinite().all()
+    assert (queries.box_logits[:, -1] == math.inf).all()
+
+
+def test_fewer_tokens_than_queries():
+    selection = QuerySelection(num_queries=100, num_classes=3, embed_dim=16)
+    queries, proposals = selection(random_tokens())
+    assert queries.content.shape == (2, TOKENS, 16)
+    assert proposals.logits.shape == (1, 2, TOKENS, 3)
+    assert torch.equal(queries.content[0], selection.content.weight[:TOKENS])
+
+
+def test_selection_separates_gradients():
+    """The decoder's boxes carry none; the encoder's own predictions do; contents are the same for all images."""
+    selection, tokens = QuerySelection(num_queries=4, num_classes=3, embed_dim=16), random_tokens(padded_columns=2)
+    tokens.features.requires_grad_()
+    queries, proposals = selection(tokens)
+    assert not queries.box_logits.requires_grad
+    assert torch.equal(queries.content[0], queries.content[1])
+    torch.testing.assert_close(queries.box_logits.sigmoid(), proposals.boxes[0])
+    (proposals.boxes.sum() + proposals.logits.sum()).backward()
+    assert tokens.features.grad.isfinite().all()
+    assert not tokens.features.grad[tokens.padding].any()
+    assert selection.box_head[-1].weight.grad.any()
+
+
+def test_gradients_at_padding_are_finite():
+    """More queries than usable tokens, so infinite anchors are selected."""
+    selection, tokens = QuerySelection(num_queries=TOKENS, num_classes=3, embed_dim=16), random_tokens(padded_columns=3)
+    _, proposals = selection(tokens)
+    (proposals.boxes.sum() + proposals.logits.sum()).backward()
+    assert proposals.boxes.isfinite().all()
+    assert all(p.grad.isfinite().all() for name, p in selection.named_parameters() if name != "content.weight")
+
+
+def test_decoder_looks_forward_twice():
+    """The boxes of layer i train the box heads of layers i and i-1, and no others."""
+    decoder = moving_decoder(4)
+    boxes = decoder(random_queries(), random_tokens()).boxes
+    weights = [head[-1].weight for head in decoder.box_heads]
+    for i in range(4):
+        gradients = torch.autograd.grad(boxes[i].sum(), weights, retain_graph=True, allow_unused=True)
+        reached = [j for j, gradient in enumerate(gradients) if gradient is not None and gradient.any()]
+        assert reached == [j for j in (i - 1, i) if j >= 0]
+
+
+def test_decoder_reads_boxes_without_gradient():
+    """Logits do not train any box head, though attention follows the boxes."""
+    decoder = moving_decoder(3)
+    logits = decoder(random_queries(), random_tokens()).logits
+    weights = [head[-1].weight for head in decoder.box_heads]
+    assert torch.autograd.grad(logits.sum(), weights, allow_unused=True) == (None, None, None)
+
+
+@torch.no_grad()
+def test_decoder_follows_its_boxes():
+    """With a first step to the other side of the image, the second layer answers differently."""
+    decoder = moving_decoder(2)
+    queries, tokens = random_queries(), random_tokens()
+    before = decoder(queries, tokens).logits
+    decoder.box_heads[0][-1].bias.copy_(torch.tensor([3.0, -3.0, 0.0, 0.0]))
+    after = decoder(queries, tokens).logits
+    torch.testing.assert_close(after[0], before[0])
+    assert not torch.allclose(after[1], before[1])
+
+
+@torch.no_grad()
+def test_decoder_mask():
+    """A blocked query does not change the others."""
+    decoder, tokens = moving_decoder(2), random_tokens()
+    queries = random_queries()._replace(blocked=torch.zeros(5, 5, dtype=torch.bool))
+    queries.blocked[1:, 0] = True
+    changed = queries._replace(content=queries.content.clone())
+    changed.content[:, 0] = 9
+    for before, after in zip(decoder(queries, tokens), decoder(changed, tokens), strict=True):
+        torch.testing.assert_close(after[:, :, 1:], before[:, :, 1:])
+        assert not torch.allclose(after[:, :, 0], before[:, :, 0])
+
+
+def test_decoder_starts_at_the_given_boxes():
+    """Fresh box heads move nothing, and every class starts at 1 %."""
+    queries = random_queries()
+    predictions = Decoder(num_classes=3, num_layers=3, **SIZES)(queries, random_tokens())
+    torch.testing.assert_close(predictions.boxes, queries.box_logits.sigmoid().expand(3, -1, -1, -1))
+    decoder = Decoder(num_classes=3, num_layers=1, **SIZES)
+    torch.testing.assert_close(decoder.class_heads[0].bias, torch.full((3,), -4.59512), rtol=0, atol=1e-5)
+
+
+def test_share_heads():
+    decoder = Decoder(num_classes=3, num_layers=3, **SIZES)
+    separate = sum(p.numel() for p in decoder.parameters())
+    heads = sum(p.numel() for p in (*decoder.class_heads[0].parameters(), *decoder.box_heads[0].parameters()))
+    assert share_heads(decoder) is decoder
+    assert sum(p.numel() for p in decoder.parameters()) == separate - 2 * heads
+    assert decoder.box_heads[2] is decoder.box_heads[0]
+    assert "box_heads.2.0.weight" in decoder.state_dict()
+
+
+def test_published_initial_values():
+    """Xavier bounds of the published width."""
+    selection = QuerySelection(num_queries=900, num_classes=2)
+    assert selection.content.weight.abs().max().item() == pytest.approx(0.07204, abs=1e-4)
+    decoder = Decoder(num_classes=2, num_layers=1, hidden_dim=64)
+    attention = decoder.layers[0].self_attention
+    # One (768, 256) matrix: sqrt(6 / 1024).
+    assert attention.in_proj_weight.abs().max().item() == pytest.approx(0.07655, abs=1e-4)
+    assert attention.out_proj.weight.abs().max().item() == pytest.approx((6 / 512) ** 0.5, abs=1e-4)
+    assert not attention.in_proj_bias.any()
+    assert not attention.out_proj.bias.any()
+    assert decoder.position[0].weight.abs().max().item() == pytest.approx((6 / 768) ** 0.5, abs=1e-4)
+    assert selection.project[0].weight.abs().max().item() == pytest.approx((6 / 512) ** 0.5, abs=1e-4)
+    # Heads keep torch's default, within 1 / sqrt(256), except for the last layer of the box heads.
+    assert selection.class_head.weight.abs().max().item() == pytest.approx(1 / 16, abs=2e-3)
+    assert decoder.box_heads[0][0].weight.abs().max().item() == pytest.approx(1 / 16, abs=1e-4)
+    assert not any(p.any() for head in (selection.box_head, decoder.box_heads[0]) for p in head[-1].parameters())
+
+
+def test_mlp():
+    mlp = MLP(2, 3, 4)
+    assert [type(layer).__name__ for layer in mlp] == ["Linear", "ReLU", "Linear"]
+    assert mlp(torch.randn(5, 2)).shape == (5, 4)

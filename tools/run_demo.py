@@ -1,0 +1,166 @@
+"""The demonstration: data, training, evaluation and a picture, from nothing, on a CPU or a GPU.
+
+    make demo          (or, in an environment that is set up: python tools/run_demo.py)
+
+With Detectron2 it runs tools/lazyconfig_train_net.py, without it tools/plain_train.py: same network, data and metrics.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "torchvision", "detectron2", "numpy", "pycocotools")
+COLOURS = ("#e4003a", "#00a2ff", "#ffd400")  # of the classes, on both sides of the picture
+
+
+def move_aside(folder):
+    """Give an earlier result the next free number instead of overwriting it."""
+    if folder.exists():
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+            number += 1
+        folder.rename(aside)
+        print(f"the earlier {folder} is now {aside}")
+
+
+def train_with_detectron2(folder, data):
+    """-> AP and AP50 in [0, 1], seconds of training, results file."""
+    run = folder / "run"
+    start = time.perf_counter()
+    call(
+        "lazyconfig_train_net.py",
+        "--config-file",
+        "projects/dino/configs/dino_r18_shapes.py",
+        *data,
+        f"train.output_dir={run}",
+    )
+    metrics = [json.loads(line) for line in (run / "metrics.json").read_text().splitlines()]
+    scores = next(m for m in reversed(metrics) if "bbox/AP" in m)
+    seconds = (
+        sum(m["time"] for m in metrics if "time" in m) / sum("time" in m for m in metrics) * (scores["iteration"] + 1)
+    )
+    print(f"whole run: {time.perf_counter() - start:.0f} s")
+    return scores["bbox/AP"] / 100, scores["bbox/AP50"] / 100, seconds, run / "inference/coco_instances_results.json"
+
+
+def train_plain(folder, data):
+    """-> as `train_with_detectron2`."""
+    run = folder / "run"
+    size = ["--size", "160", "--layers", "3", "--queries", "50", "--epochs", "10", "--lr", "4e-4"]
+    call("plain_train.py", *data, *size, "--output", run)
+    metrics = json.loads((run / "metrics.json").read_text())
+    return metrics["AP"], metrics["AP50"], metrics["training_seconds"], run / "results.json"
+
+
+def call(program, *arguments):
+    """Run one of the tools and stop with its exit code if it fails."""
+    command = [sys.executable, f"tools/{program}", *map(str, arguments)]
+    print("$ " + " ".join(command), flush=True)
+    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    if code:
+        sys.exit(code)
+
+
+def draw_boxes(image, boxes, names):
+    """A copy of the image, three times as large, with (label, box xywh, score or None) drawn."""
+    canvas = image.resize((image.width * 3, image.height * 3))
+    draw = ImageDraw.Draw(canvas)
+    for label, (x, y, w, h), score in boxes:
+        draw.rectangle([3 * x, 3 * y, 3 * (x + w), 3 * (y + h)], outline=COLOURS[label], width=3)
+        text = names[label] if score is None else f"{names[label]} {score:.2f}"
+        place = (3 * x + 4, max(3 * y - 12, 0))
+        draw.rectangle(draw.textbbox(place, text), fill="black")
+        draw.text(place, text, fill=COLOURS[label])
+    return canvas
+
+
+def draw_pairs(val, folder, results, target, count=4, threshold=0.4):
+    """Predictions on the left, truth on the right, for the first validation images with 5 objects or more."""
+    truth = json.loads(val.read_text())
+    found = json.loads(results.read_text())
+    ids = [c["id"] for c in truth["categories"]]
+    names = [c["name"] for c in truth["categories"]]
+    objects = {image["id"]: [] for image in truth["images"]}
+    for a in truth["annotations"]:
+        objects[a["image_id"]].append((ids.index(a["category_id"]), a["bbox"], None))
+    predictions = {image["id"]: [] for image in truth["images"]}
+    for r in found:
+        if r["score"] >= threshold:
+            predictions[r["image_id"]].append((ids.index(r["category_id"]), r["bbox"], r["score"]))
+    chosen = [image for image in truth["images"] if len(objects[image["id"]]) >= 5][:count]
+    rows = []
+    for entry in chosen:
+        image = Image.open(folder / entry["file_name"]).convert("RGB")
+        rows.append([draw_boxes(image, side[entry["id"]], names) for side in (predictions, objects)])
+    width, height = rows[0][0].size
+    sheet = Image.new("RGB", (2 * width + 10, len(rows) * (height + 10) + 20), "white")
+    ImageDraw.Draw(sheet).text((8, 4), "predicted" + " " * 90 + "true", fill="black")
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            sheet.paste(picture, (x * (width + 10), y * (height + 10) + 20))
+    sheet.save(target)
+
+
+def versions():
+    """Versions of the packages that matter, None where one is missing."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "output/demo")
+    args = parser.parse_args(argv)
+    folder = args.output.resolve()
+    move_aside(folder)
+    folder.mkdir(parents=True)
+    shapes = folder / "shapes"
+    call("make_shapes.py", shapes)
+    data = []
+    for split in ("train", "val"):
+        data += [f"--{split}-json", shapes / f"{split}.json", f"--{split}-images", shapes / split]
+    road = "detectron2" if importlib.util.find_spec("detectron2") else "plain"
+    ap, ap50, seconds, results = (train_with_detectron2 if road == "detectron2" else train_plain)(folder, data)
+    draw_pairs(shapes / "val.json", shapes / "val", results, folder / "predictions.png")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "gpu": gpu}
+    summary = {"AP": round(ap, 4), "AP50": round(ap50, 4), "training_seconds": round(seconds), "road": road}
+    content = {**summary, "machine": machine, "versions": versions()}
+    (folder / "result.json").write_text(json.dumps(content, indent=1) + "\n")
+    print(f"\nAP {ap:.3f}, AP50 {ap50:.3f} after {seconds:.0f} s of training ({road}). Everything lies in {folder}:")
+    for name, what in [
+        ("predictions.png", "predicted and true boxes side by side"),
+        ("result.json", "the figures above, machine and versions"),
+        ("run", "checkpoint, metrics, log, all predictions in COCO's format"),
+        ("shapes", "the data"),
+    ]:
+        print(f"  {name:<16} {what}")
+
+
+def cpu_name():
+    """What Linux calls the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+if __name__ == "__main__":
+    main()
