@@ -17,7 +17,8 @@ from pycocotools.cocoeval import COCOeval
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from .images import DataError, read_image, resolve_inside
+from .files import DataError, resolve_inside
+from .images import read_image
 from .layers.postprocess import Detections
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six of COCO's twelve
@@ -31,7 +32,7 @@ def read_annotations(path: str | Path, folder: str | Path) -> dict[str, Any]:
 
     Raises:
         DataError: the file or the folder is missing; the JSON is broken or lacks a list; an id occurs twice or refers
-            to nothing; a file name leaves the folder; a box is not four numbers.
+            to nothing; a category has no name; a file name leaves the folder; a box is not four numbers.
     """
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -56,6 +57,9 @@ def check_annotations(data: Any, folder: str | Path) -> None:
     categories = unique_ids(data["categories"], "category")
     if not categories:
         raise DataError("there are no categories")
+    for category in data["categories"]:
+        if not isinstance(category.get("name"), str):
+            raise DataError(f"category {category['id']} has no name")
     images = unique_ids(data["images"], "image")
     unique_ids(data["annotations"], "annotation")
     for image in data["images"]:
@@ -70,11 +74,11 @@ def check_annotations(data: Any, folder: str | Path) -> None:
 
 def check_annotation(annotation: dict, images: dict[int, dict], categories: dict[int, dict]) -> None:
     """Raise a DataError if one annotation refers to nothing or has no box. (Boxes without area are dropped later.)"""
-    image = images.get(annotation.get("image_id"))
+    image = find(images, annotation.get("image_id"))
     if image is None:
         raise DataError(f"annotation {annotation['id']}: no image has the id {annotation.get('image_id')!r}")
     where = f"annotation {annotation['id']} of image {image.get('file_name')}"
-    if annotation.get("category_id") not in categories:
+    if find(categories, annotation.get("category_id")) is None:
         raise DataError(
             f"{where}: no category has the id {annotation.get('category_id')!r}; known: {sorted(categories)}"
         )
@@ -95,6 +99,11 @@ def unique_ids(entries: list, kind: str) -> dict[int, dict]:
             raise DataError(f"the {kind} id {number} occurs twice. Number them uniquely over the whole file")
         by_id[number] = entry
     return by_id
+
+
+def find(entries: dict[int, dict], number: Any) -> dict | None:
+    """The entry of this id; None also for what can be no id, such as a list."""
+    return entries.get(number) if type(number) is int else None
 
 
 def usable_box(box: list[float], width: int, height: int) -> list[float] | None:
@@ -125,7 +134,7 @@ class CocoImages(Dataset):
         self.images = data["images"]
         categories = sorted(data["categories"], key=lambda c: c["id"])
         self.category_ids = [c["id"] for c in categories]  # label -> id in the file
-        self.names = [str(c.get("name", c["id"])) for c in categories]
+        self.names = [c["name"] for c in categories]
         labels = {number: label for label, number in enumerate(self.category_ids)}
         sizes = {image["id"]: (image["width"], image["height"]) for image in self.images}
         self.objects: dict[int, list] = {number: [] for number in sizes}

@@ -2,35 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from .files import DataError
+
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-
-
-class DataError(ValueError):
-    """Something is wrong with a file that a person gave; the message names it and says what to do."""
-
-
-def message_of(error: BaseException) -> str:
-    """What to tell a person: the text of an error, without the traceback that a data loader's worker puts around it."""
-    text = str(error)
-    return text.rstrip().rpartition(f"{type(error).__name__}: ")[2] if "Original Traceback" in text else text
-
-
-def resolve_inside(folder: str | Path, file_name: str) -> Path:
-    """`folder / file_name`, if that lies inside the folder.
-
-    Raises:
-        DataError: the name is absolute, empty, or climbs out of the folder.
-    """
-    pure = PurePosixPath(file_name)
-    climbs = ".." in pure.parts or ".." in PureWindowsPath(file_name).parts
-    if not file_name or pure.is_absolute() or PureWindowsPath(file_name).is_absolute() or climbs:
-        raise DataError(f"file_name {file_name!r} leaves the image folder {folder}: write it relative to that folder")
-    return Path(folder) / pure
 
 
 def read_image(path: str | Path) -> np.ndarray:

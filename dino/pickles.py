@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import collections
 import pickle
 from pathlib import Path
@@ -9,16 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from .images import DataError
+from .files import DataError
 
 ALLOWED = {
+    ("_codecs", "encode"): codecs.encode,  # bytes in protocols before 3
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("numpy", "dtype"): np.dtype,
     ("numpy", "ndarray"): np.ndarray,
     **{
-        (f"numpy.{core}.multiarray", name): getattr(np._core.multiarray, name)
+        (f"numpy.{core}.{module}", name): getattr(getattr(np._core, module), name)
         for core in ("core", "_core")
-        for name in ("_reconstruct", "scalar")
+        for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))
     },
 }
 

@@ -1,7 +1,6 @@
 """Draw a model's detections on pictures with Detectron2's Visualizer."""
 
 import argparse
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -18,7 +17,8 @@ from tqdm import tqdm  # noqa: E402
 
 from dino.d2 import recipe  # noqa: E402
 from dino.d2.checkpoint import Checkpointer, read_names  # noqa: E402
-from dino.images import IMAGE_SUFFIXES, DataError, message_of, read_image  # noqa: E402
+from dino.files import DataError, message_of, write_whole  # noqa: E402
+from dino.images import IMAGE_SUFFIXES, read_image  # noqa: E402
 
 EXAMPLE = """
 example:
@@ -92,9 +92,8 @@ def main(argv=None):
     model, mapper, names = load_model(args)
     args.output.mkdir(parents=True, exist_ok=True)
     for path, target in zip(tqdm(files, desc="draw", disable=None), targets, strict=True):
-        part = target.with_name(target.name + ".part")
-        Image.fromarray(draw(model, mapper, names, path, args.threshold)).save(part, format="PNG")
-        os.replace(part, target)
+        picture = Image.fromarray(draw(model, mapper, names, path, args.threshold))
+        write_whole(target, lambda part, picture=picture: picture.save(part, format="PNG"))
     print(f"{len(files)} pictures written to {args.output}")
 
 

@@ -9,7 +9,7 @@ for message in (".*torch.jit.*is deprecated.*", ".*pkg_resources is deprecated.*
 from detectron2.engine import default_setup, launch  # noqa: E402
 
 from dino.d2 import engine, recipe  # noqa: E402
-from dino.images import DataError, message_of  # noqa: E402
+from dino.files import DataError, message_of  # noqa: E402
 
 EXAMPLES = """
 examples:
@@ -29,7 +29,7 @@ A recipe is a Python program: run only recipes that you trust.
 def main(args) -> None:
     """One process: train, or with --eval-only evaluate."""
     cfg = recipe.load_recipe(args)
-    recipe.check_output(cfg, args)
+    recipe.choose_output(cfg, args)
     default_setup(cfg, args)
     if args.eval_only:
         engine.evaluate_checkpoint(cfg)

@@ -11,7 +11,6 @@ The recipes of `configs/` belong to `tools/lazyconfig_train_net.py`; here argume
 import argparse
 import json
 import math
-import os
 import random
 import sys
 import time
@@ -23,8 +22,8 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from dino.coco import CocoImages, evaluate, to_results
-from dino.images import DataError, message_of
-from dino.layers import HungarianMatcher, SetCriterion, Target, detections, xyxy_to_cxcywh
+from dino.files import DataError, message_of, write_whole
+from dino.layers import HungarianMatcher, NonFiniteCostError, SetCriterion, Target, detections, xyxy_to_cxcywh
 from dino.modeling import TorchvisionBackbone, build_dino
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
@@ -113,7 +112,10 @@ def train(model, data, args):
         targets = [Target(t.labels.to(args.device), t.boxes.to(args.device)) for t in targets]
         with autocast(args):
             outputs = model(images.to(args.device), padding.to(args.device), targets)
-        loss = sum(criterion(outputs, targets).values())
+        try:
+            loss = sum(criterion(outputs, targets).values())
+        except NonFiniteCostError:  # it knows the image by its place in the batch only
+            loss = torch.tensor(math.nan)
         if not torch.isfinite(loss):
             names = [entry["file_name"] for entry in entries]
             raise FloatingPointError(f"the loss is {loss.item()} at step {step}, images {names}. Lower --lr")
@@ -122,8 +124,8 @@ def train(model, data, args):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
         drop.step()
-        if step % 20 == 0:
-            progress.set_postfix(loss=f"{loss.item():.2f}")
+        if step % 50 == 0 or step == steps - 1:
+            tqdm.write(f"step {step + 1}/{steps}  loss {loss.item():.2f}")
 
 
 def build(args, num_classes):
@@ -152,13 +154,6 @@ def load(model, path, names):
         raise DataError(f"{path} was trained for the classes {checkpoint.get('names')}, the data has {names}")
 
 
-def write(path, save):
-    """Let `save` write a file under another name first, so that `path` is whole or not there."""
-    part = path.with_name(path.name + ".part")
-    save(part)
-    os.replace(part, path)
-
-
 def main(argv=None):
     args = parse_arguments(argv)
     random.seed(args.seed)
@@ -184,13 +179,13 @@ def main(argv=None):
         start = time.perf_counter()
         train(model, data, args)
         seconds = time.perf_counter() - start
-        write(
+        write_whole(
             args.output / "model.pth", lambda part: torch.save({"model": model.state_dict(), "names": val.names}, part)
         )
     results = predict(model, val, args)
     metrics = {**evaluate(val.truth, results, val.names), "training_seconds": round(seconds, 1)}
     for name, content in (("results.json", results), ("metrics.json", metrics)):
-        write(args.output / name, lambda part, content=content: part.write_text(json.dumps(content)))
+        write_whole(args.output / name, lambda part, content=content: part.write_text(json.dumps(content)))
     print("\n".join(f"{name:>18} {value:.3f}" for name, value in metrics.items()), f"\nwritten to {args.output}")
 
 

@@ -1,9 +1,10 @@
-"""How to run. Where a number of iterations is None, it follows from the epochs and the length of the data."""
+"""How to run. A number of iterations that is None follows from the epochs and the length of the data."""
 
 train = dict(
     output_dir="./output",
     init_checkpoint="",
     epochs=12,
+    eval_epochs=1,  # between evaluations, and between checkpoints
     max_iter=None,
     clip_norm=0.1,
     amp=dict(enabled=False, dtype="bfloat16"),  # or float16

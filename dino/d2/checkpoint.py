@@ -8,7 +8,7 @@ import os
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
-from dino.images import DataError
+from dino.files import DataError, write_whole
 from dino.pickles import read_pickle
 
 logger = logging.getLogger("detectron2.dino")
@@ -27,31 +27,33 @@ class Checkpointer(DetectionCheckpointer):
         self.problems: list[str] = []  # tensors that the last loaded file lacked or held in another shape
 
     def save(self, name: str, **kwargs) -> None:
-        """Write `name`.pth under another name first, then rename it."""
+        """Write `name`.pth whole or not at all."""
         if not self.save_dir or not self.save_to_disk:
             return
         path = os.path.join(self.save_dir, f"{name}.pth")
         parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
-        with open(path + ".part", "wb") as file:
-            torch.save({"model": self.model.state_dict(), **parts, "names": self.names, **kwargs}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path + ".part", path)
+        content = {"model": self.model.state_dict(), **parts, "names": self.names, **kwargs}
+        write_whole(path, lambda part: torch.save(content, part))
         self.tag_last_checkpoint(f"{name}.pth")
 
     def load(self, path: str, *args, **kwargs) -> dict:
         """Load a file.
 
         Raises:
-            DataError: it is missing, broken, or holds more than plain data.
+            DataError: it is missing, broken, of another model, or holds more than plain data.
         """
         if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
             raise DataError(f"weights not found: {path}")
         try:
             extra = super().load(path, *args, **kwargs)
-        except (OSError, RuntimeError, KeyError, EOFError, ValueError, AttributeError, TypeError) as error:
-            self._parsed_url_during_load = None
+        except DataError:
+            raise
+        except Exception as error:  # a broken or foreign file can raise anything
             raise DataError(f"can't use the checkpoint {path}: {str(error)[:500]}") from error
+        finally:
+            self._parsed_url_during_load = None  # where loading failed, Detectron2 leaves it set and refuses to go on
+        if self.problems and len(self.problems) == len(self.model.state_dict()):
+            raise DataError(f"can't use the checkpoint {path}: none of its tensors fits the model")
         if extra.get("names", self.names) != self.names:
             logger.warning(f"{path} was trained for the classes {extra['names']}, the data has {self.names}")
         return extra
@@ -80,8 +82,8 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: dict):
         incompatible = super()._load_model(checkpoint)
-        shapes = [f"{key} {theirs} instead of {ours}" for key, theirs, ours in incompatible.incorrect_shapes]
-        self.problems = [*incompatible.missing_keys, *shapes]
+        shapes = {key: f"{key} {theirs} instead of {ours}" for key, theirs, ours in incompatible.incorrect_shapes}
+        self.problems = [shapes.get(key, key) for key in incompatible.missing_keys]  # both kinds are missing
         return incompatible
 
 

@@ -18,7 +18,8 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
 from dino.coco import read_annotations, usable_box
-from dino.images import DataError, read_image
+from dino.files import DataError
+from dino.images import read_image
 
 logger = logging.getLogger(__name__)
 

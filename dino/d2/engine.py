@@ -17,7 +17,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, JSONWriter, TensorboardXWriter, get_event_storage
 from omegaconf import DictConfig, OmegaConf
 
-from dino.images import DataError
+from dino.files import DataError
 
 from .checkpoint import Checkpointer
 from .data import dataset

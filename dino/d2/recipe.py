@@ -10,11 +10,11 @@ import os
 from pathlib import Path
 
 import torch
-from detectron2.config import LazyCall, LazyConfig
+from detectron2.config import LazyCall, LazyConfig, instantiate
 from detectron2.engine import default_argument_parser
 from omegaconf import DictConfig, OmegaConf
 
-from dino.images import DataError
+from dino.files import DataError, free_name
 
 from .data import class_names, dataset
 
@@ -49,6 +49,8 @@ def load_recipe(args: argparse.Namespace) -> DictConfig:
     if not torch.cuda.is_available() and str(cfg.train.device).startswith("cuda"):
         cfg.train.device = "cpu"
     use_classes(cfg, any(o.split("=")[0] == NUM_CLASSES for o in args.opts), args.eval_only)
+    if not args.eval_only:
+        check_schedule(cfg)
     return cfg
 
 
@@ -57,6 +59,17 @@ def check_recipe(cfg: DictConfig, path: str) -> None:
     missing = [key for key in ("model", "dataloader", "optimizer", "lr_multiplier", "train") if key not in cfg]
     if missing:
         raise DataError(f"{path} is no recipe: it does not define {', '.join(missing)}")
+
+
+def check_schedule(cfg: DictConfig) -> None:
+    """Raise a DataError where the schedule does not fit the epochs, as after an override of the epochs alone."""
+    try:
+        instantiate(cfg.lr_multiplier)
+    except ValueError as error:
+        raise DataError(
+            f"lr_multiplier does not fit train.epochs={cfg.train.epochs}: {error}. Override "
+            "lr_multiplier.milestones too"
+        ) from error
 
 
 def check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
@@ -127,6 +140,8 @@ def use_classes(cfg: DictConfig, stated: bool, eval_only: bool) -> None:
 
 def names_of(node: DictConfig) -> list[str]:
     """Class names of the data set that a recipe's `L(dataset)(…)` describes."""
+    if "name" not in node:
+        raise DataError("the recipe's data sets must be written as L(dino.d2.data.dataset)(name=…)")
     return class_names(node.name, node.get("annotations"), node.get("images"))
 
 
@@ -137,16 +152,22 @@ def use_epochs(cfg: DictConfig, num_images: int) -> None:
     if train.max_iter is None:
         train.max_iter = max(1, round(train.epochs * per_epoch))
     if train.eval_period is None:
-        train.eval_period = per_epoch
+        train.eval_period = round(train.eval_epochs * per_epoch)
     if train.checkpointer.period is None:
-        train.checkpointer.period = per_epoch
+        train.checkpointer.period = max(1, round(train.eval_epochs * per_epoch))
     logger.info(f"1 epoch = {per_epoch} iterations, {train.max_iter} iterations in all")
 
 
-def check_output(cfg: DictConfig, args: argparse.Namespace) -> None:
-    """Raise a DataError rather than mix a new run with an old one in the same folder."""
+def choose_output(cfg: DictConfig, args: argparse.Namespace) -> None:
+    """Keep runs apart: an evaluation gets a folder of its own below `train.output_dir`, a new training a fresh one.
+
+    Raises:
+        DataError: the folder holds a run that is not to be resumed, or there is nothing to evaluate.
+    """
     folder = Path(cfg.train.output_dir)
-    if args.eval_only and not cfg.train.init_checkpoint:
-        raise DataError("--eval-only needs weights: write train.init_checkpoint=PATH")
-    if not args.eval_only and not args.resume and any(folder.glob("*.pth")):
+    if args.eval_only:
+        if not cfg.train.init_checkpoint:
+            raise DataError("--eval-only needs weights: write train.init_checkpoint=PATH")
+        cfg.train.output_dir = str(free_name(folder / "evaluation"))
+    elif not args.resume and any(folder.glob("*.pth")):
         raise DataError(f"{folder} holds the checkpoints of a run: add --resume, or choose another train.output_dir")

@@ -55,7 +55,7 @@ class SetCriterion(nn.Module):
         """Outputs and B targets -> named scalars in float32.
 
         Raises:
-            NonFiniteCostError: a prediction is NaN or infinite.
+            NonFiniteCostError: see `HungarianMatcher`; elsewhere NaN predictions make NaN losses.
         """
         noised = outputs.denoising.targets if outputs.denoising else []
         num_boxes, num_noised = average_over_workers([count(targets), count(noised)], outputs.decoder.boxes.device)

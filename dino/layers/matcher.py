@@ -12,7 +12,7 @@ from .structures import Predictions, Target
 
 
 class NonFiniteCostError(FloatingPointError):
-    """A prediction is NaN or infinite; `image` is its index in the batch."""
+    """A matching cost is NaN or infinite; `image` is the index of its image in the batch."""
 
     def __init__(self, image: int):
         super().__init__(f"non-finite predictions or boxes for image {image} of the batch")

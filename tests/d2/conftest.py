@@ -3,15 +3,19 @@
 import pytest
 
 
-@pytest.fixture(autouse=True)
-def catalogs():
-    from detectron2.data import DatasetCatalog, MetadataCatalog
+@pytest.fixture(scope="session", autouse=True)
+def known_data_sets():
+    """The names in both catalogs before anything was registered."""
+    data = pytest.importorskip("detectron2.data", reason="Detectron2 is not installed")
+    return [(catalog, set(catalog.keys())) for catalog in (data.DatasetCatalog, data.MetadataCatalog)]
 
+
+@pytest.fixture(autouse=True)
+def catalogs(known_data_sets):
     from dino.d2.data import dataset
 
-    known = [set(catalog.keys()) for catalog in (DatasetCatalog, MetadataCatalog)]
     yield
     dataset.cache_clear()
-    for catalog, before in zip((DatasetCatalog, MetadataCatalog), known, strict=True):
-        for name in set(catalog.keys()) - before:
+    for catalog, known in known_data_sets:
+        for name in set(catalog.keys()) - known:
             catalog.pop(name)

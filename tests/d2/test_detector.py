@@ -245,8 +245,6 @@ def test_visualizer_draws_the_predictions():
     visualizer = pytest.importorskip("detectron2.utils.visualizer", reason="OpenCV is not installed")
     image = random_input("a.png", height=64, width=80)
     (found,) = detect(tiny_detector(), [image])
-    found.remove("pred_classes")
-    found.pred_classes = torch.arange(len(found)) % 3
     pixels = image["image"].permute(1, 2, 0).numpy()
     metadata = Metadata(name="tiny", thing_classes=["red", "green", "blue"])
     drawn = visualizer.Visualizer(pixels, metadata).draw_instance_predictions(found.to("cpu")).get_image()

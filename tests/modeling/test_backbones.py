@@ -37,7 +37,7 @@ def test_frozen_norms_have_no_parameters():
 
 def test_norms_can_be_trained_and_measuring_leaves_them_alone():
     backbone = TorchvisionBackbone("resnet18", norm_layer=nn.BatchNorm2d)
-    assert backbone.training
+    assert all(module.training for module in backbone.modules())
     assert backbone.body.bn1.weight.requires_grad
     assert backbone.body.bn1.num_batches_tracked == 0
 

@@ -124,17 +124,33 @@ def test_a_model_in_bfloat16_detects():
 
 @torch.no_grad()
 def test_padding_of_tokens():
-    """A token is padding where the nearest pixel is; the valid sizes count whole columns and rows."""
+    """A token is padding where the nearest pixel is; the valid sizes count whole columns and rows, as (w, h)."""
     model = tiny_network()
-    images, padding = random_batch(2)
-    tokens = model.tokenize(model.neck(images), padding)
+    padding = torch.zeros(2, 64, 64, dtype=torch.bool)
+    padding[1, 48:] = True
+    padding[1, :, 32:] = True
+    tokens = model.tokenize(model.neck(torch.zeros(2, 3, 64, 64)), padding)
     assert tokens.shapes == [(8, 8), (4, 4), (2, 2), (1, 1)]
     assert tokens.valid_sizes[0].tolist() == [[8, 8], [4, 4], [2, 2], [1, 1]]
-    assert tokens.valid_sizes[1].tolist() == [[6, 6], [3, 3], [2, 2], [1, 1]]
+    assert tokens.valid_sizes[1].tolist() == [[4, 6], [2, 3], [1, 2], [1, 1]]
     finest = tokens.padding[1, :64].view(8, 8)
-    assert not finest[:6, :6].any()
+    assert not finest[:6, :4].any()
     assert finest[6:].all()
-    assert finest[:, 6:].all()
+    assert finest[:, 4:].all()
+    assert not tokens.padding[0].any()
+
+
+@torch.no_grad()
+def test_tokens_know_their_level():
+    """The sine code is the same at the same place of all levels; the level's own code tells them apart."""
+    model = tiny_network()
+    images, padding = random_batch(1)
+    tokens = model.tokenize(model.neck(images), padding)
+    code = model.position_encoding(torch.zeros(1, 1, 1, dtype=torch.bool))[0, :, 0, 0]
+    torch.testing.assert_close(tokens.position[0, -1], code + model.level_embed[3])
+    code = model.position_encoding(torch.zeros(1, 8, 8, dtype=torch.bool))[0, :, 2, 5]
+    torch.testing.assert_close(tokens.position[0, 2 * 8 + 5], code + model.level_embed[0])
+    torch.testing.assert_close(tokens.features[0, 2 * 8 + 5], model.neck(images)[0][0, :, 2, 5])
 
 
 def resnet50_network(num_classes, in_features, num_levels):

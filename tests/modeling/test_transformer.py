@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from dino.layers import Queries, Tokens
+from dino.layers import Queries, Tokens, refine
+from dino.layers.position_encoding import encode_boxes
 from dino.modeling import Decoder, Encoder, QuerySelection, share_heads
 from dino.modeling.transformer import MLP, token_centers
 
@@ -30,8 +31,11 @@ def random_queries(images=2, count=5, embed_dim=16):
 
 
 def moving_decoder(num_layers):
-    """A decoder whose box heads move the boxes: fresh ones return zeros."""
+    """A decoder whose box heads move the boxes, and whose norm matters: fresh heads return zeros, fresh norms repeat
+    what the layer's own norm did.
+    """
     decoder = Decoder(num_classes=3, num_layers=num_layers, **SIZES)
+    torch.nn.init.normal_(decoder.norm.weight)
     for head in decoder.box_heads:
         torch.nn.init.normal_(head[-1].weight, std=0.1)
     return decoder
@@ -146,6 +150,49 @@ def test_gradients_at_padding_are_finite():
     assert all(p.grad.isfinite().all() for name, p in selection.named_parameters() if name != "content.weight")
 
 
+def attend_by_hand(attention, query, key, value):
+    """One image (Q, E), head by head."""
+    weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
+    projected = [x @ w.T + b for x, w, b in zip((query, key, value), weights, biases, strict=True)]
+    heads = []
+    for q, k, v in zip(*(x.chunk(attention.num_heads, 1) for x in projected), strict=True):
+        heads.append((q @ k.T / math.sqrt(q.shape[1])).softmax(1) @ v)
+    return torch.cat(heads, 1) @ attention.out_proj.weight.T + attention.out_proj.bias
+
+
+@torch.no_grad()
+def test_decoder_layer():
+    """Self-attention first, whose values carry no position; then cross-attention, which knows it; then feed-forward."""
+    layer = Decoder(num_classes=1, num_layers=1, **SIZES).layers[0]
+    for norm in (layer.self_norm, layer.cross_norm, layer.feed_forward.norm):
+        torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(layer.cross_attention.attention_weights.weight)
+    tokens, position, x = random_tokens(1, padded_columns=2), torch.randn(1, 5, 16), torch.randn(1, 5, 16)
+    reference = torch.rand(1, 5, 2, 4)
+    output = layer(x, position, reference, tokens, None)
+    q = (x + position)[0]
+    x = layer.self_norm(x + attend_by_hand(layer.self_attention, q, q, x[0]))
+    read = layer.cross_attention(x + position, reference, tokens.features, tokens.padding, SHAPES)
+    x = layer.cross_norm(x + read)
+    hidden = layer.feed_forward.linear1(x).clamp(min=0)
+    torch.testing.assert_close(output, layer.feed_forward.norm(x + layer.feed_forward.linear2(hidden)))
+
+
+@torch.no_grad()
+def test_encoder_layer():
+    """Positions steer the attention only; the values are the features alone."""
+    encoder, tokens = Encoder(num_layers=1, **SIZES), random_tokens(padded_columns=2)
+    layer = encoder.layers[0]
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    reference = token_centers(tokens)[:, :, None] * tokens.valid_ratios[:, None]
+    x, query = tokens.features, tokens.features + tokens.position
+    x = layer.norm(x + layer.attention(query, reference, x, tokens.padding, SHAPES))
+    hidden = layer.feed_forward.linear1(x).clamp(min=0)
+    expected = layer.feed_forward.norm(x + layer.feed_forward.linear2(hidden))
+    torch.testing.assert_close(encoder(tokens).features, expected)
+
+
 def test_decoder_looks_forward_twice():
     """The boxes of layer i train the box heads of layers i and i-1, and no others."""
     decoder = moving_decoder(4)
@@ -155,6 +202,23 @@ def test_decoder_looks_forward_twice():
         gradients = torch.autograd.grad(boxes[i].sum(), weights, retain_graph=True, allow_unused=True)
         reached = [j for j, gradient in enumerate(gradients) if gradient is not None and gradient.any()]
         assert reached == [j for j in (i - 1, i) if j >= 0]
+
+
+@torch.no_grad()
+def test_decoder_steps():
+    """The next layer's reference is a step from the state before the norm, the predicted box from behind it."""
+    decoder, queries, tokens = moving_decoder(2), random_queries(), random_tokens(padded_columns=2)
+    seen = []
+    for layer in decoder.layers:
+        layer.register_forward_hook(lambda _, args, output: seen.append((*args[1:3], output)))
+    boxes = decoder(queries, tokens).boxes
+    start, first_step = queries.box_logits.sigmoid(), decoder.box_heads[0]
+    (position, reference, x), (_, next_reference, _) = seen
+    ratios = tokens.valid_ratios.repeat(1, 1, 2)[:, None]
+    torch.testing.assert_close(reference, start[:, :, None] * ratios)
+    torch.testing.assert_close(position, decoder.position(encode_boxes(reference[:, :, 0], 8)))
+    torch.testing.assert_close(boxes[0], refine(start, first_step(decoder.norm(x))))
+    torch.testing.assert_close(next_reference, refine(start, first_step(x))[:, :, None] * ratios)
 
 
 def test_decoder_reads_boxes_without_gradient():

@@ -1,0 +1,66 @@
+"""Recipes of the project, made small enough for a test."""
+
+from pathlib import Path
+
+from detectron2.config import LazyCall as L
+from fvcore.common.param_scheduler import MultiStepParamScheduler
+
+from dino.d2 import recipe
+
+from ..coco_files import write_coco
+from ..tiny import TinyBackbone
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted([*ROOT.glob("configs/*.py"), *ROOT.glob("projects/dino/configs/*.py")])
+SMALL = ROOT / "projects/dino/configs/dino_r18_small_data.py"
+
+SHRINK = [
+    "model.network.neck.out_channels=64",
+    "model.network.encoder.num_layers=1",
+    "model.network.encoder.hidden_dim=32",
+    "model.network.decoder.num_layers=2",
+    "model.network.query_selection.num_queries=20",
+    "model.network.denoising.num_denoising=8",
+    "model.max_detections=20",
+    "dataloader.train.total_batch_size=2",
+    "dataloader.train.num_workers=0",
+    "dataloader.test.num_workers=0",
+    "dataloader.train.mapper.augmentations.2.sizes=[48]",
+    "dataloader.test.mapper.augmentations.0.sizes=[48]",
+    "train.epochs=1",
+    "train.eval_epochs=1",
+    "train.log_period=1",
+    "optimizer.lr=2e-4",
+]
+
+
+def parse(*arguments, config=SMALL):
+    return recipe.argument_parser("").parse_args(["--config-file", str(config), *map(str, arguments)])
+
+
+def file_arguments(train=None, val=None):
+    """The four arguments for data in COCO format."""
+    given = {"train": train, "val": val}
+    return [
+        word
+        for split, files in given.items()
+        if files
+        for word in (f"--{split}-json", files.annotations, f"--{split}-images", files.images)
+    ]
+
+
+def write_two_sets(folder, **options):
+    return [write_coco(folder / split, seed=seed, **options) for seed, split in enumerate(("train", "val"))]
+
+
+def tiny_recipe(folder, *overrides, arguments=(), **options):
+    """The recipe for small data, with a backbone of three convolutions, on six images; output goes to `folder`/run."""
+    (folder / "run").mkdir(exist_ok=True)
+    train, val = write_two_sets(folder, **options)
+    given = [*SHRINK, f"train.output_dir={folder / 'run'}", *overrides]
+    args = parse(*arguments, *file_arguments(train, val), *given)
+    cfg = recipe.load_recipe(args)
+    cfg.model.network.neck.backbone = L(TinyBackbone)()
+    cfg.model.network.neck.in_features = ["res3", "res4", "res5"]
+    cfg.lr_multiplier = L(MultiStepParamScheduler)(values=[1.0, 0.1], milestones=[4], num_updates=5)
+    return cfg

@@ -1,0 +1,67 @@
+"""The demonstration's two roads train the same network, and its results are never overwritten."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from dino.images import read_image
+from dino.weights import resnet_to_detectron2
+
+from .programs import ROOT, load_program
+
+
+def test_both_roads_build_the_same_network():
+    pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    from detectron2.config import LazyConfig, instantiate
+
+    demo, plain = load_program("run_demo"), load_program("plain_train")
+    cfg = LazyConfig.load(str(ROOT / demo.RECIPE))
+    cfg.model.num_classes = 3
+    arguments = plain.parse_arguments(demo.PLAIN_SETTINGS)
+    network = plain.build(arguments, num_classes=3)
+    ours = {name: x.shape for name, x in instantiate(cfg.model).network.state_dict().items()}
+    theirs = {name: x.shape for name, x in resnet_to_detectron2(network.state_dict()).items()}
+    assert ours == theirs
+    assert (arguments.epochs, arguments.batch, arguments.lr) == (
+        cfg.train.epochs,
+        cfg.dataloader.train.total_batch_size,
+        cfg.optimizer.lr,
+    )
+    assert [arguments.size] == cfg.dataloader.train.mapper.augmentations[-1].sizes
+
+
+def test_earlier_results_are_moved_aside(tmp_path, capsys):
+    demo = load_program("run_demo")
+    folder = tmp_path / "demo"
+    for content in ("first", "second"):
+        folder.mkdir()
+        (folder / "result.json").write_text(content)
+        demo.move_aside(folder)
+    assert not folder.exists()
+    assert [(tmp_path / f"demo.{i}/result.json").read_text() for i in (1, 2)] == ["first", "second"]
+    assert f"the earlier {folder} is now {folder}.2" in capsys.readouterr().out
+
+
+def test_picture_shows_predictions_beside_the_truth(tmp_path):
+    Image.new("RGB", (60, 40), "gray").save(tmp_path / "1.png")
+    boxes = [[5, 5, 20, 20]] * 5
+    truth = {
+        "images": [{"id": 1, "file_name": "1.png", "width": 60, "height": 40}],
+        "annotations": [{"id": i, "image_id": 1, "category_id": 7, "bbox": b} for i, b in enumerate(boxes)],
+        "categories": [{"id": 7, "name": "thing"}],
+    }
+    (tmp_path / "val.json").write_text(json.dumps(truth))
+    (tmp_path / "results.json").write_text(
+        json.dumps([{"image_id": 1, "category_id": 7, "bbox": [30, 10, 20, 20], "score": 0.9}])
+    )
+    demo = load_program("run_demo")
+    demo.draw_pairs(tmp_path / "val.json", tmp_path, tmp_path / "results.json", tmp_path / "sheet.png")
+    sheet = torch.from_numpy(read_image(tmp_path / "sheet.png"))
+    red = (sheet == torch.tensor([0xE4, 0x00, 0x3A])).all(-1)  # (height, width)
+    left, right = red.tensor_split(2, dim=1)
+    columns = [side.any(0).nonzero().flatten() for side in (left, right)]
+    # The predicted box begins at column 90 of the left picture, the true one at 15 of the right, which starts at +5.
+    assert abs(columns[0].min().item() - 90) <= 2
+    assert abs(columns[1].min().item() - 20) <= 2
