@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from dino.coco import CocoImages, evaluate, to_results
-from dino.files import DataError, message_of, write_whole
+from dino.files import DataError, free_name, message_of, write_whole
 from dino.layers import HungarianMatcher, NonFiniteCostError, SetCriterion, Target, detections, xyxy_to_cxcywh
 from dino.modeling import TorchvisionBackbone, build_dino
 
@@ -164,6 +164,8 @@ def main(argv=None):
         raise DataError("--eval-only needs --weights: the file to evaluate")
     if not args.eval_only and (args.output / "model.pth").exists():
         raise DataError(f"{args.output} holds a trained model: choose another --output, or move it away")
+    if args.eval_only:
+        args.output = free_name(args.output / "evaluation")  # the results of the training stay as they are
     val = CocoImages(args.val_json, args.val_images, transforms(args, training=False))
     model = build(args, len(val.names))
     if args.weights:

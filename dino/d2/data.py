@@ -24,16 +24,21 @@ from dino.images import read_image
 logger = logging.getLogger(__name__)
 
 
-@functools.lru_cache(maxsize=2)
 def dataset(name: str, annotations: str | None = None, images: str | None = None) -> list[dict]:
     """The dicts of a registered data set; where `annotations` and `images` are given, these files are registered first.
 
     Images without objects are kept; crowd regions and boxes without area are dropped, the latter with a message. The
-    last two data sets are kept in memory; `dataset.cache_clear()` frees them.
+    last two data sets are kept in memory; `load_dataset.cache_clear()` frees them.
 
     Raises:
         DataError: nothing is registered under `name`, the files are faulty, or a label is outside the classes.
     """
+    return load_dataset(name, annotations, images)  # by position: the cache takes a keyword for another argument
+
+
+@functools.lru_cache(maxsize=2)
+def load_dataset(name: str, annotations: str | None, images: str | None) -> list[dict]:
+    """Does what `dataset` says."""
     if annotations is not None:
         register(name, str(annotations), str(images))
     if name not in DatasetCatalog:

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from dino.files import DataError
 
 from .checkpoint import Checkpointer
-from .data import dataset
+from .data import load_dataset
 from .recipe import names_of, use_epochs
 
 logger = logging.getLogger("detectron2.dino")
@@ -141,13 +141,14 @@ def train(cfg: DictConfig, resume: bool) -> dict:
     images = instantiate(cfg.dataloader.train.dataset)
     summarise(cfg, images)
     use_epochs(cfg, len(images))
+    del images
     LazyConfig.save(cfg, os.path.join(cfg.train.output_dir, "config.yaml"))
     names = names_of(cfg.dataloader.train.dataset)
     model = instantiate(cfg.model).to(cfg.train.device)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     loader = instantiate(cfg.dataloader.train)
-    dataset.cache_clear()  # the loader holds its own compact copy
+    load_dataset.cache_clear()  # the loader holds its own compact copy
     on_gpu = str(cfg.train.device).startswith("cuda")
     model = create_ddp_model(model, **cfg.train.ddp, **({} if on_gpu else {"device_ids": None}))
     dtype = cfg.train.amp.dtype if cfg.train.amp.enabled else "float32"
@@ -157,12 +158,10 @@ def train(cfg: DictConfig, resume: bool) -> dict:
     checkpointer = Checkpointer(model, cfg.train.output_dir, names=names, trainer=trainer)
     results: dict = {}
     trainer.register_hooks(list_hooks(cfg, model, checkpointer, results))
-    resume = resume and checkpointer.has_checkpoint()
+    if resume and not checkpointer.has_checkpoint():
+        logger.warning(f"nothing to resume in {cfg.train.output_dir}: starting at iteration 0")
+        resume = False
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
-    if not resume:
-        logger.info(
-            "starting at iteration 0" + (f" from {cfg.train.init_checkpoint}" if cfg.train.init_checkpoint else "")
-        )
     trainer.train(trainer.iter + 1 if resume else 0, cfg.train.max_iter)
     return results
 

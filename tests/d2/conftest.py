@@ -12,10 +12,10 @@ def known_data_sets():
 
 @pytest.fixture(autouse=True)
 def catalogs(known_data_sets):
-    from dino.d2.data import dataset
+    from dino.d2.data import load_dataset
 
     yield
-    dataset.cache_clear()
+    load_dataset.cache_clear()
     for catalog, known in known_data_sets:
         for name in set(catalog.keys()) - known:
             catalog.pop(name)

@@ -16,7 +16,7 @@ from torch import nn
 
 from dino.d2 import engine
 from dino.d2.checkpoint import Checkpointer
-from dino.d2.data import dataset
+from dino.d2.data import load_dataset
 from dino.files import DataError
 
 from .recipes import tiny_recipe
@@ -135,7 +135,7 @@ def test_training_without_any_object(tmp_path):
 def test_resume_continues_where_the_run_ended(tmp_path, caplog):
     cfg = tiny_recipe(tmp_path, "train.max_iter=2", "train.eval_period=0")
     engine.train(cfg, resume=False)
-    dataset.cache_clear()
+    load_dataset.cache_clear()
     cfg.train.max_iter = 5
     done = []
     step = engine.Trainer.run_step
@@ -151,7 +151,7 @@ def test_resume_continues_where_the_run_ended(tmp_path, caplog):
     assert [iteration for iteration, *_ in done] == [2, 3, 4]
     assert done[0][1] > 0  # AdamW's moments came back
     assert [lr for *_, lr in done] == pytest.approx([2e-4, 2e-4, 2e-5])  # it falls for the last fifth of all five
-    assert "starting at iteration 0" not in caplog.text
+    assert "nothing to resume" not in caplog.text
     assert read_plain(run_folder(cfg) / "model_final.pth")["iteration"] == 4
 
 
@@ -190,7 +190,7 @@ def test_resume_with_nothing_to_resume_says_so(tmp_path, caplog):
     cfg = tiny_recipe(tmp_path, "train.max_iter=1", "train.eval_period=0")
     with caplog.at_level(logging.INFO, "detectron2.dino"):
         engine.train(cfg, resume=True)
-    assert "starting at iteration 0" in caplog.text
+    assert "nothing to resume in" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*")  # the first loss scale of float16 is too large by design

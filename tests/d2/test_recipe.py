@@ -257,6 +257,7 @@ def test_relative_paths_become_absolute(tmp_path, monkeypatch):
     paths = [path for split in ("train", "val") for path in (f"{split}/annotations.json", split)]
     cfg = recipe.load_recipe(parse(*[x for pair in zip(words, paths, strict=True) for x in pair]))
     assert cfg.dataloader.train.dataset.images == str(tmp_path / "train")
+    assert cfg.dataloader.test.dataset.annotations == str(tmp_path / "val/annotations.json")
 
 
 def test_evaluation_needs_validation_data_only(tmp_path):

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -27,28 +28,51 @@ def test_help_shows_examples(tmp_path):
     assert result.stderr == ""
 
 
-def test_train_evaluate_and_refuse(tmp_path):
-    """As a user does it: one command, relative paths, a ResNet-18 from random weights."""
-    write_coco(tmp_path / "train", category_ids=(7, 40, 900))
-    write_coco(tmp_path / "val", category_ids=(7, 40, 900), seed=1)
-    data = []
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """One command, relative paths, a ResNet-18 from random weights: what a user does first -> folder, words, result."""
+    folder = tmp_path_factory.mktemp("trained")
+    train = write_coco(folder / "train", category_ids=(7, 40, 900))
+    train.change(lambda content: content["annotations"][0].update(bbox=[5, 5, 0, 5]))
+    write_coco(folder / "val", category_ids=(7, 40, 900), seed=1)
+    words = []
     for split in ("train", "val"):
-        data += [f"--{split}-json", f"{split}/annotations.json", f"--{split}-images", split]
-    options = [*SHRINK, "train.output_dir=run", "train.max_iter=2", "train.eval_period=0"]
-    trained = run(*RECIPE, *data, *options, folder=tmp_path)
-    assert trained.returncode == 0, trained.stderr
-    assert "4 training images, 1 without objects (kept)" in trained.stdout
-    assert "iter 1/2  total_loss" in trained.stdout
-    assert "Traceback" not in trained.stdout + trained.stderr
-    results = json.loads((tmp_path / "run/inference/coco_instances_results.json").read_text())
-    assert {r["category_id"] for r in results} <= {7, 40, 900}
-    assert torch.load(tmp_path / "run/model_final.pth", weights_only=True)["names"] == ["red", "green", "blue"]
-    assert {path.name for path in tmp_path.iterdir()} == {"train", "val", "run"}
+        words += [f"--{split}-json", f"{split}/annotations.json", f"--{split}-images", split]
+    words += [*SHRINK, "train.output_dir=run", "train.max_iter=2", "train.eval_period=0"]
+    return folder, words, run(*RECIPE, *words, folder=folder)
 
-    before = contents(tmp_path / "run")
-    refused = run(*RECIPE, *data, *options, folder=tmp_path)
-    assert_one_error(refused, "run holds the checkpoints of a run: add --resume, or choose another train.output_dir")
-    assert contents(tmp_path / "run") == before
+
+def test_training(trained):
+    folder, _, result = trained
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    assert "4 training images, 1 without objects (kept)" in result.stdout
+    assert "iter 1/2  total_loss" in result.stdout
+    assert (result.stdout + result.stderr).count("1 boxes of no size or outside their image dropped") == 1
+    results = json.loads((folder / "run/inference/coco_instances_results.json").read_text())
+    assert {r["category_id"] for r in results} <= {7, 40, 900}
+    assert torch.load(folder / "run/model_final.pth", weights_only=True)["names"] == ["red", "green", "blue"]
+    assert {path.name for path in folder.iterdir()} == {"train", "val", "run"}
+
+
+def test_training_into_the_same_folder_is_refused(trained):
+    folder, words, _ = trained
+    before = contents(folder)
+    message = "run holds the checkpoints of a run: add --resume, or choose another train.output_dir"
+    assert_one_error(run(*RECIPE, *words, folder=folder), message)
+    assert contents(folder) == before
+
+
+def test_an_evaluation_changes_nothing_that_exists(trained):
+    folder, words, _ = trained
+    before = contents(folder)
+    result = run(*RECIPE, "--eval-only", *words, "train.init_checkpoint=run/model_final.pth", folder=folder)
+    assert result.returncode == 0, result.stderr
+    after = contents(folder)
+    assert {path: after[path] for path in before} == before
+    results = [path for path in after if path.name == "coco_instances_results.json" and path not in before]
+    assert len(results) == 1
+    assert after[results[0]] == before[Path("run/inference/coco_instances_results.json")]
 
 
 def test_a_bad_image_ends_the_program_with_one_line(tmp_path):

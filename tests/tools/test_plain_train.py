@@ -65,14 +65,16 @@ def test_training_and_evaluation(sets, tmp_path, capsys, small_backbone):
     assert "4 images, 1 without objects, 0 boxes of no size dropped; ['red', 'green', 'blue']" in said
     assert str(run_folder) in said
 
-    # The same weights in another folder, with the validation data alone.
-    words = ["--eval-only", "--weights", str(run_folder / "model.pth"), "--output", str(tmp_path / "again")]
-    plain_train.main([*data_arguments("val", sets[1]), *TINY, *words])
-    again = json.loads((tmp_path / "again/metrics.json").read_text())
-    assert {**again, "training_seconds": 0} == {**metrics, "training_seconds": 0}
-
-    # Nothing that exists is written over.
+    # The same weights with the validation data alone; nothing that exists is written over.
     before = contents(run_folder)
+    words = ["--eval-only", "--weights", str(run_folder / "model.pth"), "--output", str(run_folder)]
+    for folder in ("evaluation", "evaluation.1"):
+        plain_train.main([*data_arguments("val", sets[1]), *TINY, *words])
+        again = json.loads((run_folder / folder / "metrics.json").read_text())
+        assert {**again, "training_seconds": 0} == {**metrics, "training_seconds": 0}
+    after = contents(run_folder)
+    assert {path: after[path] for path in before} == before
+    before = after
     with pytest.raises(DataError, match="holds a trained model: choose another --output"):
         run(sets, run_folder)
     assert contents(run_folder) == before
