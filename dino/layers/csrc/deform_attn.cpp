@@ -23,7 +23,9 @@ const Kernels& kernels() {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (avx512 && kernels_avx512()) return kernels_avx512();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && kernels_avx2()) return kernels_avx2();
+    const bool avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (avx2 && kernels_avx2()) return kernels_avx2();
 #endif
     return kernels_generic();
   }();
@@ -106,7 +108,7 @@ Tensor forward(const Sizes& s, const std::vector<int64_t>& shapes, const Tensor&
     const Scratch scratch(kernels().scratch_bytes(p, false));
     kernels().forward(p, array_of(out), scratch.data(), begin, end);
   };
-  const int64_t blocks_of_image = p.heads * query_blocks(p);
+  const int64_t blocks_of_image = block_heads(p) * query_blocks(p);
   if (!p.pack) {
     parallel_for(0, p.batch * blocks_of_image, 1, blocks);
     return out;
@@ -161,10 +163,8 @@ std::vector<Tensor> backward(const Sizes& s, const Tensor& grad, const std::vect
     return results;
   }
   Call call(s, shapes, value, places, weights, reference);
-  Problem& p = call.problem;
-  p.pack = p.pack || p.value.kind == Kind::kHalf || p.value.kind == Kind::kBFloat16;  // sums need the working type
-  results.push_back(p.pack ? new_empty(value, sizes_of(value)) : new_zeros(value, sizes_of(value)));
-  for (size_t i = 1; i < inputs.size(); ++i) results.push_back(new_empty(*inputs[i], sizes_of(*inputs[i])));
+  const Problem& p = call.problem;
+  for (const Tensor* x : inputs) results.push_back(new_empty(*x, sizes_of(*x)));
   const Tensor contiguous_grad = contiguous(grad);
   const Scratch anchors(call.anchor_bytes());
   call.expand(anchors);

@@ -1,5 +1,5 @@
-// The CPU kernels for x86 processors with AVX2 and FMA; dino/build.py gives the options.
-#if defined(__AVX2__) && defined(__FMA__)
+// The CPU kernels for x86 processors with AVX2, FMA and F16C; dino/build.py gives the options.
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define DINO_KERNELS kernels_avx2
 #define DINO_KERNELS_NAME "avx2"
 #define DINO_VECTOR_BYTES 32

@@ -26,13 +26,13 @@ struct Problem {
   Array weights;          // (B, Q, M, L, P); logits in the fused form
   Array reference;        // (B, Q, L, box); fused form only, where box is not 0
   void* anchors;          // (B, Q, 2 or 4, L*P) in the working type, made by `expand`; fused form only
-  bool pack;              // gather from a copy of the value in which the rows of a head lie together
-  void* packed;           // (M, S, padded D) in the working type: that copy of one image, for `forward`
+  bool pack;              // `forward` gathers from a copy of the value in which the rows of a head lie together
+  void* packed;           // (M, S, padded D) in the working type: that copy, of one image
 };
 
 struct Gradients {
   Array grad;       // (B, Q, M, D), in the type of value
-  Array value;      // (B, S, M, D); zeros, unless packed
+  Array value;      // (B, S, M, D)
   Array places;     // (B, Q, M, L, P, 2)
   Array weights;    // (B, Q, M, L, P)
   void* reference;  // (B, M, Q, L, box) in the working type, not yet summed over heads; fused form only
@@ -45,14 +45,14 @@ struct Kernels {
   int64_t (*scratch_bytes)(const Problem&, bool backward);  // what a call of forward or backward needs, aligned to 64
   void (*expand)(const Problem&, int64_t begin, int64_t end);                              // of B*Q queries
   void (*pack)(const Problem&, int64_t image, int64_t begin, int64_t end);                 // of S tokens
-  void (*forward)(const Problem&, const Array& out, void*, int64_t begin, int64_t end);    // of B*M*query_blocks
+  void (*forward)(const Problem&, const Array& out, void*, int64_t begin, int64_t end);    // of blocks
   void (*backward)(const Problem&, const Gradients&, void*, int64_t begin, int64_t end);   // of B*M heads
 };
 
-// A block is up to so many queries of one head of one image. Blocks of a head follow each other, then come heads, images.
-constexpr int64_t kBlock = 64;
-
-inline int64_t query_blocks(const Problem& p) { return (p.queries + kBlock - 1) / kBlock; }
+// The forward pass goes block by block; blocks of a head follow each other, then come heads, then images.
+inline int64_t block_queries(const Problem& p) { return p.pack ? 64 : 8; }
+inline int64_t block_heads(const Problem& p) { return p.pack ? p.heads : 1; }
+inline int64_t query_blocks(const Problem& p) { return (p.queries + block_queries(p) - 1) / block_queries(p); }
 
 const Kernels* kernels_generic();
 const Kernels* kernels_avx2();    // null where the compiler was not asked for these instructions

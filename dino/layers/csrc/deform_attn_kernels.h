@@ -10,6 +10,9 @@
 
 #include <math.h>
 #include <string.h>
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #include <type_traits>
 #include <utility>
@@ -194,7 +197,13 @@ template <class A>
 DINO_INLINE Vector<A> load_row(const Half* from) {
   using S = Simd<A>;
   auto bits = load<typename S::HalfVector>(from);
+#if defined(__AVX512F__)
+  return reinterpret<Vector<A>>(_mm512_cvtph_ps(reinterpret<__m256i>(bits)));
+#elif defined(__F16C__)
+  return reinterpret<Vector<A>>(_mm256_cvtph_ps(reinterpret<__m128i>(bits)));
+#else
   return widen_half<Vector<A>>(__builtin_convertvector(bits, typename S::UnsignedVector));
+#endif
 }
 
 template <class T, class A>
@@ -529,37 +538,67 @@ DINO_INLINE void gather_all(const T* rows, const Slot<A>& slot, int64_t samples,
   for (; c < dim; c += kWidth) gather<1>(rows + c, slot, samples, out + c);
 }
 
+// Asks for the corner rows of a slot ahead of time.
+template <class T, class A>
+void prefetch(const T* rows, const Slot<A>& slot, int64_t samples, int64_t dim) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < samples; ++i)
+    for (const auto* offset : slot.offset)
+      for (int64_t c = 0; c < dim; c += kLine) __builtin_prefetch(rows + offset[i] + c);
+}
+
 template <class T, class A>
 struct Forward {
   Pyramid<A> pyramid;
-  Slot<A> slot;
+  Slot<A> slots[2];
   A* out;
 
   void reserve(Arena& arena, const Problem& p) {
     pyramid.reserve(arena, p);
-    slot.reserve(arena, pyramid.padded_samples);
+    for (Slot<A>& slot : slots) slot.reserve(arena, pyramid.padded_samples);
     out = arena.take<A>(padded<A>(p.dim));
   }
 
   void run(const Problem& p, const Array& result, int64_t begin, int64_t end) {
-    const int64_t blocks = query_blocks(p), dim = padded<A>(p.dim);
-    pyramid.fill(p, p.pack ? dim : p.heads * p.dim);
+    pyramid.fill(p, p.pack ? padded<A>(p.dim) : p.heads * p.dim);
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t head = block / blocks % p.heads, image = block / blocks / p.heads;
-      const int64_t first = block % blocks * kBlock, last = first + kBlock < p.queries ? first + kBlock : p.queries;
-      for (int64_t query = first; query < last; ++query) {
-        const int64_t number = (image * p.queries + query) * p.heads + head;
-        slot.template prepare<false>(p, pyramid, number);
-        A* sum = destination(result, number * p.dim, p.dim, out);
-        if (p.pack) {
-          gather_all(static_cast<const A*>(p.packed) + head * p.tokens * dim, slot, pyramid.samples, dim, sum);
-        } else {
-          const T* rows = static_cast<const T*>(p.value.data) + (image * p.tokens * p.heads + head) * p.dim;
-          gather_all(rows, slot, pyramid.samples, dim, sum);
+      const int64_t queries = block_queries(p), first = block % query_blocks(p) * queries;
+      const int64_t last = first + queries < p.queries ? first + queries : p.queries;
+      const int64_t part = block / query_blocks(p);
+      if (p.pack) {  // a block belongs to one head, whose rows then stay in the cache
+        const int64_t image = part / p.heads, head = part % p.heads;
+        for (int64_t query = first; query < last; ++query) {
+          const int64_t number = (image * p.queries + query) * p.heads + head;
+          slots[0].template prepare<false>(p, pyramid, number);
+          finish(p, result, number, static_cast<const A*>(p.packed) + head * p.tokens * padded<A>(p.dim), slots[0]);
         }
-        deliver(result, number * p.dim, p.dim, out);
+      } else {  // it goes over all heads, which lie side by side, and over rows that are hardly in the cache
+        scattered(p, result, (part * p.queries + first) * p.heads, (part * p.queries + last) * p.heads);
       }
     }
+  }
+
+  void scattered(const Problem& p, const Array& result, int64_t begin, int64_t end) {
+    const auto rows = [&](int64_t number) {
+      const int64_t image = number / p.heads / p.queries, head = number % p.heads;
+      return static_cast<const T*>(p.value.data) + (image * p.tokens * p.heads + head) * p.dim;
+    };
+    slots[begin % 2].template prepare<false>(p, pyramid, begin);
+    for (int64_t number = begin; number < end; ++number) {
+      if (number + 1 < end) {
+        Slot<A>& next = slots[(number + 1) % 2];
+        next.template prepare<false>(p, pyramid, number + 1);
+        prefetch(rows(number + 1), next, pyramid.samples, p.dim);
+      }
+      finish(p, result, number, rows(number), slots[number % 2]);
+    }
+  }
+
+  template <class Row>
+  void finish(const Problem& p, const Array& result, int64_t number, const Row* rows, const Slot<A>& slot) {
+    A* sum = destination(result, number * p.dim, p.dim, out);
+    gather_all(rows, slot, pyramid.samples, padded<A>(p.dim), sum);
+    deliver(result, number * p.dim, p.dim, out);
   }
 };
 
@@ -578,8 +617,7 @@ void pack(const Problem& p, int64_t image, int64_t begin, int64_t end) {
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 
-// T is the type of value. Rows are read and sums are made in the working type: either where the tensors are, or in copies
-// of one head.
+// T is the type of value. Rows are read from a copy of one head, and sums are made in another, both in the working type.
 template <class T, class A>
 struct Backward {
   using V = Vector<A>;
@@ -589,7 +627,7 @@ struct Backward {
   Slot<A> slot;
   int64_t dim;
   A *grad, *grad_places, *grad_weights, *cells_x, *cells_y;
-  A *value, *sums;  // (S, dim) of one head, where the problem says pack
+  A *value, *sums;  // (S, dim)
 
   void reserve(Arena& arena, const Problem& p) {
     pyramid.reserve(arena, p);
@@ -599,24 +637,17 @@ struct Backward {
     if (arena.base) memset(grad, 0, dim * sizeof(A));
     grad_places = arena.take<A>(2 * pyramid.padded_samples);
     for (A** array : {&grad_weights, &cells_x, &cells_y}) *array = arena.take<A>(pyramid.padded_samples);
-    value = p.pack ? arena.take<A>(p.tokens * dim) : nullptr;
-    sums = p.pack ? arena.take<A>(p.tokens * dim) : nullptr;
+    for (A** copy : {&value, &sums}) *copy = arena.take<A>(p.tokens * dim);
   }
 
   void run(const Problem& p, const Gradients& g, int64_t begin, int64_t end) {
-    pyramid.fill(p, p.pack ? dim : p.heads * p.dim);
+    pyramid.fill(p, dim);
     for (int64_t part = begin; part < end; ++part) {
       const int64_t image = part / p.heads, head = part % p.heads;
       const int64_t first = (image * p.tokens * p.heads + head) * p.dim;
-      if (p.pack) {
-        take_head(p, static_cast<const T*>(p.value.data) + first);
-        for (int64_t query = 0; query < p.queries; ++query) add_slot(p, g, image, head, query, value, sums);
-        return_head(p, static_cast<T*>(g.value.data) + first);
-      } else {
-        const A* rows = static_cast<const A*>(p.value.data) + first;
-        A* row_sums = static_cast<A*>(g.value.data) + first;
-        for (int64_t query = 0; query < p.queries; ++query) add_slot(p, g, image, head, query, rows, row_sums);
-      }
+      take_head(p, static_cast<const T*>(p.value.data) + first);
+      for (int64_t query = 0; query < p.queries; ++query) add_slot(p, g, image, head, query);
+      return_head(p, static_cast<T*>(g.value.data) + first);
     }
   }
 
@@ -633,8 +664,7 @@ struct Backward {
       narrow_all(sums + token * dim, to + token * p.heads * p.dim, p.dim);
   }
 
-  void add_slot(const Problem& p, const Gradients& g, int64_t image, int64_t head, int64_t query, const A* rows,
-                A* row_sums) {
+  void add_slot(const Problem& p, const Gradients& g, int64_t image, int64_t head, int64_t query) {
     const int64_t number = (image * p.queries + query) * p.heads + head, n = pyramid.samples;
     slot.template prepare<true>(p, pyramid, number);
     const A* up = fetch(g.grad, number * p.dim, p.dim, grad);
@@ -644,10 +674,10 @@ struct Backward {
       V dots[4];
       const int64_t left = n - i;
       switch (dim / kWidth) {
-        case 1: add_rows<1>(up, rows, row_sums, i, left, dots); break;
-        case 2: add_rows<2>(up, rows, row_sums, i, left, dots); break;
-        case 4: add_rows<4>(up, rows, row_sums, i, left, dots); break;
-        default: add_rows<0>(up, rows, row_sums, i, left, dots);
+        case 1: add_rows<1>(up, i, left, dots); break;
+        case 2: add_rows<2>(up, i, left, dots); break;
+        case 4: add_rows<4>(up, i, left, dots); break;
+        default: add_rows<0>(up, i, left, dots);
       }
       differentiate(i, dots, to_places, to_weights);
     }
@@ -663,7 +693,7 @@ struct Backward {
   // Adds the shares of `up` to the sums of the corner rows of samples i .. i + kWidth, and multiplies it with those rows.
   // kCount is the number of vectors of a row, or 0 if that is known only now.
   template <int kCount>
-  DINO_INLINE void add_rows(const A* up, const A* rows, A* row_sums, int64_t i, int64_t left, V* dots) {
+  DINO_INLINE void add_rows(const A* up, int64_t i, int64_t left, V* dots) {
     const int64_t count = kCount ? kCount : dim / kWidth;
     V held[kCount ? kCount : 1];
     for (int k = 0; k < kCount; ++k) held[k] = load<V>(up + k * kWidth);
@@ -673,8 +703,8 @@ struct Backward {
       dots[corner] = sum_lanes<A>([&](int lane) __attribute__((always_inline)) {
         V dot = {};
         if (lane >= left) return dot;
-        const A* row = rows + offset[lane];
-        A* sum = row_sums + offset[lane];
+        const A* row = value + offset[lane];
+        A* sum = sums + offset[lane];
         const V part = all<V>(share[lane]);
 #pragma GCC unroll 4
         for (int64_t k = 0; k < count; ++k) {
