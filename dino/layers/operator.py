@@ -1,8 +1,8 @@
 """The compiled form of the deformable attention operator: loading, registration, self-test, and the choice to use it.
 
 `torch.ops.dino.deform_attn_forward` takes locations and weights; `torch.ops.dino.deform_attn_fused_forward` takes raw
-offsets, logits and reference boxes, as `MultiScaleDeformableAttention` has them. Nothing here is loaded before the first
-use on a device. `python -m dino.build` makes the shared objects, `python -m dino.env` says what was found.
+offsets, logits and reference boxes, as `MultiScaleDeformableAttention` has them. Nothing here is loaded before the
+first use on a device. `python -m dino.build` makes the shared objects, `python -m dino.env` says what was found.
 """
 
 import contextlib
@@ -120,7 +120,7 @@ def _first_line(error: Exception) -> str:
 
 
 def load(device_type: str) -> None:
-    """Load the shared object for a type of device, after that of the CPU, which holds the schema; repeating is harmless.
+    """Load the shared object for a type of device, after that of the CPU, which has the schema; repeating is harmless.
 
     Raises:
         OSError: the shared object is absent or does not fit this machine or this torch.
@@ -179,13 +179,13 @@ def cast_for_autocast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
 
 
-def _autocast_forward(operator, device_type: str, value: Tensor, shapes: list[int], places: Tensor, weights, *reference):
+def _autocast_forward(
+    operator, device_type: str, value: Tensor, shapes: list[int], places: Tensor, weights, *reference
+):
     """Value and weights (logits) are cast. Places keep their type: bfloat16 can't place a sample within a pixel."""
     dtype = autocast_dtype(device_type)
     with torch.autocast(device_type, enabled=False):
-        return operator(
-            cast_for_autocast(value, dtype), shapes, places, cast_for_autocast(weights, dtype), *reference
-        )
+        return operator(cast_for_autocast(value, dtype), shapes, places, cast_for_autocast(weights, dtype), *reference)
 
 
 def _refuse_vmap(info, in_dims, *args) -> None:

@@ -617,8 +617,8 @@ void pack(const Problem& p, int64_t image, int64_t begin, int64_t end) {
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 
-// T is the type of value. Rows are read from a copy of one head, and sums are made in another, both in the working type.
-template <class T, class A>
+// Rows are read from a copy of one head, and sums are made in another, both in the working type.
+template <class A>
 struct Backward {
   using V = Vector<A>;
   using I = IntVector<A>;
@@ -645,12 +645,13 @@ struct Backward {
     for (int64_t part = begin; part < end; ++part) {
       const int64_t image = part / p.heads, head = part % p.heads;
       const int64_t first = (image * p.tokens * p.heads + head) * p.dim;
-      take_head(p, static_cast<const T*>(p.value.data) + first);
+      with_type(p.value.kind, [&](auto* type) { take_head(p, static_cast<decltype(type)>(p.value.data) + first); });
       for (int64_t query = 0; query < p.queries; ++query) add_slot(p, g, image, head, query);
-      return_head(p, static_cast<T*>(g.value.data) + first);
+      with_type(p.value.kind, [&](auto* type) { return_head(p, static_cast<decltype(type)>(g.value.data) + first); });
     }
   }
 
+  template <class T>
   void take_head(const Problem& p, const T* from) {
     for (int64_t token = 0; token < p.tokens; ++token) {
       widen_all(from + token * p.heads * p.dim, value + token * dim, p.dim);
@@ -659,6 +660,7 @@ struct Backward {
     memset(sums, 0, p.tokens * dim * sizeof(A));
   }
 
+  template <class T>
   void return_head(const Problem& p, T* to) {
     for (int64_t token = 0; token < p.tokens; ++token)
       narrow_all(sums + token * dim, to + token * p.heads * p.dim, p.dim);
@@ -786,7 +788,7 @@ int64_t scratch_bytes(const Problem& p, bool backward) {
     using A = Pointee<decltype(working)>;
     Arena arena{nullptr};
     if (backward) {
-      Backward<T, A>().reserve(arena, p);
+      Backward<A>().reserve(arena, p);
     } else {
       Forward<T, A>().reserve(arena, p);
     }
@@ -814,9 +816,9 @@ void run_forward(const Problem& p, const Array& out, void* scratch, int64_t begi
 }
 
 void run_backward(const Problem& p, const Gradients& gradients, void* scratch, int64_t begin, int64_t end) {
-  with_types(p, [&](auto* type, auto* working) {
+  with_types(p, [&](auto*, auto* working) {
     Arena arena{static_cast<char*>(scratch)};
-    Backward<Pointee<decltype(type)>, Pointee<decltype(working)>> backward;
+    Backward<Pointee<decltype(working)>> backward;
     backward.reserve(arena, p);
     backward.run(p, gradients, begin, end);
   });
