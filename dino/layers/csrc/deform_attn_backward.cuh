@@ -20,7 +20,8 @@
 namespace dino {
 
 constexpr int kBackwardThreads = 128;
-// At least so many blocks on a multiprocessor: up to 128 registers a thread when listed, otherwise 168; none is spilled.
+// At least so many blocks on a multiprocessor: up to 128 registers a thread when listed, otherwise 168; none is
+// spilled.
 constexpr int kListedBlocks = 4, kAddedBlocks = 3;
 constexpr int kListThreads = 256;
 
@@ -61,8 +62,8 @@ __global__ void count_samples(const __grid_constant__ Problem problem, int* __re
   if (sample.inside) atomicAdd(count + list_of(problem, level, row / problem.queries, head, sample.x, sample.y), 1);
 }
 
-// Gives each list its place. The lists of a block lie side by side; blocks follow each other as they happen to run, which
-// changes where a list lies and nothing else.
+// Gives each list its place. The lists of a block lie side by side; blocks follow each other as they happen to run,
+// which changes where a list lies and nothing else.
 __global__ void __launch_bounds__(kListThreads)
     place_lists(const int* __restrict__ count, int lists, int* __restrict__ end, int* __restrict__ used) {
   __shared__ int warp_sum[kListThreads / kWarp];
@@ -143,42 +144,53 @@ __global__ void sort_lists(Lists<A> lists, int number) {
 // The lists of one parity: rows -1 + odd_rows, 1 + odd_rows, ... and columns likewise.
 __host__ __device__ __forceinline__ int of_parity(int lists, int odd) { return (lists + 1 - odd) / 2; }
 
-struct ListOfWarp {
-  int image, head, level, x, y;
-};
-
 constexpr int kWarpsOfLists = kListThreads / kWarp;
 
+// Lists that a warp works on, one after the other. To find out which they are takes more instructions than to sum a
+// short list, so where there are plenty of lists, several share that work.
+constexpr int kManyLists = 1 << 16;
+__host__ __device__ __forceinline__ int lists_of_warp(long long lists_of_level) {
+  return lists_of_level < kManyLists ? 1 : 4;
+}
+
+struct ListRow {
+  int image, head, level, y;
+  int x, end;  // the first list of the warp, and where its last one ends; the others are kListStep apart
+};
+
+constexpr int kListStep = 2 * kWarpsOfLists;
+
 // Blocks of the coarsest level come first: its lists are the longest.
-__device__ __forceinline__ ListOfWarp list_of_warp(const Problem& problem, int odd_rows, int odd_columns) {
+__device__ __forceinline__ ListRow lists_of_warp(const Problem& problem, int odd_rows, int odd_columns) {
   unsigned block = blockIdx.x;
   for (int l = problem.levels - 1;; --l) {
     const Level& level = problem.level[l];
     const unsigned rows = of_parity(level.height + 1, odd_rows), columns = of_parity(level.width + 1, odd_columns);
-    const unsigned groups = (columns + kWarpsOfLists - 1) / kWarpsOfLists;
-    const unsigned blocks = problem.batch * problem.heads * rows * groups;
+    const unsigned images_and_heads = problem.batch * problem.heads;
+    const unsigned span = kWarpsOfLists * lists_of_warp(static_cast<long long>(images_and_heads) * rows * columns);
+    const unsigned groups = (columns + span - 1) / span, blocks = images_and_heads * rows * groups;
     if (block >= blocks && l > 0) {
       block -= blocks;
       continue;
     }
-    const unsigned column = block % groups * kWarpsOfLists + threadIdx.x / kWarp, row = block / groups % rows;
-    const unsigned image_and_head = block / groups / rows;
-    ListOfWarp list;
-    list.image = image_and_head / problem.heads, list.head = image_and_head % problem.heads;
-    list.level = column < columns ? l : -1;  // -1: nothing to do
-    list.x = 2 * column + odd_columns - 1, list.y = 2 * row + odd_rows - 1;
-    return list;
+    const unsigned first = block % groups * span, row = block / groups % rows, image_and_head = block / groups / rows;
+    ListRow lists;
+    lists.image = image_and_head / problem.heads, lists.head = image_and_head % problem.heads;
+    lists.level = l, lists.y = 2 * row + odd_rows - 1;
+    lists.x = 2 * (first + threadIdx.x / kWarp) + odd_columns - 1;
+    lists.end = 2 * min(first + span, columns) + odd_columns - 1;
+    return lists;
   }
 }
 
 // First token of neighbour `corner`, or -1 beyond the border.
-__device__ __forceinline__ int token_of(const Level& level, const ListOfWarp& list, int corner) {
+__device__ __forceinline__ int token_of(const Level& level, const ListRow& list, int corner) {
   const int x = list.x + (corner & 1), y = list.y + (corner >> 1);
   return x < 0 || y < 0 || x >= level.width || y >= level.height ? -1 : level.start + y * level.width + x;
 }
 
-// Halves a list of numbers among lanes: every step keeps one half and gives the other to the partner `bit` lanes away. After
-// the last, the numbers of all partners are summed, each lane holding another part.
+// Halves a list of numbers among lanes: every step keeps one half and gives the other to the partner `bit` lanes away.
+// After the last, the numbers of all partners are summed, each lane holding another part.
 template <int SIZE, int BIT, int LAST>
 __device__ __forceinline__ void share_out(float* x, int lane) {
   if constexpr (BIT >= LAST) {
@@ -209,44 +221,47 @@ __device__ __forceinline__ void add_part(float* sums, T* result, int index, cons
   }
 }
 
-// A warp for each list; kLanes lanes read one gradient row, so kWarp / kLanes entries are worked on at a time.
+// A warp for a list; kLanes lanes read one gradient row, so kWarp / kLanes entries are worked on at a time.
 template <typename T, int D>
 __global__ void __launch_bounds__(kListThreads)
     sum_lists_packets(const __grid_constant__ Problem problem, const T* __restrict__ grad, Lists<float> lists,
                       float* sums, T* result, int odd_rows, int odd_columns) {
   constexpr int kSize = Packet<T>::kSize, kLanes = D / kSize, kEntries = kWarp / kLanes;
-  const ListOfWarp mine = list_of_warp(problem, odd_rows, odd_columns);
-  if (mine.level < 0) return;
+  constexpr int kMine = 4 * kSize / kEntries;  // numbers that a lane is left with, of [corner][channel of the packet]
+  ListRow mine = lists_of_warp(problem, odd_rows, odd_columns);
   const Level level = problem.level[mine.level];
   const bool first = !odd_rows && !odd_columns, last = odd_rows && odd_columns;
-  const int list = list_of(problem, level, mine.image, mine.head, mine.x, mine.y);
-  const int size = lists.count[list], end = lists.end[list];
-  if (size == 0 && !first && !(last && sizeof(T) < sizeof(float))) return;
-
   const int lane = threadIdx.x % kWarp, packet = lane % kLanes, stride = problem.heads * D;
-  const T* rows = grad + static_cast<size_t>(mine.image) * problem.queries * stride + mine.head * D + packet * kSize;
-  float sum[4 * kSize] = {};
+  const size_t image = static_cast<size_t>(mine.image) * problem.queries * stride;
+  const T* rows = settled(grad + image + mine.head * D + packet * kSize);
+
+  for (; mine.x < mine.end; mine.x += kListStep) {
+    const int list = list_of(problem, level, mine.image, mine.head, mine.x, mine.y);
+    const int size = lists.count[list], end = lists.end[list];
+    if (size == 0 && !first && !(last && sizeof(T) < sizeof(float))) continue;
+    float sum[4 * kSize] = {};
 #pragma unroll 2
-  for (int i = end - size + lane / kLanes; i < end; i += kEntries) {
-    const float4 entry = __ldg(reinterpret_cast<const float4*>(lists.entries + i));
-    float g[kSize];
-    Packet<T>::load(rows + static_cast<size_t>(__float_as_int(entry.w)) * stride, g);
-    const float lower = entry.y * entry.z, upper = entry.z - lower;
-    const float part[4] = {upper - upper * entry.x, upper * entry.x, lower - lower * entry.x, lower * entry.x};
+    for (int i = end - size + lane / kLanes; i < end; i += kEntries) {
+      const float4 entry = __ldg(reinterpret_cast<const float4*>(lists.entries + i));
+      float g[kSize];
+      Packet<T>::load(rows + __float_as_int(entry.w) * stride, g);
+      const float lower = entry.y * entry.z, upper = entry.z - lower;
+      const float part[4] = {upper - upper * entry.x, upper * entry.x, lower - lower * entry.x, lower * entry.x};
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
+      for (int c = 0; c < 4; ++c) {
 #pragma unroll
-      for (int v = 0; v < kSize; ++v) sum[c * kSize + v] = fmaf(part[c], g[v], sum[c * kSize + v]);
+        for (int v = 0; v < kSize; ++v) sum[c * kSize + v] = fmaf(part[c], g[v], sum[c * kSize + v]);
+      }
     }
-  }
-  share_out<4 * kSize, kWarp / 2, kLanes>(sum, lane);
-  constexpr int kMine = 4 * kSize / kEntries;  // numbers this lane is left with, of [corner][channel of the packet]
+    __syncwarp();  // lanes may have had different numbers of entries
+    share_out<4 * kSize, kWarp / 2, kLanes>(sum, lane);
 #pragma unroll
-  for (int i = 0; i < kMine; i += 4) {
-    const int number = lane / kLanes * kMine + i, token = token_of(level, mine, number / kSize);
-    if (token < 0) continue;
-    const int index = (mine.image * problem.tokens + token) * stride + mine.head * D + packet * kSize + number % kSize;
-    add_part(sums, result, index, sum + i, first, last);
+    for (int i = 0; i < kMine; i += 4) {
+      const int number = lane / kLanes * kMine + i, token = token_of(level, mine, number / kSize);
+      if (token < 0) continue;
+      const int row = (mine.image * problem.tokens + token) * stride + mine.head * D;
+      add_part(sums, result, row + packet * kSize + number % kSize, sum + i, first, last);
+    }
   }
 }
 
@@ -257,26 +272,29 @@ __global__ void __launch_bounds__(kListThreads)
                   Lists<typename Accumulator<T>::type> lists, typename Accumulator<T>::type* sums, int odd_rows,
                   int odd_columns) {
   using A = typename Accumulator<T>::type;
-  const ListOfWarp mine = list_of_warp(problem, odd_rows, odd_columns);
-  if (mine.level < 0) return;
+  ListRow mine = lists_of_warp(problem, odd_rows, odd_columns);
   const Level level = problem.level[mine.level];
   const bool first = !odd_rows && !odd_columns;
-  const int list = list_of(problem, level, mine.image, mine.head, mine.x, mine.y);
-  const int size = lists.count[list], end = lists.end[list], stride = problem.heads * problem.dim;
-  for (int channel = threadIdx.x % kWarp; channel < problem.dim; channel += kWarp) {
-    A sum[4] = {};
-    for (int i = end - size; i < end; ++i) {
-      const Entry<A> entry = lists.entries[i];
-      const int row = mine.image * problem.queries + entry.query;
-      const A g = widen(grad[static_cast<size_t>(row) * stride + mine.head * problem.dim + channel]) * entry.weight;
-      sum[0] += g * (1 - entry.down) * (1 - entry.right), sum[1] += g * (1 - entry.down) * entry.right;
-      sum[2] += g * entry.down * (1 - entry.right), sum[3] += g * entry.down * entry.right;
-    }
-    for (int c = 0; c < 4; ++c) {
-      const int token = token_of(level, mine, c);
-      if (token < 0) continue;
-      A* to = sums + static_cast<size_t>(mine.image * problem.tokens + token) * stride + mine.head * problem.dim + channel;
-      *to = first ? sum[c] : *to + sum[c];
+  const int stride = problem.heads * problem.dim;
+  for (; mine.x < mine.end; mine.x += kListStep) {
+    const int list = list_of(problem, level, mine.image, mine.head, mine.x, mine.y);
+    const int size = lists.count[list], end = lists.end[list];
+    for (int channel = threadIdx.x % kWarp; channel < problem.dim; channel += kWarp) {
+      A sum[4] = {};
+      for (int i = end - size; i < end; ++i) {
+        const Entry<A> entry = lists.entries[i];
+        const int row = mine.image * problem.queries + entry.query;
+        const A g = widen(grad[static_cast<size_t>(row) * stride + mine.head * problem.dim + channel]) * entry.weight;
+        sum[0] += g * (1 - entry.down) * (1 - entry.right), sum[1] += g * (1 - entry.down) * entry.right;
+        sum[2] += g * entry.down * (1 - entry.right), sum[3] += g * entry.down * entry.right;
+      }
+      for (int c = 0; c < 4; ++c) {
+        const int token = token_of(level, mine, c);
+        if (token < 0) continue;
+        const int row = mine.image * problem.tokens + token;
+        A* to = sums + static_cast<size_t>(row) * stride + mine.head * problem.dim + channel;
+        *to = first ? sum[c] : *to + sum[c];
+      }
     }
   }
 }
@@ -330,8 +348,9 @@ struct Row {
   int lane;
 };
 
-// Products of the gradient row with the neighbours of COUNT samples, 1, 2 or 4. Each lane can only sum its own channels; the sums over
-// lanes are formed while samples are merged two by two, so that lane i ends with the products of sample i % COUNT.
+// Products of the gradient row with the neighbours of COUNT samples, 1, 2 or 4. Each lane can only sum its own
+// channels; the sums over lanes are formed while samples are merged two by two, so that lane i ends with the products
+// of sample i % COUNT.
 template <int COUNT, bool LISTED, typename T, int D>
 __device__ __forceinline__ void products(const Row<T, D>& row, int sample, float (&dot)[4]) {
   if constexpr (COUNT > 1) {
@@ -391,8 +410,8 @@ __device__ __forceinline__ void finish_slot(const Problem& problem, const Gradie
   }
 }
 
-// As forward_packets, with a group of samples at a time: lane i of a slot prepares sample i, all lanes read the neighbours
-// of all samples, and lane i ends with what it needs for the gradients of sample i.
+// As forward_packets, with a group of samples at a time: lane i of a slot prepares sample i, all lanes read the
+// neighbours of all samples, and lane i ends with what it needs for the gradients of sample i.
 template <typename T, int D, bool FUSED, bool LISTED>
 __global__ void __launch_bounds__(kBackwardThreads, LISTED ? kListedBlocks : kAddedBlocks)
     backward_packets(const __grid_constant__ Problem problem, const T* __restrict__ grad, const T* __restrict__ value,
@@ -408,7 +427,8 @@ __global__ void __launch_bounds__(kBackwardThreads, LISTED ? kListedBlocks : kAd
 
   Row<T, D> row;
   const int lane = row.lane = threadIdx.x % kLanes;
-  row.value = value + image + tile.head * D + lane * kSize;
+  row.value = settled(value + image + tile.head * D + lane * kSize);
+  // Not settled: reductions need a pointer that is known to be global.
   row.sums = LISTED ? nullptr : sums + image + tile.head * D + lane * 4;
   row.offsets = offsets[slot_of_block];
   row.parts = parts[LISTED ? 0 : slot_of_block];

@@ -1,5 +1,5 @@
-// Multi-scale deformable attention on CUDA devices: the operators of the library `dino`, which deform_attn.cpp declares.
-// The kernels are in the .cuh files; this file checks arguments, chooses kernels and launches them.
+// Multi-scale deformable attention on CUDA devices: the operators of the library `dino`, which deform_attn.cpp
+// declares. The kernels are in the .cuh files; this file checks arguments, chooses kernels and launches them.
 
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -116,7 +116,7 @@ bool with_packets(int dim, const Function& function) {
 
 Problem problem_of(const Sizes& sizes, const std::vector<int64_t>& shapes, const Tensor& places, const Tensor& weights,
                    const std::optional<Tensor>& reference) {
-  require(sizes.levels <= kMaxLevels, "there are ", sizes.levels, " levels, but CUDA kernels take at most ", kMaxLevels);
+  require(sizes.levels <= kMaxLevels, "there are ", sizes.levels, " levels; CUDA kernels take at most ", kMaxLevels);
   const int64_t samples = sizes.levels * sizes.points;
   require(samples * std::max<int64_t>(sizes.points, 1) < int64_t{1} << 31, "too many points");
   Problem p{};
@@ -143,7 +143,8 @@ void cut_into_tiles(Problem& p, int slots) {
   if (p.pyramid) {
     p.tiles = 0;
     for (int l = 0; l < p.levels; ++l) {
-      p.tiles += blocks_for(p.level[l].height, 1 << kTileRowsLog2) * blocks_for(p.level[l].width, 1 << kTileColumnsLog2);
+      const Level& level = p.level[l];
+      p.tiles += blocks_for(level.height, 1 << kTileRowsLog2) * blocks_for(level.width, 1 << kTileColumnsLog2);
     }
   } else {
     p.tile_rows_log2 = p.tile_columns_log2 = 0;
@@ -254,7 +255,8 @@ struct Backward {
            static_cast<int>(number), lists.end, lists.count + number);
     by_queries(lists);
     if (deterministic) {
-      launch(sort_lists<A>, blocks_for(number, kWarpsOfLists), kListThreads, 0, stream, lists, static_cast<int>(number));
+      launch(sort_lists<A>, blocks_for(number, kWarpsOfLists), kListThreads, 0, stream, lists,
+             static_cast<int>(number));
     }
     for (int odd = 0; odd < 4; ++odd) sum_lists(lists, odd / 2, odd % 2);
   }
@@ -262,13 +264,14 @@ struct Backward {
   void sum_lists(const Lists<A>& lists, int odd_rows, int odd_columns) const {
     int64_t blocks = 0;
     for (int l = 0; l < p.levels; ++l) {
-      const int64_t rows = of_parity(p.level[l].height + 1, odd_rows);
-      blocks += p.batch * p.heads * rows * blocks_for(of_parity(p.level[l].width + 1, odd_columns), kWarpsOfLists);
+      const int64_t rows = p.batch * p.heads * static_cast<int64_t>(of_parity(p.level[l].height + 1, odd_rows));
+      const int64_t columns = of_parity(p.level[l].width + 1, odd_columns);
+      blocks += rows * blocks_for(columns, kWarpsOfLists * lists_of_warp(rows * columns));
     }
     const bool done = with_packets<T>(p.dim, [&](auto dim) {
       if constexpr (sizeof(T) <= sizeof(float)) {
-        launch(sum_lists_packets<T, decltype(dim)::value>, blocks, kListThreads, 0, stream, p, grad, lists, sums, result,
-               odd_rows, odd_columns);
+        launch(sum_lists_packets<T, decltype(dim)::value>, blocks, kListThreads, 0, stream, p, grad, lists, sums,
+               result, odd_rows, odd_columns);
       }
     });
     if (!done) launch(sum_lists_any<T>, blocks, kListThreads, 0, stream, p, grad, lists, sums, odd_rows, odd_columns);
@@ -293,8 +296,8 @@ struct Backward {
     Problem tiled = p;
     cut_into_tiles(tiled, kSlots);
     const auto run = [&](auto kernel, size_t shared) {
-      launch(kernel, static_cast<int64_t>(p.batch) * p.heads * tiled.tiles, kBackwardThreads, shared, stream, tiled, grad,
-             value, gradients, sums, lists);
+      launch(kernel, static_cast<int64_t>(p.batch) * p.heads * tiled.tiles, kBackwardThreads, shared, stream, tiled,
+             grad, value, gradients, sums, lists);
     };
     if (p.box) {
       const size_t shared = kept_bytes(p);

@@ -11,10 +11,10 @@ constexpr int kForwardBlocks = 3;  // at least so many on a multiprocessor: up t
 
 // Head dimensions of 64, 128 or 256 bytes, values aligned to 16 bytes.
 //
-// A slot is one query and head. Its D channels are spread over kLanes lanes, 16 bytes each. The arithmetic that all channels
-// have in common is done once per sample: each lane prepares other samples and leaves offsets and shares in shared
-// memory, from where all lanes of the slot read them. A slot never leaves its warp, so no barrier of the block is needed.
-// Samples outside the image are left out.
+// A slot is one query and head. Its D channels are spread over kLanes lanes, 16 bytes each. The arithmetic that all
+// channels have in common is done once per sample: each lane prepares other samples and leaves offsets and shares in
+// shared memory, from where all lanes of the slot read them. A slot never leaves its warp, so no barrier of the block
+// is needed. Samples outside the image are left out.
 template <typename T, int D, bool FUSED>
 __global__ void __launch_bounds__(kForwardThreads, kForwardBlocks)
     forward_packets(const __grid_constant__ Problem problem, const T* __restrict__ value, T* __restrict__ output) {
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardBlocks)
   const int first_lane = (threadIdx.x % kWarp) / kLanes * kLanes;  // of the slot, in the warp
   const Tile tile = tile_of_block(problem);
   const int stride = problem.heads * D, channel = tile.head * D + lane * kSize;
-  const T* source = value + static_cast<size_t>(tile.image) * problem.tokens * stride + channel;
+  const T* source = settled(value + static_cast<size_t>(tile.image) * problem.tokens * stride + channel);
   const int tile_size = 1 << (problem.tile_columns_log2 + problem.tile_rows_log2);
 
   for (int i = slot; i < tile_size; i += kSlots) {  // slots divide the size of a tile: no lane leaves the loop early

@@ -157,6 +157,16 @@ template <> struct Packet<__nv_bfloat16> {
   }
 };
 
+// The same pointer, of unknown origin. Otherwise the compiler takes sums of a pointer, a large and a small index apart
+// to add them in another order, and needs four instructions for an address instead of one.
+template <typename P>
+__device__ __forceinline__ P* settled(P* pointer) {
+#ifdef __CUDA_ARCH__
+  asm("" : "+l"(pointer));
+#endif
+  return pointer;
+}
+
 // ---- The problem
 
 struct Level {
@@ -207,8 +217,8 @@ struct Sample {
 
 // Where `place`, a location or an offset, lies. `row` is image * Q + query.
 //
-// Kernels that count, list and weigh samples must agree to the last bit on the cell, so no sum of products is left for the
-// compiler to contract in one kernel and not in another.
+// Kernels that count, list and weigh samples must agree to the last bit on the cell, so no sum of products is left for
+// the compiler to contract in one kernel and not in another.
 template <typename A>
 __device__ __forceinline__ Sample<A> locate(const Problem& problem, const Level& level, int l, int row, Pair<A> place) {
   Sample<A> s;
@@ -239,7 +249,8 @@ __device__ __forceinline__ Sample<A> locate(const Problem& problem, const Level&
 template <typename A>
 __device__ __forceinline__ int4 neighbours(const Sample<A>& s, const Level& level, int stride) {
   const int left = max(s.x, 0), right = min(s.x + 1, level.width - 1);
-  const int top = level.start + max(s.y, 0) * level.width, bottom = level.start + min(s.y + 1, level.height - 1) * level.width;
+  const int top = level.start + max(s.y, 0) * level.width;
+  const int bottom = level.start + min(s.y + 1, level.height - 1) * level.width;
   return make_int4((top + left) * stride, (top + right) * stride, (bottom + left) * stride, (bottom + right) * stride);
 }
 
@@ -286,8 +297,8 @@ __device__ __forceinline__ Softmax<A> softmax(const Problem& problem, int first,
 }
 
 // ---- Who computes what: a block works on a tile of queries for one head of one image. Neighbouring queries read
-// neighbouring cells, so a rectangle of queries finds most of what it reads in the nearest cache; a row, or all heads of
-// a few queries, doesn't.
+// neighbouring cells, so a rectangle of queries finds most of what it reads in the nearest cache; a row, or all heads
+// of a few queries, doesn't.
 
 struct Tile {
   int image, head;
