@@ -34,8 +34,8 @@ def operator_lines() -> list[str]:
     lines = [f"deform_attn: {operator.VARIABLE}={choice}"]
     for part, file in operator.FILES.items():
         lines.append(f"  {part} build: {_build(part, operator.FOLDER / file)}")
-    cuda = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    for device in [torch.device("cpu"), *cuda]:
+    names = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    for device in map(torch.device, names):
         lines.append(f"  {device} runs {_runs(choice, device)}")
     return lines
 
