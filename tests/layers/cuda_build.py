@@ -138,17 +138,21 @@ def kernels(file):
     return result
 
 
-def main():
-    """Print a table in Markdown: one line for each fast kernel and architecture."""
-    titles = ["kernel", "sm", "registers", "shared memory", "stack", "16-byte loads", "instructions"]
+def print_table(found):
+    """Markdown, from {architecture: kernels}: a line for each fast kernel."""
+    titles = ["kernel", *(f"registers, {number}" for number in found), "shared memory", "stack", "16-byte loads"]
     print(f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|")
+    for name in sorted(filter(FAST.search, next(iter(found.values())))):
+        same = [kernels[name] for kernels in found.values()]
+        loads = [kernel.count(r"LDG.*\.128") for kernel in same]
+        figures = [*(kernel.registers for kernel in same), same[0].shared, max(kernel.stack for kernel in same)]
+        print(f"| `{name}` | {' | '.join(map(str, figures))} | {min(loads)} to {max(loads)} |")
+
+
+def main():
+    """Compile for the architectures named, by default all, and print the table."""
     with tempfile.TemporaryDirectory() as folder:
-        for architecture in sys.argv[1:] or ARCHITECTURES:
-            for kernel in sorted(kernels(compile_cuda(architecture, folder)).values()):
-                if FAST.search(kernel.name):
-                    figures = [kernel.registers, kernel.shared, kernel.stack, kernel.count(r"LDG.*\.128")]
-                    cells = [f"`{kernel.name}`", architecture, *figures, len(kernel.code)]
-                    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+        print_table({number: kernels(compile_cuda(number, folder)) for number in sys.argv[1:] or ARCHITECTURES})
 
 
 if __name__ == "__main__":
