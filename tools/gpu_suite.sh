@@ -6,7 +6,8 @@
 # Uses the python3 on the PATH (or $PYTHON), with torch, numpy, scipy, pytest and safetensors.
 #   DINO_GOLDEN=FOLDER    golden arrays; a failure if the folder has none. Unset: their tests are left out, and the
 #                         summary says so.
-#   DINO_AGAINST=FOLDER   checkout of a public CUDA kernel of the original design, to be measured in the same run
+#   DINO_AGAINST=FOLDER   checkout of a public CUDA kernel of the original design, built in place, to be measured in the
+#                         same run
 # Ends with status 1 if a step failed. All steps together stay under 8 minutes: one that would not is cut off, and
 # counts as failed.
 
@@ -90,15 +91,13 @@ else
   say "golden: not run, DINO_GOLDEN is not set"
 fi
 
-started=$(mktemp)
+benchmark=(benchmarks/deform_attn.py --device cuda --results "$results")
 if [[ -n ${DINO_AGAINST:-} ]]; then
-  step benchmark 150 "$python" benchmarks/deform_attn.py --against "$DINO_AGAINST"
+  benchmark+=(--against "$DINO_AGAINST")
 else
   say "public kernel: not measured, DINO_AGAINST is not set"
-  step benchmark 150 "$python" benchmarks/deform_attn.py
 fi
-find benchmarks/results -name '*.json' -newer "$started" -exec cp {} "$results" \; 2> /dev/null
-rm -f "$started"
+step benchmark 150 "$python" "${benchmark[@]}"
 
 say "$( ((failed)) && echo FAILED || echo "all passed"), $SECONDS s"
 exit "$failed"
