@@ -5,6 +5,7 @@ from .criterion import SetCriterion
 from .deform_attn import MultiScaleDeformableAttention, deform_attn, deform_attn_reference
 from .denoising import ContrastiveDenoising, denoising_mask
 from .matcher import HungarianMatcher, NonFiniteCostError
+from .operator import deform_attn_implementation
 from .position_encoding import SinePositionEncoding
 from .postprocess import Detections, detections
 from .structures import Denoised, NoisedQueries, Outputs, Predictions, Queries, Target, Tokens
@@ -26,6 +27,7 @@ __all__ = [
     "Tokens",
     "cxcywh_to_xyxy",
     "deform_attn",
+    "deform_attn_implementation",
     "deform_attn_reference",
     "denoising_mask",
     "detections",

@@ -6,27 +6,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .operator import autocast_dtype, cast_for_autocast, use_compiled
+
 Shapes = list[tuple[int, int]]
 
 
 def deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of bilinear samples of a feature pyramid.
+    """Weighted sum of bilinear samples of a feature pyramid, by the compiled operator where it is built.
+
+    The variable DINO_DEFORM_ATTN (auto, reference or compiled), read at each call outside compiled code, and the
+    context manager `deform_attn_implementation` choose. Autocast casts `value` and `weights`, never `locations`.
 
     Args:
         value: (B, S, M, D), float32, float64, float16 or bfloat16; levels concatenated, row after row inside a level.
         shapes: L pairs (H, W) with sum of H*W = S.
         locations: (B, Q, M, L, P, 2) as (x, y) fractions of the level; 0 is the left or top edge, 1 the right or bottom
             edge. Samples outside read zeros. Keep them in float32: bfloat16 can't place a sample within a pixel.
-        weights: (B, Q, M, L, P).
+        weights: (B, Q, M, L, P), of any of these types.
 
     Returns:
-        (B, Q, M*D) in the dtype of `value`.
+        (B, Q, M*D) in the dtype of `value`, or of autocast.
 
     Raises:
-        ValueError: sizes that do not fit together.
+        ValueError: sizes that do not fit together; DINO_DEFORM_ATTN holds another word.
+        RuntimeError: "compiled" was chosen, and the operator is not built or fails its self-test.
     """
     check_sizes(value, shapes, locations, weights)
+    if use_compiled(value.device):
+        return torch.ops.dino.deform_attn_forward(value, flat(shapes), locations, weights)
+    dtype = autocast_dtype(value.device.type)
+    value, weights = cast_for_autocast(value, dtype), cast_for_autocast(weights, dtype)
     return deform_attn_reference(value, shapes, locations, weights)
+
+
+def flat(shapes: Shapes) -> list[int]:
+    """h0, w0, h1, w1, … as the compiled operator takes them."""
+    return [size for shape in shapes for size in shape]
 
 
 def check_sizes(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> None:
@@ -116,8 +131,12 @@ class MultiScaleDeformableAttention(nn.Module):
         """
         samples = (*query.shape[:2], self.num_heads, self.num_levels, self.num_points)  # (B, Q, M, L, P)
         value = self.value_proj(value).masked_fill(padding[..., None], 0).unflatten(-1, (self.num_heads, -1))
-        weights = self.attention_weights(query).view(*samples[:3], -1).softmax(-1).view(samples)
+        logits = self.attention_weights(query).view(*samples[:3], -1)  # (B, Q, M, L*P)
         offsets = self.sampling_offsets(query).view(*samples, 2)
+        if use_compiled(value.device):
+            fused = torch.ops.dino.deform_attn_fused_forward
+            return self.output_proj(fused(value, flat(shapes), offsets, logits, reference))
+        weights = logits.softmax(-1).view(samples)
         locations = self.sampling_locations(reference[:, :, None, :, None], offsets.to(reference.dtype), shapes)
         return self.output_proj(deform_attn(value, shapes, locations, weights))
 

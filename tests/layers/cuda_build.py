@@ -1,0 +1,159 @@
+"""Builds of the CUDA operator that tests look into: machine code for an architecture, or a stand-in for the CPU.
+
+`python -m tests.layers.cuda_build` prints what docs/performance_cuda.md says about the machine code.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+SOURCES = Path(__file__).parents[2] / "dino/layers/csrc"
+STAND_IN = Path(__file__).parent / "cuda_on_cpu"
+TORCH = Path(torch.__file__).parent
+ARCHITECTURES = ["75", "80", "90", "100", "120"]
+FLAGS = ["-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL", f"-I{TORCH}/include"]
+FAST = re.compile(r"(forward|backward|sum_lists)_packets")
+
+
+def tool(name):
+    """A program of the CUDA toolkit, or the copy of it that triton brings along; None if there is neither."""
+    found = shutil.which(name)
+    if found is None:
+        copies = [Path(folder) / "triton/backends/nvidia/bin" / name for folder in sys.path]
+        found = next((str(path) for path in copies if path.exists()), None)
+    return found
+
+
+@cache
+def toolkit_headers():
+    """The folder of the toolkit's headers as nvcc tells it, for nvcc may be a wrapper that lies elsewhere."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    text = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True).stderr
+    folders = re.findall(r'-I"?([^"\s]+)', text)
+    found = [Path(folder) for folder in folders if (Path(folder) / "vector_types.h").exists()]
+    return found[0] if found else None
+
+
+def run(command):
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if result.returncode:
+        raise AssertionError(f"{' '.join(map(str, command))}\n{result.stdout[-2000:]}{result.stderr[-4000:]}")
+    return result.stdout
+
+
+def compile_cuda(architecture, folder):
+    """The object file with machine code for one architecture, such as "90"."""
+    target = Path(folder) / f"deform_attn_{architecture}.o"
+    code = f"arch=compute_{architecture},code=sm_{architecture}"
+    command = ["nvcc", *FLAGS, "-DUSE_CUDA", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC", "-gencode", code]
+    run([*command, "-c", SOURCES / "deform_attn_cuda.cu", "-o", target])
+    return target
+
+
+def replace(text, old, new):
+    assert text.count(old) == 1, f"the source has no single {old!r}: change this stand-in with it"
+    return text.replace(old, new)
+
+
+def stand_in_source(folder):
+    """The operator with launches turned into calls, under the name dino_on_cpu, so that it can stand beside `dino`."""
+    for path in SOURCES.glob("*.cuh"):
+        text = path.read_text().replace(
+            "extern __shared__ float4 kept_by_slots[];", "float4* const kept_by_slots = cuda_on_cpu::dynamic_shared;"
+        )
+        text = text.replace("kManyLists = 1 << 16;", "kManyLists = 100;")  # small cases, several lists a warp
+        (folder / path.name).write_text("#include <cuda_runtime.h>\n" + text)
+    shutil.copy(SOURCES / "deform_attn.h", folder)
+    text = (SOURCES / "deform_attn_cuda.cu").read_text()
+    launch = "kernel<<<static_cast<unsigned>(blocks), threads, shared, stream>>>(arguments...);"
+    text = replace(text, launch, "cuda_on_cpu::run(blocks, threads, shared, [&] { kernel(arguments...); });")
+    text = replace(text, "STD_CUDA_KERNEL_LAUNCH_CHECK();", "")
+    text = re.sub(r"  STABLE_TORCH_ERROR_CODE_CHECK\(aoti_torch_get_current_cuda_stream.*\n", "", text)
+    text = re.sub(r"  const torch::stable::accelerator::DeviceGuard .*\n", "", text)
+    text = replace(text, "kEntriesAtATime = int64_t{1} << 22;", "kEntriesAtATime = 5000;")  # small cases, several parts
+    operators = re.findall(r'm\.impl\("(\w+)"', text)
+    text = replace(text, "STABLE_TORCH_LIBRARY_IMPL(dino, CUDA, m)", "STABLE_TORCH_LIBRARY_IMPL(dino_on_cpu, CPU, m)")
+    schemas = "".join(f'  m.def("{schema(name)}");\n' for name in operators)
+    source = folder / "deform_attn.cpp"
+    source.write_text(f"{text}\nSTABLE_TORCH_LIBRARY(dino_on_cpu, m) {{\n{schemas}}}\n")
+    return source
+
+
+def schema(name):
+    inputs = ["Tensor value", "int[] shapes", "Tensor places", "Tensor weights"]
+    if "fused" in name:
+        inputs.append("Tensor reference")
+    results = 1
+    if "backward" in name:
+        results = len(inputs) - 1
+        inputs.insert(0, "Tensor grad")
+    return f"{name}({', '.join(inputs)}) -> ({', '.join(['Tensor'] * results)})"
+
+
+def build_stand_in(folder):
+    """A library that registers the CUDA operators as torch.ops.dino_on_cpu."""
+    target = Path(folder) / "dino_on_cpu.so"
+    command = ["g++", "-O1", *FLAGS[1:], "-w", "-fPIC", "-shared", f"-I{STAND_IN}", "-isystem", toolkit_headers()]
+    run([*command, stand_in_source(Path(folder)), "-o", target, f"-L{TORCH}/lib", "-ltorch_cpu", "-lc10"])
+    return target
+
+
+class Kernel(NamedTuple):
+    """What the machine code of a kernel needs."""
+
+    name: str
+    registers: int
+    stack: int  # bytes: spilled registers, and arrays that registers can't hold
+    shared: int  # bytes, without what is asked for at launch
+    code: list[str]  # one instruction a line
+
+    def count(self, pattern):
+        return sum(bool(re.search(pattern, line)) for line in self.code)
+
+
+def readable(names):
+    return run([shutil.which("c++filt") or "cat", *names]).splitlines() if shutil.which("c++filt") else names
+
+
+def kernels(file):
+    """All kernels in an object file, by their readable name."""
+    usage = run([tool("cuobjdump"), "-res-usage", file])
+    needs = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
+    codes = dict(re.findall(r"Function : (\S+)\n(.*?)\n\s*\.{10,}", run([tool("cuobjdump"), "-sass", file]), re.S))
+    result = {}
+    for (symbol, *numbers), name in zip(needs, readable([need[0] for need in needs]), strict=True):
+        short = re.sub(r"^void |dino::|\(.*", "", name)
+        code = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(.*?);", codes[symbol])
+        result[short] = Kernel(short, *map(int, numbers), code)
+    return result
+
+
+def print_table(found):
+    """Markdown, from {architecture: kernels}: a line for each fast kernel."""
+    titles = ["kernel", *(f"registers, {number}" for number in found), "shared memory", "stack", "16-byte loads"]
+    print(f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|")
+    for name in sorted(filter(FAST.search, next(iter(found.values())))):
+        same = [kernels[name] for kernels in found.values()]
+        loads = [kernel.count(r"LDG.*\.128") for kernel in same]
+        figures = [*(kernel.registers for kernel in same), same[0].shared, max(kernel.stack for kernel in same)]
+        print(f"| `{name}` | {' | '.join(map(str, figures))} | {min(loads)} to {max(loads)} |")
+
+
+def main():
+    """Compile for the architectures named, by default all, and print the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        print_table({number: kernels(compile_cuda(number, folder)) for number in sys.argv[1:] or ARCHITECTURES})
+
+
+if __name__ == "__main__":
+    main()

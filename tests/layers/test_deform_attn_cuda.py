@@ -1,0 +1,306 @@
+"""The CUDA kernels: their arithmetic on a CPU stand-in, their machine code and, where there is a GPU, all of it."""
+
+import shutil
+
+import pytest
+import torch
+
+from dino.layers import deform_attn, deform_attn_reference, operator
+
+from . import cuda_build
+
+SHAPES = [(9, 18), (5, 9), (3, 4), (1, 1)]
+SMALL = [(6, 7), (3, 3)]
+ODD = [(2, 3), (1, 5), (4, 1), (2, 2), (1, 1), (3, 3), (2, 1)]
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+BOUND = {F16: 2e-3, BF16: 1e-2, F32: 1e-5, F64: 1e-12}  # of the greatest difference over the greatest magnitude
+PLACE_BOUND = {**BOUND, F32: 5e-5}
+PLAIN, POINTS, BOXES = 0, 2, 4
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: the kernels are not run")
+
+
+@pytest.fixture(scope="session")
+def stand_in(tmp_path_factory):
+    if cuda_build.toolkit_headers() is None or shutil.which("g++") is None:
+        pytest.skip("no CUDA headers or no g++")
+    torch.ops.load_library(cuda_build.build_stand_in(tmp_path_factory.mktemp("stand_in")))
+    return torch.ops.dino_on_cpu, torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def gpu():
+    operator.load("cuda")
+    return torch.ops.dino, torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture(params=["stand_in", pytest.param("gpu", marks=needs_gpu)])
+def backend(request):
+    """(operators, device)"""
+    return request.getfixturevalue(request.param)
+
+
+def flat(shapes):
+    return [size for shape in shapes for size in shape]
+
+
+def off_the_borders(locations, shapes):
+    """Moved by at most 2 % of a cell, so that no sample lies where the gradient jumps."""
+    size = locations.new_tensor([(w, h) for h, w in shapes])[:, None]
+    cells = locations * size - 0.5
+    return (cells.floor() + (cells - cells.floor()).clamp(0.02, 0.98) + 0.5) / size
+
+
+def random_case(shapes, form, *, batch=2, queries=7, heads=2, dim=32, points=4, dtype=F32, weight_dtype=None):
+    """(grad, value, places, weights[, reference]); queries None: one for each cell."""
+    weight_dtype, wide = weight_dtype or dtype, F64 if dtype == F64 else F32
+    tokens, levels = sum(h * w for h, w in shapes), len(shapes)
+    queries = tokens if queries is None else queries
+    grad = torch.randn(batch, queries, heads * dim).to(dtype)
+    value = torch.randn(batch, tokens, heads, dim).to(dtype)
+    if form == PLAIN:
+        locations = -0.4 + 1.8 * torch.rand(batch, queries, heads, levels, points, 2, dtype=F64)
+        weights = torch.randn(batch, queries, heads, levels, points)
+        weights[torch.rand(weights.shape) < 0.1] = 0
+        return grad, value, off_the_borders(locations, shapes).to(wide), weights.to(weight_dtype)
+    offsets = torch.randn(batch, queries, heads, levels, points, 2) * 2
+    logits = torch.randn(batch, queries, heads, levels * points)
+    reference = torch.rand(batch, queries, levels, form).to(wide)
+    return grad, value, offsets.to(weight_dtype), logits.to(weight_dtype), reference
+
+
+def fused_reference(value, shapes, offsets, logits, reference):
+    boxes = reference[:, :, None, :, None]
+    if reference.shape[-1] == POINTS:
+        locations = boxes + offsets / offsets.new_tensor([(w, h) for h, w in shapes])[:, None]
+    else:
+        locations = boxes[..., :2] + offsets / offsets.shape[-2] * boxes[..., 2:] * 0.5
+    return deform_attn_reference(value, shapes, locations, logits.softmax(-1).view(offsets.shape[:-1]))
+
+
+def expected_results(case, shapes):
+    """Output and gradients, by the reference in float64."""
+    grad, *inputs = (x.double() for x in case)
+    inputs = [x.requires_grad_() for x in inputs]
+    reference = deform_attn_reference if len(inputs) == 3 else fused_reference
+    output = reference(inputs[0], shapes, *inputs[1:])
+    return [output, *torch.autograd.grad(output, inputs, grad)]
+
+
+def results(backend, case, shapes, deterministic=False):
+    operators, device = backend
+    grad, value, *others = (x.to(device) for x in case)
+    name = "deform_attn" if len(others) == 2 else "deform_attn_fused"
+    backward = getattr(operators, f"{name}_backward" + "_deterministic" * deterministic)
+    forward = getattr(operators, f"{name}_forward")
+    return [forward(value, flat(shapes), *others), *backward(grad, value, flat(shapes), *others)]
+
+
+def check(actual, case, shapes):
+    names = ["output", "value", "places", "weights", "reference"]
+    for name, x, y, source in zip(names, actual, expected_results(case, shapes), [case[0], *case[1:]], strict=False):
+        assert x.dtype == source.dtype
+        assert x.shape == y.shape
+        wide = F64 if case[1].dtype == F64 else F32
+        kind = source.dtype if name in ("output", "value") or source.dtype in (F16, BF16) else wide
+        bound = (BOUND if name in ("output", "value") else PLACE_BOUND)[kind]
+        error = (x.cpu().double() - y).abs().max() / y.abs().max().clamp_min(1e-30)
+        assert error < bound, f"{name}: {error:.2g}"
+
+
+@pytest.mark.parametrize("form", [PLAIN, POINTS, BOXES])
+@pytest.mark.parametrize("dim", [32, 64, 5])
+@pytest.mark.parametrize("types", [(F32, F32), (BF16, BF16), (F16, F32), (F64, F64)], ids=str)
+def test_like_the_reference(backend, types, dim, form):
+    case = random_case(SMALL, form, dim=dim, dtype=types[0], weight_dtype=types[1])
+    check(results(backend, case, SMALL), case, SMALL)
+
+
+@pytest.mark.parametrize("form", [PLAIN, BOXES])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_queries_that_are_cells(backend, deterministic, dtype, form):
+    """Many samples for each cell: gradients of the value are summed by lists, a few images at a time."""
+    case = random_case(SHAPES, form, batch=2, queries=None, dtype=dtype)
+    actual = results(backend, case, SHAPES, deterministic)
+    check(actual, case, SHAPES)
+    if deterministic:
+        again = results(backend, case, SHAPES, deterministic)
+        assert all(torch.equal(x, y) for x, y in zip(actual, again, strict=True))
+
+
+@pytest.mark.parametrize("dim", [1, 40, 64])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_odd_sizes(backend, deterministic, dim):
+    for form, points, heads in [(PLAIN, 3, 1), (POINTS, 1, 3), (BOXES, 5, 2)]:
+        case = random_case(ODD, form, batch=3, queries=11, heads=heads, dim=dim, points=points)
+        check(results(backend, case, ODD, deterministic), case, ODD)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_more_samples_than_fit_in_shared_memory(backend, dtype):
+    for deterministic in (False, True):
+        case = random_case(SMALL, POINTS, queries=5, points=70, dtype=dtype)
+        check(results(backend, case, SMALL, deterministic), case, SMALL)
+
+
+def test_long_lists_in_one_order(backend):
+    """Every sample in one of six cells; equal samples are found too."""
+    case = random_case([(2, 3)], PLAIN, batch=1, queries=300, heads=1, points=2)
+    case[2][0, 100:200] = case[2][0, :100]
+    actual = results(backend, case, [(2, 3)], deterministic=True)
+    check(actual, case, [(2, 3)])
+    again = results(backend, case, [(2, 3)], deterministic=True)
+    assert all(torch.equal(x, y) for x, y in zip(actual, again, strict=True))
+
+
+def test_strided_and_unaligned_inputs(backend):
+    case = random_case(SMALL, PLAIN)
+    strided = [torch.stack([x, x], -1)[..., 0] for x in case]
+    shifted = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for x in case]
+    expected = results(backend, case, SMALL, deterministic=True)
+    for other in (strided, shifted):
+        actual = results(backend, other, SMALL, deterministic=True)
+        assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("dim", [32, 5])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_samples_outside_read_nothing(backend, deterministic, dim):
+    """Not even what isn't a number; locations that are none read nothing either."""
+    grad, value, locations, weights = random_case(SMALL, PLAIN, dim=dim)
+    locations[:] = 0.5
+    locations[:, ::2] = torch.tensor([-3.0, 1e30])
+    locations[:, 1] = torch.nan
+    value[:, 0] = value[:, 41] = torch.nan  # corners of level 0; the centre is elsewhere
+    output, by_value, *others = results(backend, (grad, value, locations, weights), SMALL, deterministic)
+    assert not output[:, ::2].any()
+    assert not output[:, 1].any()
+    assert all(x.isfinite().all() for x in (output, by_value, *others))
+    assert not any(x[:, ::2].any() or x[:, 1].any() for x in others)
+
+
+@pytest.mark.parametrize("sizes", [{"batch": 0}, {"queries": 0}, {"points": 0}, {"heads": 0}, {"dim": 0}], ids=str)
+def test_nothing(backend, sizes):
+    case = random_case(SMALL, PLAIN, **sizes)
+    for deterministic in (False, True):
+        actual = results(backend, case, SMALL, deterministic)
+        assert [x.shape for x in actual] == [x.shape for x in case]
+        assert not any(x.any() for x in actual)
+
+
+def test_what_is_refused(backend):
+    grad, value, locations, weights = random_case(SMALL, PLAIN)
+    with pytest.raises(RuntimeError, match="weights must be"):
+        results(backend, (grad, value, locations, weights[:, :3]), SMALL)
+    many = random_case([(1, 1)] * 200, PLAIN)
+    with pytest.raises(RuntimeError, match="200 levels"):
+        results(backend, many, [(1, 1)] * 200)
+
+
+# ---- on a GPU only
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_encoder_size(gpu, dtype):
+    """The size of an image of 800 x 1333 pixels, against the reference in float64."""
+    shapes = [(100, 167), (50, 84), (25, 42), (13, 21)]
+    case = random_case(shapes, BOXES, batch=1, queries=None, heads=2, dtype=dtype)
+    check(results(gpu, case, shapes), case, shapes)
+
+
+@needs_gpu
+def test_other_streams(gpu):
+    case = random_case(SMALL, PLAIN)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**8)  # the inputs come late; a kernel on another stream would read something else
+        actual = results(gpu, case, SMALL)
+    stream.synchronize()
+    check(actual, case, SMALL)
+
+
+@needs_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_other_devices(gpu):
+    case = random_case(SMALL, PLAIN)
+    check(results((gpu[0], torch.device("cuda", 1)), case, SMALL), case, SMALL)
+
+
+@needs_gpu
+def test_deterministic_mode_is_followed(gpu):
+    case = [x.to(gpu[1]) for x in random_case(SHAPES, PLAIN, queries=None)]
+
+    def gradients():
+        grad, *inputs = (x.detach().clone().requires_grad_() for x in case)
+        output = deform_attn(inputs[0], SHAPES, *inputs[1:])
+        return torch.autograd.grad(output, inputs, grad)
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [gradients() for _ in range(5)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(x, y) for run in runs[1:] for x, y in zip(run, runs[0], strict=True))
+
+
+@needs_gpu
+def test_gradients_by_differences(gpu):
+    case = random_case(SMALL, PLAIN, batch=1, dim=3, dtype=F64)[1:]
+    inputs = [x.to(gpu[1]).requires_grad_() for x in case]
+
+    def function(value, locations, weights):
+        return torch.ops.dino.deform_attn_forward(value, flat(SMALL), locations, weights)
+
+    assert torch.autograd.gradcheck(function, inputs, nondet_tol=1e-10)
+
+
+# ---- machine code
+
+
+@pytest.fixture(scope="session")
+def machine_code(tmp_path_factory):
+    """Kernels for compute capability 9.0."""
+    file = cuda_build.compile_cuda("90", tmp_path_factory.mktemp("sm_90"))
+    if cuda_build.tool("cuobjdump") is None or cuda_build.tool("nvdisasm") is None:
+        pytest.skip("compiled, but no cuobjdump to look inside")
+    return cuda_build.kernels(file)
+
+
+@needs_nvcc
+@pytest.mark.timeout(900)
+def test_nothing_is_spilled(machine_code):
+    fast = [kernel for name, kernel in machine_code.items() if cuda_build.FAST.search(name)]
+    assert len(fast) == 3 * 2 * (2 + 4 + 1)  # types, head dimensions; forward, backward, lists
+    for kernel in fast:
+        assert kernel.stack == 0, kernel.name
+        assert not kernel.count(r"\b(LDL|STL)"), kernel.name
+
+
+@needs_nvcc
+@pytest.mark.timeout(900)
+def test_loads_are_wide(machine_code):
+    """Values come in packets of 16 bytes, samples and sums in shared memory too; float sums leave in packets."""
+    for name, kernel in machine_code.items():
+        if not cuda_build.FAST.search(name):
+            continue
+        assert kernel.count(r"LDG\.E\.128"), name
+        if "sum_lists" not in name:
+            assert kernel.count(r"LDS\.128"), name
+        if name.startswith("backward") and name.endswith("false>"):
+            assert kernel.count(r"RED.*F32x4"), name
+            assert not kernel.count(r"RED\S*\.F32\."), name
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("architecture", cuda_build.ARCHITECTURES)
+def test_compiles_for(architecture, tmp_path):
+    file = cuda_build.compile_cuda(architecture, tmp_path)
+    if cuda_build.tool("cuobjdump") and cuda_build.tool("nvdisasm"):
+        fast = [kernel for name, kernel in cuda_build.kernels(file).items() if cuda_build.FAST.search(name)]
+        assert fast
+        assert not [kernel.name for kernel in fast if kernel.stack]
