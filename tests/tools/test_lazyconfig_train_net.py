@@ -7,9 +7,12 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import torch
 
+from dino.files import DataError
+from dino.images import read_image
+
 from ..coco_files import write_coco
 from ..d2.recipes import SHRINK, SMALL, file_arguments
-from .programs import assert_one_error, contents, run_program
+from .programs import assert_one_error, contents, load_program, run_program
 
 RECIPE = ["--config-file", SMALL]
 
@@ -84,3 +87,31 @@ def test_a_bad_image_ends_the_program_with_one_line(tmp_path):
     result = run(*RECIPE, *words, folder=tmp_path)
     assert_one_error(result, f"can't read image {tmp_path}/train/image_")
     assert "Traceback" not in (tmp_path / "run/log.txt").read_text()
+
+
+def test_the_run_can_be_drawn(trained, tmp_path, capsys):
+    """`tools/demo.py` needs the recipe and the weights that a run leaves, nothing else."""
+    pytest.importorskip("cv2", reason="OpenCV is not installed")
+    demo = load_program("demo")
+    folder, _, _ = trained
+    words = ["--config-file", folder / "run/config.yaml", "--weights", folder / "run/model_final.pth"]
+    words += ["--threshold", "0", "--output", tmp_path / "drawn", "--input"]
+
+    def draw(*inputs):
+        demo.main([str(word) for word in (*words, *inputs)])
+
+    draw(folder / "val")
+    assert {path.name for path in (tmp_path / "drawn").iterdir()} == {f"image_{n}.png" for n in range(1, 5)}
+    original, drawn = (read_image(path / "image_1.png") for path in (folder / "val", tmp_path / "drawn"))
+    assert drawn.shape == original.shape
+    assert (drawn != original).any()
+    assert "4 pictures written" in capsys.readouterr().out
+    before = contents(tmp_path)
+    with pytest.raises(DataError, match=r"image_1\.png is taken\. Choose another --output"):
+        draw(folder / "val")
+    with pytest.raises(DataError, match="input not found"):
+        draw(folder / "absent.png")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no images in the folder"):
+        draw(tmp_path / "empty")
+    assert contents(tmp_path) == before
