@@ -32,7 +32,7 @@ def read_annotations(path: str | Path, folder: str | Path) -> dict[str, Any]:
 
     Raises:
         DataError: the file or the folder is missing; the JSON is broken or lacks a list; an id occurs twice or refers
-            to nothing; a category has no name; a file name leaves the folder; a box is not four numbers.
+            to nothing; a category has no name of its own; a file name leaves the folder; a box is not four numbers.
     """
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -55,11 +55,7 @@ def check_annotations(data: Any, folder: str | Path) -> None:
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
             raise DataError(f"the list {key!r} is missing. It must be a JSON file in COCO format")
     categories = unique_ids(data["categories"], "category")
-    if not categories:
-        raise DataError("there are no categories")
-    for category in data["categories"]:
-        if not isinstance(category.get("name"), str):
-            raise DataError(f"category {category['id']} has no name")
+    check_names(data["categories"])
     images = unique_ids(data["images"], "image")
     unique_ids(data["annotations"], "annotation")
     for image in data["images"]:
@@ -70,6 +66,20 @@ def check_annotations(data: Any, folder: str | Path) -> None:
             raise DataError(f"image {image['file_name']}: height and width must be positive whole numbers")
     for annotation in data["annotations"]:
         check_annotation(annotation, images, categories)
+
+
+def check_names(categories: list[dict]) -> None:
+    """Raise a DataError unless there are categories, each with a name of its own."""
+    if not categories:
+        raise DataError("there are no categories")
+    seen = set()
+    for category in categories:
+        name = category.get("name")
+        if not isinstance(name, str):
+            raise DataError(f"category {category['id']} has no name")
+        if name in seen:
+            raise DataError(f"two categories are called {name!r}")
+        seen.add(name)
 
 
 def check_annotation(annotation: dict, images: dict[int, dict], categories: dict[int, dict]) -> None:

@@ -35,6 +35,13 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     """(H, W, 3) uint8 of a Pillow image of any mode."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
-        scale = 255 / 65535 if values.max(initial=0) > 255 else 1
-        return np.repeat(np.clip(values * scale, 0, 255).round().astype(np.uint8)[:, :, None], 3, 2)
+        values = values * full_scale(image.mode, values.max(initial=0))
+        return np.repeat(np.clip(values, 0, 255).round().astype(np.uint8)[:, :, None], 3, 2)
     return np.array(image.convert("RGB"))
+
+
+def full_scale(mode: str, largest: float) -> float:
+    """The factor that takes the numbers of a Pillow mode to 0..255; modes without a range go by the largest number."""
+    if mode.startswith("I;16") or largest > 255:
+        return 255 / 65535
+    return 255.0 if mode == "F" and largest <= 1 else 1.0

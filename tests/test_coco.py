@@ -89,6 +89,7 @@ FAULTS = {
     "no categories": (replace_list("categories", []), "there are no categories"),
     "category without id": (change_entry("categories", 0, id=None), "category None: an id must be a whole number"),
     "category without name": (change_entry("categories", 1, name=None), "category 2 has no name"),
+    "category name twice": (change_entry("categories", 1, name="red"), "two categories are called 'red'"),
     "category twice": (change_entry("categories", 0, id=2), "the category id 2 occurs twice"),
     "image twice": (change_entry("images", 0, id=2), "the image id 2 occurs twice"),
     "annotation twice": (change_entry("annotations", 3, id=1), "the annotation id 1 occurs twice"),

@@ -160,3 +160,16 @@ def test_damaged_files_give_pixels_or_one_kind_of_error(tmp_path, monkeypatch, s
         path.write_bytes(damaged)
         with contextlib.suppress(DataError):
             assert read_image(path).shape[2] == 3
+
+
+def test_dark_deep_images_stay_dark(tmp_path):
+    """A 16-bit file is scaled by its type, not by its largest number."""
+    path = tmp_path / "dark.png"
+    Image.fromarray(np.full((4, 4), 200, np.uint16)).save(path)
+    assert read_image(path).max() == 1
+
+
+def test_float_images_between_0_and_1_are_scaled(tmp_path):
+    path = tmp_path / "float.tif"
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(path)
+    assert (read_image(path) == 128).all()

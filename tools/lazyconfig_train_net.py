@@ -7,6 +7,7 @@ for message in (".*torch.jit.*is deprecated.*", ".*pkg_resources is deprecated.*
     warnings.filterwarnings("ignore", message=message)  # of Detectron2 itself; must come before its import
 
 from detectron2.engine import default_setup, launch  # noqa: E402
+from torch.multiprocessing import ProcessRaisedException  # noqa: E402
 
 from dino.d2 import engine, recipe  # noqa: E402
 from dino.files import DataError, message_of  # noqa: E402
@@ -50,3 +51,5 @@ if __name__ == "__main__":
         )
     except (DataError, FloatingPointError) as error:
         sys.exit(f"error: {message_of(error)}")
+    except ProcessRaisedException as error:  # from one of several processes; its last line is the message
+        sys.exit(f"error: {str(error).rstrip().splitlines()[-1]}")

@@ -129,16 +129,19 @@ def train(model, data, args):
 
 
 def build(args, num_classes):
-    backbone = TorchvisionBackbone(args.backbone, norm_layer=torch.nn.BatchNorm2d)
-    return build_dino(
-        backbone=backbone,
-        num_classes=num_classes,
-        num_queries=args.queries,
-        embed_dim=args.embed_dim,
-        hidden_dim=4 * args.embed_dim,
-        encoder_layers=args.layers,
-        decoder_layers=args.layers,
-    ).to(args.device)
+    try:
+        network = build_dino(
+            backbone=TorchvisionBackbone(args.backbone, norm_layer=torch.nn.BatchNorm2d),
+            num_classes=num_classes,
+            num_queries=args.queries,
+            embed_dim=args.embed_dim,
+            hidden_dim=4 * args.embed_dim,
+            encoder_layers=args.layers,
+            decoder_layers=args.layers,
+        )
+    except ValueError as error:
+        raise DataError(f"no network can be built from these arguments: {error}") from error
+    return network.to(args.device)
 
 
 def load(model, path, names):

@@ -10,7 +10,7 @@ except ImportError as error:
         f"tools/plain_train.py trains the same network without it. (The import said: {error})"
     ) from error
 
-from .config import add_dino_config
+from .config import add_dino_config, build_adamw
 from .detector import DINODetector
 
-__all__ = ["DINODetector", "add_dino_config"]
+__all__ = ["DINODetector", "add_dino_config", "build_adamw"]

@@ -7,19 +7,25 @@ cfg.MODEL.DINO.NUM_CLASSES = 3
 
 from __future__ import annotations
 
+import functools
+
+import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
+from detectron2.solver.build import _generate_optimizer_class_with_gradient_clipping, get_default_optimizer_params
+from torch import nn
 
 from dino.layers import HungarianMatcher, SetCriterion
 from dino.modeling.build import build_dino
+
+from .optim import tenth_for_backbone
 
 
 def add_dino_config(cfg: CfgNode) -> None:
     """Add `MODEL.DINO` and set what DINO needs elsewhere: R50 without pre-trained weights, 4 scales, RGB images.
 
-    The keys hold the published 4-scale settings; see `build_dino` for their meaning. Two things no key can say:
-    DefaultTrainer optimises with SGD, unless you override its `build_optimizer`, and clips each parameter's gradient
-    by itself. The recipes of `configs/` use AdamW and clip all gradients together, as published.
+    The keys hold the published 4-scale settings; see `build_dino` for their meaning. No key can say that AdamW is
+    wanted: DefaultTrainer takes SGD unless its `build_optimizer` is overridden with `build_adamw`.
     """
     cfg.MODEL.META_ARCHITECTURE = "DINODetector"
     cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
@@ -48,6 +54,19 @@ def add_dino_config(cfg: CfgNode) -> None:
             "MAX_DETECTIONS": 300,
         }
     )
+
+
+def build_adamw(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW as published, from the keys of `SOLVER`: a tenth of the learning rate for the backbone, and all gradients
+    clipped together to the norm of `CLIP_GRADIENTS.CLIP_VALUE`.
+
+        class Trainer(DefaultTrainer):
+            build_optimizer = staticmethod(build_adamw)
+    """
+    params = get_default_optimizer_params(model, base_lr=cfg.SOLVER.BASE_LR, lr_factor_func=tenth_for_backbone)
+    clip = functools.partial(nn.utils.clip_grad_norm_, max_norm=cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE)
+    adamw = _generate_optimizer_class_with_gradient_clipping(torch.optim.AdamW, global_clipper=clip)
+    return adamw(params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
 
 
 def parts_from_config(cfg: CfgNode) -> dict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +13,6 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
-from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
@@ -21,7 +21,7 @@ from dino.coco import read_annotations, usable_box
 from dino.files import DataError
 from dino.images import read_image
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("detectron2.dino")
 
 
 def dataset(name: str, annotations: str | None = None, images: str | None = None) -> list[dict]:
@@ -53,13 +53,52 @@ def load_dataset(name: str, annotations: str | None, images: str | None) -> list
 
 def register(name: str, annotations: str, images: str) -> None:
     """Register COCO-format files under `name`, after a check; the same files may be registered again."""
-    read_annotations(annotations, images)
+    data = read_annotations(annotations, images)
     if name in DatasetCatalog:
         known = MetadataCatalog.get(name)
         if (known.get("json_file"), known.get("image_root")) != (annotations, images):
             raise DataError(f"{name!r} is registered for other files: {known.get('json_file')}")
         return
-    register_coco_instances(name, {}, annotations, images)
+    categories = sorted(data["categories"], key=lambda c: c["id"])
+    labels = {c["id"]: label for label, c in enumerate(categories)}
+    DatasetCatalog.register(name, lambda: to_dicts(read_annotations(annotations, images), images, labels))
+    MetadataCatalog.get(name).set(
+        json_file=annotations,
+        image_root=images,
+        evaluator_type="coco",
+        thing_classes=[c["name"] for c in categories],
+        thing_dataset_id_to_contiguous_id=labels,
+    )
+
+
+def to_dicts(data: dict, images: str, labels: dict[int, int]) -> list[dict]:
+    """Checked annotations -> Detectron2's dicts, boxes only.
+
+    (Detectron2's own reader drops boxes whose polygon is empty or too short, and fails on unusual keys.)
+
+    Args:
+        data: as from `read_annotations`. images: their folder. labels: category id -> label.
+    """
+    dicts = {
+        image["id"]: {
+            "file_name": os.path.join(images, image["file_name"]),
+            "image_id": image["id"],
+            "height": image["height"],
+            "width": image["width"],
+            "annotations": [],
+        }
+        for image in data["images"]
+    }
+    for a in data["annotations"]:
+        dicts[a["image_id"]]["annotations"].append(
+            {
+                "bbox": a["bbox"],
+                "bbox_mode": BoxMode.XYWH_ABS,
+                "category_id": labels[a["category_id"]],
+                "iscrowd": a.get("iscrowd", 0),
+            }
+        )
+    return list(dicts.values())
 
 
 def class_names(name: str, annotations: str | None = None, images: str | None = None) -> list[str]:

@@ -138,6 +138,8 @@ class DINODetector(nn.Module):
         """(Q, C), (Q, 4) -> detections in pixels of the picture that the image was made from."""
         size = (x.get("height", x["image"].shape[1]), x.get("width", x["image"].shape[2]))
         found = detections(logits, boxes, size, self.max_detections)
+        if not (torch.isfinite(found.scores).all() and torch.isfinite(found.boxes).all()):
+            raise FloatingPointError(f"{describe(x)}: the predictions are NaN or infinite, probably so are the weights")
         return Instances(size, pred_boxes=Boxes(found.boxes), scores=found.scores, pred_classes=found.labels)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from detectron2.config import LazyCall, LazyConfig, instantiate
 from detectron2.engine import default_argument_parser
+from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 
 from dino.files import DataError, free_name
@@ -168,6 +169,6 @@ def choose_output(cfg: DictConfig, args: argparse.Namespace) -> None:
     if args.eval_only:
         if not cfg.train.init_checkpoint:
             raise DataError("--eval-only needs weights: write train.init_checkpoint=PATH")
-        cfg.train.output_dir = str(free_name(folder / "evaluation"))
+        cfg.train.output_dir = comm.all_gather(str(free_name(folder / "evaluation")))[0]  # the same on all processes
     elif not args.resume and any(folder.glob("*.pth")):
         raise DataError(f"{folder} holds the checkpoints of a run: add --resume, or choose another train.output_dir")

@@ -370,3 +370,12 @@ def test_evaluation_equals_that_of_the_plain_road(tmp_path):
     assert 0.1 < ours["AP"] < 0.99
     for name, value in ours.items():
         assert theirs[name] == pytest.approx(100 * value, nan_ok=True) or value == -1
+
+
+@pytest.mark.parametrize("extra", [{"segmentation": [[]]}, {"segmentation": [[1, 1, 2, 2]]}, {"ignore": 1}])
+def test_boxes_count_whatever_stands_beside_them(tmp_path, extra):
+    """Detectron2's own reader drops such objects, or fails."""
+    files = write_coco(tmp_path, counts=(2, 3))
+    files.change(lambda content: [a.update(extra) for a in content["annotations"]])
+    dicts = dataset(f"extra_{next(iter(extra.values()))}", *files)
+    assert [len(entry["annotations"]) for entry in dicts] == [2, 3]

@@ -134,6 +134,13 @@ def test_non_finite_predictions_name_the_file():
         losses_of(tiny_detector(), inputs)
 
 
+def test_detection_with_broken_weights_names_the_file():
+    model = tiny_detector().eval()
+    nn.init.constant_(model.network.decoder.norm.weight, float("nan"))
+    with pytest.raises(FloatingPointError, match=r"photo\.png: the predictions are NaN or infinite"):
+        model([random_input("photo.png")])
+
+
 def test_images_without_file_name_are_called_by_their_id():
     image = {**random_input(None), "image_id": 17}
     image["instances"].gt_classes[0] = 3

@@ -11,7 +11,7 @@ from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from PIL import Image
 
-from dino.d2 import DINODetector, add_dino_config
+from dino.d2 import DINODetector, add_dino_config, build_adamw
 from dino.d2.data import dataset
 from dino.images import read_image
 
@@ -91,6 +91,22 @@ def test_default_trainer_and_predictor(files, tmp_path):
     found = predictor(image)["instances"]
     assert found.image_size == image.shape[:2]
     assert len(found) == 10
+
+
+def test_adamw_as_published(tmp_path):
+    cfg = tiny_config(tmp_path)
+    model = build_model(cfg)
+    optimizer = build_adamw(cfg, model)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates[id(model.network.neck.backbone.stem.conv1.weight)] == pytest.approx(1e-5)
+    assert rates[id(model.network.neck.lateral[0][0].weight)] == pytest.approx(1e-4)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {1e-4}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    total = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    assert total == pytest.approx(0.1, rel=1e-3)
 
 
 def test_visualizer_draws_what_the_predictor_finds(files, tmp_path):

@@ -10,12 +10,15 @@ writes the data, runs this recipe and draws its predictions. By hand:
         --val-json datasets/shapes/val.json --val-images datasets/shapes/val train.output_dir=output/shapes
 """
 
+from detectron2.config import LazyCall as L
+from detectron2.data import transforms as T
+
+from dino.d2.data import ShortSide
+
 from .dino_r18_small_data import dataloader, lr_multiplier, model, optimizer, train
 
-for mapper in (dataloader.train.mapper, dataloader.test.mapper):
-    mapper.augmentations[-1].sizes = [160]
-del mapper  # or it would become a key of the recipe
-del dataloader.train.mapper.augmentations[1]  # triangles stand upright
+dataloader.train.mapper.augmentations = [L(T.RandomFlip)(), L(ShortSide)(sizes=[160])]
+dataloader.test.mapper.augmentations = [L(ShortSide)(sizes=[160])]
 model.network.neck.out_channels = 64
 model.network.encoder.hidden_dim = 256
 model.network.query_selection.num_queries = 50
