@@ -1,14 +1,15 @@
 # make demo       set up, train a small DINO on synthetic shapes, evaluate, leave a picture in output/demo
 # make test       set up, then the ordinary tests (under 12 minutes on 2 cores)
 # make test-slow  the long tests
+# make gpu RESULTS=folder  build, test and measure on a machine with a CUDA GPU; installs nothing
 # make lint       ruff
-# make clean      remove .venv and caches; results in output/ stay
+# make clean      remove .venv, the compiled operator and caches; results in output/ stay
 
 PYTHON ?= python3
 RUN = .venv/bin/python
 export PYTHON
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow gpu lint clean
 
 demo:
 	@tools/setup_env.sh demo
@@ -22,6 +23,9 @@ test-slow:
 	@tools/setup_env.sh test
 	$(RUN) -m pytest -m slow
 
+gpu:
+	@bash tools/gpu_suite.sh $(RESULTS)
+
 lint:
 	@tools/setup_env.sh test
 	$(RUN) -m ruff check .
@@ -29,4 +33,5 @@ lint:
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache build *.egg-info
+	rm -f dino/layers/_deform_attn_*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

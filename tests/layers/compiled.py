@@ -81,12 +81,16 @@ def plain_inputs(shapes, batch, queries, heads, dim, points, dtype=torch.float32
 
 
 def fused_inputs(shapes, batch, queries, heads, dim, points, coordinates, dtype=torch.float32):
-    """(value, offsets, logits, reference)"""
+    """(value, offsets, logits, reference), every sample a quarter or three quarters of a cell from the borders."""
     wide = torch.promote_types(dtype, torch.float32)
     value = torch.randn(batch, tokens_of(shapes), heads, dim).to(dtype)
-    offsets = (torch.randn(batch, queries, heads, len(shapes), points, 2) * 2).to(dtype)
+    offsets = torch.randn(batch, queries, heads, len(shapes), points, 2).mul(4).round().div(2) + 0.25
     logits = (torch.randn(batch, queries, heads, len(shapes) * points) * 3).to(dtype)
-    return value, offsets, logits, torch.rand(batch, queries, len(shapes), coordinates).to(wide)
+    size = torch.tensor([(w, h) for h, w in shapes], dtype=wide)
+    centres = ((torch.rand(batch, queries, len(shapes), 2) * size).round() + 0.5) / size
+    sides = torch.randint(0, 2, centres.shape) * 2 + 1  # in units of 2 * points cells: an offset counts 1 or 3
+    reference = torch.cat([centres, sides * 2 * points / size], -1)[..., :coordinates]
+    return value, offsets.to(dtype), logits, reference
 
 
 def with_gradients(function, inputs, grad):

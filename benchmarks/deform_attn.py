@@ -1,0 +1,289 @@
+"""Time, memory and error of the deformable attention operator: `python benchmarks/deform_attn.py --results FOLDER`.
+
+Every round runs each contender once, forward and then forward and backward, so that a disturbance of the machine meets
+all of them; medians are over rounds. `seconds` is the time on the wall, `cpu_seconds` what the process used: with one
+thread, the ratio of these holds on a busy machine, too. Memory is what the process needs at most beyond inputs, output
+and gradients. Errors are the largest difference to the reference in float64, over the largest magnitude.
+
+contenders: `reference` and `compiled` take locations and weights; `fused` takes offsets and logits, as the module calls
+it, and so does more; `public` is a CUDA kernel of the original design, with `--against`.
+"""
+
+import argparse
+import ctypes
+import datetime
+import gc
+import importlib
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dino import build  # noqa: E402
+from dino.layers import deform_attn_reference, operator  # noqa: E402
+
+SHAPES = [(100, 167), (50, 84), (25, 42), (13, 21)]
+FLAT = [size for shape in SHAPES for size in shape]
+TOKENS = sum(h * w for h, w in SHAPES)
+HEADS, DIM, POINTS = 8, 32, 4
+OFFSET = 3.0  # standard deviation, in cells
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+MIB = 2**20
+
+
+class Case(NamedTuple):
+    name: str
+    queries: int
+    batch: int
+    dtype: str
+
+    def __str__(self):
+        return f"{self.name} batch {self.batch} {self.dtype}"
+
+
+CASES = [
+    Case(name, queries, batch, dtype)
+    for batch in (1, 2)
+    for name, queries in (("encoder", TOKENS), ("decoder 900", 900), ("decoder 1100", 1100))
+    for dtype in DTYPES
+]
+
+
+def centres():
+    """(S, 2): the centre of every cell, as a fraction of its level."""
+    cells = []
+    for height, width in SHAPES:
+        y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
+        cells.append(torch.stack([x, y], -1).view(-1, 2))
+    return torch.cat(cells)
+
+
+class Inputs(NamedTuple):
+    value: torch.Tensor
+    offsets: torch.Tensor
+    logits: torch.Tensor
+    reference: torch.Tensor
+    locations: torch.Tensor
+    weights: torch.Tensor
+    grad: torch.Tensor
+
+
+def make_inputs(case, device):
+    """Encoder queries look around their own cell, decoder queries around random places; none on a border."""
+    torch.manual_seed(0)
+    wide = torch.float64 if case.dtype == "float64" else torch.float32
+    dtype, levels, sizes = DTYPES[case.dtype], len(SHAPES), torch.tensor([(w, h) for h, w in SHAPES])
+    points = centres() if case.queries == TOKENS else torch.rand(case.queries, 2)
+    reference = points[None, :, None].expand(case.batch, -1, levels, -1).to(wide)
+    offsets = torch.randn(case.batch, case.queries, HEADS, levels, POINTS, 2, dtype=wide) * OFFSET
+    cells = reference[:, :, None, :, None] * sizes[:, None] + offsets - 0.5
+    cells = cells.floor() + (cells - cells.floor()).clamp(0.02, 0.98)
+    logits = torch.randn(case.batch, case.queries, HEADS, levels * POINTS)
+    inputs = Inputs(
+        torch.randn(case.batch, TOKENS, HEADS, DIM).to(dtype),
+        offsets.to(dtype),
+        logits.to(dtype),
+        reference,
+        ((cells + 0.5) / sizes[:, None]).to(wide),
+        logits.softmax(-1).to(dtype).view(offsets.shape[:-1]),
+        torch.randn(case.batch, case.queries, HEADS * DIM).to(dtype),
+    )
+    return Inputs(*(x.to(device) for x in inputs))
+
+
+def contenders(against, device):
+    """name -> (function, names of its differentiable inputs)"""
+    places = ("value", "locations", "weights")
+    forward, fused = torch.ops.dino.deform_attn_forward, torch.ops.dino.deform_attn_fused_forward
+    found = {
+        "reference": (lambda v, p, w: deform_attn_reference(v, SHAPES, p, w), places),
+        "compiled": (lambda v, p, w: forward(v, FLAT, p, w), places),
+        "fused": (lambda v, *rest: fused(v, FLAT, *rest), ("value", "offsets", "logits", "reference")),
+    }
+    if against:
+        found["public"] = (public_kernel(against, device), places)
+    return found
+
+
+def public_kernel(folder, device):
+    """The extension MultiScaleDeformableAttention of a checkout, built there with `setup.py build_ext --inplace`."""
+    for path in (Path(folder), *Path(folder).glob("**/ops")):
+        sys.path.insert(0, str(path))
+    extension = importlib.import_module("MultiScaleDeformableAttention")
+    sizes = torch.tensor(SHAPES, device=device)
+    starts = torch.cat([sizes.new_zeros(1), sizes.prod(1).cumsum(0)[:-1]])
+
+    class Public(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, value, locations, weights):
+            ctx.save_for_backward(value, locations, weights)
+            return extension.ms_deform_attn_forward(value, sizes, starts, locations, weights, 64)
+
+        @staticmethod
+        def backward(ctx, grad):
+            value, *rest = ctx.saved_tensors
+            return extension.ms_deform_attn_backward(value, sizes, starts, *rest, grad.contiguous(), 64)
+
+    return Public.apply
+
+
+def leaves_of(inputs, names):
+    return [getattr(inputs, name).detach().requires_grad_() for name in names]
+
+
+def forward_of(function, inputs, names):
+    with torch.no_grad():
+        return [function(*leaves_of(inputs, names))]
+
+
+def both_of(function, inputs, names):
+    leaves = leaves_of(inputs, names)
+    output = function(*leaves)
+    return [output.detach(), *torch.autograd.grad(output, leaves, inputs.grad)]
+
+
+PASSES = {"forward": forward_of, "forward+backward": both_of}
+
+
+def clock(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter(), time.process_time()
+
+
+def memory_in_use(entry):
+    """VmRSS or VmHWM of this process, in bytes."""
+    return int(re.search(rf"{entry}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
+
+
+def extra_memory(run, device):
+    """Bytes at most in use beyond what is there before and after `run`; None where that can't be told."""
+    gc.collect()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        results = run()
+        peak = torch.cuda.max_memory_allocated(device)
+    elif Path("/proc/self/clear_refs").exists():
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use
+        before = memory_in_use("VmRSS")
+        results = run()
+        peak = memory_in_use("VmHWM")
+    else:
+        return None
+    return peak - before - sum(x.nbytes for x in results)
+
+
+def errors_of(results, inputs, names, oracle):
+    """Of the output and of each gradient."""
+    if "locations" not in names:  # the fused form has other inputs: tests compare it
+        return {}
+    pairs = zip(("output", *names), results, oracle, strict=True)
+    return {name: ((x.double() - y).abs().max() / y.abs().max()).item() for name, x, y in pairs}
+
+
+def measure(case, rounds, against, device):
+    """One row for each contender and pass."""
+    inputs = make_inputs(case, device)
+    names = ("value", "locations", "weights")
+    wide = Inputs(*(x.double() for x in inputs))
+    oracle = both_of(lambda v, p, w: deform_attn_reference(v, SHAPES, p, w), wide, names)
+    del wide
+    rows = {}
+    for name, (function, arguments) in contenders(against, device).items():
+        if name == "public" and case.dtype not in ("float32", "float64"):
+            continue
+        for kind, run in PASSES.items():
+            memory = extra_memory(lambda f=function, a=arguments, r=run: r(f, inputs, a), device)  # also warms up
+            rows[name, kind] = {**case._asdict(), "contender": name, "pass": kind, "extra_bytes": memory, "times": []}
+        results = both_of(function, inputs, arguments)
+        rows[name, "forward+backward"]["errors"] = errors_of(results, inputs, arguments, oracle)
+        del results
+    del oracle
+    everyone = contenders(against, device)
+    repeats = 20 if device.type == "cuda" else 1  # so that a GPU has the next call while it works on one
+    for _ in range(rounds):
+        for (name, kind), row in rows.items():
+            start = clock(device)
+            for _ in range(repeats):
+                PASSES[kind](everyone[name][0], inputs, everyone[name][1])
+            row["times"].append([(end - begin) / repeats for begin, end in zip(start, clock(device), strict=True)])
+    for row in rows.values():
+        wall, cpu = zip(*row.pop("times"), strict=True)
+        row |= {"seconds": statistics.median(wall), "best_seconds": min(wall), "cpu_seconds": statistics.median(cpu)}
+    return list(rows.values())
+
+
+def hardware(device):
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = re.search(r"model name\s*: (.+)", text)
+    found = {
+        "cpu": model.group(1) if model else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
+
+
+def git(*arguments):
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", default=ROOT / "benchmarks/results", type=Path, help="folder of the JSON file")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", default=torch.get_num_threads(), type=int)
+    parser.add_argument("--rounds", default=5, type=int)
+    parser.add_argument("--cases", default="", help="regular expression, such as 'encoder batch 1 float32'")
+    parser.add_argument("--against", help="checkout of a CUDA kernel of the original design, built in place")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    verdict = operator.verdict(device)
+    if not verdict.usable:
+        sys.exit(f"nothing to measure on {device}: {verdict.reason}")
+    report = {
+        "hardware": hardware(device),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "build": build.read_record(device.type, operator.FOLDER),
+        "kernels": operator.cpu_kernels() if device.type == "cpu" else None,
+        "commit": git("rev-parse", "HEAD"),
+        "changed_since_commit": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "date": datetime.date.today().isoformat(),
+        "load_before": os.getloadavg(),
+        "rounds": options.rounds,
+        "against": "public" if options.against else None,
+        "rows": [],
+    }
+    options.results.mkdir(parents=True, exist_ok=True)
+    path = options.results / f"deform_attn_{device.type}_{options.threads}threads.json"
+    for case in CASES:
+        if re.search(options.cases, str(case)):
+            report["rows"] += measure(case, options.rounds, options.against, device)
+            path.write_text(json.dumps(report, indent=1) + "\n")
+            shown = {
+                (r["contender"], r["pass"]): f"{1e3 * r['seconds']:.2f} ms"
+                for r in report["rows"][-8:]
+                if Case(r["name"], r["queries"], r["batch"], r["dtype"]) == case
+            }
+            print(case, shown, flush=True)
+
+
+if __name__ == "__main__":
+    main()
