@@ -24,7 +24,7 @@ test-slow:
 	$(RUN) -m pytest -m slow
 
 gpu:
-	@bash tools/gpu_suite.sh $(RESULTS)
+	@bash tools/gpu_suite.sh $(or $(RESULTS),output/gpu)
 
 lint:
 	@tools/setup_env.sh test

@@ -157,15 +157,11 @@ def _remember(ctx, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(value, *others)
 
 
-def _plain_gradient(ctx, grad: Tensor) -> tuple:
+def _gradient(form: str, ctx, grad: Tensor) -> tuple:
+    """The stable ABI can't read torch's deterministic mode, so it is read here and chooses between two operators."""
+    suffix = "_deterministic" if torch.are_deterministic_algorithms_enabled() else ""
     value, *others = ctx.saved_tensors
-    by_value, *rest = torch.ops.dino.deform_attn_backward(grad, value, ctx.shapes, *others)
-    return by_value, None, *rest
-
-
-def _fused_gradient(ctx, grad: Tensor) -> tuple:
-    value, *others = ctx.saved_tensors
-    by_value, *rest = torch.ops.dino.deform_attn_fused_backward(grad, value, ctx.shapes, *others)
+    by_value, *rest = getattr(torch.ops.dino, f"{form}_backward{suffix}")(grad, value, ctx.shapes, *others)
     return by_value, None, *rest
 
 
@@ -198,12 +194,13 @@ def _library() -> torch.library.Library:
 
 
 def _register() -> None:
-    for form, gradient in (("deform_attn", _plain_gradient), ("deform_attn_fused", _fused_gradient)):
+    for form in ("deform_attn", "deform_attn_fused"):
         forward, backward = f"dino::{form}_forward", f"dino::{form}_backward"
         torch.library.register_fake(forward, _fake_forward)
-        torch.library.register_fake(backward, _fake_backward)
-        torch.library.register_autograd(forward, gradient, setup_context=_remember)
-        for name in (forward, backward):
+        for name in (backward, f"{backward}_deterministic"):
+            torch.library.register_fake(name, _fake_backward)
+        torch.library.register_autograd(forward, functools.partial(_gradient, form), setup_context=_remember)
+        for name in (forward, backward, f"{backward}_deterministic"):
             torch.library.register_vmap(name, _refuse_vmap)
         operator = getattr(torch.ops.dino, f"{form}_forward").default
         for device_type in FILES:

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dino import build
 from dino.layers import (
@@ -226,19 +227,56 @@ def operator_calls():
     inputs = plain_inputs(pairs, 1, 2, 2, 4, 2, dtype=F64)
     grad = torch.randn(1, 2, 8, dtype=F64)
     yield "deform_attn_forward", (inputs[0], shapes, *inputs[1:])
-    yield "deform_attn_backward", (grad, inputs[0], shapes, *inputs[1:])
+    for name in ("deform_attn_backward", "deform_attn_backward_deterministic"):
+        yield name, (grad, inputs[0], shapes, *inputs[1:])
     inputs = fused_inputs(pairs, 1, 2, 2, 4, 2, 4, dtype=F64)
     yield "deform_attn_fused_forward", (inputs[0], shapes, *inputs[1:])
-    yield "deform_attn_fused_backward", (grad, inputs[0], shapes, *inputs[1:])
+    for name in ("deform_attn_fused_backward", "deform_attn_fused_backward_deterministic"):
+        yield name, (grad, inputs[0], shapes, *inputs[1:])
 
 
-@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("index", range(6))
 def test_opcheck(index):
     operator.load("cpu")
     name, arguments = list(operator_calls())[index]
     if "forward" in name:
         arguments = [x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in arguments]
     torch.library.opcheck(getattr(torch.ops.dino, name).default, arguments)
+
+
+class Names(TorchDispatchMode):
+    """Notes the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("form", ["deform_attn", "deform_attn_fused"])
+def test_deterministic_mode_chooses_the_backward(form, deterministic):
+    shapes = [(3, 4), (2, 1)]
+    if form == "deform_attn":
+        run, inputs = plain(shapes), plain_inputs(shapes, 2, 3, 2, 3, 2, dtype=F64)
+    else:
+        run, inputs = fused(shapes), fused_inputs(shapes, 2, 3, 2, 3, 2, 4, dtype=F64)
+    inputs = [x.requires_grad_() for x in inputs]
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with Names() as names:
+            gradients = torch.autograd.grad(run(*inputs).sum(), inputs)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert (f"{form}_backward_deterministic" in names.seen) == deterministic
+    assert (f"{form}_backward" in names.seen) != deterministic
+    expected = torch.autograd.grad(run(*inputs).sum(), inputs)
+    for x, y in zip(gradients, expected, strict=True):
+        assert torch.equal(x, y)
 
 
 def test_gradcheck():

@@ -219,11 +219,17 @@ STABLE_TORCH_LIBRARY(dino, m) {
       "deform_attn_backward(Tensor grad, Tensor value, SymInt[] shapes, Tensor locations, Tensor weights)"
       " -> (Tensor, Tensor, Tensor)");
   m.def(
+      "deform_attn_backward_deterministic(Tensor grad, Tensor value, SymInt[] shapes, Tensor locations, Tensor weights)"
+      " -> (Tensor, Tensor, Tensor)");
+  m.def(
       "deform_attn_fused_forward(Tensor value, SymInt[] shapes, Tensor offsets, Tensor logits, Tensor reference)"
       " -> Tensor");
   m.def(
       "deform_attn_fused_backward(Tensor grad, Tensor value, SymInt[] shapes, Tensor offsets, Tensor logits,"
       " Tensor reference) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "deform_attn_fused_backward_deterministic(Tensor grad, Tensor value, SymInt[] shapes, Tensor offsets,"
+      " Tensor logits, Tensor reference) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dino, CPU, m) {
@@ -231,4 +237,7 @@ STABLE_TORCH_LIBRARY_IMPL(dino, CPU, m) {
   m.impl("deform_attn_backward", TORCH_BOX(&dino::plain_backward));
   m.impl("deform_attn_fused_forward", TORCH_BOX(&dino::fused_forward));
   m.impl("deform_attn_fused_backward", TORCH_BOX(&dino::fused_backward));
+  // Always so on a CPU; CUDA has kernels of their own for these two.
+  m.impl("deform_attn_backward_deterministic", TORCH_BOX(&dino::plain_backward));
+  m.impl("deform_attn_fused_backward_deterministic", TORCH_BOX(&dino::fused_backward));
 }
