@@ -78,7 +78,7 @@ def draw_boxes(image, boxes, names):
     return canvas
 
 
-def draw_pairs(val, folder, results, target, count=4, threshold=0.4):
+def draw_pairs(val, folder, results, target, count=4, threshold=0.3):
     """Predictions on the left, truth on the right, for the first validation images with 5 objects or more."""
     truth = json.loads(val.read_text())
     found = json.loads(results.read_text())
@@ -98,7 +98,8 @@ def draw_pairs(val, folder, results, target, count=4, threshold=0.4):
         rows.append([draw_boxes(image, side[entry["id"]], names) for side in (predictions, objects)])
     width, height = rows[0][0].size
     sheet = Image.new("RGB", (2 * width + 10, len(rows) * (height + 10) + 20), "white")
-    ImageDraw.Draw(sheet).text((8, 4), "predicted" + " " * 90 + "true", fill="black")
+    for x, title in ((8, f"predicted, score of {threshold} or more"), (width + 18, "true")):
+        ImageDraw.Draw(sheet).text((x, 4), title, fill="black")
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
             sheet.paste(picture, (x * (width + 10), y * (height + 10) + 20))
