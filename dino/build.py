@@ -96,7 +96,7 @@ def run(command: list, folder: Path | None = None) -> str:
     except OSError as error:
         raise BuildError(f"{command[0]}: {error.strerror}") from error
     if done.returncode:
-        lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         wrong = [line for line in lines if re.search(r"error|cannot|undefined", line)]
         raise BuildError((wrong or lines or [f"{command[0]} ended with status {done.returncode}"])[0])
     return done.stdout

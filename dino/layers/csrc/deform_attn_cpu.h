@@ -49,10 +49,11 @@ struct Kernels {
   void (*backward)(const Problem&, const Gradients&, void*, int64_t begin, int64_t end);   // of B*M heads
 };
 
-// The forward pass goes block by block; blocks of a head follow each other, then come heads, then images.
-inline int64_t block_queries(const Problem& p) { return p.pack ? 64 : 8; }
-inline int64_t block_heads(const Problem& p) { return p.pack ? p.heads : 1; }
-inline int64_t query_blocks(const Problem& p) { return (p.queries + block_queries(p) - 1) / block_queries(p); }
+// The forward pass goes block by block; blocks of a head follow each other, then come heads, then images. Static, so that
+// each file keeps its own copy of these functions.
+static inline int64_t block_queries(const Problem& p) { return p.pack ? 64 : 8; }
+static inline int64_t block_heads(const Problem& p) { return p.pack ? p.heads : 1; }
+static inline int64_t query_blocks(const Problem& p) { return (p.queries + block_queries(p) - 1) / block_queries(p); }
 
 const Kernels* kernels_generic();
 const Kernels* kernels_avx2();    // null where the compiler was not asked for these instructions

@@ -107,6 +107,26 @@ DINO_INLINE V add_pairs(V a, V b, std::integer_sequence<int, I...>) {
   return straight + crossed;
 }
 
+template <int Step, class V, int... I>
+DINO_INLINE V swap_lanes(V a, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, a, (I ^ Step)...);
+}
+
+// All lanes joined by an operation on two vectors that may take them in any order.
+template <class A, int Step = Simd<A>::kWidth / 2, class Join>
+DINO_INLINE A fold(Vector<A> v, const Join& join) {
+  if constexpr (Step == 0) {
+    return v[0];
+  } else {
+    return fold<A, Step / 2>(join(v, swap_lanes<Step>(v, std::make_integer_sequence<int, Simd<A>::kWidth>())), join);
+  }
+}
+
+template <class A>
+DINO_INLINE A sum_of_lanes(Vector<A> v) {
+  return fold<A>(v, [](Vector<A> a, Vector<A> b) { return a + b; });
+}
+
 // Sums over the lanes of the vectors leaf(0), leaf(1), ...: lane i of the result belongs to leaf(i).
 template <class A, int Step = 1, class Leaf>
 DINO_INLINE Vector<A> sum_lanes(const Leaf& leaf, int first = 0) {
@@ -467,15 +487,17 @@ DINO_INLINE Vector<double> exponential(Vector<double> x) {
 
 template <class A>
 const A* Slot<A>::softmax(const A* logits, int64_t n) {
-  A highest = logits[0];
-  for (int64_t i = 1; i < n; ++i) highest = highest < logits[i] ? logits[i] : highest;
-  for (int64_t i = 0; i < n; i += kWidth) store(weights + i, exponential(load<V>(logits + i) - highest));
+  // Where n is no whole number of vectors, the logits are in the buffer already, and there is room behind them.
+  for (int64_t i = n; i % kWidth; ++i) weights[i] = logits[0];
+  V highest = load<V>(logits);
+  for (int64_t i = kWidth; i < n; i += kWidth) highest = largest<V>(highest, load<V>(logits + i));
+  const A top = fold<A>(highest, largest<V>);
+  for (int64_t i = 0; i < n; i += kWidth) store(weights + i, exponential(load<V>(logits + i) - top));
   for (int64_t i = n; i % kWidth; ++i) weights[i] = 0;
   V sums = {};
   for (int64_t i = 0; i < n; i += kWidth) sums += load<V>(weights + i);
-  A sum = 0;
-  for (int lane = 0; lane < kWidth; ++lane) sum += sums[lane];
-  for (int64_t i = 0; i < n; i += kWidth) store(weights + i, load<V>(weights + i) / sum);
+  const A scale = A(1) / sum_of_lanes<A>(sums);
+  for (int64_t i = 0; i < n; i += kWidth) store(weights + i, load<V>(weights + i) * scale);
   return weights;
 }
 
@@ -739,10 +761,9 @@ struct Backward {
   }
 
   void differentiate_softmax(int64_t n, A* by_weights) {
-    V sums_of_lanes = {};
-    for (int64_t i = 0; i < n; i += kWidth) sums_of_lanes += load<V>(slot.attention + i) * load<V>(by_weights + i);
-    A sum = 0;
-    for (int lane = 0; lane < kWidth; ++lane) sum += sums_of_lanes[lane];
+    V products = {};  // behind the last sample, the attention is zero
+    for (int64_t i = 0; i < n; i += kWidth) products += load<V>(slot.attention + i) * load<V>(by_weights + i);
+    const A sum = sum_of_lanes<A>(products);
     for (int64_t i = 0; i < n; i += kWidth)
       store(by_weights + i, load<V>(slot.attention + i) * (load<V>(by_weights + i) - sum));
   }
