@@ -35,7 +35,7 @@ if ! "$python" -W ignore -c 'import detectron2' 2>/dev/null; then
         # Without a visible GPU its CUDA operators are left out; DINO uses none of them.
         CUDA_VISIBLE_DEVICES='' MAX_JOBS=${MAX_JOBS:-4} GIT_TERMINAL_PROMPT=0 \
             "$python" -m pip --disable-pip-version-check -q install -c constraints.txt --no-build-isolation \
-            "git+$home@$commit" || {
+            "detectron2 @ git+$home@$commit" || {
             echo "error: Detectron2 was reached but could not be installed; the messages above say why" >&2
             exit 1
         }

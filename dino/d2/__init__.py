@@ -5,7 +5,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "dino.d2 needs Detectron2, which no package index carries. With torch installed, build it from source:\n"
-        '  pip install --no-build-isolation "git+https://github.com/facebookresearch/detectron2.git'
+        '  pip install --no-build-isolation "detectron2 @ git+https://github.com/facebookresearch/detectron2.git'
         '@02b5c4e295e990042a714712c21dc79b731e8833"\n'
         f"tools/plain_train.py trains the same network without it. (The import said: {error})"
     ) from error
