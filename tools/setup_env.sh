@@ -40,7 +40,7 @@ if ! "$python" -W ignore -c 'import detectron2' 2>/dev/null; then
             exit 1
         }
     else
-        echo "set-up: Detectron2 can't be installed, as $home did not answer within 60 seconds." >&2
+        echo "set-up: Detectron2 can't be installed: $home can't be reached." >&2
         echo "        The demonstration trains through tools/plain_train.py; tests that need Detectron2 are skipped." >&2
         echo "        The next run of make tries again." >&2
     fi
