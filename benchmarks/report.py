@@ -8,7 +8,7 @@ RESULTS = ROOT / "benchmarks/results"
 PAGE = ROOT / "docs/performance.md"
 BEGIN, END = "<!-- begin: made by benchmarks/report.py -->", "<!-- end -->"
 COLOURS = {"reference": "#9aa5b1", "compiled": "#2f6fb5", "fused": "#e08e2b", "public": "#5c9e5c"}
-HEADER = ["case", "pass", "contender", "time", "ratio", "ratio, processor time", "memory", "error"]
+HEADER = ["case", "pass", "contender", "time", "ratio", "processor time", "its ratio", "memory", "error"]
 
 
 def cells(row, reference):
@@ -19,12 +19,17 @@ def cells(row, reference):
         f"{row['name']}, batch {row['batch']}, {row['dtype']}",
         row["pass"],
         row["contender"],
-        f"{1e3 * row['seconds']:.3g} ms",
+        milliseconds(row["seconds"]),
         f"{reference['seconds'] / row['seconds']:.1f}",
+        milliseconds(row["cpu_seconds"]),
         f"{reference['cpu_seconds'] / row['cpu_seconds']:.1f}",
         memory,
         ", ".join(f"{name} {error:.1g}" for name, error in errors.items()),
     ]
+
+
+def milliseconds(seconds):
+    return f"{1e3 * seconds:.{2 if seconds < 0.01 else 1 if seconds < 0.1 else 0}f} ms"
 
 
 def references(rows):
