@@ -19,11 +19,13 @@ class Checkpointer(DetectionCheckpointer):
 
     Args:
         names: class names, stored with every checkpoint.
+        about: plain data on the run, stored too; see `dino.d2.describe`.
     """
 
-    def __init__(self, model, save_dir: str = "", *, names: list[str], **checkpointables):
+    def __init__(self, model, save_dir: str = "", *, names: list[str], about: dict | None = None, **checkpointables):
         super().__init__(model, save_dir, **checkpointables)
         self.names = names
+        self.about = about or {}
         self.problems: list[str] = []  # tensors that the last loaded file lacked or held in another shape
 
     def save(self, name: str, **kwargs) -> None:
@@ -32,7 +34,7 @@ class Checkpointer(DetectionCheckpointer):
             return
         path = os.path.join(self.save_dir, f"{name}.pth")
         parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
-        content = {"model": self.model.state_dict(), **parts, "names": self.names, **kwargs}
+        content = {"model": self.model.state_dict(), **parts, "names": self.names, "about": self.about, **kwargs}
         write_whole(path, lambda part: torch.save(content, part))
         self.tag_last_checkpoint(f"{name}.pth")
 

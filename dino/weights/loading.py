@@ -46,7 +46,12 @@ class Sizes(NamedTuple):
 
 
 def load_weights(
-    model: nn.Module, source: str | Path | Mapping, *, min_backbone: float = MIN_BACKBONE, copy: str = "auto"
+    model: nn.Module,
+    source: str | Path | Mapping,
+    *,
+    min_backbone: float = MIN_BACKBONE,
+    copy: str = "auto",
+    name: str = "the state dict",
 ) -> Report:
     """Load the weights of any known program into a model, as far as they fit.
 
@@ -60,18 +65,19 @@ def load_weights(
         source: a file (see `read_content`), its content, or a state dict.
         min_backbone: least share of the backbone's tensors that must be loaded; 0 lets another backbone stay as it was.
         copy: "model", "ema" (the running average), or "auto": the running average where the file has one.
+        name: what messages call a source that is no file.
 
     Raises:
         DataError: the file is missing, broken, unsafe or of another model; the model is unchanged.
     """
     network = find_network(model)
-    where = str(source) if isinstance(source, str | Path) else "the state dict"
-    content = read_content(source) if isinstance(source, str | Path) else source
-    report = Report(where, "")
+    if isinstance(source, str | Path):
+        source, name = read_content(source), str(source)
+    report = Report(name, "")
     try:
-        chosen = choose(network, content, report, min_backbone, copy)
+        chosen = choose(network, source, report, min_backbone, copy)
     except ValueError as error:  # a DataError, too
-        raise DataError(f"can't use the weights {where}: {error}") from error
+        raise DataError(f"can't use the weights {name}: {error}") from error
     network.load_state_dict(chosen, strict=False)
     return report
 

@@ -130,8 +130,10 @@ def detrex_state(model):
 
 def randomise(model):
     """Other numbers everywhere, also where a model starts from zeros."""
-    for tensor in model.state_dict().values():
-        if tensor.is_floating_point():
+    for name, tensor in model.state_dict().items():
+        if name.endswith("running_var"):
+            tensor.uniform_(0.5, 1)
+        elif tensor.is_floating_point():
             tensor.normal_(std=0.1)
     return model
 
