@@ -27,7 +27,7 @@ CAFFE2_NAMES = (
     ),
 )
 PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of ImageNet, RGB, 0 to 255
-FRONTS = ("", "body.", "net.", "bottom_up.", "bottom_up.body.", "model.")  # of our models' keys
+FRONTS = ("", "body.", "body.model.", "net.", "net.body.", "bottom_up.", "bottom_up.net.body.")  # of our models' keys
 THEIR_FRONTS = re.compile(r"^(backbone|model|encoder|trunk)\.")
 # Parts that detectors add to a classifier: its file can't have them.
 ADDED = re.compile(r"(^|\.)(simfp_|fpn_|top_block)|rel_pos_[hw]$|^(bottom_up\.|net\.|body\.)?norm\d\.")

@@ -13,7 +13,16 @@ from torch import nn
 from dino.files import DataError
 from dino.modeling import DINO
 
-from .forms import CLASS_KEYS, COCO_IDS, RAW_COCO_CLASSES, UNUSED_LABELS, coco_to_contiguous, convert, recognise
+from .forms import (
+    CLASS_KEYS,
+    COCO_IDS,
+    RAW_COCO_CLASSES,
+    UNUSED_LABELS,
+    coco_to_contiguous,
+    convert,
+    recognise,
+    strip_wrappers,
+)
 from .imagenet import ADDED, fit_backbone
 from .levels import fit_levels
 from .names import StateDict
@@ -92,7 +101,7 @@ def find_network(model: nn.Module) -> DINO:
 
 def choose(network: DINO, content: Mapping, report: Report, min_backbone: float, copy: str) -> StateDict:
     """The tensors of a file's content that fit the network, by its names; fills in the report."""
-    state, average = weights_of(content), average_of(content)
+    state, average = strip_wrappers(weights_of(content)), average_of(content)
     if copy == "ema" and average is None:
         raise DataError("it has no running average (EMA) of the weights")
     report.form = recognise(state) or "backbone"
@@ -184,10 +193,11 @@ def check_backbone(report: Report, own: StateDict, target: StateDict, min_backbo
     loaded = set(report.loaded)
     absent = [name.removeprefix(BACKBONE) for name in wanted if name not in loaded]
     if len(absent) > (1 - min_backbone) * len(wanted):
+        theirs = [name.removeprefix(BACKBONE) for name in own]
         known = f"a DINO in {report.form} form" if report.form != "backbone" else "no DINO in a known form"
         raise DataError(
             f"it is {known}, and has only {len(wanted) - len(absent)} of the {len(wanted)} tensors of the model's "
-            f"backbone. The model wants {shorten(absent, 3)}; the file has {shorten(list(own), 3)}"
+            f"backbone. The model wants {shorten(absent, 3)}; the file has {shorten(theirs, 3)}"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from dino.pickles import read_pickle
 
 from .names import StateDict
 
-STATE_KEYS = ("model", "state_dict", "model_state")  # under which programs keep the weights
+STATE_KEYS = ("model", "state_dict", "model_state", "blobs")  # under which programs keep the weights
 EMA_KEYS = ("ema_model", "ema_state", "ema")  # and their running average
 
 
@@ -41,8 +42,11 @@ def read_content(path: str | Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
+        altered = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()  # PyTorch does not look
     except Exception as error:  # a broken file can raise anything
         raise DataError(f"can't read the weights {path}: {reason(error)}") from error
+    if altered:
+        raise DataError(f"can't use the weights {path}: the file was altered since it was written ({altered})")
     if not isinstance(content, Mapping):
         raise DataError(f"can't use the weights {path}: a dict was expected, not {type(content).__name__}")
     return dict(content)

@@ -121,6 +121,15 @@ def test_files_that_are_cut_short(tmp_path, name, share):
     assert "weights_only" not in str(caught.value)
 
 
+def test_altered_numbers_are_noticed(tmp_path):
+    path = write(tmp_path / "a.pth", {"model": {"x": torch.full((1000,), 7.0)}})
+    content = path.read_bytes()
+    place = content.index(torch.full((9,), 7.0).numpy().tobytes())
+    path.write_bytes(content[:place] + b"\x01" + content[place + 1 :])
+    with pytest.raises(DataError, match=r"a\.pth: the file was altered since it was written"):
+        read_content(path)
+
+
 def test_missing_files_and_other_content(tmp_path):
     with pytest.raises(DataError, match=r"weights not found: .*absent\.pth"):
         read_content(tmp_path / "absent.pth")
