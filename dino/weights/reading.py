@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import zipfile
 from collections.abc import Mapping
@@ -26,8 +27,8 @@ EMA_KEYS = ("ema_model", "ema_state", "ema")  # and their running average
 def read_content(path: str | Path) -> dict[str, Any]:
     """All that a weight file holds: plain data and tensors on the CPU.
 
-    `.safetensors` files give `model` and their metadata, `.pkl` files go through `dino.pickles`, all others are
-    PyTorch's, in which the argparse.Namespace of the official program is let through as well.
+    `.safetensors` files give `model` and what their metadata say, `.pkl` files go through `dino.pickles`. All others
+    are PyTorch's, in which the argparse.Namespace of the official program is let through as well.
 
     Raises:
         DataError: the file is missing, cut short, or holds anything but plain data; nothing in it was run.
@@ -61,11 +62,13 @@ def reason(error: Exception) -> str:
 
 
 def read_safetensors(path: Path) -> dict[str, Any]:
-    """Tensors as `model`, beside the entries of the metadata (texts)."""
+    """Tensors as `model`, beside `names` and `about` from JSON texts in the metadata."""
     try:
         with safe_open(path, "pt") as file:
-            return {**(file.metadata() or {}), "model": {key: file.get_tensor(key) for key in file.keys()}}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+            texts = file.metadata() or {}
+            known = {key: json.loads(texts[key]) for key in ("names", "about") if key in texts}
+            return {**known, "model": {key: file.get_tensor(key) for key in file.keys()}}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError) as error:
         raise DataError(f"can't read the weights {path}: {error}") from error
 
 
