@@ -131,7 +131,7 @@ def train(model, data, args):
 def build(args, num_classes):
     try:
         network = build_dino(
-            backbone=TorchvisionBackbone(args.backbone, norm_layer=torch.nn.BatchNorm2d),
+            backbone=TorchvisionBackbone(args.backbone, norm="BN"),
             num_classes=num_classes,
             num_queries=args.queries,
             embed_dim=args.embed_dim,

@@ -1,6 +1,6 @@
 """The network: torch only, torchvision for its backbones."""
 
-from .backbones import TorchvisionBackbone
+from .backbones import TimmBackbone, TorchvisionBackbone
 from .build import build_dino
 from .neck import ChannelMapper
 from .network import DINO
@@ -12,6 +12,7 @@ __all__ = [
     "Decoder",
     "Encoder",
     "QuerySelection",
+    "TimmBackbone",
     "TorchvisionBackbone",
     "build_dino",
     "share_heads",
