@@ -11,6 +11,7 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.solver import LRMultiplier
 from omegaconf import OmegaConf
+from torch.overrides import TorchFunctionMode
 
 from dino.d2 import recipe
 from dino.files import DataError
@@ -27,9 +28,18 @@ def load(path):
     return LazyConfig.load(str(path))
 
 
+class OnMeta(TorchFunctionMode):
+    """Names and shapes only, except for the few numbers that constructors want to read."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.linspace:
+            return function(*args, **{**(kwargs or {}), "device": "cpu"})
+        return function(*args, **(kwargs or {}))
+
+
 def build(cfg):
     """The model without memory or initialisation: names and shapes only."""
-    with torch.device("meta"):
+    with torch.device("meta"), OnMeta():
         return instantiate(cfg.model)
 
 
