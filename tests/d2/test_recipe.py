@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,14 @@ def test_all_recipes_are_found():
     assert names | {"dino_r18_small_data.py"} <= {path.name for path in RECIPES}
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+LARGE = re.compile("focalnet|convnext_[sbl]|swin_l.*(36ep|o365)|vitdet_l|tuned_")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=pytest.mark.slow) if LARGE.search(p.stem) else p for p in RECIPES],
+    ids=lambda path: path.stem,
+)
 def test_recipes_have_five_parts_build_and_reload(path, tmp_path):
     cfg = load(path)
     assert set(cfg) == PARTS
