@@ -200,10 +200,11 @@ class CocoImages(Dataset):
 
 
 def with_areas(data: dict[str, Any]) -> dict[str, Any]:
-    """COCO's evaluation needs `area` and `iscrowd`; hand-made files often lack them."""
+    """A copy for COCO's evaluation, which needs `area` and `iscrowd` and takes an object's id 0 for "not found"."""
     full = [
         {"area": a["bbox"][2] * a["bbox"][3], "iscrowd": 0, **{k: v for k, v in a.items() if k != "segmentation"}}
-        for a in data["annotations"]
+        | {"id": number}
+        for number, a in enumerate(data["annotations"], 1)
     ]
     return {"info": {}, **data, "annotations": full}
 

@@ -84,6 +84,8 @@ def write_page(path: str | Path, template: str, **values: Any) -> None:
         DataError: it can't be written.
     """
     loader = jinja2.FileSystemLoader(TEMPLATES)
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
     text = environment.get_template(template).render(include=include, version=dino.__version__, **values)
     write_whole(path, lambda part: part.write_bytes(text.encode("utf-8", "replace")))
