@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib
 import io
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import dino
 
 from .files import DataError, message_of
+
+for message in (".*torch.jit.*is deprecated.*", ".*pkg_resources is deprecated.*", ".*broadcast_buffers.*"):
+    warnings.filterwarnings("ignore", message=message)  # of Detectron2 itself; must come before its import
 
 
 class Verb(NamedTuple):
@@ -57,8 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] not in VERBS:
         print(f"error: no verb {words[0]!r}; there are {', '.join(VERBS)}", file=sys.stderr)
         return 2
+    return guard(lambda: importlib.import_module(VERBS[words[0]].module).main(words[1:]))
+
+
+def guard(run: Callable[[], int | None]) -> int:
+    """Call a program. Returns its exit code, or that of an error, which is told in one line."""
     try:
-        return importlib.import_module(VERBS[words[0]].module).main(words[1:]) or 0
+        return run() or 0
     except (DataError, FloatingPointError) as error:
         print(f"error: {message_of(error)}", file=sys.stderr)
         return 1

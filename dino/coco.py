@@ -34,7 +34,17 @@ def read_annotations(path: str | Path, folder: str | Path) -> dict[str, Any]:
         DataError: the file or the folder is missing; the JSON is broken or lacks a list; an id occurs twice or refers
             to nothing; a category has no name of its own; a file name leaves the folder; a box is not four numbers.
     """
+    return check_file(load_json(path, "annotations"), path, folder)
+
+
+def read_images(path: str | Path, folder: str | Path) -> dict[str, Any]:
+    """As `read_annotations`, for data that may come without the list of annotations: it is empty then."""
     data = load_json(path, "annotations")
+    return check_file({"annotations": [], **data} if isinstance(data, dict) else data, path, folder)
+
+
+def check_file(data: Any, path: str | Path, folder: str | Path) -> dict[str, Any]:
+    """The parsed content of a file, if it is sound; see `read_annotations`."""
     if not Path(folder).is_dir():
         raise DataError(f"image folder not found: {folder}")
     try:

@@ -14,6 +14,7 @@ from .faults import KINDS, Fault
 from .splits import Split
 
 SHOWN = 24  # images on the page
+COLOURS = 8  # of classes, in the page's style
 
 
 def write_sheet(path: str | Path, name: str, split: Split, faults: list[Fault]) -> None:
@@ -32,7 +33,7 @@ def write_sheet(path: str | Path, name: str, split: Split, faults: list[Fault]) 
         name=name,
         images=len(split.contents.images),
         objects=len(split.contents.objects),
-        classes=len(split.contents.categories),
+        names=[split.contents.categories[number]["name"] for number in sorted(split.contents.categories)],
         faults=[(kind, counts[key]) for key, kind in KINDS.items() if counts[key]],
         figures=draw_sample(split, faults),
     )
@@ -48,11 +49,12 @@ def draw_sample(split: Split, faults: list[Fault]) -> list[Figure]:
     images = [image for _, image in split.images]
     random.Random(0).shuffle(images)
     images.sort(key=lambda image: image["id"] not in suspects)
+    labels = {number: label for label, number in enumerate(sorted(split.contents.categories))}
     figures: list[Figure] = []
     for image in images:
         if len(figures) == SHOWN:
             break
-        marks = [mark_of(o, split.contents.categories, reasons) for o in objects[image["id"]]]
+        marks = [mark_of(o, split.contents.categories, labels, reasons) for o in objects[image["id"]]]
         try:
             figures.append(draw(resolve_inside(split.folder, image["file_name"]), caption(image, marks), marks))
         except DataError:  # it is among the faults
@@ -60,11 +62,12 @@ def draw_sample(split: Split, faults: list[Fault]) -> list[Figure]:
     return figures
 
 
-def mark_of(o: Object, categories: dict[int, dict], reasons: dict[int, str]) -> Mark:
-    """The box of an object, coloured by whether it has a fault."""
+def mark_of(o: Object, categories: dict[int, dict], labels: dict[int, int], reasons: dict[int, str]) -> Mark:
+    """The box of an object in the colour of its class, or in that of faults."""
     name = categories[o.entry["category_id"]]["name"]
-    reason = reasons.get(o.index)
-    return Mark(o.box, name, "bad" if reason else "truth", title=f"{name}: {reason}" if reason else name)
+    if o.index in reasons:
+        return Mark(o.box, name, "bad", title=f"{name}: {reasons[o.index]}")
+    return Mark(o.box, name, f"class-{labels[o.entry['category_id']] % COLOURS}")
 
 
 def caption(image: dict, marks: list[Mark]) -> str:

@@ -18,12 +18,12 @@ from .page import Figure, Mark, draw, write_page
 LOWEST = float(THRESHOLDS[0])  # score; detections below it are not drawn, and the slider starts there
 MOST_MARKS = 300  # detections drawn in one image
 MOST_CLASSES = 25  # rows of the confusion matrix
-TITLES = {
+WORDS = {
     "found": "right",
     "missed": "missed",
-    "false": "false: nothing is there",
-    "duplicate": "duplicate of a right one",
-    "misplaced": "badly placed (IoU 0.1 to 0.5)",
+    "false": "false",
+    "duplicate": "double",
+    "misplaced": "badly placed",
     "confused": "wrong class",
 }
 GROUPS = {"missed": ("missed",), "false": ("false", "duplicate"), "misplaced": ("misplaced", "confused")}
@@ -73,7 +73,7 @@ def write_report(
         DataError: the page can't be written.
     """
     entries = {image["id"]: image for image in data["images"]}
-    values = {"details": details, "num_images": len(entries), "lowest": LOWEST, "titles": TITLES}
+    values = {"details": details, "num_images": len(entries), "lowest": LOWEST, "words": WORDS}
     if not any(not a.get("iscrowd") for a in data["annotations"]):
         figures = draw_predictions(data, results, files, shown)
         write_page(path, "predictions.html.j2", figures=figures, classes=count_classes(data, results), **values)
@@ -121,29 +121,29 @@ def draw_predictions(data: dict[str, Any], results: list[dict], files: dict[int,
 def draw_worst(analysis: Analysis, entries: dict[int, dict], files: dict[int, Path], shown: int) -> list[Figure]:
     """The images with the most errors of each group at the analysis' threshold, most errors first."""
     errors = count_errors(analysis)
+    sums = {image: {g: sum(n[kind] for kind in kinds) for g, kinds in GROUPS.items()} for image, n in errors.items()}
     chosen: dict[int, None] = {}
-    ranks = [sorted(errors, key=lambda i: -errors[i][group]) for group in GROUPS]
+    ranks = [sorted(errors, key=lambda i: -sums[i][group]) for group in GROUPS]
     for row in zip(*ranks, strict=True):
         for image, group in zip(row, GROUPS, strict=True):
-            if errors[image][group] and len(chosen) < shown:
+            if sums[image][group] and len(chosen) < shown:
                 chosen[image] = None
     found, objects = by_image(analysis.found, chosen), by_image(analysis.objects, chosen)
     figures = []
     for image in sorted(chosen, key=lambda i: -errors[i].total()):
         marks = [mark_object(o, analysis) for o in objects[image]]
         marks += [mark_found(f, analysis) for f in found[image] if f.score >= LOWEST][:MOST_MARKS]
-        groups = " ".join(group for group in GROUPS if errors[image][group])
+        groups = " ".join(group for group in GROUPS if sums[image][group])
         figures += try_to_draw(files[image], caption(entries[image]["file_name"], errors[image]), marks, groups)
     return figures
 
 
 def count_errors(analysis: Analysis) -> dict[int, Counter]:
-    """For each image, how many errors of each of GROUPS it has at the analysis' threshold."""
-    group_of = {kind: group for group, kinds in GROUPS.items() for kind in kinds}
+    """For each image with errors, how many of each kind it has at the analysis' threshold."""
     errors: dict[int, Counter] = defaultdict(Counter)
     for f in analysis.found:
-        if f.score >= analysis.threshold and f.kind in group_of:
-            errors[f.image][group_of[f.kind]] += 1
+        if f.score >= analysis.threshold and f.kind != "found":
+            errors[f.image][f.kind] += 1
     for o in analysis.objects:
         if o.score < analysis.threshold:
             errors[o.image]["missed"] += 1
@@ -168,7 +168,7 @@ def mark_object(o: Object, analysis: Analysis) -> Mark:
 def mark_found(f: Found, analysis: Analysis) -> Mark:
     """A detection: drawn while the threshold is not above its score."""
     label = label_of(analysis.names[f.label], f.score)
-    return Mark(f.box, label, f.kind, f.score, f"{label}, {TITLES[f.kind]}")
+    return Mark(f.box, label, f.kind, f.score, f"{label}, {WORDS[f.kind]}")
 
 
 def label_of(name: str, score: float) -> str:
@@ -178,8 +178,7 @@ def label_of(name: str, score: float) -> str:
 
 def caption(name: str, errors: Counter) -> str:
     """File name and numbers of errors."""
-    words = {"missed": "missed", "false": "false", "misplaced": "badly placed"}
-    return f"{name}: " + ", ".join(f"{errors[group]} {word}" for group, word in words.items() if errors[group])
+    return f"{name}: " + ", ".join(f"{errors[kind]} {word}" for kind, word in WORDS.items() if errors[kind])
 
 
 def try_to_draw(path: Path, text: str, marks: list[Mark], groups: str) -> list[Figure]:
