@@ -71,6 +71,9 @@ def guard(run: Callable[[], int | None]) -> int:
     except (DataError, FloatingPointError) as error:
         print(f"error: {message_of(error)}", file=sys.stderr)
         return 1
+    except ImportError as error:  # Detectron2 is missing, or a library of an extra
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130

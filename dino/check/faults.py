@@ -45,10 +45,17 @@ KINDS = {
         "Boxes were drawn on the unturned picture: remove the orientation from the files, or export again",
         "drop",
     ),
-    "shared": Kind("error", "images that are in the validation data too", "Keep each picture in one of the two", "drop"),
-    "classes_differ": Kind("error", "classes that differ from the validation data", "Both need the same names and order"),
+    "shared": Kind(
+        "error", "images that are in the validation data too", "Keep each picture in one of the two", "drop"
+    ),
+    "classes_differ": Kind(
+        "error", "classes that differ from the validation data", "Both need the same names and order"
+    ),
     "annotation_id": Kind(
-        "error", "annotation ids that occur twice or are no whole numbers", "Number them over the whole file", "renumber"
+        "error",
+        "annotation ids that occur twice or are no whole numbers",
+        "Number them over the whole file",
+        "renumber",
     ),
     "reference": Kind("error", "objects of no known image or class", "Remove them, or add what they name", "drop"),
     "box": Kind("error", "boxes that are not four finite numbers", "Write [x, y, width, height] in pixels", "drop"),
@@ -66,7 +73,9 @@ KINDS = {
     "unused": Kind("warning", "classes without objects", "Remove them, or expect no AP for them"),
     "turned": Kind("warning", "pictures with an EXIF orientation", "DINO turns them; make sure that the boxes fit"),
     "same_picture": Kind("warning", "pictures that are in the set twice", "Keep one of them"),
-    "ids_differ": Kind("warning", "class ids that differ from the validation data", "Only the order of names counts here"),
+    "ids_differ": Kind(
+        "warning", "class ids that differ from the validation data", "Only the order of names counts here"
+    ),
 }
 
 

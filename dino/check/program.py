@@ -16,7 +16,7 @@ from dino.files import DataError, write_whole
 
 from .annotations import Contents, find_faults
 from .faults import KINDS, Fault, count_errors
-from .pictures import Picture, check_pictures, look_at_all, unlisted
+from .pictures import check_pictures, look_at_all, unlisted
 from .repair import repair
 from .sheet import write_sheet
 from .sizes import Resize, check_sizes, histogram, resized

@@ -16,7 +16,6 @@ from dino.coco import load_json
 from dino.files import DataError, write_whole
 
 from . import engine, recipe
-from .data import dataset
 from .program import launch
 
 

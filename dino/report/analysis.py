@@ -240,9 +240,7 @@ def best_threshold(f1: np.ndarray) -> float:
     return float(THRESHOLDS[best[len(best) // 2]])
 
 
-def class_rows(
-    names: list[str], precision: np.ndarray, found: list[Found], objects: list[Object]
-) -> list[ClassRow]:
+def class_rows(names: list[str], precision: np.ndarray, found: list[Found], objects: list[Object]) -> list[ClassRow]:
     """The line of each class; `precision` as of `summarise`."""
     found_of, objects_of = defaultdict(list), defaultdict(list)
     for f in found:

@@ -83,7 +83,10 @@ def write_report(
         path,
         "report.html.j2",
         analysis=analysis,
-        charts=[("Precision and recall", precision_recall(analysis)), ("Choosing a threshold", over_threshold(analysis))],
+        charts=[
+            ("Precision and recall", precision_recall(analysis)),
+            ("Choosing a threshold", over_threshold(analysis)),
+        ],
         matrix=matrix_of(analysis),
         confusions=frequent_confusions(analysis),
         figures=draw_worst(analysis, entries, files, shown),

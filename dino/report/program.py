@@ -31,7 +31,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--config-file", default="", help="recipe, by name or file")
     parser.add_argument("--weights", help="checkpoint")
-    parser.add_argument("--results", type=Path, help="detections in COCO's results format, instead of recipe and weights")
+    parser.add_argument(
+        "--results", type=Path, help="detections in COCO's results format, instead of recipe and weights"
+    )
     parser.add_argument("--val-json", help="annotations in COCO format, instead of the recipe's data")
     parser.add_argument("--val-images", help="folder of their images")
     parser.add_argument("--train-json", help="not used: `dino eval` takes the data arguments of `dino train`")
@@ -66,7 +68,9 @@ def choose_folder(wanted: Path | None) -> Path:
 
 def table(analysis: Analysis) -> str:
     """The figures of the report's head and of each class, as text."""
-    lines = ["  ".join(f"{name} {100 * value:.1f}" if value >= 0 else f"{name} –" for name, value in analysis.ap.items())]
+    lines = [
+        "  ".join(f"{name} {100 * value:.1f}" if value >= 0 else f"{name} –" for name, value in analysis.ap.items())
+    ]
     width = max(len("class"), *(len(row.name) for row in analysis.rows))
     lines.append(f"{'class':<{width}}  objects     AP   AP50   AP75  threshold  precision  recall     F1")
     for row in analysis.rows:
@@ -104,4 +108,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         print(f"{args.val_json or args.dataset} has no annotations: the page shows {len(found)} predictions, no AP")
     print(f"report written to {page}")
-

@@ -32,9 +32,13 @@ def check_entry(where: str, entry: Any, images: dict[int, dict], categories: dic
     if not isinstance(entry, dict):
         raise DataError(f"{where} must be an object with image_id, category_id, bbox and score")
     if find(images, entry.get("image_id")) is None:
-        raise DataError(f"{where}: no image has the id {entry.get('image_id')!r}. Do annotations and detections belong together?")
+        raise DataError(
+            f"{where}: no image has the id {entry.get('image_id')!r}. Do annotations and detections belong together?"
+        )
     if find(categories, entry.get("category_id")) is None:
-        raise DataError(f"{where}: no category has the id {entry.get('category_id')!r}; known: {sorted(categories)[:20]}")
+        raise DataError(
+            f"{where}: no category has the id {entry.get('category_id')!r}; known: {sorted(categories)[:20]}"
+        )
     box, score = entry.get("bbox"), entry.get("score")
     if not is_box(box) or not all(map(math.isfinite, box)):
         raise DataError(f"{where}: bbox must be four finite numbers [x, y, width, height] in pixels, but is {box!r}")
