@@ -1,4 +1,4 @@
-"""`dino env`, or `python -m dino.env`: what a bug report needs, and which form of the attention operator runs where, and why."""
+"""`dino env`: what a bug report needs, and which form of the attention operator runs where, and why."""
 
 import argparse
 import importlib
