@@ -13,7 +13,7 @@ from detectron2.engine import default_setup
 from omegaconf import DictConfig
 
 from dino.coco import load_json
-from dino.files import DataError, write_whole
+from dino.files import DataError, make_folder, write_whole
 
 from . import engine, recipe
 from .program import launch
@@ -47,17 +47,23 @@ def detect(args: argparse.Namespace, folder: Path) -> Detected:
     source = args.val_json
     if source:
         args.val_json = add_annotations(Path(source), folder)
+    if args.dataset:
+        keys = ("dataloader.test.dataset.name", "dataloader.evaluator.dataset_name")
+        args.opts += [f"{key}={args.dataset}" for key in keys]
     cfg = load(args)
-    if not cfg.train.init_checkpoint:
+    weights = cfg.train.init_checkpoint
+    if not weights:
         raise DataError("give the weights: --weights PATH")
-    folder.mkdir(parents=True, exist_ok=True)
+    if "://" not in weights and not Path(weights).is_file():
+        raise DataError(f"weights not found: {weights}")
+    make_folder(folder)
     launch(work, args)
     name = cfg.dataloader.evaluator.dataset_name
     return Detected(
         data=annotations_of(name, folder),
         files={entry["image_id"]: Path(entry["file_name"]) for entry in DatasetCatalog.get(name)},
         results=folder / "inference/coco_instances_results.json",
-        details={"Data": source or name, "Weights": cfg.train.init_checkpoint, "Recipe": Path(args.config_file).stem},
+        details={"Data": source or name, "Weights": weights, "Recipe": Path(args.config_file).stem},
     )
 
 
@@ -66,7 +72,7 @@ def add_annotations(path: Path, folder: Path) -> str:
     data = load_json(path, "annotations")
     if not isinstance(data, dict) or "annotations" in data:
         return str(path)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     copy = folder / "images.json"
     write_whole(copy, lambda part: part.write_text(json.dumps({**data, "annotations": []}), encoding="utf-8"))
     return str(copy)
@@ -74,9 +80,6 @@ def add_annotations(path: Path, folder: Path) -> str:
 
 def load(args: argparse.Namespace) -> DictConfig:
     """The recipe, set to the data and the folder of the arguments."""
-    if args.dataset:
-        keys = ("dataloader.test.dataset.name", "dataloader.evaluator.dataset_name")
-        args = argparse.Namespace(**{**vars(args), "opts": [*args.opts, *(f"{key}={args.dataset}" for key in keys)]})
     cfg = recipe.load_recipe(args)
     cfg.train.output_dir = args.output
     if args.weights:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dino.coco import read_images
-from dino.files import DataError, free_name, write_whole
+from dino.files import DataError, free_name, make_folder, write_whole
 
 from .analysis import Analysis
 from .build import image_paths, write_report
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         data, files, results, details = detect(args, folder)
     found = read_results(results, data)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     page = folder / "report.html"
     analysis = write_report(page, data=data, results=found, files=files, details=details, shown=args.shown)
     if analysis:
