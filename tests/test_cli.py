@@ -66,6 +66,7 @@ def test_checking_data_needs_no_detectron2():
     [
         (DataError("a.jpg is broken"), 1, "error: a.jpg is broken\n"),
         (FloatingPointError("NaN"), 1, "error: NaN\n"),
+        (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device\n"),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
     ],
 )

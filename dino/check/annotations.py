@@ -129,11 +129,11 @@ def read_objects(
         if not isinstance(entry, dict):
             faults.append(Fault("reference", "annotations", index, f"annotation {short(entry)} is no entry of COCO"))
             continue
-        number = entry.get("id")
+        number, in_image = entry.get("id"), f"image {short(entry.get('image_id'))}"
         if type(number) is not int or number in seen:
-            faults.append(Fault("annotation_id", "annotations", index, f"annotation id {short(number)}"))
+            faults.append(Fault("annotation_id", "annotations", index, f"annotation id {short(number)}, {in_image}"))
         elif number == 0:
-            faults.append(Fault("zero_id", "annotations", index, f"annotation id 0, image {entry.get('image_id')!r}"))
+            faults.append(Fault("zero_id", "annotations", index, f"annotation id 0, {in_image}"))
         if type(number) is int:
             seen.add(number)
         image, category = find(images, entry.get("image_id")), find(categories, entry.get("category_id"))
@@ -168,7 +168,8 @@ def box_fault(o: Object) -> str:
     x, y, width, height = o.box
     if width <= 0 or height <= 0:
         return "zero"
-    if overflows(o) and width > x and height > y and fits(o.box, o.image) and not area_is_product(o.entry):
+    by_area = notation_by_area(o.entry)
+    if fits(o.box, o.image) and (by_area == "xyxy" or (overflows(o) and by_area != "xywh")):
         return "xyxy"
     if usable_box(o.box, o.image["width"], o.image["height"]) is None:
         return "outside"
@@ -193,10 +194,15 @@ def overflows(o: Object) -> bool:
     return x + width > o.image["width"] + TOLERANCE or y + height > o.image["height"] + TOLERANCE
 
 
-def area_is_product(entry: dict) -> bool:
-    """Whether the annotation's own `area` says that the last two numbers are width and height."""
-    area, product = entry.get("area"), entry["bbox"][2] * entry["bbox"][3]
-    return is_number(area) and abs(area - product) <= 0.01 * product
+def notation_by_area(entry: dict) -> str:
+    """What the annotation's own `area` says of its four numbers: "xywh", "xyxy", or an empty text for nothing."""
+    area, (x, y, width, height) = entry.get("area"), entry["bbox"]
+    if not is_number(area) or area <= 0:
+        return ""
+    if abs(area - width * height) <= 0.01 * area:
+        return "xywh"
+    is_box_area = not entry.get("segmentation")  # else that of an outline, which can be anything
+    return "xyxy" if is_box_area and abs(area - (width - x) * (height - y)) <= 0.01 * area else ""
 
 
 def check_copies(objects: list[Object]) -> Iterator[Fault]:

@@ -101,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = read_results(results, data)
     make_folder(folder)
     page = folder / "report.html"
+    print(f"comparing {len(found):,} detections on {len(data['images']):,} images", flush=True)
     analysis = write_report(page, data=data, results=found, files=files, details=details, shown=args.shown)
     if analysis:
         write_metrics(folder / "metrics.json", analysis)

@@ -153,6 +153,7 @@ PLANTERS = {
     "beyond": change_object("beyond", bbox=[60, 10, 20, 20], area=400),
     "beyond the left": change_object("beyond", bbox=[-5, 10, 20, 20], area=400),
     "corners": change_object("xyxy", bbox=[40, 35, 62, 60], area=550),
+    "corners of a small box": change_object("xyxy", bbox=[5, 5, 25, 20], area=300),
     "text box": change_object("box", bbox=["1", 2, 3, 4]),
     "short box": change_object("box", bbox=[1, 2, 3]),
     "infinite box": change_object("box", bbox=[1, 2, float("inf"), 4]),

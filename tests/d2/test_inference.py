@@ -3,6 +3,9 @@
 import json
 
 import pytest
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+
 from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
 
@@ -11,7 +14,7 @@ from dino.d2 import recipe
 from dino.d2.checkpoint import Checkpointer
 
 from ..coco_files import write_coco
-from ..tools.programs import assert_one_error, run_verb
+from ..tools.programs import run_verb
 from .recipes import SHRINK, file_arguments, parse
 
 RECIPE = ["--config-file", "dino_r18_small_data"]
@@ -49,8 +52,6 @@ def test_a_checkpoint_is_evaluated(trained):
     page = (folder / "out put/report.html").read_text()
     assert f"AP {100 * metrics['AP']:.1f} on 4 images" in page
     assert "Recipe: dino_r18_small_data" in page
-    again = evaluate(folder, files, weights, "--output", "out put")
-    assert_one_error(again, "report.html exists: choose another --output")
 
 
 def test_data_without_annotations_gives_predictions(trained, tmp_path):
