@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 
 import numpy as np
 from markupsafe import Markup
@@ -24,7 +25,8 @@ def to_svg(figure: Figure) -> Markup:
     buffer = io.StringIO()
     FigureCanvasSVG(figure)
     settings = {"svg.fonttype": "none", "svg.hashsalt": "dino"}
-    with rc_context(settings):
+    with rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the page's fonts draw the text
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     for placeholder, value in ((INK, "currentColor"), (SOFT, "var(--soft)"), (ACCENT, "var(--accent)")):
@@ -83,6 +85,6 @@ def over_threshold(analysis: Analysis) -> Markup:
 
 def plain(name: str) -> str:
     """A class name as matplotlib shows it literally: no formulas, not taken for a hidden label."""
-    text = name.replace("$", r"\$")
+    text = name.encode("utf-8", "replace").decode().replace("$", r"\$")
     text = text if len(text) <= 24 else text[:23] + "…"
     return f" {text}" if text.startswith("_") else text

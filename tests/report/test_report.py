@@ -56,7 +56,7 @@ def test_the_page_and_the_figures(files, results, tmp_path, capsys):
 
 
 def test_names_can_not_become_markup(files, results, tmp_path):
-    names = ["<script>alert(1)</script>", "</script><img src=x onerror=alert(2)>", "$x^2$_"]
+    names = ["<script>alert(1)</script>", "</script><img src=x onerror=alert(2)>", "$x^2$_\ud800\u732b"]
 
     def rename(content):
         for category, name in zip(content["categories"], names, strict=True):
