@@ -100,6 +100,7 @@ setup(
         "numpy",
         "pillow",
         "pycocotools",
+        "safetensors",
         "scipy",
         "torch>=2.10",
         "torchvision",
@@ -107,14 +108,15 @@ setup(
     ],
     extras_require={
         "demo": ["opencv-python-headless"],  # Detectron2's Visualizer needs it
+        "timm": ["timm"],  # TimmBackbone, and Detectron2's ViT, MViTv2 and Swin
         "test": [
             "hypothesis",
             "opencv-python-headless",
             "pytest",
             "pytest-timeout",
             "ruff",
-            "safetensors",
             "selenium",  # with Debian's chromium and chromium-driver, looks at the report in a browser
+            "timm",
         ],
     },
 )

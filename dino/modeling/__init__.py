@@ -1,7 +1,8 @@
 """The network: torch only, torchvision for its backbones."""
 
-from .backbones import TorchvisionBackbone
+from .backbones import TimmBackbone, TorchvisionBackbone
 from .build import build_dino
+from .folding import fold_norms
 from .neck import ChannelMapper
 from .network import DINO
 from .transformer import Decoder, Encoder, QuerySelection, share_heads
@@ -12,7 +13,9 @@ __all__ = [
     "Decoder",
     "Encoder",
     "QuerySelection",
+    "TimmBackbone",
     "TorchvisionBackbone",
     "build_dino",
+    "fold_norms",
     "share_heads",
 ]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
+
+from .backbones import extract, padding_of
 
 
 class ChannelMapper(nn.Module):
@@ -15,6 +18,7 @@ class ChannelMapper(nn.Module):
 
     Args:
         backbone: images (B, 3, H, W) -> dict of maps; `output_shape()` tells `.channels` and `.stride` of each name.
+            Where it wants images of certain sizes (see `padding_of`), it gets them.
         in_features: names of the maps to use, finest first.
         out_channels: E, a multiple of `norm_groups`.
         num_levels: L, at least as many as `in_features`.
@@ -39,6 +43,7 @@ class ChannelMapper(nn.Module):
         if out_channels % norm_groups:
             raise ValueError(f"out_channels {out_channels} is not a multiple of norm_groups {norm_groups}")
         self.backbone = backbone
+        self.padding = padding_of(backbone)
         self.in_features = list(in_features)
         self.out_channels = out_channels
         self.num_levels = num_levels
@@ -46,10 +51,12 @@ class ChannelMapper(nn.Module):
         extra = [channels[-1], *[out_channels] * num_levels][: num_levels - len(channels)]
         self.lateral = nn.ModuleList(projection(c, out_channels, 1, 1, norm_groups) for c in channels)
         self.coarser = nn.ModuleList(projection(c, out_channels, 3, 2, norm_groups) for c in extra)
+        self.to(memory_format=torch.channels_last)  # faster on every device, and tokens need no transposition
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> L maps (B, E, h, w), finest first."""
-        maps = self.backbone(images)
+        images = images.contiguous(memory_format=torch.channels_last)
+        maps = extract(self.backbone, images, self.padding)
         levels = [project(maps[name]) for project, name in zip(self.lateral, self.in_features, strict=True)]
         last = maps[self.in_features[-1]]
         for project in self.coarser:
