@@ -46,9 +46,7 @@ def starts(length: int, tile: int, overlap: float) -> list[int]:
     return [round(rest * step / steps) for step in range(steps + 1)] if steps else [0]
 
 
-def merge(
-    found: Sequence[Detections], places: Sequence[View], image_size: tuple[int, int], iou: float
-) -> Detections:
+def merge(found: Sequence[Detections], places: Sequence[View], image_size: tuple[int, int], iou: float) -> Detections:
     """What was found in several views of one picture as one result in pixels of the picture, best first.
 
     Boxes that end where their view was cut are left out: the object is whole in a neighbour that overlaps, or in the

@@ -34,9 +34,7 @@ def detections(logits: Tensor, boxes: Tensor, image_size: tuple[int, int], max_d
     return Detections(boxes * boxes.new_tensor([width, height, width, height]), scores, pair % logits.shape[1])
 
 
-def one_label_detections(
-    logits: Tensor, boxes: Tensor, image_size: tuple[int, int], max_detections: int
-) -> Detections:
+def one_label_detections(logits: Tensor, boxes: Tensor, image_size: tuple[int, int], max_detections: int) -> Detections:
     """As `detections`, but every query counts with its best class alone, so that no box appears twice."""
     best = F.one_hot(logits.argmax(-1), logits.shape[-1]).bool()  # (Q, C)
     logits = widened(logits).masked_fill(~best, -math.inf)
