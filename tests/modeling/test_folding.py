@@ -1,6 +1,5 @@
 import pytest
 import torch
-import torchvision
 from torch import nn
 
 from dino.modeling import TorchvisionBackbone, fold_norms
@@ -28,9 +27,9 @@ def compare(model, count, of=lambda y: y):
         torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-4 * x.abs().max().item())
 
 
-@pytest.mark.parametrize("norm_layer", [nn.BatchNorm2d, torchvision.ops.FrozenBatchNorm2d])
-def test_torchvision(norm_layer):
-    compare(TorchvisionBackbone("resnet18", norm_layer=norm_layer), 20, lambda maps: maps.values())
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
+def test_torchvision(norm):
+    compare(TorchvisionBackbone("resnet18", norm=norm), 20, lambda maps: maps.values())
 
 
 def test_detectron2():
