@@ -67,10 +67,10 @@ setup(
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildOperator},
     # Detectron2 is a peer dependency: no package index carries it, see README.md.
-    install_requires=["torch>=2.10", "torchvision", "scipy", "numpy", "pillow", "pycocotools", "tqdm"],
+    install_requires=["torch>=2.10", "torchvision", "scipy", "numpy", "pillow", "pycocotools", "safetensors", "tqdm"],
     extras_require={
         "demo": ["opencv-python-headless"],  # Detectron2's Visualizer needs it
         "timm": ["timm"],  # TimmBackbone, and Detectron2's ViT, MViTv2 and Swin
-        "test": ["opencv-python-headless", "pytest", "pytest-timeout", "ruff", "safetensors", "timm"],
+        "test": ["opencv-python-headless", "pytest", "pytest-timeout", "ruff", "timm"],
     },
 )

@@ -9,7 +9,9 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
 from dino.files import DataError, write_whole
-from dino.pickles import read_pickle
+from dino.weights import load_weights, read_content
+
+from .sources import check_pixels, local_file
 
 logger = logging.getLogger("detectron2.dino")
 
@@ -19,12 +21,15 @@ class Checkpointer(DetectionCheckpointer):
 
     Args:
         names: class names, stored with every checkpoint.
+        about: plain data on the run, stored too; see `dino.d2.describe`.
     """
 
-    def __init__(self, model, save_dir: str = "", *, names: list[str], **checkpointables):
+    def __init__(self, model, save_dir: str = "", *, names: list[str], about: dict | None = None, **checkpointables):
         super().__init__(model, save_dir, **checkpointables)
         self.names = names
-        self.problems: list[str] = []  # tensors that the last loaded file lacked or held in another shape
+        self.about = about or {}
+        self.source = ""  # the last loaded file
+        self.problems: list[str] = []  # tensors that it lacked or held in another shape, by the network's names
 
     def save(self, name: str, **kwargs) -> None:
         """Write `name`.pth whole or not at all."""
@@ -32,28 +37,27 @@ class Checkpointer(DetectionCheckpointer):
             return
         path = os.path.join(self.save_dir, f"{name}.pth")
         parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
-        content = {"model": self.model.state_dict(), **parts, "names": self.names, **kwargs}
+        content = {"model": self.model.state_dict(), **parts, "names": self.names, "about": self.about, **kwargs}
         write_whole(path, lambda part: torch.save(content, part))
         self.tag_last_checkpoint(f"{name}.pth")
 
     def load(self, path: str, *args, **kwargs) -> dict:
-        """Load a file.
+        """Load a file, or what an address stands for, in any form that `dino.weights` knows.
 
         Raises:
             DataError: it is missing, broken, of another model, or holds more than plain data.
         """
-        if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
-            raise DataError(f"weights not found: {path}")
+        if not path:
+            return super().load(path, *args, **kwargs)
+        self.source = path
         try:
-            extra = super().load(path, *args, **kwargs)
+            extra = super().load(local_file(path), *args, **kwargs)
         except DataError:
             raise
         except Exception as error:  # a broken or foreign file can raise anything
             raise DataError(f"can't use the checkpoint {path}: {str(error)[:500]}") from error
         finally:
             self._parsed_url_during_load = None  # where loading failed, Detectron2 leaves it set and refuses to go on
-        if self.problems and len(self.problems) == len(self.model.state_dict()):
-            raise DataError(f"can't use the checkpoint {path}: none of its tensors fits the model")
         if extra.get("names", self.names) != self.names:
             logger.warning(f"{path} was trained for the classes {extra['names']}, the data has {self.names}")
         return extra
@@ -70,21 +74,17 @@ class Checkpointer(DetectionCheckpointer):
         return extra
 
     def _load_file(self, filename: str) -> dict:
-        if not filename.endswith(".pkl"):
-            return super()._load_file(filename)
-        content = read_pickle(filename)
-        if "model" in content and "__author__" in content:
-            return content
-        return {"model": content.get("blobs", content), "__author__": "Caffe2", "matching_heuristics": True}
+        return read_content(filename)
 
-    def _torch_load(self, f: str) -> dict:
-        return torch.load(f, map_location="cpu", weights_only=True)
-
-    def _load_model(self, checkpoint: dict):
-        incompatible = super()._load_model(checkpoint)
-        shapes = {key: f"{key} {theirs} instead of {ours}" for key, theirs, ours in incompatible.incorrect_shapes}
-        self.problems = [shapes.get(key, key) for key in incompatible.missing_keys]  # both kinds are missing
-        return incompatible
+    def _load_model(self, checkpoint: dict) -> None:
+        """Own running averages are left to who asked for the file; those of other programs are what they publish."""
+        copy = "model" if "ema" in checkpoint else "auto"
+        report = load_weights(self.model, checkpoint, copy=copy, name=self.source)
+        logger.info(f"weights: {report}")
+        if report.form == "backbone":
+            check_pixels(self.model)
+        self.problems = report.problems
+        checkpoint.pop("model", None)
 
 
 def read_names(path: str) -> list[str]:
@@ -93,13 +93,7 @@ def read_names(path: str) -> list[str]:
     Raises:
         DataError: the file is missing, broken, holds more than plain data, or has no names.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise DataError(f"weights not found: {path}") from None
-    except Exception as error:  # a broken file can raise anything
-        raise DataError(f"can't use the checkpoint {path}: {str(error)[:500]}") from error
-    names = content.get("names") if isinstance(content, dict) else None
+    names = read_content(path).get("names")
     if not names:
         raise DataError(f"{path} carries no class names: it was not written by tools/lazyconfig_train_net.py")
     return names

@@ -21,6 +21,7 @@ from dino.files import DataError
 
 from .checkpoint import Checkpointer
 from .data import load_dataset
+from .describe import describe
 from .recipe import names_of, use_epochs
 
 logger = logging.getLogger("detectron2.dino")
@@ -155,7 +156,7 @@ def train(cfg: DictConfig, resume: bool) -> dict:
     trainer = Trainer(
         model, loader, optimizer, dtype=dtype, clip_norm=cfg.train.clip_norm, output_dir=cfg.train.output_dir
     )
-    checkpointer = Checkpointer(model, cfg.train.output_dir, names=names, trainer=trainer)
+    checkpointer = Checkpointer(model, cfg.train.output_dir, names=names, about=describe(cfg), trainer=trainer)
     results: dict = {}
     trainer.register_hooks(list_hooks(cfg, model, checkpointer, results))
     if resume and not checkpointer.has_checkpoint():

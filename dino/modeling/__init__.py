@@ -2,6 +2,7 @@
 
 from .backbones import TimmBackbone, TorchvisionBackbone
 from .build import build_dino
+from .folding import fold_norms
 from .neck import ChannelMapper
 from .network import DINO
 from .transformer import Decoder, Encoder, QuerySelection, share_heads
@@ -15,5 +16,6 @@ __all__ = [
     "TimmBackbone",
     "TorchvisionBackbone",
     "build_dino",
+    "fold_norms",
     "share_heads",
 ]
