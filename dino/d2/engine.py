@@ -156,7 +156,14 @@ def train(cfg: DictConfig, resume: bool) -> dict:
     trainer = Trainer(
         model, loader, optimizer, dtype=dtype, clip_norm=cfg.train.clip_norm, output_dir=cfg.train.output_dir
     )
-    checkpointer = Checkpointer(model, cfg.train.output_dir, names=names, about=describe(cfg), trainer=trainer)
+    checkpointer = Checkpointer(
+        model,
+        cfg.train.output_dir,
+        names=names,
+        about=describe(cfg),
+        min_backbone=cfg.train.min_backbone,
+        trainer=trainer,
+    )
     results: dict = {}
     trainer.register_hooks(list_hooks(cfg, model, checkpointer, results))
     if resume and not checkpointer.has_checkpoint():

@@ -55,7 +55,8 @@ class ChannelMapper(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> L maps (B, E, h, w), finest first."""
-        maps = extract(self.backbone, images.contiguous(memory_format=torch.channels_last), self.padding)
+        images = images.contiguous(memory_format=torch.channels_last)
+        maps = extract(self.backbone, images, self.padding)
         levels = [project(maps[name]) for project, name in zip(self.lateral, self.in_features, strict=True)]
         last = maps[self.in_features[-1]]
         for project in self.coarser:

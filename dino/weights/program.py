@@ -84,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_safetensors(args.output, state, extra)
     else:
         write_whole(args.output, lambda part: torch.save({"model": state, **extra}, part))
-    print(f"{args.input}: {form} form, {len(own['query_selection.class_head.bias'])} classes")
-    print(f"{args.output}: {args.to} form, {len(state)} tensors")
+    classes = len(own["query_selection.class_head.bias"])
+    print(f"{args.output}: {args.to} form, {len(state)} tensors, {classes} classes; {args.input} was in {form} form")
     if UNUSED_LABELS in own and args.to == "detrex":
         print("lost: the label embeddings that belong to no class; detrex has no place for them")
 
