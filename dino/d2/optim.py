@@ -15,6 +15,11 @@ def tenth_for_backbone(name: str) -> float:
     return 0.1 if ".backbone." in name else 1.0
 
 
+def tenth_for_backbone_and_offsets(name: str) -> float:
+    """As `tenth_for_backbone`, and a tenth for the sampling offsets of deformable attention too."""
+    return 0.1 if ".backbone." in name or ".sampling_offsets." in name else 1.0
+
+
 def layerwise_params(model: nn.Module, base_lr: float, rate: float, **options) -> list[dict]:
     """Parameter groups with layer-wise decay of the learning rate, for pre-trained transformers (arXiv 2106.08254).
 

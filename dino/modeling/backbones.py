@@ -6,6 +6,7 @@ They start from random weights, and their arguments are names and numbers, so th
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -153,8 +154,8 @@ def create_timm(name: str, options: dict) -> nn.Module:
     except ImportError as error:
         raise ImportError(f"the backbone {name!r} needs timm: pip install timm") from error
     if not re.fullmatch(r"[\w.-]+", name) or not timm.is_model(name):
-        near = timm.list_models(f"*{name}*")[:5] or "see timm.list_models()"
-        raise ValueError(f"timm has no model {name!r} (there are {near})")
+        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0)
+        raise ValueError(f"timm has no model {name!r}; the nearest are {', '.join(near)}")
     create = {"features_only": True, "pretrained": False, **options}
     try:
         try:

@@ -174,8 +174,8 @@ def test_timm_options():
 
 def test_timm_errors():
     pytest.importorskip("timm", reason="timm is not installed")
-    with pytest.raises(ValueError, match="timm has no model 'resnet9000'"):
-        TimmBackbone("resnet9000")
+    with pytest.raises(ValueError, match="timm has no model 'resnett50'; the nearest are resnet50"):
+        TimmBackbone("resnett50")
     for address in ("hf-hub:somebody/model", "timm/resnet18", "local-dir:/somewhere"):
         with pytest.raises(ValueError, match="timm has no model"):
             TimmBackbone(address)
