@@ -6,10 +6,12 @@ import warnings
 for message in (".*torch.jit.*is deprecated.*", ".*pkg_resources is deprecated.*", ".*broadcast_buffers.*"):
     warnings.filterwarnings("ignore", message=message)  # of Detectron2 itself; must come before its import
 
-from detectron2.engine import default_setup, launch  # noqa: E402
+from detectron2.engine import default_setup  # noqa: E402
 from torch.multiprocessing import ProcessRaisedException  # noqa: E402
 
 from dino.d2 import engine, recipe  # noqa: E402
+from dino.d2.memory import OutOfMemory  # noqa: E402
+from dino.d2.parallel import launch  # noqa: E402
 from dino.files import DataError, message_of  # noqa: E402
 
 EXAMPLES = """
@@ -22,6 +24,8 @@ examples:
   evaluate:
     python tools/lazyconfig_train_net.py --config-file configs/dino_r50_4scale_12ep.py --eval-only \\
         train.init_checkpoint=output/model_final.pth
+  several machines, elastic: torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+        tools/lazyconfig_train_net.py --config-file configs/dino_r50_4scale_12ep.py   (docs/scaling.md)
   continue: add --resume. Change anything: append key=value, for example optimizer.lr=5e-5 train.amp.enabled=True
 A recipe is a Python program: run only recipes that you trust.
 """
@@ -35,21 +39,15 @@ def main(args) -> None:
     if args.eval_only:
         engine.evaluate_checkpoint(cfg)
     else:
+        recipe.scale_to_batch(cfg, args.opts)
         engine.train(cfg, args.resume)
 
 
 if __name__ == "__main__":
     arguments = recipe.argument_parser(EXAMPLES).parse_args()
     try:
-        launch(
-            main,
-            arguments.num_gpus,
-            num_machines=arguments.num_machines,
-            machine_rank=arguments.machine_rank,
-            dist_url=arguments.dist_url,
-            args=(arguments,),
-        )
-    except (DataError, FloatingPointError) as error:
+        launch(main, arguments)
+    except (DataError, FloatingPointError, OutOfMemory, OSError) as error:  # OSError: a full disk, a folder not ours
         sys.exit(f"error: {message_of(error)}")
     except ProcessRaisedException as error:  # from one of several processes; its last line is the message
         sys.exit(f"error: {str(error).rstrip().splitlines()[-1]}")

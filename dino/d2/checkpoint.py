@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import zipfile
+from pathlib import Path
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -11,7 +14,10 @@ from detectron2.checkpoint import DetectionCheckpointer
 from dino.files import DataError, write_whole
 from dino.pickles import read_pickle
 
+from .parallel import from_main, whole
+
 logger = logging.getLogger("detectron2.dino")
+NUMBERED = re.compile(r"model_\d{7,}\.pth")
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -19,22 +25,73 @@ class Checkpointer(DetectionCheckpointer):
 
     Args:
         names: class names, stored with every checkpoint.
+        about: plain data on the run, stored too.
     """
 
-    def __init__(self, model, save_dir: str = "", *, names: list[str], **checkpointables):
+    def __init__(self, model, save_dir: str = "", *, names: list[str], about: dict | None = None, **checkpointables):
         super().__init__(model, save_dir, **checkpointables)
         self.names = names
+        self.about = about or {}
         self.problems: list[str] = []  # tensors that the last loaded file lacked or held in another shape
 
     def save(self, name: str, **kwargs) -> None:
-        """Write `name`.pth whole or not at all."""
-        if not self.save_dir or not self.save_to_disk:
-            return
-        path = os.path.join(self.save_dir, f"{name}.pth")
+        """Write `name`.pth, from which the run can continue; all processes must call it where the model is sharded."""
         parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
-        content = {"model": self.model.state_dict(), **parts, "names": self.names, **kwargs}
-        write_whole(path, lambda part: torch.save(content, part))
-        self.tag_last_checkpoint(f"{name}.pth")
+        self.write(name, {**parts, **kwargs})
+        if self.save_dir and self.save_to_disk:
+            self.tag_last_checkpoint(f"{name}.pth")
+
+    def save_weights(self, name: str, **kwargs) -> None:
+        """Write `name`.pth without what a run needs to continue, and don't take it for the last checkpoint."""
+        self.write(name, kwargs)
+
+    def write(self, name: str, parts: dict) -> None:
+        """Write the model and `parts` as `name`.pth, whole or not at all."""
+        content = {"model": self.model.state_dict(), **parts, "names": self.names, "about": self.about}
+        content = whole(content)
+        if self.save_dir and self.save_to_disk:
+            write_whole(os.path.join(self.save_dir, f"{name}.pth"), lambda part: torch.save(content, part))
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Note which file to continue with."""
+        path = os.path.join(self.save_dir, "last_checkpoint")
+        write_whole(path, lambda part: part.write_text(last_filename_basename))
+
+    def newest_first(self) -> list[Path]:
+        """The files from which the run could continue; first the one that was noted."""
+        folder = Path(self.save_dir)
+        files = [
+            path for path in folder.glob("*.pth") if NUMBERED.fullmatch(path.name) or path.name == "model_final.pth"
+        ]
+        noted = Path(self.get_checkpoint_file() or folder)
+        return sorted(files, key=lambda path: (path == noted, path.stat().st_mtime), reverse=True)
+
+    def last_whole(self) -> str:
+        """The newest checkpoint that is whole, the same one on all processes; "" where there is none at all.
+
+        Raises:
+            DataError: all of them are damaged.
+        """
+        found, faults = "", []
+        if self.save_to_disk:
+            for path in self.newest_first():
+                fault = fault_of(path)
+                if not fault:
+                    found = str(path)
+                    break
+                faults.append(f"{path} {fault}")
+        found, faults = from_main((found, faults))
+        if faults and not found:
+            raise DataError(f"nothing to continue with: {'; '.join(faults)}. Start in another train.output_dir")
+        for fault in faults:
+            logger.warning(f"{fault}: the run continues from {found}")
+        return found
+
+    def keep(self, number: int) -> None:
+        """Remove all but the newest `number` of the numbered checkpoints, and what a kill left half written."""
+        files = sorted(path for path in Path(self.save_dir).glob("model_*.pth") if NUMBERED.fullmatch(path.name))
+        for path in [*files[:-number], *Path(self.save_dir).glob("*.pth.part")]:
+            path.unlink(missing_ok=True)
 
     def load(self, path: str, *args, **kwargs) -> dict:
         """Load a file.
@@ -78,13 +135,27 @@ class Checkpointer(DetectionCheckpointer):
         return {"model": content.get("blobs", content), "__author__": "Caffe2", "matching_heuristics": True}
 
     def _torch_load(self, f: str) -> dict:
-        return torch.load(f, map_location="cpu", weights_only=True)
+        content = torch.load(f, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(f) and (fault := fault_of(f)):  # torch reads altered numbers without a word
+            raise DataError(f"can't use the checkpoint {f}: it {fault}")
+        return content
 
     def _load_model(self, checkpoint: dict):
         incompatible = super()._load_model(checkpoint)
         shapes = {key: f"{key} {theirs} instead of {ours}" for key, theirs, ours in incompatible.incorrect_shapes}
         self.problems = [shapes.get(key, key) for key in incompatible.missing_keys]  # both kinds are missing
         return incompatible
+
+
+def fault_of(path: str | Path) -> str:
+    """What is wrong with a file in torch's format, "" for nothing: cut short, or altered since it was written."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return "was altered since it was written" if file.testzip() else ""
+    except zipfile.BadZipFile:
+        return "is cut short or no checkpoint"
+    except OSError as error:
+        return f"can't be read: {error}"
 
 
 def read_names(path: str) -> list[str]:

@@ -14,9 +14,10 @@ from detectron2.engine import SimpleTrainer
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from dino.d2 import engine
+from dino.d2 import engine, summary
 from dino.d2.checkpoint import Checkpointer
 from dino.d2.data import load_dataset
+from dino.d2.writers import ConsoleWriter
 from dino.files import DataError
 
 from .recipes import tiny_recipe
@@ -112,7 +113,7 @@ def test_the_start_is_summarised(tmp_path, caplog):
     cfg.model.network.denoising.num_denoising = 1
     images = instantiate(cfg.dataloader.train.dataset)
     with caplog.at_level(logging.INFO, "detectron2.dino"):
-        engine.summarise(cfg, images)
+        summary.summarise_data(cfg, images)
     text = caplog.text
     assert "3 training images, 1 without objects (kept)" in text
     for limit in ("2 queries", "1 denoising queries"):
@@ -123,7 +124,7 @@ def test_the_start_is_summarised(tmp_path, caplog):
 def test_data_without_images_is_refused(tmp_path):
     cfg = tiny_recipe(tmp_path)
     with pytest.raises(DataError, match="the training data has no images"):
-        engine.summarise(cfg, [])
+        summary.summarise_data(cfg, [])
 
 
 def test_training_without_any_object(tmp_path):
@@ -294,7 +295,7 @@ def test_faults_are_told_without_a_traceback(caplog):
 
 
 def test_console_shows_one_short_line(tmp_path, caplog):
-    writer = engine.ConsoleWriter(max_iter=10)
+    writer = ConsoleWriter(max_iter=10)
     with EventStorage(4) as storage, caplog.at_level(logging.INFO):
         losses = {f"loss_{n}": 1.0 for n in ("ce", "bbox", "giou", "ce_dn_0")}
         storage.put_scalars(total_loss=4.0, lr=1e-4, time=2.0, **losses)
