@@ -26,6 +26,7 @@ from .memory import checkpoint_activations
 from .parallel import drop_shards, from_main, gather_shards, note_start, share, unwrapped
 from .pictures import MOST_IMAGES, FirstBatch, draw_predictions
 from .recipe import names_of, use_epochs
+from .sampler import seed_random
 from .summary import describe_run, summarise_data, summarise_plan
 from .trainer import EndOfTraining, Trainer
 from .writers import ConsoleWriter, WandbWriter, draw_curves, forget_metrics
@@ -45,6 +46,7 @@ def train(cfg: DictConfig, resume: bool) -> dict:
     use_epochs(cfg, len(images))
     about = describe_run(images, cfg.train.seed)
     del images
+    seed_random(cfg.train.seed)  # the same weights on all processes
     model = instantiate(cfg.model).to(cfg.train.device)
     names = names_of(cfg.dataloader.train.dataset)
     checkpointer = Checkpointer(model, cfg.train.output_dir, names=names, about=about)

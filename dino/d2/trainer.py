@@ -21,7 +21,7 @@ from .sampler import TrainLoader, seed_random
 logger = logging.getLogger("detectron2.dino")
 
 
-class EndOfTraining(Exception):  # noqa: N818, it is no error
+class EndOfTraining(Exception):
     """Training ends before its last iteration, on all processes at the same one."""
 
 

@@ -1,0 +1,84 @@
+"""A run that is interrupted and continued equals one that is not, to the last bit."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+
+from .processes import ROOT, assert_same, checkpoint, command, environment, losses, run_tiny
+
+WHOLE = (
+    "dataloader.train.num_workers=1",
+    "train.amp.enabled=True",
+    "train.amp.dtype=float16",
+    "train.ema.enabled=True",
+    "train.max_iter=6",
+    "train.eval_period=3",
+    "train.checkpointer.period=2",
+    "train.seed=7",
+)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    result = run_tiny(folder, *WHOLE)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder
+
+
+def assert_same_run(folder, unbroken):
+    content = checkpoint(folder)
+    assert content["trainer"]["iteration"] == 5
+    assert {"model", "trainer", "ema"} <= content.keys()
+    assert content["ema"]["updates"] == 6
+    assert content["trainer"]["scaler"]
+    assert_same(content, checkpoint(unbroken))
+    assert losses(folder) == losses(unbroken)
+    assert [iteration for iteration, _ in losses(folder)] == list(range(6))
+    ours, theirs = (json.loads((x / "run/evaluations.json").read_text()) for x in (folder, unbroken))
+    assert ours == theirs
+    assert [entry["iteration"] for entry in ours] == [3, 6]
+    assert "ema/bbox/AP" in ours[0]
+
+
+def test_killed_and_resumed(tmp_path, unbroken):
+    """Killed in the fourth iteration: two are in the checkpoint, one is lost and done again."""
+    killed = run_tiny(tmp_path, *WHOLE, KILL_AT="0:3")
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "run/last_checkpoint").read_text() == "model_0000001.pth"
+    resumed = run_tiny(tmp_path, "--resume", *WHOLE)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert_same_run(tmp_path, unbroken)
+
+
+def test_stopped_by_ctrl_c_and_resumed(tmp_path, unbroken):
+    """A whole process group gets the signal, as from a terminal: the worker that reads images must survive it."""
+    options = [x for x in WHOLE if "period=2" not in x]
+    process = subprocess.Popen(
+        command(tmp_path, *options, "train.checkpointer.period=100"),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    log = tmp_path / "run/log.txt"
+    deadline = time.monotonic() + 120
+    while "iter 0/6" not in (log.read_text() if log.exists() else "") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "Traceback" not in output
+    assert "--resume continues" in output
+    assert not (tmp_path / "run/model_final.pth").exists()
+    resumed = run_tiny(tmp_path, "--resume", *WHOLE)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert_same_run(tmp_path, unbroken)
