@@ -15,8 +15,8 @@ from .parallel import local, shard_like
 class Ema:
     """Exponential moving average of all trainable parameters and of the running statistics of norms.
 
-    A parameter that several modules share is averaged once per step. The decay starts low, as (1 + n) / (10 + n) after n
-    updates, so that the random start is soon forgotten.
+    A parameter that several modules share is averaged once per step. The decay starts low, as (1 + n) / (10 + n)
+    after n updates, so that the random start is soon forgotten.
 
     Args:
         model: whose weights are averaged; from outside DistributedDataParallel.
@@ -48,7 +48,7 @@ class Ema:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange the weights of the model with the averages, in place: optimizers and other wrappers notice nothing."""
+        """Exchange the weights of the model with the averages, in place: optimizers notice nothing."""
         for x, y in zip(self.averaged, self.current, strict=True):
             averaged = local(x).clone()
             local(x).copy_(local(y))

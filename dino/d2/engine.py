@@ -169,7 +169,7 @@ def list_writers(cfg: DictConfig) -> list[EventWriter]:
 
 
 def evaluate(cfg: DictConfig, model: nn.Module, ema: Ema | None = None) -> dict:
-    """AP of the model on the recipe's test data, on the main process; also printed, and written to the evaluator's folder.
+    """AP of the model on the recipe's test data, on the main process; also printed and written to a folder.
 
     With `ema`, those of the averaged weights follow under the key "ema".
     """

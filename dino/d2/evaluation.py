@@ -24,8 +24,9 @@ logger = logging.getLogger("detectron2.dino")
 
 
 class Evaluation(hooks.EvalHook):
-    """Detectron2's EvalHook, which also keeps a record in `evaluations.json` and the best weights in `model_best.pth`, and
-    ends the training when `patience` evaluations in a row brought no better ones.
+    """Detectron2's EvalHook, which also keeps a record and the best weights, and ends a training that gets no better.
+
+    The record is `evaluations.json`, the best weights are `model_best.pth`.
 
     The record outlives the run: a resumed one goes on with its best value, and first makes up for an evaluation that
     was interrupted.
@@ -91,14 +92,19 @@ class Evaluation(hooks.EvalHook):
     def run(self) -> dict:
         """Evaluate, record, keep the best -> results."""
         results = self.evaluate()
-        stop = bool(results) and comm.is_main_process() and self.note(flatten_results_dict(results))
-        if from_main(stop) and self.completed < self.trainer.max_iter:
+        improved = stop = False
+        if comm.is_main_process():
+            improved, stop = self.note(flatten_results_dict(results))
+        improved, stop = from_main((improved, stop))
+        if improved:
+            self.save_best()
+        if stop and self.completed < self.trainer.max_iter:
             logger.info(f"{self.patience} evaluations without a better {self.metric}: this is the end of the training")
             raise EndOfTraining
         return results
 
-    def note(self, values: dict[str, float]) -> bool:
-        """Add to the record, save weights that are the best so far -> whether patience is at its end."""
+    def note(self, values: dict[str, float]) -> tuple[bool, bool]:
+        """Add to the record -> whether the weights are the best so far, and whether patience is at its end."""
         if self.metric not in values:
             raise DataError(f"train.best.metric={self.metric!r} was not measured; there are {', '.join(values)}")
         numbers = {key: None if math.isnan(value) else value for key, value in values.items()}
@@ -107,24 +113,24 @@ class Evaluation(hooks.EvalHook):
         write_whole(self.path, lambda part: part.write_text(json.dumps(self.record, indent=1) + "\n"))
         scores = [self.score(entry) for entry in self.record]
         best = scores.index(max(scores))
-        if best == len(scores) - 1 and math.isfinite(scores[-1]):
-            self.save_best(scores[-1])
-        return bool(self.patience) and len(scores) - 1 - best >= self.patience
+        waited = len(scores) - 1 - best
+        return waited == 0 and math.isfinite(scores[-1]), bool(self.patience) and waited >= self.patience
 
     def score(self, entry: dict) -> float:
         """How good the better of raw and averaged weights are; more is better."""
         values = [entry.get(key) for key in (self.metric, f"ema/{self.metric}")]
         return max((self.sign * value for value in values if value is not None), default=-math.inf)
 
-    def save_best(self, score: float) -> None:
+    def save_best(self) -> None:
         """Write the weights alone: `model_best.pth` is to be used, not continued with."""
-        averaged = self.record[-1].get(f"ema/{self.metric}") == self.sign * score
-        kind = "averaged" if averaged and self.ema else "raw"
-        with self.ema.applied() if kind == "averaged" else nullcontext():
+        entry = from_main(self.record[-1] if self.record else None)
+        value, averaged = self.sign * self.score(entry), entry.get(f"ema/{self.metric}")
+        kind = "averaged" if averaged == value else "raw"
+        with self.ema.applied() if self.ema and kind == "averaged" else nullcontext():
             self.checkpointer.save_weights(
-                "model_best", weights=kind, iteration=self.completed - 1, metric=self.metric, value=self.sign * score
+                "model_best", weights=kind, iteration=self.completed - 1, metric=self.metric, value=value
             )
-        logger.info(f"best {self.metric} so far: {self.sign * score:.4f}, {kind} weights, in model_best.pth")
+        logger.info(f"best {self.metric} so far: {value:.4f}, {kind} weights, in model_best.pth")
 
 
 def read_record(path: str) -> list[dict]:

@@ -67,8 +67,7 @@ class Guard:
     def judge(
         self, iteration: int, batch: list[dict], losses: dict[str, Tensor], norm: Tensor, stop: bool
     ) -> tuple[Tensor, Tensor]:
-        """-> the norm of the gradients, NaN if any loss or gradient of any process is not finite; and whether all losses
-        of all processes are.
+        """-> the norm of the gradients, NaN if a loss or gradient of any process is not finite; whether all losses are.
 
         Args:
             iteration, batch: of the step.

@@ -62,7 +62,7 @@ class AverageWeights(HookBase):
 
 
 class StopOnSignal(HookBase):
-    """Ctrl-C ends the training after an iteration, the same one on all processes, with a checkpoint; a second one at once.
+    """Ctrl-C ends the training after an iteration, the same on all processes, with a checkpoint; a second one at once.
 
     Args:
         checkpoints: writes it.

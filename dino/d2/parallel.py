@@ -56,7 +56,13 @@ def join_group(args) -> None:
     has_gpu = torch.cuda.is_available()
     if has_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if has_gpu else "gloo", timeout=DEFAULT_TIMEOUT)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=DEFAULT_TIMEOUT))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # After a restart the store still holds the addresses of the dead. (On several machines the counts can differ;
+        # there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives every attempt a store of its own, see docs/scaling.md.)
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+    backend = "nccl" if has_gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=DEFAULT_TIMEOUT)
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
 
 
@@ -157,5 +163,5 @@ def shard_like(x: Tensor, reference: Tensor) -> Tensor:
 
 
 def whole(state):
-    """A nested state with all shards put together, on the CPU; all processes must call it."""
-    return tree_map_only(DTensor, lambda x: x.full_tensor().cpu(), state)
+    """A tensor or a nested state with all shards put together; all processes must call it."""
+    return tree_map_only(DTensor, lambda x: x.full_tensor(), state)

@@ -16,15 +16,16 @@ from dino.files import write_whole
 from dino.layers.boxes import cxcywh_to_xyxy
 
 from .detector import DINODetector
-from .parallel import unwrapped
+from .parallel import drop_shards, gather_shards, unwrapped
 
 TRUTH, POSITIVE, NEGATIVE, FOUND = "lime", "deepskyblue", "red", "yellow"
 MOST_IMAGES = 8
 
 
 class FirstBatch(HookBase):
-    """Draws the first augmented batch: objects green, and one group of their denoising queries, slightly noised ones (to be
-    repaired) blue and strongly noised ones (to be rejected) red.
+    """Draws the first augmented batch: objects green, and one group of their denoising queries.
+
+    Slightly noised ones (to be repaired) are blue, strongly noised ones (to be rejected) red.
 
     Args:
         path: of the PNG.
@@ -37,8 +38,13 @@ class FirstBatch(HookBase):
 
     def after_step(self) -> None:
         """Draw, in the first iteration of a run."""
-        if comm.is_main_process() and self.trainer.iter == 0:
-            draw_batch(unwrapped(self.trainer.model), self.trainer.batch[:MOST_IMAGES], self.names, self.path)
+        if self.trainer.iter:
+            return
+        model = unwrapped(self.trainer.model)
+        gather_shards(model)
+        if comm.is_main_process():
+            draw_batch(model, self.trainer.batch[:MOST_IMAGES], self.names, self.path)
+        drop_shards(model)
 
 
 @torch.no_grad()

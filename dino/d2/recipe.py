@@ -183,8 +183,10 @@ def choose_output(cfg: DictConfig, args: argparse.Namespace) -> None:
 
 
 def scale_to_batch(cfg: DictConfig, overrides: list[str]) -> None:
-    """Adapt a recipe to a total batch other than `train.reference_batch`: the learning rate is proportional to it, numbers
-    of iterations are inversely so. Numbers stated on the command line are taken as they stand.
+    """Adapt a recipe to a total batch other than `train.reference_batch`.
+
+    The learning rate is proportional to it, numbers of iterations are inversely so. Numbers stated on the command line
+    are taken as they stand.
     """
     batch, reference = OmegaConf.select(cfg, BATCH), cfg.train.reference_batch
     if not batch or batch == reference:

@@ -1,7 +1,7 @@
 """The order of the training images and their augmentation: functions of the seed and a position in an endless stream.
 
-Nothing of them has to be saved, whatever was read ahead by how many workers: a run that starts at iteration n sees what an
-unbroken one sees from there.
+Nothing of them has to be saved, whatever was read ahead by how many workers: a run that starts at iteration n sees what
+an unbroken one sees from there.
 """
 
 from __future__ import annotations

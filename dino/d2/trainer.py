@@ -15,7 +15,7 @@ from dino.files import DataError
 
 from .guard import Guard
 from .memory import OutOfMemory, advice, counted_together
-from .parallel import gradients_shared, local, shard_like, unwrapped
+from .parallel import gradients_shared, local, shard_like, unwrapped, whole
 from .sampler import TrainLoader, seed_random
 
 logger = logging.getLogger("detectron2.dino")
@@ -35,8 +35,8 @@ logging.getLogger("detectron2.engine.train_loop").addFilter(
 class Trainer(SimpleTrainer):
     """SimpleTrainer with autocast on any device, loss scaling, accumulation, clipping, and steps that must be finite.
 
-    Every iteration draws its random numbers afresh from the seed, its number and the rank, so that a resumed run needs no
-    random states. Nothing waits for the device in an iteration that does not log, except the model's own transfers.
+    Every iteration draws its random numbers afresh from the seed, its number and the rank, so that a resumed run needs
+    no random states. Nothing waits for the device in an iteration that does not log, except the model's own transfers.
 
     Args:
         model, data_loader, optimizer: as of SimpleTrainer; a `TrainLoader` is set to start where the training starts.
@@ -133,8 +133,8 @@ class Trainer(SimpleTrainer):
     def update(self, losses: dict[str, Tensor]) -> None:
         """Clip, then step, unless something isn't finite."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=None)
-        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm) / self.scaler.scale(norm.new_ones(()))
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
+        norm = norm / self.scaler.scale(torch.ones_like(norm))
         norm, usable = self.guard.judge(self.iter, self.batch, losses, norm, self.stop_requested)
         torch._foreach_mul_([local(g) for g in gradients], (self.clip_norm / (norm + 1e-6)).clamp(max=1))
         self.scaler.step(self.optimizer)

@@ -41,7 +41,7 @@ class ConsoleWriter(CommonMetricPrinter):
 
 
 class WandbWriter(EventWriter):
-    """Sends all numbers, and the pictures of the run folder, to Weights & Biases; a resumed run goes on in the same one.
+    """Sends all numbers and the pictures of the run folder to Weights & Biases; a resumed run goes on in the same one.
 
     Args:
         output_dir: of the run; the id is kept there.

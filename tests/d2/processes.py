@@ -20,7 +20,7 @@ def environment(**changes):
 
 
 def command(folder, *arguments, launcher=()):
-    """The words that train the tiny recipe in `folder`/run; `launcher`: those of torchrun, if it starts the processes."""
+    """The words that train the tiny recipe in `folder`/run; `launcher`: options of torchrun, which then starts it."""
     start = [sys.executable, "-m", *(["torch.distributed.run", *launcher] if launcher else [])]
     module = ["--module", "tests.d2.tiny_run"] if launcher else ["tests.d2.tiny_run"]
     return [*start, *module, "--folder", str(folder), *map(str, arguments)]
@@ -28,9 +28,14 @@ def command(folder, *arguments, launcher=()):
 
 def run_tiny(folder, *arguments, launcher=(), **changes):
     """Run to the end -> the completed process."""
-    words = command(folder, *arguments, launcher=launcher)
     return subprocess.run(
-        words, cwd=ROOT, env=environment(**changes), capture_output=True, text=True, timeout=300, check=False
+        command(folder, *arguments, launcher=launcher),
+        cwd=ROOT,
+        env=environment(**changes),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        start_new_session=True,
     )
 
 

@@ -1,16 +1,13 @@
 """A run that is interrupted and continued equals one that is not, to the last bit."""
 
 import json
-import os
 import signal
-import subprocess
-import time
 
 import pytest
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
-from .processes import ROOT, assert_same, checkpoint, command, environment, losses, run_tiny
+from .processes import assert_same, checkpoint, losses, run_tiny
 
 WHOLE = (
     "dataloader.train.num_workers=1",
@@ -58,26 +55,11 @@ def test_killed_and_resumed(tmp_path, unbroken):
 
 
 def test_stopped_by_ctrl_c_and_resumed(tmp_path, unbroken):
-    """A whole process group gets the signal, as from a terminal: the worker that reads images must survive it."""
-    options = [x for x in WHOLE if "period=2" not in x]
-    process = subprocess.Popen(
-        command(tmp_path, *options, "train.checkpointer.period=100"),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    log = tmp_path / "run/log.txt"
-    deadline = time.monotonic() + 120
-    while "iter 0/6" not in (log.read_text() if log.exists() else "") and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    assert "Traceback" not in output
-    assert "--resume continues" in output
+    """The whole process group gets the signal, as from a terminal: the worker that reads images must survive it."""
+    stopped = run_tiny(tmp_path, *WHOLE, "train.checkpointer.period=100", INTERRUPT_AT="0:2")
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    assert "stopped after 3 iterations; --resume continues" in stopped.stdout
+    assert "Traceback" not in stopped.stdout + stopped.stderr
     assert not (tmp_path / "run/model_final.pth").exists()
     resumed = run_tiny(tmp_path, "--resume", *WHOLE)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr

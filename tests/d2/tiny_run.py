@@ -1,6 +1,7 @@
-"""Trains the tiny recipe in processes of its own, which can be killed: `python -m tests.d2.tiny_run --folder F [options]`.
+"""Trains the tiny recipe in a process of its own, which can be killed: `python -m tests.d2.tiny_run --folder F`.
 
-KILL_AT=rank:iteration in the environment kills that process with SIGKILL when it comes to the iteration for the first time.
+KILL_AT=rank:iteration in the environment kills that process with SIGKILL when it first comes to the iteration;
+INTERRUPT_AT sends SIGINT to its whole group, as a terminal does.
 """
 
 import os
@@ -19,14 +20,17 @@ from .recipes import tiny_recipe
 
 
 class Mortal(Trainer):
-    """Dies where KILL_AT says, once in the life of a folder."""
+    """Dies, or is interrupted, where the environment says, once in the life of a folder."""
 
     def run_step(self):
-        rank, iteration = map(int, os.environ.get("KILL_AT", "-1:-1").split(":"))
+        here = f"{comm.get_rank()}:{self.iter}"
         mark = Path(self.guard.output_dir, "killed")
-        if (comm.get_rank(), self.iter) == (rank, iteration) and not mark.exists():
+        if here == os.environ.get("KILL_AT") and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        if here == os.environ.get("INTERRUPT_AT"):
+            assert os.getpgrp() == os.getpid()  # else it would reach others
+            os.killpg(os.getpid(), signal.SIGINT)
         super().run_step()
 
 
