@@ -180,19 +180,24 @@ def evaluate(cfg: DictConfig, model: nn.Module, ema: Ema | None = None) -> dict:
     if ema:
         with ema.applied():
             gather_shards(model)
-            averaged = evaluate_weights(cfg, model, "averaged weights")
+            averaged = evaluate_weights(cfg, model, "averaged weights", folder="averaged")
             drop_shards(model)
         result = {**result, **({"ema": averaged} if averaged else {})}
     return result
 
 
-def evaluate_weights(cfg: DictConfig, model: nn.Module, kind: str) -> dict:
-    """One evaluation of the weights that the model holds; {} but on the main process."""
+def evaluate_weights(cfg: DictConfig, model: nn.Module, kind: str, folder: str = "") -> dict:
+    """One evaluation of the weights that the model holds, written to `folder` of the evaluator's; {} but on the main
+    process.
+    """
     logger.info(f"evaluating: {kind}")
+    evaluator = cfg.dataloader.evaluator.copy()
+    if evaluator.get("output_dir"):
+        evaluator.output_dir = os.path.join(cfg.dataloader.evaluator.output_dir, folder)
     amp = cfg.train.amp
     low = amp.enabled and amp.evaluation
     with torch.autocast(torch.device(cfg.train.device).type, getattr(torch, amp.dtype)) if low else nullcontext():
-        result = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator))
+        result = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(evaluator))
     if comm.is_main_process():
         print_csv_format(result)
     return result or {}
@@ -208,7 +213,7 @@ def same_statistics(model: nn.Module) -> None:
 def show_predictions(cfg: DictConfig, model: nn.Module, names: list[str], path: str) -> None:
     """Draw what the model finds in the first evaluation images."""
     mapper = instantiate(cfg.dataloader.test.mapper)
-    batch = [mapper(x) for x in islice(instantiate(cfg.dataloader.test.dataset), MOST_IMAGES)]
+    batch = [{**x, **mapper(x)} for x in islice(instantiate(cfg.dataloader.test.dataset), MOST_IMAGES)]
     training = model.training
     gather_shards(model)
     draw_predictions(model.eval(), batch, names, path, threshold=0.3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import time
 
@@ -76,9 +77,15 @@ class StopOnSignal(HookBase):
     def before_train(self) -> None:
         """Begin to listen."""
         self.before = signal.signal(signal.SIGINT, self.on_signal)
+        self.process = os.getpid()
 
     def on_signal(self, *_) -> None:
-        """Note the wish. Torchrun repeats what the terminal has sent already, hence the time."""
+        """Note the wish. Torchrun repeats what the terminal has sent already, hence the time.
+
+        The processes that read images inherit this, and so go on.
+        """
+        if os.getpid() != self.process:
+            return
         if self.asked_at and time.monotonic() - self.asked_at > 2:
             raise KeyboardInterrupt
         if not self.asked_at:

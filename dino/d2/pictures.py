@@ -69,15 +69,22 @@ def draw_batch(model: DINODetector, batch: list[dict], names: list[str], path: s
 
 @torch.no_grad()
 def draw_predictions(model: DINODetector, batch: list[dict], names: list[str], path: str, threshold: float) -> None:
-    """Draw what the model finds in evaluation images with at least the score `threshold`, and its highest scores."""
+    """Draw what the model finds with at least the score `threshold` (yellow), above the truth (green).
+
+    Args:
+        model, names, path: the detector, class names, and the PNG to write.
+        batch: dicts of a data set with the mapped `image` in each.
+    """
     drawn = []
     for x in batch:
         height, width = x["image"].shape[1:]
+        scale = torch.tensor([width / x["width"], height / x["height"]] * 2)
+        truth = torch.tensor([o["bbox"] for o in x.get("annotations", [])]).reshape(-1, 4) * scale
         found = model([{**x, "height": height, "width": width}])[0]["instances"]
         found = found[found.scores >= threshold].to("cpu")
         pairs = zip(found.pred_classes.tolist(), found.scores.tolist(), strict=True)
         labels = [f"{names[label]} {score:.2f}" for label, score in pairs]
-        drawn.append(boxed(x["image"], found.pred_boxes.tensor, FOUND, labels))
+        drawn.append(boxed(boxed(x["image"], truth, TRUTH), found.pred_boxes.tensor, FOUND, labels))
     if comm.is_main_process():
         save_grid(drawn, path)
 

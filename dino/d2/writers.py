@@ -21,12 +21,15 @@ MAIN_LOSSES = ("total_loss", "loss_ce", "loss_bbox", "loss_giou")
 class ConsoleWriter(CommonMetricPrinter):
     """One short line: total loss and the three main terms. All 39 losses go to metrics.json and TensorBoard."""
 
+    told = -1  # the iteration that was printed last
+
     def write(self) -> None:
         """Print what the event storage holds."""
         storage = get_event_storage()
         histories = storage.histories()
-        if storage.iter >= self._max_iter or not histories:
+        if storage.iter >= self._max_iter or storage.iter == self.told or not histories:
             return
+        self.told = storage.iter
         latest = {name: histories[name].latest() for name in (*MAIN_LOSSES, "lr") if name in histories}
         times = {name: histories[name].median(self._window_size) for name in ("time", "data_time") if name in histories}
         parts = [f"iter {storage.iter}/{self._max_iter}"]
