@@ -66,6 +66,7 @@ class Trainer(SimpleTrainer):
         super().__init__(model, data_loader, optimizer, gather_metric_period=log_period)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.device_type = self.parameters[0].device.type
+        self.waits = self.device_type == "cpu"  # there the host knows at once whether a step was finite
         self.dtype = getattr(torch, dtype)
         self.scaled = self.dtype == torch.float16
         # With a scale of 1 it is still PyTorch's way to suppress, on the device, a step that isn't finite.
@@ -102,7 +103,7 @@ class Trainer(SimpleTrainer):
             self.after_backward()
             self.update(losses)
         logs = (self.iter + 1) % self.gather_metric_period == 0 or self.iter + 1 == getattr(self, "max_iter", None)
-        if logs or self.device_type == "cpu":
+        if logs or self.waits:
             self.guard.check()
         if logs:
             self.log(data_time)
