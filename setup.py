@@ -67,9 +67,9 @@ setup(
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildOperator},
     # Detectron2 is a peer dependency: no package index carries it, see README.md.
-    install_requires=["torch>=2.10", "torchvision", "scipy", "numpy", "pillow", "pycocotools", "tqdm"],
+    install_requires=["torch>=2.10", "torchvision", "scipy", "numpy", "pillow", "pycocotools", "safetensors", "tqdm"],
     extras_require={
         "demo": ["opencv-python-headless"],  # Detectron2's Visualizer needs it
-        "test": ["opencv-python-headless", "pytest", "pytest-timeout", "ruff", "safetensors"],
+        "test": ["opencv-python-headless", "pytest", "pytest-timeout", "ruff"],
     },
 )

@@ -1,34 +1,32 @@
 """Time, memory and error of the deformable attention operator: `python benchmarks/deform_attn.py --results FOLDER`.
 
-Every round runs each contender once, forward and then forward and backward, so that a disturbance of the machine meets
-all of them; medians are over rounds. `seconds` is the time on the wall, `cpu_seconds` what the process used: with one
-thread, the ratio of these holds on a busy machine, too. Memory is what the process needs at most beyond inputs, output
-and gradients. Errors are the largest difference to the reference in float64, over the largest magnitude.
+Every round runs each contender, forward and then forward and backward, so that a disturbance of the machine meets
+all of them; medians are over rounds. A call that is not measured comes before each measured one, so that the caches
+hold what this contender's own work leaves there: in a network, the values were projected a moment ago. `seconds` is
+the time on the wall, `cpu_seconds` what the process used: with one thread, the ratio of these holds on a busy machine,
+too. Memory is what the process needs at most beyond inputs, output and gradients. Errors are the largest difference to
+the reference in float64, over the largest magnitude.
 
 contenders: `reference` and `compiled` take locations and weights; `fused` takes offsets and logits, as the module calls
 it, and so does more; `public` is a CUDA kernel of the original design, with `--against`.
 """
 
 import argparse
-import ctypes
-import datetime
-import gc
+import functools
 import importlib
 import json
-import os
-import platform
 import re
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from measure import clock, origin, peak_memory  # noqa: E402
 
 from dino import build  # noqa: E402
 from dino.layers import deform_attn_reference, operator  # noqa: E402
@@ -39,7 +37,6 @@ TOKENS = sum(h * w for h, w in SHAPES)
 HEADS, DIM, POINTS = 8, 32, 4
 OFFSET = 3.0  # standard deviation, in cells
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-MIB = 2**20
 
 
 class Case(NamedTuple):
@@ -156,34 +153,10 @@ def both_of(function, inputs, names):
 PASSES = {"forward": forward_of, "forward+backward": both_of}
 
 
-def clock(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter(), time.process_time()
-
-
-def memory_in_use(entry):
-    """VmRSS or VmHWM of this process, in bytes."""
-    return int(re.search(rf"{entry}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
-
-
 def extra_memory(run, device):
     """Bytes at most in use beyond what is there before and after `run`; None where that can't be told."""
-    gc.collect()
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        results = run()
-        peak = torch.cuda.max_memory_allocated(device)
-    elif Path("/proc/self/clear_refs").exists():
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use
-        before = memory_in_use("VmRSS")
-        results = run()
-        peak = memory_in_use("VmHWM")
-    else:
-        return None
-    return peak - before - sum(x.nbytes for x in results)
+    before, peak, results = peak_memory(run, device)
+    return None if peak is None else peak - before - sum(x.nbytes for x in results)
 
 
 def errors_of(results, inputs, names, oracle):
@@ -216,32 +189,16 @@ def measure(case, rounds, against, device):
     repeats = 20 if device.type == "cuda" else 1  # so that a GPU has the next call while it works on one
     for _ in range(rounds):
         for (name, kind), row in rows.items():
+            run = functools.partial(PASSES[kind], everyone[name][0], inputs, everyone[name][1])
+            run()
             start = clock(device)
             for _ in range(repeats):
-                PASSES[kind](everyone[name][0], inputs, everyone[name][1])
+                run()
             row["times"].append([(end - begin) / repeats for begin, end in zip(start, clock(device), strict=True)])
     for row in rows.values():
         wall, cpu = zip(*row.pop("times"), strict=True)
         row |= {"seconds": statistics.median(wall), "best_seconds": min(wall), "cpu_seconds": statistics.median(cpu)}
     return list(rows.values())
-
-
-def hardware(device):
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = re.search(r"model name\s*: (.+)", text)
-    found = {
-        "cpu": model.group(1) if model else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-    if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-    return found
-
-
-def git(*arguments):
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def main():
@@ -259,14 +216,9 @@ def main():
     if not verdict.usable:
         sys.exit(f"nothing to measure on {device}: {verdict.reason}")
     report = {
-        "hardware": hardware(device),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        **origin(device),
         "build": build.read_record(device.type, operator.FOLDER),
         "kernels": operator.cpu_kernels() if device.type == "cpu" else None,
-        "commit": git("rev-parse", "HEAD"),
-        "changed_since_commit": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "date": datetime.date.today().isoformat(),
-        "load_before": os.getloadavg(),
         "rounds": options.rounds,
         "against": "public" if options.against else None,
         "rows": [],

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from dino.coco import CocoImages, evaluate, to_results
 from dino.files import DataError, free_name, message_of, write_whole
 from dino.layers import HungarianMatcher, NonFiniteCostError, SetCriterion, Target, detections, xyxy_to_cxcywh
-from dino.modeling import TorchvisionBackbone, build_dino
+from dino.rebuild import Preprocessing, build_network
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
 
@@ -128,20 +128,35 @@ def train(model, data, args):
             tqdm.write(f"step {step + 1}/{steps}  loss {loss.item():.2f}")
 
 
+def describe(args, num_classes):
+    """The network in the words of `dino.rebuild`, which the checkpoint carries."""
+    backbone = {"_target_": "dino.modeling.TorchvisionBackbone", "name": args.backbone, "norm": "BN"}
+    return {
+        "network": {
+            "_target_": "dino.modeling.build_dino",
+            "backbone": backbone,
+            "num_classes": num_classes,
+            "num_queries": args.queries,
+            "embed_dim": args.embed_dim,
+            "hidden_dim": 4 * args.embed_dim,
+            "encoder_layers": args.layers,
+            "decoder_layers": args.layers,
+        }
+    }
+
+
 def build(args, num_classes):
     try:
-        network = build_dino(
-            backbone=TorchvisionBackbone(args.backbone, norm_layer=torch.nn.BatchNorm2d),
-            num_classes=num_classes,
-            num_queries=args.queries,
-            embed_dim=args.embed_dim,
-            hidden_dim=4 * args.embed_dim,
-            encoder_layers=args.layers,
-            decoder_layers=args.layers,
-        )
+        return build_network(describe(args, num_classes)).to(args.device)
     except ValueError as error:
         raise DataError(f"no network can be built from these arguments: {error}") from error
-    return network.to(args.device)
+
+
+def save(model, args, names):
+    size = {"short_side": args.size, "max_size": 2 * args.size, "max_detections": 100}
+    about = {"config": json.dumps(describe(args, len(names))), "preprocessing": Preprocessing(**size)._asdict()}
+    content = {"model": model.state_dict(), "names": names, "about": about}
+    write_whole(args.output / "model.pth", lambda part: torch.save(content, part))
 
 
 def load(model, path, names):
@@ -184,9 +199,7 @@ def main(argv=None):
         start = time.perf_counter()
         train(model, data, args)
         seconds = time.perf_counter() - start
-        write_whole(
-            args.output / "model.pth", lambda part: torch.save({"model": model.state_dict(), "names": val.names}, part)
-        )
+        save(model, args, val.names)
     results = predict(model, val, args)
     metrics = {**evaluate(val.truth, results, val.names), "training_seconds": round(seconds, 1)}
     for name, content in (("results.json", results), ("metrics.json", metrics)):

@@ -12,9 +12,10 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
 from dino.files import DataError, write_whole
-from dino.pickles import read_pickle
+from dino.weights import load_weights, read_content
 
 from .parallel import from_main, whole
+from .sources import check_pixels, local_file
 
 logger = logging.getLogger("detectron2.dino")
 NUMBERED = re.compile(r"model_\d{7,}\.pth")
@@ -25,14 +26,15 @@ class Checkpointer(DetectionCheckpointer):
 
     Args:
         names: class names, stored with every checkpoint.
-        about: plain data on the run, stored too.
+        about: plain data on the run, stored too; see `dino.d2.describe`.
     """
 
     def __init__(self, model, save_dir: str = "", *, names: list[str], about: dict | None = None, **checkpointables):
         super().__init__(model, save_dir, **checkpointables)
         self.names = names
         self.about = about or {}
-        self.problems: list[str] = []  # tensors that the last loaded file lacked or held in another shape
+        self.source = ""  # the last loaded file
+        self.problems: list[str] = []  # tensors that it lacked or held in another shape, by the network's names
 
     def save(self, name: str, **kwargs) -> None:
         """Write `name`.pth, from which the run can continue; all processes must call it where the model is sharded."""
@@ -94,23 +96,22 @@ class Checkpointer(DetectionCheckpointer):
             path.unlink(missing_ok=True)
 
     def load(self, path: str, *args, **kwargs) -> dict:
-        """Load a file.
+        """Load a file, or what an address stands for, in any form that `dino.weights` knows.
 
         Raises:
             DataError: it is missing, broken, of another model, or holds more than plain data.
         """
-        if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
-            raise DataError(f"weights not found: {path}")
+        if not path:
+            return super().load(path, *args, **kwargs)
+        self.source = path
         try:
-            extra = super().load(path, *args, **kwargs)
+            extra = super().load(local_file(path), *args, **kwargs)
         except DataError:
             raise
         except Exception as error:  # a broken or foreign file can raise anything
             raise DataError(f"can't use the checkpoint {path}: {str(error)[:500]}") from error
         finally:
             self._parsed_url_during_load = None  # where loading failed, Detectron2 leaves it set and refuses to go on
-        if self.problems and len(self.problems) == len(self.model.state_dict()):
-            raise DataError(f"can't use the checkpoint {path}: none of its tensors fits the model")
         if extra.get("names", self.names) != self.names:
             logger.warning(f"{path} was trained for the classes {extra['names']}, the data has {self.names}")
         return extra
@@ -127,24 +128,20 @@ class Checkpointer(DetectionCheckpointer):
         return extra
 
     def _load_file(self, filename: str) -> dict:
-        if not filename.endswith(".pkl"):
-            return super()._load_file(filename)
-        content = read_pickle(filename)
-        if "model" in content and "__author__" in content:
-            return content
-        return {"model": content.get("blobs", content), "__author__": "Caffe2", "matching_heuristics": True}
-
-    def _torch_load(self, f: str) -> dict:
-        content = torch.load(f, map_location="cpu", weights_only=True)
-        if zipfile.is_zipfile(f) and (fault := fault_of(f)):  # torch reads altered numbers without a word
-            raise DataError(f"can't use the checkpoint {f}: it {fault}")
+        content = read_content(filename)
+        if zipfile.is_zipfile(filename) and (fault := fault_of(filename)):  # torch reads altered numbers without a word
+            raise DataError(f"can't use the checkpoint {filename}: it {fault}")
         return content
 
-    def _load_model(self, checkpoint: dict):
-        incompatible = super()._load_model(checkpoint)
-        shapes = {key: f"{key} {theirs} instead of {ours}" for key, theirs, ours in incompatible.incorrect_shapes}
-        self.problems = [shapes.get(key, key) for key in incompatible.missing_keys]  # both kinds are missing
-        return incompatible
+    def _load_model(self, checkpoint: dict) -> None:
+        """Own running averages are left to who asked for the file; those of other programs are what they publish."""
+        copy = "model" if "ema" in checkpoint else "auto"
+        report = load_weights(self.model, checkpoint, copy=copy, name=self.source)
+        logger.info(f"weights: {report}")
+        if report.form == "backbone":
+            check_pixels(self.model)
+        self.problems = report.problems
+        checkpoint.pop("model", None)
 
 
 def fault_of(path: str | Path) -> str:
@@ -164,13 +161,7 @@ def read_names(path: str) -> list[str]:
     Raises:
         DataError: the file is missing, broken, holds more than plain data, or has no names.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise DataError(f"weights not found: {path}") from None
-    except Exception as error:  # a broken file can raise anything
-        raise DataError(f"can't use the checkpoint {path}: {str(error)[:500]}") from error
-    names = content.get("names") if isinstance(content, dict) else None
+    names = read_content(path).get("names")
     if not names:
         raise DataError(f"{path} carries no class names: it was not written by tools/lazyconfig_train_net.py")
     return names

@@ -19,6 +19,7 @@ from torch import nn
 
 from .checkpoint import Checkpointer
 from .data import load_dataset
+from .describe import describe
 from .ema import Ema
 from .evaluation import Evaluation
 from .hooks import AverageWeights, Checkpoints, ProgressBar, StopOnSignal
@@ -49,7 +50,7 @@ def train(cfg: DictConfig, resume: bool) -> dict:
     seed_random(cfg.train.seed)  # the same weights on all processes
     model = instantiate(cfg.model).to(cfg.train.device)
     names = names_of(cfg.dataloader.train.dataset)
-    checkpointer = Checkpointer(model, cfg.train.output_dir, names=names, about=about)
+    checkpointer = Checkpointer(model, cfg.train.output_dir, names=names, about={**about, **describe(cfg)})
     content = start_weights(cfg, checkpointer, resume)
     trainer, ema = build_trainer(cfg, model, about)
     if "trainer" in content:

@@ -2,6 +2,7 @@
 
 from .backbones import TorchvisionBackbone
 from .build import build_dino
+from .folding import fold_norms
 from .neck import ChannelMapper
 from .network import DINO
 from .transformer import Decoder, Encoder, QuerySelection, share_heads
@@ -14,5 +15,6 @@ __all__ = [
     "QuerySelection",
     "TorchvisionBackbone",
     "build_dino",
+    "fold_norms",
     "share_heads",
 ]

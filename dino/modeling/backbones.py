@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
+NORMS = {"FrozenBN": torchvision.ops.FrozenBatchNorm2d, "BN": nn.BatchNorm2d}
 RESNET_NODES = {"layer1": "res2", "layer2": "res3", "layer3": "res4", "layer4": "res5"}
 
 
@@ -26,12 +27,11 @@ class TorchvisionBackbone(nn.Module):
     Args:
         name: resnet18, resnet34, resnet50, resnet101 or resnet152 (or any other ResNet of torchvision).
         out_features: some of res2, res3, res4, res5.
-        norm_layer: `torch.nn.BatchNorm2d` to train from random weights, `torchvision.ops.FrozenBatchNorm2d` for
-            fine-tuning pre-trained ones as DINO does.
+        norm: `FrozenBN`, for fine-tuning pre-trained weights as DINO does, or `BN` to train from random ones.
         freeze: prefixes of parameter names (`conv1`, `bn1`, `layer1`, …) that are not trained.
 
     Raises:
-        ValueError: an unknown name, feature or prefix.
+        ValueError: an unknown name, feature, norm or prefix.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class TorchvisionBackbone(nn.Module):
         name: str,
         *,
         out_features: Sequence[str] = ("res3", "res4", "res5"),
-        norm_layer: Callable[..., nn.Module] = torchvision.ops.FrozenBatchNorm2d,
+        norm: str = "FrozenBN",
         freeze: Sequence[str] = (),
     ):
         super().__init__()
@@ -50,7 +50,9 @@ class TorchvisionBackbone(nn.Module):
         if unknown:
             raise ValueError(f"unknown out_features {unknown}; there are {list(RESNET_NODES.values())}")
         nodes = {node: feature for node, feature in RESNET_NODES.items() if feature in out_features}
-        model = torchvision.models.get_model(name, weights=None, norm_layer=norm_layer)
+        if norm not in NORMS:
+            raise ValueError(f"unknown norm {norm!r}; there are {', '.join(NORMS)}")
+        model = torchvision.models.get_model(name, weights=None, norm_layer=NORMS[norm])
         self.body = create_feature_extractor(model, nodes)
         freeze_parameters(self.body, freeze)
         self._shapes = measure_shapes(self.body)

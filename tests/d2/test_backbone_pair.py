@@ -7,7 +7,6 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 import torch
 from detectron2.modeling import ResNet
 from detectron2.modeling.backbone import BasicStem
-from torch import nn
 
 from dino.d2 import DINODetector
 from dino.modeling import TorchvisionBackbone, build_dino
@@ -23,7 +22,7 @@ def with_detectron2(depth):
 
 
 def with_torchvision(depth):
-    return TorchvisionBackbone(f"resnet{depth}", norm_layer=nn.BatchNorm2d)
+    return TorchvisionBackbone(f"resnet{depth}", norm="BN")
 
 
 def small_dino(backbone):

@@ -7,7 +7,7 @@ from dino.layers import ContrastiveDenoising, HungarianMatcher, SetCriterion, Si
 from dino.layers.denoising import Noise
 from dino.modeling import DINO, ChannelMapper, Decoder, Encoder, QuerySelection, share_heads
 from dino.modeling.backbones import FeatureShape
-from dino.weights import from_official
+from dino.weights import convert
 
 
 def read_noise(golden, case, repeats, objects, label_noise):
@@ -112,12 +112,12 @@ def build_criterion(config):
 def official_parameters(model, official):
     """{official name: parameter}, where `official` is the state dict that the model's weights came from.
 
-    Each official array is replaced by its index, which then tells where `from_official` puts it. Shared heads go by the
+    Each official array is replaced by its index, which then tells where `convert` puts it. Shared heads go by the
     name that `named_parameters` of the official program gives them.
     """
-    names = list(official)
-    tags = {name: torch.full_like(x, i) for i, (name, x) in enumerate(official.items())}
-    places = {own: names[int(tag.flatten()[0])] for own, tag in from_official(tags).items()}
+    names = [name for name in official if canonical_name(name) not in official or canonical_name(name) == name]
+    tags = {name: torch.full_like(official[name], i) for i, name in enumerate(names)}
+    places = {own: names[int(tag.flatten()[0])] for own, tag in convert(tags).items()}
     return {canonical_name(places[own]): parameter for own, parameter in model.named_parameters()}
 
 

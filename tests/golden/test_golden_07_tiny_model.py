@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dino.layers import refine
-from dino.weights import from_official
+from dino.weights import load_weights
 
 from .golden import GoldenFile
 from .network import (
@@ -28,12 +28,14 @@ IMAGES = torch.zeros(len(PADDING), 3, *PADDING.shape[1:])  # the recorded backbo
 @pytest.fixture
 def model():
     network = build_network(CONFIG, RecordedBackbone(golden.numbered("in/feat"), PADDING.shape[1:]))
-    network.load_state_dict(from_official(OFFICIAL))
+    assert not load_weights(network, OFFICIAL).problems
     return network
 
 
 def test_every_official_weight_has_a_place(model):
-    assert set(from_official(OFFICIAL)) == set(model.state_dict())
+    report = load_weights(model, OFFICIAL)
+    assert (report.form, set(report.loaded)) == ("official", set(model.state_dict()))
+    assert not report.problems + report.unexpected
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dino.weights import from_official
+from dino.weights import load_weights
 
 from .golden import GoldenFile
 from .network import (
@@ -29,7 +29,7 @@ def start_model(case):
     official = start.below("state_dict/")
     official |= {f"backbone.0.{name}": scale.detach().clone() for name, scale in backbone.named_parameters()}
     model = build_network(CONFIG, backbone)
-    model.load_state_dict(from_official(official))
+    assert not load_weights(model, official).problems
     return model, official_parameters(model, official)
 
 

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from dino.weights import from_official
+from dino.weights import load_weights
 
 from .golden import FOLDER, GoldenFile
 from .network import (
@@ -36,7 +36,7 @@ def official():
 @pytest.fixture
 def model(official):
     network = build_network(CONFIG, RecordedBackbone(inputs.numbered("in/feat"), PADDING.shape[1:]))
-    network.load_state_dict(from_official(official))
+    assert not load_weights(network, official).problems
     return network
 
 

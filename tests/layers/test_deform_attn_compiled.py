@@ -36,6 +36,7 @@ def compiled_operator(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setattr(operator, "FOLDER", compiled.folder_of_operator(tmp_path_factory.mktemp("operator")))
     patch.setattr(operator, "_verdicts", {})
+    operator.load("cpu")
     with deform_attn_implementation("compiled"):
         yield
     patch.undo()
@@ -237,7 +238,6 @@ def operator_calls():
 
 @pytest.mark.parametrize("index", range(6))
 def test_opcheck(index):
-    operator.load("cpu")
     name, arguments = list(operator_calls())[index]
     if "forward" in name:
         arguments = [x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in arguments]

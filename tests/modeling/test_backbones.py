@@ -1,6 +1,5 @@
 import pytest
 import torch
-from torch import nn
 
 from dino.modeling import TorchvisionBackbone
 
@@ -36,7 +35,7 @@ def test_frozen_norms_have_no_parameters():
 
 
 def test_norms_can_be_trained_and_measuring_leaves_them_alone():
-    backbone = TorchvisionBackbone("resnet18", norm_layer=nn.BatchNorm2d)
+    backbone = TorchvisionBackbone("resnet18", norm="BN")
     assert all(module.training for module in backbone.modules())
     assert backbone.body.bn1.weight.requires_grad
     assert backbone.body.bn1.num_batches_tracked == 0

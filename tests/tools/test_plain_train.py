@@ -13,6 +13,7 @@ from dino.coco import CocoImages
 from dino.files import DataError
 from dino.layers import Target
 from dino.modeling import build_dino
+from dino.rebuild import PARTS, model_from_checkpoint
 
 from ..coco_files import write_coco
 from ..tiny import TinyBackbone
@@ -38,7 +39,7 @@ def data_arguments(split, files):
 @pytest.fixture
 def small_backbone(monkeypatch):
     """Three convolutions instead of a ResNet, to save time."""
-    monkeypatch.setattr(plain_train, "TorchvisionBackbone", lambda *_, **__: TinyBackbone())
+    monkeypatch.setitem(PARTS, "dino.modeling.TorchvisionBackbone", lambda **_: TinyBackbone())
 
 
 def run(sets, folder, *more):
@@ -89,6 +90,9 @@ def test_training_with_a_resnet_in_bfloat16(sets, tmp_path):
     metrics = run(sets, tmp_path / "run", "--bf16", "--epochs", "0.5", "--flips", "none")
     assert 0 <= metrics["AP"] <= 1
     assert "neck.backbone.body.layer4.1.bn2.weight" in read_plain(tmp_path / "run/model.pth")["model"]
+    rebuilt = model_from_checkpoint(tmp_path / "run/model.pth")
+    assert rebuilt.names == ["red", "green", "blue"]
+    assert (rebuilt.preprocessing.short_side, rebuilt.preprocessing.max_size) == (48, 96)
 
 
 def test_weights_to_start_from(sets, tmp_path, small_backbone):
@@ -173,7 +177,7 @@ def test_non_finite_predictions_name_the_images(sets, tmp_path, small_backbone, 
         nn.init.constant_(network.decoder.norm.weight, float("nan"))
         return network
 
-    monkeypatch.setattr(plain_train, "build_dino", broken)
+    monkeypatch.setitem(PARTS, "dino.modeling.build_dino", broken)
     with pytest.raises(FloatingPointError, match=r"the loss is nan at step 0, images \['image_\d\.png', "):
         run(sets, tmp_path / "run")
 

@@ -1,0 +1,319 @@
+"""Time and memory of the whole network, and of the criterion: `python benchmarks/model.py --against FOLDER`.
+
+    python benchmarks/model.py --cases 'inference 480x640' --rounds 5
+    python benchmarks/model.py --against ../DINO        a checkout of the official program, IDEA-Research/DINO
+    python benchmarks/model.py --device cuda --dtypes float32,bfloat16
+
+R50, 4 scales, random weights, the same for all programs. Each contender has a process of its own; every round runs
+each of them once, so that a disturbance of the machine meets all; medians are over rounds, after one run that is not
+measured. `cpu_seconds` is what the process used, `peak_bytes` what it held at most, PyTorch included (on a GPU: the
+tensors). Shares of stages come from one further run.
+
+contenders: `dino` is this project as users get it; `reference` the same network with the attention in plain PyTorch;
+`official` needs a checkout. In bfloat16 and float16 the networks run under autocast.
+"""
+
+import argparse
+import contextlib
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import others  # noqa: E402
+from measure import MIB, clock, git, origin, peak_memory  # noqa: E402
+
+from dino.layers import HungarianMatcher, SetCriterion, Target, deform_attn_implementation  # noqa: E402
+from dino.memory import keep_freed_memory  # noqa: E402
+from dino.modeling import TorchvisionBackbone, build_dino, fold_norms, share_heads  # noqa: E402
+from dino.weights import from_official, resnet_to_torchvision  # noqa: E402
+
+NUM_CLASSES = 91  # of the official program's model: the ids of COCO
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Case(NamedTuple):
+    work: str  # inference, training or criterion
+    height: int
+    width: int
+    batch: int
+    boxes: int  # per image
+    dtype: str
+
+    def __str__(self):
+        return f"{self.work} {self.height}x{self.width} batch {self.batch} boxes {self.boxes} {self.dtype}"
+
+
+CASES = [
+    Case("inference", 480, 640, 1, 0, "float32"),
+    Case("inference", 800, 1066, 1, 0, "float32"),
+    Case("inference", 800, 1066, 1, 0, "bfloat16"),
+    Case("training", 480, 640, 1, 10, "float32"),
+    Case("training", 480, 640, 2, 10, "float32"),
+    Case("training", 480, 640, 2, 100, "float32"),
+    Case("criterion", 480, 640, 16, 20, "float32"),
+]
+
+
+def make_targets(case, device):
+    """Objects of random classes, places and sizes, the same at every call."""
+    draw = torch.Generator().manual_seed(1)
+    targets = []
+    for _ in range(case.batch):
+        sizes = torch.rand(case.boxes, 2, generator=draw) * 0.3 + 0.02
+        centers = torch.rand(case.boxes, 2, generator=draw) * (1 - sizes) + sizes / 2
+        labels = torch.randint(NUM_CLASSES, (case.boxes,), generator=draw)
+        targets.append(Target(labels.to(device), torch.cat([centers, sizes], 1).to(device)))
+    return targets
+
+
+def make_images(case, device):
+    return torch.randn(case.batch, 3, case.height, case.width, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+@torch.no_grad()
+def stir(model):
+    """Give the weights that start at zero small values, so that all parts of the model change its output."""
+    draw = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        if not parameter.any():
+            parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.02)
+
+
+def ours(device, state_dict=None):
+    """This project's network, with the weights of the official one if they are given."""
+    backbone = TorchvisionBackbone("resnet50", freeze=("conv1", "bn1", "layer1"))
+    model = build_dino(backbone=backbone, num_classes=NUM_CLASSES)
+    share_heads(model.decoder)
+    if state_dict is None:
+        stir(model)
+    else:
+        model.load_state_dict(resnet_to_torchvision(from_official(state_dict)), strict=False)
+    criterion = SetCriterion(matcher=HungarianMatcher())
+    model.to(device)
+
+    def padding(images):
+        return torch.zeros(images[:, 0].shape, dtype=torch.bool, device=images.device)
+
+    def detect(images):
+        found = model(images, padding(images)).decoder
+        return found.logits[-1], found.boxes[-1]
+
+    def losses(images, targets):
+        return sum(criterion(model(images, padding(images), targets), targets).values())
+
+    parts = {"backbone": model.neck, "encoder": model.encoder, "decoder": model.decoder, "criterion": criterion}
+    return others.Contender(model, detect, losses, parts)
+
+
+def build(name, options, device):
+    """A contender; all have the same weights."""
+    torch.manual_seed(0)
+    if not options.against:
+        return ours(device)
+    official = others.official(Path(options.against).resolve(), device)
+    stir(official.model)
+    return official if name == "official" else ours(device, official.model.state_dict())
+
+
+def work_of(case, contender, device):
+    """A function without arguments that does the work of the case once."""
+    images, targets = make_images(case, device), make_targets(case, device)
+    autocast = torch.autocast(device.type, DTYPES[case.dtype], enabled=case.dtype != "float32")
+
+    def inference():
+        with torch.inference_mode(), autocast:
+            return contender.detect(images)
+
+    def training():
+        torch.manual_seed(0)  # of the denoising draws
+        contender.model.zero_grad(set_to_none=True)
+        with autocast:
+            loss = contender.losses(images, targets)
+        loss.backward()
+        return loss
+
+    contender.model.train(case.work == "training")
+    return {"inference": inference, "training": training}[case.work]
+
+
+def shares(contender, work, device):
+    """Seconds of one run by stage; forward passes only, but for `rest`."""
+    seconds, started, hooks = {}, {}, []
+    for stage, module in contender.stages.items():
+
+        def before(*_, stage=stage):
+            started[stage] = clock(device)[0]
+
+        def after(*_, stage=stage):
+            seconds[stage] = clock(device)[0] - started[stage]
+
+        hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    begin = clock(device)[0]
+    work()
+    total = clock(device)[0] - begin
+    for hook in hooks:
+        hook.remove()
+    return {**seconds, "rest": total - sum(seconds.values())}
+
+
+class Selections(TorchFunctionMode):
+    """Notes the indices of the tokens that a network selects as queries."""
+
+    def __init__(self):
+        super().__init__()
+        self.indices = None
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function in (torch.topk, Tensor.topk) and self.indices is None:
+            self.indices = result[1]
+        return result
+
+
+def serve(case, name, options, device):
+    """Do what is asked for on standard input, a line each; answers are lines of JSON."""
+    contender = build(name, options, device)
+    if name != "official":  # as our programs do
+        keep_freed_memory()
+        if case.work == "inference":
+            fold_norms(contender.model.eval())
+    work = work_of(case, contender, device)
+    with deform_attn_implementation("reference") if name == "reference" else contextlib.nullcontext():
+        for line in sys.stdin:
+            request, _, path = line.strip().partition(" ")
+            answer = None
+            if request == "output":
+                with Selections() as selections:
+                    torch.save([work(), selections.indices], path)
+            elif request == "time":
+                start = clock(device)
+                work()
+                answer = [end - begin for begin, end in zip(start, clock(device), strict=True)]
+            elif request == "stages":
+                answer = shares(contender, work, device)
+            elif request == "peak":
+                answer = peak_memory(work, device)[1]
+            print(json.dumps(answer), flush=True)
+
+
+class Worker:
+    """A process with one contender, so that programs share neither memory nor settings."""
+
+    def __init__(self, case, name, options):
+        command = [sys.executable, __file__, "--serve", name, "--cases", f"^{re.escape(str(case))}$"]
+        command += ["--device", options.device, "--threads", str(options.threads), "--dtypes", options.dtypes]
+        command += ["--against", options.against] if options.against else []
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, request):
+        self.process.stdin.write(request + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            sys.exit(f"a worker ended with status {self.process.wait()}")
+        return json.loads(answer)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def measure(case, names, options):
+    """One row for each contender."""
+    workers = {name: Worker(case, name, options) for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, worker in workers.items():  # also warms up
+            worker.ask(f"output {folder}/{name}")
+        outputs = {name: torch.load(f"{folder}/{name}") for name in names}
+    times = {name: [] for name in names}
+    for _ in range(options.rounds):
+        for name, worker in workers.items():
+            times[name].append(worker.ask("time"))
+    rows = []
+    for name, worker in workers.items():
+        wall, cpu = zip(*times[name], strict=True)
+        row = {**case._asdict(), "contender": name}
+        row |= {"seconds": statistics.median(wall), "best_seconds": min(wall), "cpu_seconds": statistics.median(cpu)}
+        row |= {"stages": worker.ask("stages"), "peak_bytes": worker.ask("peak")}
+        row["difference"] = difference(case, outputs[name], outputs[names[-1]])
+        worker.close()
+        rows.append(row)
+    return rows
+
+
+def difference(case, ours, theirs):
+    """Of the loss, relative; or the largest of logits and boxes where both selected the same token, and their share."""
+    (mine, my_tokens), (other, other_tokens) = ours, theirs
+    if case.work != "inference":
+        return {"loss": abs(mine.item() - other.item()) / abs(other.item())}
+    same = my_tokens == other_tokens
+    gaps = {name: (x - y)[same].abs().max().item() for name, x, y in zip(("logits", "boxes"), mine, other, strict=True)}
+    return {**gaps, "same_tokens": same.float().mean().item()}
+
+
+def matrix_product(dtype, device):
+    """Multiply-adds per second of a plain matrix product of the encoder's shape."""
+    rows, weights = torch.randn(22223, 256, device=device).to(dtype), torch.randn(256, 2048, device=device).to(dtype)
+    times = []
+    for _ in range(6):
+        begin = clock(device)[0]
+        rows @ weights
+        times.append(clock(device)[0] - begin)
+    return rows.numel() * weights.shape[1] / statistics.median(times[1:])
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", default=ROOT / "benchmarks/results", type=Path, help="folder of the JSON file")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", default=torch.get_num_threads(), type=int)
+    parser.add_argument("--rounds", default=5, type=int)
+    parser.add_argument("--cases", default="", help="regular expression, such as 'inference 480x640'")
+    parser.add_argument("--dtypes", default="float32,bfloat16", help="comma-separated")
+    parser.add_argument("--against", help="checkout of the official program")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main():
+    options = parse_arguments()
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    cases = [c for c in CASES if re.search(options.cases, str(c)) and c.dtype in options.dtypes.split(",")]
+    if options.serve:
+        serve(cases[0], options.serve, options, device)
+    else:
+        compare(cases, options, device)
+
+
+def compare(cases, options, device):
+    """Measure all cases and write them down."""
+    against = options.against and git("rev-parse", "HEAD", folder=options.against)
+    report = {**origin(device), "rounds": options.rounds, "against": against, "rows": []}
+    report["matrix_product"] = {name: matrix_product(DTYPES[name], device) for name in options.dtypes.split(",")}
+    names = ["dino", "reference", *(["official"] if options.against else [])]
+    options.results.mkdir(parents=True, exist_ok=True)
+    path = options.results / f"model_{device.type}_{options.threads}threads.json"
+    for case in cases:
+        report["rows"] += measure(case, names, options)
+        path.write_text(json.dumps(report, indent=1) + "\n")
+        for row in report["rows"][-len(names) :]:
+            stages = {stage: round(seconds, 3) for stage, seconds in row["stages"].items()}
+            print(f"{case} {row['contender']}: {row['seconds']:.3f} s, {row['peak_bytes'] / MIB:.0f} MiB", flush=True)
+            print(f"  {stages}, {row['difference']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""What a checkpoint says about its model, so that `dino.rebuild` can build it from the file alone."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from detectron2.modeling import FPN, MViT, SwinTransformer
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from detectron2.utils.registry import _convert_target_to_string as name_of
+from omegaconf import DictConfig, OmegaConf
+
+from dino.rebuild import Preprocessing
+
+# Parts with Detectron2's code, which a checkpoint may ask for where it is installed; see `dino.rebuild.PARTS`.
+PARTS = {name_of(part): part for part in (FPN, LastLevelMaxPool, LastLevelP6P7, MViT, SwinTransformer)}
+
+
+def describe(cfg: DictConfig) -> dict[str, Any]:
+    """The `about` of a checkpoint: the recipe's model as JSON text, and what it does to images, as plain data."""
+    resizes = [a for a in cfg.dataloader.test.mapper.augmentations if "sizes" in a]
+    size = {"short_side": int(max(resizes[-1].sizes)), "max_size": resizes[-1].max_size} if resizes else {}
+    model = {key: cfg.model[key] for key in ("pixel_mean", "pixel_std", "max_detections") if key in cfg.model}
+    model = {key: [float(x) for x in value] if "pixel" in key else value for key, value in model.items()}
+    return {
+        "config": json.dumps(plain(OmegaConf.to_container(cfg.model, resolve=True))),
+        "preprocessing": Preprocessing(**model, **size)._asdict(),
+    }
+
+
+def plain(node: Any) -> Any:
+    """A config as JSON has it; classes and functions become their names, any other object what it prints."""
+    if isinstance(node, dict):
+        return {str(key): plain(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [plain(value) for value in node]
+    return node if node is None or isinstance(node, str | int | float) else full_name(node)
+
+
+def full_name(part: Any) -> str:
+    """Where a class or function can be imported from; for anything else, what it prints."""
+    named = hasattr(part, "__qualname__") and hasattr(part, "__module__")
+    return name_of(part) if named and "<" not in part.__qualname__ else repr(part)

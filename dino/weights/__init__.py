@@ -1,0 +1,22 @@
+"""Weights of this and other programs: read without running code, told by their keys, converted, loaded."""
+
+from .addresses import SCHEMES, cannot_fetch, locate
+from .forms import convert, recognise
+from .loading import load_weights
+from .names import resnet_to_detectron2, resnet_to_torchvision
+from .reading import read_content, weights_of
+from .report import Report
+
+__all__ = [
+    "SCHEMES",
+    "Report",
+    "cannot_fetch",
+    "convert",
+    "load_weights",
+    "locate",
+    "read_content",
+    "recognise",
+    "resnet_to_detectron2",
+    "resnet_to_torchvision",
+    "weights_of",
+]

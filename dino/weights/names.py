@@ -1,0 +1,162 @@
+"""Names of a DINO's tensors in this project and in other programs, one row for each group of them.
+
+In a row, `{i}` stands for a number and `*` for the rest of the key; they appear in the same order in all columns. A key
+belongs to the first row that it fits. Keys that no row knows keep their name: loading reports them as unexpected.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from torch import Tensor
+
+StateDict = dict[str, Tensor]
+Rules = list[tuple[re.Pattern, str]]
+
+# own · official (IDEA-Research/DINO) · detrex. Four things are no mere names, see `forms.py`: which projections of the
+# official neck make coarser levels, the second names of heads, the number of detrex' encoder head ("last" here), and
+# rows of the label embedding that belong to no class.
+DINO_NAMES = (
+    ("neck.backbone.*", "backbone.0.*", "backbone.*"),
+    ("neck.lateral.{i}.0.*", "input_proj.{i}.0.*", "neck.convs.{i}.conv.*"),
+    ("neck.lateral.{i}.1.*", "input_proj.{i}.1.*", "neck.convs.{i}.norm.*"),
+    ("neck.coarser.{i}.0.*", "input_proj.coarser.{i}.0.*", "neck.extra_convs.{i}.conv.*"),
+    ("neck.coarser.{i}.1.*", "input_proj.coarser.{i}.1.*", "neck.extra_convs.{i}.norm.*"),
+    ("level_embed", "transformer.level_embed", "transformer.level_embeds"),
+    *(
+        (
+            f"encoder.layers.{{i}}.{own}.*",
+            f"transformer.encoder.layers.{{i}}.{official}.*",
+            f"transformer.encoder.layers.{{i}}.{detrex}.*",
+        )
+        for own, official, detrex in (
+            ("attention", "self_attn", "attentions.0"),
+            ("norm", "norm1", "norms.0"),
+            ("feed_forward.linear1", "linear1", "ffns.0.layers.0.0"),
+            ("feed_forward.linear2", "linear2", "ffns.0.layers.1"),
+            ("feed_forward.norm", "norm2", "norms.1"),
+        )
+    ),
+    *(
+        (
+            f"decoder.layers.{{i}}.{own}.*",
+            f"transformer.decoder.layers.{{i}}.{official}.*",
+            f"transformer.decoder.layers.{{i}}.{detrex}.*",
+        )
+        for own, official, detrex in (
+            ("self_attention", "self_attn", "attentions.0.attn"),
+            ("self_norm", "norm2", "norms.0"),  # the official numbers do not follow the order of use
+            ("cross_attention", "cross_attn", "attentions.1"),
+            ("cross_norm", "norm1", "norms.1"),
+            ("feed_forward.linear1", "linear1", "ffns.0.layers.0.0"),
+            ("feed_forward.linear2", "linear2", "ffns.0.layers.1"),
+            ("feed_forward.norm", "norm3", "norms.2"),
+        )
+    ),
+    ("decoder.norm.*", "transformer.decoder.norm.*", "transformer.decoder.norm.*"),
+    # Linear layers of an MLP are counted with the ReLUs between them here, without them there.
+    (
+        "decoder.position.0.*",
+        "transformer.decoder.ref_point_head.layers.0.*",
+        "transformer.decoder.ref_point_head.layers.0.*",
+    ),
+    (
+        "decoder.position.2.*",
+        "transformer.decoder.ref_point_head.layers.1.*",
+        "transformer.decoder.ref_point_head.layers.1.*",
+    ),
+    ("query_selection.content.*", "transformer.tgt_embed.*", "transformer.tgt_embed.*"),
+    ("query_selection.project.0.*", "transformer.enc_output.*", "transformer.enc_output.*"),
+    ("query_selection.project.1.*", "transformer.enc_output_norm.*", "transformer.enc_output_norm.*"),
+    ("query_selection.class_head.*", "transformer.enc_out_class_embed.*", "class_embed.last.*"),
+    ("query_selection.box_head.0.*", "transformer.enc_out_bbox_embed.layers.0.*", "bbox_embed.last.layers.0.*"),
+    ("query_selection.box_head.2.*", "transformer.enc_out_bbox_embed.layers.1.*", "bbox_embed.last.layers.1.*"),
+    ("query_selection.box_head.4.*", "transformer.enc_out_bbox_embed.layers.2.*", "bbox_embed.last.layers.2.*"),
+    ("decoder.class_heads.{i}.*", "class_embed.{i}.*", "class_embed.{i}.*"),
+    ("decoder.box_heads.{i}.0.*", "bbox_embed.{i}.layers.0.*", "bbox_embed.{i}.layers.0.*"),
+    ("decoder.box_heads.{i}.2.*", "bbox_embed.{i}.layers.1.*", "bbox_embed.{i}.layers.1.*"),
+    ("decoder.box_heads.{i}.4.*", "bbox_embed.{i}.layers.2.*", "bbox_embed.{i}.layers.2.*"),
+    ("denoising.label_embed.*", "label_enc.*", "label_enc.*"),
+)
+
+# official · the port to Hugging Face transformers that was proposed there, by its conversion script alone: no file in
+# this form has been released.
+HUGGING_FACE_NAMES = (
+    ("transformer.encoder.layers.{i}.norm1.*", "model.transformer.encoder.layers.{i}.self_attn_layer_norm.*"),
+    ("transformer.encoder.layers.{i}.norm2.*", "model.transformer.encoder.layers.{i}.final_layer_norm.*"),
+    ("transformer.encoder.layers.{i}.linear1.*", "model.transformer.encoder.layers.{i}.fc1.*"),
+    ("transformer.encoder.layers.{i}.linear2.*", "model.transformer.encoder.layers.{i}.fc2.*"),
+    ("backbone.0.body.*", "model.backbone.conv_encoder.model.*"),
+    ("transformer.tgt_embed.*", "model.transformer.content_query_embeddings.*"),
+    ("*", "model.*"),
+)
+
+# torchvision · Detectron2
+RESNET_NAMES = (
+    *(
+        (f"layer{stage}.{{i}}.{torchvision}", f"res{stage + 1}.{{i}}.{detectron2}")
+        for stage in range(1, 5)
+        for torchvision, detectron2 in (
+            ("conv{i}.weight", "conv{i}.weight"),
+            ("bn{i}.*", "conv{i}.norm.*"),
+            ("downsample.0.weight", "shortcut.weight"),
+            ("downsample.1.*", "shortcut.norm.*"),
+        )
+    ),
+    ("conv1.weight", "stem.conv1.weight"),
+    ("bn1.*", "stem.conv1.norm.*"),
+)
+
+
+def pattern(template: str) -> str:
+    """A regular expression for the keys that a template of the tables describes."""
+    return re.escape(template).replace(r"\{i\}", r"(\d+)").replace(r"\*", r"(.+)")
+
+
+def replacement(template: str, first: int = 1) -> str:
+    """What `re.sub` puts in the place of a key; the groups are counted from `first`."""
+    parts = re.split(r"\{i\}|\*", template)
+    return "".join(f"\\g<{n}>{part}" if n >= first else part for n, part in enumerate(parts, first - 1))
+
+
+def rules(pairs: Iterable[tuple[str, str]]) -> Rules:
+    """(from, to) templates -> rules for `rename`."""
+    return [(re.compile(pattern(old)), replacement(new)) for old, new in pairs]
+
+
+def rename(state_dict: StateDict, table: Rules) -> StateDict:
+    """Give every key the name that the first fitting rule makes of it; the values stay as they are.
+
+    Raises:
+        ValueError: two keys would get the same name.
+    """
+    renamed: StateDict = {}
+    for old, value in state_dict.items():
+        new = next((rule.sub(to, old) for rule, to in table if rule.fullmatch(old)), old)
+        if new in renamed:
+            raise ValueError(f"two keys of the state dict would be called {new!r}, the second is {old!r}")
+        renamed[new] = value
+    return renamed
+
+
+# What stands in front of a ResNet's keys: `neck.backbone.`, or nothing; a number there would be that of a block.
+FRONT = r"((?:.*?(?<!\d)\.)??)"
+TO_DETECTRON2 = [(re.compile(f"{FRONT}(?:body\\.)?{pattern(a)}"), rf"\1{replacement(b, 2)}") for a, b in RESNET_NAMES]
+TO_TORCHVISION = [(re.compile(f"{FRONT}{pattern(b)}"), rf"\1body.{replacement(a, 2)}") for a, b in RESNET_NAMES]
+
+
+def resnet_to_detectron2(state_dict: StateDict) -> StateDict:
+    """A ResNet's keys from torchvision's names to Detectron2's, whatever stands in front of them.
+
+    `neck.backbone.body.layer1.0.bn1.weight` becomes `neck.backbone.res2.0.conv1.norm.weight`. Other keys stay.
+    """
+    return rename(state_dict, TO_DETECTRON2)
+
+
+def resnet_to_torchvision(state_dict: StateDict) -> StateDict:
+    """A ResNet's keys from Detectron2's names to those of `TorchvisionBackbone`, whatever stands in front of them.
+
+    `neck.backbone.res2.0.conv1.norm.weight` becomes `neck.backbone.body.layer1.0.bn1.weight`. Other keys stay.
+    """
+    return rename(state_dict, TO_TORCHVISION)

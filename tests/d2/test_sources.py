@@ -1,0 +1,102 @@
+import pytest
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+
+import torch
+from detectron2.modeling import MViT, SimpleFeaturePyramid, SwinTransformer, ViT
+from detectron2.modeling.backbone.resnet import BasicStem, ResNet
+from detectron2.utils.file_io import PathManager
+
+from dino.d2.checkpoint import Checkpointer
+from dino.d2.sources import check_pixels, local_file
+from dino.files import DataError
+from dino.modeling import build_dino
+from dino.weights import load_weights
+
+from ..weights.states import randomise
+from .tiny import tiny_detector
+
+SMALL = {"embed_dim": 32, "num_heads": 4, "hidden_dim": 16, "encoder_layers": 1, "decoder_layers": 1, "num_classes": 3}
+SWIN = {"embed_dim": 12, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "window_size": 4}
+VIT = {"img_size": 64, "embed_dim": 16, "depth": 2, "num_heads": 2, "use_rel_pos": True, "out_feature": "last_feat"}
+
+
+def resnet():
+    return ResNet(
+        BasicStem(norm="FrozenBN"), ResNet.make_default_stages(18, norm="FrozenBN"), out_features=["res4", "res5"]
+    )
+
+
+def vitdet():
+    return SimpleFeaturePyramid(ViT(**VIT), "last_feat", 16, (2.0, 1.0, 0.5), square_pad=64)
+
+
+def file_of(backbone):
+    """What the classifier's file has: no parts that a detector adds, but a head."""
+    state = randomise(backbone).state_dict()
+    added = ("rel_pos_h", "rel_pos_w")
+    plain = {
+        k.removeprefix("net."): v
+        for k, v in state.items()
+        if not k.startswith(("simfp", "norm")) and not k.endswith(added)
+    }
+    return plain | {"norm.weight": torch.zeros(3), "head.weight": torch.zeros(10, 3)}
+
+
+@pytest.mark.parametrize(
+    ("backbone", "features", "added"),
+    [
+        (resnet, ["res4", "res5"], 0),
+        (lambda: SwinTransformer(out_indices=(1, 2, 3), **SWIN), ["p1", "p2", "p3"], 6),
+        (
+            lambda: MViT(embed_dim=12, depth=4, num_heads=1, last_block_indexes=(0, 1, 2, 3)),
+            ["scale3", "scale4", "scale5"],
+            8,
+        ),
+        (vitdet, ["p3", "p4", "p5"], None),
+    ],
+)
+def test_imagenet_files_of_detectron2s_backbones(backbone, features, added):
+    network = build_dino(backbone=backbone(), in_features=features, **SMALL)
+    file = file_of(backbone())
+    report = load_weights(network, {"model": file})
+    names = [name.removeprefix("neck.backbone.").removeprefix("net.") for name in report.loaded]
+    assert set(names) == set(file) - {"norm.weight", "head.weight"}
+    assert added is None or len(report.missing) == added
+    assert len(report.unexpected) == 2
+
+
+def offline(*_, **__):
+    raise OSError("Name or service not known")
+
+
+def test_without_a_network_the_file_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    monkeypatch.setattr(PathManager, "get_local_path", offline)
+    place = rf"{tmp_path}/detectron2/ImageNetPretrained/torchvision/R-50\.pkl"
+    checkpointer = Checkpointer(tiny_detector(), names=["a"])
+    with pytest.raises(
+        DataError, match=rf"can't fetch https.*/R-50\.pkl \(Name or service not known\)\..* into {place}"
+    ):
+        checkpointer.load("detectron2://ImageNetPretrained/torchvision/R-50.pkl")
+
+
+def test_what_was_put_into_the_cache_is_used(monkeypatch, tmp_path):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    file = tmp_path / "detectron2/ImageNetPretrained/somewhere/R.pkl"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"x")
+    assert local_file("detectron2://ImageNetPretrained/somewhere/R.pkl?matching_heuristics=True") == str(file)
+
+
+def test_pixel_statistics_must_be_those_of_timms_weights():
+    model = tiny_detector()
+    check_pixels(model)
+    model.network.neck.backbone.body = torch.nn.Identity()
+    model.network.neck.backbone.body.pretrained_cfg = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    check_pixels(model)
+    model.network.neck.backbone.body.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    with pytest.raises(
+        DataError, match=r"write model\.pixel_mean=\[127\.5, 127\.5, 127\.5\] model\.pixel_std=\[127\.5, "
+    ):
+        check_pixels(model)
