@@ -62,9 +62,11 @@ def train(cfg: DictConfig, resume: bool) -> dict:
             checkpointer.add_checkpointable(key, part)
     start = trainer.iter + 1 if "trainer" in content else 0
     if comm.is_main_process():
-        note_start(cfg.train.output_dir)
-        LazyConfig.save(cfg, os.path.join(cfg.train.output_dir, "config.yaml"))
-        forget_metrics(Path(cfg.train.output_dir) / "metrics.json", start)
+        folder = Path(cfg.train.output_dir)
+        note_start(folder)
+        LazyConfig.save(cfg, str(folder / "config.yaml"))
+        checkpointer.about["recipe"] = (folder / "config.yaml").read_text()
+        forget_metrics(folder / "metrics.json", start)
     results: dict = {}
     trainer.register_hooks(list_hooks(cfg, trainer, checkpointer, ema, results))
     try:

@@ -77,9 +77,9 @@ def launch_id() -> str:
     return given if given != "none" else os.environ.get("SLURM_JOB_ID", f"{platform.node()} {os.getppid()}")
 
 
-def note_start(folder: str) -> None:
+def note_start(folder: Path) -> None:
     """Leave in the folder of a run who started it."""
-    write_whole(Path(folder) / STARTER, lambda part: part.write_text(launch_id()))
+    write_whole(folder / STARTER, lambda part: part.write_text(launch_id()))
 
 
 def started_by_same(folder: Path) -> bool:

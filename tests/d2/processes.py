@@ -40,9 +40,9 @@ def run_tiny(folder, *arguments, launcher=(), **changes):
 
 
 def checkpoint(folder, name="model_final"):
-    """The content of a checkpoint, without the commit: someone may make one while the tests run."""
+    """The content of a checkpoint, without what may differ: the commit, and the recipe, which names the folder."""
     content = torch.load(Path(folder, "run", f"{name}.pth"), map_location="cpu", weights_only=True)
-    del content["about"]["commit"]
+    del content["about"]["commit"], content["about"]["recipe"]
     return content
 
 

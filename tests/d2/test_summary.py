@@ -61,6 +61,7 @@ def test_the_plan_is_told_with_all_that_repeating_it_needs(tmp_path, caplog):
     about = torch.load(tmp_path / "run/model_final.pth", weights_only=True)["about"]
     assert about["seed"] == 5
     assert {"commit", "data", "torch", "dino"} <= about.keys()
+    assert about["recipe"] == (tmp_path / "run/config.yaml").read_text()
 
 
 def test_the_fingerprint_is_of_the_data_wherever_they_lie():
