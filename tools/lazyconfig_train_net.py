@@ -49,5 +49,7 @@ if __name__ == "__main__":
         launch(main, arguments)
     except (DataError, FloatingPointError, OutOfMemory, OSError) as error:  # OSError: a full disk, a folder not ours
         sys.exit(f"error: {message_of(error)}")
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted, no checkpoint was written since the last one")
     except ProcessRaisedException as error:  # from one of several processes; its last line is the message
         sys.exit(f"error: {str(error).rstrip().splitlines()[-1]}")

@@ -143,7 +143,9 @@ def list_hooks(cfg: DictConfig, trainer: Trainer, checkpointer: Checkpointer, em
             draw_curves(folder)
         return results
 
-    checkpoints = Checkpoints(checkpointer, **cfg.train.checkpointer)
+    writers = list_writers(cfg) if main else []
+    metrics = [writer for writer in writers if isinstance(writer, JSONWriter)]
+    checkpoints = Checkpoints(checkpointer, **cfg.train.checkpointer, writers=metrics)
     return [
         hooks.IterationTimer(),
         hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
@@ -151,7 +153,7 @@ def list_hooks(cfg: DictConfig, trainer: Trainer, checkpointer: Checkpointer, em
         FirstBatch(os.path.join(folder, "train_batch.png"), names),
         checkpoints,
         Evaluation(cfg.train.eval_period, run_evaluation, checkpointer, ema, **cfg.train.best),
-        hooks.PeriodicWriter(list_writers(cfg), period=cfg.train.log_period) if main else None,
+        hooks.PeriodicWriter(writers, period=cfg.train.log_period) if main else None,
         ProgressBar() if main else None,
         StopOnSignal(checkpoints),
     ]

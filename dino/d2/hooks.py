@@ -6,9 +6,11 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Sequence
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -29,10 +31,18 @@ class Checkpoints(HookBase):
         checkpointer: writes them; all processes must have this hook.
         period: iterations.
         max_to_keep: number of files; None for all.
+        writers: write before each checkpoint, so that a kill between the two leaves no gap in what they wrote.
     """
 
-    def __init__(self, checkpointer: Checkpointer, period: int, max_to_keep: int | None = None):
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        period: int,
+        max_to_keep: int | None = None,
+        writers: Sequence[EventWriter] = (),
+    ):
         self.checkpointer = checkpointer
+        self.writers = writers
         self.period = period
         self.max_to_keep = max_to_keep
 
@@ -46,6 +56,8 @@ class Checkpoints(HookBase):
 
     def save(self, name: str) -> None:
         """Write one, then remove old ones."""
+        for writer in self.writers:
+            writer.write()
         self.checkpointer.save(name, iteration=self.trainer.iter)
         if comm.is_main_process() and self.max_to_keep:
             self.checkpointer.keep(self.max_to_keep)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -46,6 +47,8 @@ def launch(main: Callable, args) -> None:
         raise DataError(f"--num-gpus {args.num_gpus}, but this machine has {torch.cuda.device_count()}")
     # Detectron2's default port follows from the user, so that a second run on the machine would meet the first one.
     url = "auto" if args.num_machines == 1 else args.dist_url
+    if args.num_gpus > 1:
+        signal.signal(signal.SIGINT, lambda *_: None)  # left to the new processes, see `StopOnSignal`
     spawn(main, args.num_gpus, args.num_machines, args.machine_rank, url, args=(args,))
 
 

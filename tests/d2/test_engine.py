@@ -169,6 +169,16 @@ def test_the_forward_pass_is_under_autocast(tmp_path, dtype, expected):
     assert seen == {expected}
 
 
+@pytest.mark.parametrize(("switch", "expected"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_evaluation_in_the_same_precision_by_a_switch(tmp_path, switch, expected):
+    cfg = tiny_recipe(tmp_path, "train.amp.enabled=True", f"train.amp.evaluation={switch}")
+    model = instantiate(cfg.model).eval()
+    seen = set()
+    model.network.decoder.layers[0].feed_forward.linear1.register_forward_hook(lambda *call: seen.add(call[2].dtype))
+    assert "AP" in engine.evaluate(cfg, model)["bbox"]
+    assert seen == {expected}
+
+
 def test_gradients_are_clipped(tmp_path):
     trainer = small_trainer(tmp_path)
     norms = []

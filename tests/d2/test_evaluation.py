@@ -8,6 +8,7 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import torch
 from detectron2.engine import SimpleTrainer
+from detectron2.utils.events import EventWriter
 from torch import nn
 
 from dino.d2.checkpoint import Checkpointer
@@ -140,6 +141,18 @@ def test_the_newest_are_kept_over_resumed_runs(tmp_path):
     (tmp_path / "model_0000005.pth.part").write_bytes(b"half")
     run(tmp_path, [1.0] * 2, start=6)
     assert sorted(p.name for p in tmp_path.glob("model_0*")) == ["model_0000005.pth", "model_0000007.pth"]
+
+
+def test_numbers_are_written_before_the_checkpoint(tmp_path):
+    """Else a kill between the two leaves a gap: the resumed run starts behind the iteration."""
+    order = []
+    writer, checkpointer = EventWriter(), Checkpointer(Toy(), str(tmp_path), names=["cat"])
+    writer.write = lambda: order.append("numbers")
+    checkpointer.write = lambda *_: order.append("checkpoint")
+    trainer = SimpleTrainer(checkpointer.model, [[None]] * 2, torch.optim.SGD(checkpointer.model.parameters(), lr=0.1))
+    trainer.register_hooks([Checkpoints(checkpointer, 1, writers=[writer])])
+    trainer.train(0, 1)
+    assert order == ["numbers", "checkpoint"] * 2  # of the iteration, and the final one
 
 
 @pytest.mark.parametrize("damage", ["cut", "altered", "empty"])

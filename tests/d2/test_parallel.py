@@ -103,6 +103,19 @@ def test_shards_equal_whole_models(pair, tmp_path):
     assert moments[0] == moments[1]
     cfg = tiny_recipe(tmp_path)
     instantiate(cfg.model).load_state_dict(ours["model"])
-    resumed = run_tiny(tmp_path, "--resume", *OPTIONS, "train.max_iter=5", "train.parallel=fsdp", launcher=TWO)
+
+    # Continued, with an AP of 0 as before: early stopping ends both processes together.
+    stopping = ("train.max_iter=12", "train.eval_period=1", "train.best.patience=1", "train.parallel=fsdp")
+    resumed = run_tiny(tmp_path, "--resume", *OPTIONS, *stopping, launcher=TWO)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "Starting training from iteration 4" in resumed.stdout
+    assert "the training ended after 5 of 12 iterations" in resumed.stdout
+
+
+def test_ctrl_c_stops_all_processes_after_the_same_iteration(tmp_path):
+    """With Detectron2's launcher; the signal reaches all, and may find them in different iterations."""
+    result = run_tiny(tmp_path, "--num-gpus", "2", *OPTIONS, INTERRUPT_AT="1:1")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    assert "stopped after 2 iterations; --resume continues" in result.stdout
+    assert checkpoint(tmp_path, "model_0000001")["trainer"]["iteration"] == 1
