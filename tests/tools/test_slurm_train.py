@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -55,7 +56,10 @@ def test_the_program_comes_up_under_it(tmp_path):
     assert "--config-file" in result.stdout
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
 def test_shellcheck():
-    result = subprocess.run(["shellcheck", SCRIPT], capture_output=True, text=True)
+    result = subprocess.run([SHELLCHECK, SCRIPT], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
