@@ -2,7 +2,8 @@
 
 train = dict(
     output_dir="./output",
-    init_checkpoint="",
+    init_checkpoint="",  # a file or address in any form that docs/checkpoints.md names
+    min_backbone=0.95,  # least share of the tensors of the backbone that it must have
     epochs=12,
     eval_epochs=1,  # between evaluations, and between checkpoints
     max_iter=None,

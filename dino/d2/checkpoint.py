@@ -12,7 +12,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
 from dino.files import DataError, write_whole
-from dino.weights import load_weights, read_content
+from dino.weights import MIN_BACKBONE, load_weights, read_content
 
 from .parallel import from_main, whole
 from .sources import check_pixels, local_file
@@ -27,12 +27,23 @@ class Checkpointer(DetectionCheckpointer):
     Args:
         names: class names, stored with every checkpoint.
         about: plain data on the run, stored too; see `dino.d2.describe`.
+        min_backbone: as of `load_weights`.
     """
 
-    def __init__(self, model, save_dir: str = "", *, names: list[str], about: dict | None = None, **checkpointables):
+    def __init__(
+        self,
+        model,
+        save_dir: str = "",
+        *,
+        names: list[str],
+        about: dict | None = None,
+        min_backbone: float = MIN_BACKBONE,
+        **checkpointables,
+    ):
         super().__init__(model, save_dir, **checkpointables)
         self.names = names
         self.about = about or {}
+        self.min_backbone = min_backbone
         self.source = ""  # the last loaded file
         self.problems: list[str] = []  # tensors that it lacked or held in another shape, by the network's names
 
@@ -136,7 +147,7 @@ class Checkpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict) -> None:
         """Own running averages are left to who asked for the file; those of other programs are what they publish."""
         copy = "model" if "ema" in checkpoint else "auto"
-        report = load_weights(self.model, checkpoint, copy=copy, name=self.source)
+        report = load_weights(self.model, checkpoint, min_backbone=self.min_backbone, copy=copy, name=self.source)
         logger.info(f"weights: {report}")
         if report.form == "backbone":
             check_pixels(self.model)

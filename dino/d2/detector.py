@@ -111,12 +111,7 @@ class DINODetector(nn.Module):
     def preprocess(self, batched_inputs: list[dict]) -> tuple[Tensor, Tensor]:
         """-> images (B, 3, H, W), normalised, zero where padded; padding (B, H, W) bool, True where padded."""
         images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
-        backbone = self.network.neck.backbone
-        batch = ImageList.from_tensors(
-            [image.to(self.network.level_embed.dtype) for image in images],
-            max(getattr(backbone, "size_divisibility", 0), 0),
-            padding_constraints=getattr(backbone, "padding_constraints", None),
-        )
+        batch = ImageList.from_tensors([image.to(self.network.level_embed.dtype) for image in images])
         padding = torch.ones(batch.tensor[:, 0].shape, dtype=torch.bool, device=self.device)
         for mask, (height, width) in zip(padding, batch.image_sizes, strict=True):
             mask[:height, :width] = False

@@ -50,7 +50,13 @@ def train(cfg: DictConfig, resume: bool) -> dict:
     seed_random(cfg.train.seed)  # the same weights on all processes
     model = instantiate(cfg.model).to(cfg.train.device)
     names = names_of(cfg.dataloader.train.dataset)
-    checkpointer = Checkpointer(model, cfg.train.output_dir, names=names, about={**about, **describe(cfg)})
+    checkpointer = Checkpointer(
+        model,
+        cfg.train.output_dir,
+        names=names,
+        about={**about, **describe(cfg)},
+        min_backbone=cfg.train.min_backbone,
+    )
     content = start_weights(cfg, checkpointer, resume)
     trainer, ema = build_trainer(cfg, model, about)
     if "trainer" in content:

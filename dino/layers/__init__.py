@@ -8,6 +8,7 @@ from .matcher import HungarianMatcher, NonFiniteCostError
 from .operator import deform_attn_implementation
 from .position_encoding import SinePositionEncoding
 from .postprocess import Detections, detections
+from .reweighting import Reweighting
 from .structures import Denoised, NoisedQueries, Outputs, Predictions, Queries, Target, Tokens
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Outputs",
     "Predictions",
     "Queries",
+    "Reweighting",
     "SetCriterion",
     "SinePositionEncoding",
     "Target",

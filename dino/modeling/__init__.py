@@ -1,6 +1,6 @@
 """The network: torch only, torchvision for its backbones."""
 
-from .backbones import TorchvisionBackbone
+from .backbones import TimmBackbone, TorchvisionBackbone
 from .build import build_dino
 from .folding import fold_norms
 from .neck import ChannelMapper
@@ -13,6 +13,7 @@ __all__ = [
     "Decoder",
     "Encoder",
     "QuerySelection",
+    "TimmBackbone",
     "TorchvisionBackbone",
     "build_dino",
     "fold_norms",

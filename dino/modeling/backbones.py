@@ -1,17 +1,27 @@
-"""Feature extractors of other libraries with the same face as Detectron2's backbones."""
+"""Feature extractors of other libraries with the same face as Detectron2's backbones, and what any backbone asks for.
+
+Their maps are named by stride as Detectron2's ResNet names them: `res2` has stride 4, `res3` 8, `res4` 16, `res5` 32.
+They start from random weights, and their arguments are names and numbers, so that a recipe can be stored as plain text.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.ops import FrozenBatchNorm2d
 
-NORMS = {"FrozenBN": torchvision.ops.FrozenBatchNorm2d, "BN": nn.BatchNorm2d}
-RESNET_NODES = {"layer1": "res2", "layer2": "res3", "layer3": "res4", "layer4": "res5"}
+TORCHVISION_FAMILIES = re.compile(r"resnet|resnext|convnext|swin|efficientnet")
+NORMS = ("FrozenBN", "BN")
+ODD_SIZE = (75, 101)  # pixels; no stride divides either side
+CELLS = (1, 2, 4, 7, 8, 12, 14, 16)  # of the coarsest map: what networks with windows want the sides to be multiples of
 
 
 class FeatureShape(NamedTuple):
@@ -21,14 +31,22 @@ class FeatureShape(NamedTuple):
     stride: int
 
 
+class Padding(NamedTuple):
+    """What a backbone asks of the size of its images: a divisor of both sides, and their least length, in pixels."""
+
+    multiple: int
+    square: int
+
+
 class TorchvisionBackbone(nn.Module):
-    """A torchvision ResNet that returns its stages under Detectron2's names, from random weights.
+    """A ResNet, ConvNeXt, Swin (v1, v2) or EfficientNet (v1, v2) of torchvision; parameters keep torchvision's names.
 
     Args:
-        name: resnet18, resnet34, resnet50, resnet101 or resnet152 (or any other ResNet of torchvision).
-        out_features: some of res2, res3, res4, res5.
-        norm: `FrozenBN`, for fine-tuning pre-trained weights as DINO does, or `BN` to train from random ones.
-        freeze: prefixes of parameter names (`conv1`, `bn1`, `layer1`, …) that are not trained.
+        name: what `torchvision.models.get_model` calls it, for example `resnet50`, `convnext_tiny` or `swin_v2_t`.
+        out_features: names of the maps, finest first. Layers behind the last of them are left out.
+        norm: `FrozenBN`, for fine-tuning pre-trained weights as DINO does, or `BN` to train from random ones. Matters
+            only where the network has BatchNorm.
+        freeze: prefixes of parameter names (`conv1`, `bn1`, `layer1`, `features.0.`, …) that are not trained.
 
     Raises:
         ValueError: an unknown name, feature, norm or prefix.
@@ -43,27 +61,175 @@ class TorchvisionBackbone(nn.Module):
         freeze: Sequence[str] = (),
     ):
         super().__init__()
-        known = torchvision.models.list_models(include="*resn*t*", module=torchvision.models)
+        known = [n for n in torchvision.models.list_models(torchvision.models) if TORCHVISION_FAMILIES.search(n)]
         if name not in known:
-            raise ValueError(f"unknown ResNet {name!r}; torchvision has {', '.join(known)}")
-        unknown = sorted(set(out_features) - set(RESNET_NODES.values()))
-        if unknown:
-            raise ValueError(f"unknown out_features {unknown}; there are {list(RESNET_NODES.values())}")
-        nodes = {node: feature for node, feature in RESNET_NODES.items() if feature in out_features}
-        if norm not in NORMS:
-            raise ValueError(f"unknown norm {norm!r}; there are {', '.join(NORMS)}")
-        model = torchvision.models.get_model(name, weights=None, norm_layer=NORMS[norm])
-        self.body = create_feature_extractor(model, nodes)
+            raise ValueError(f"unknown torchvision backbone {name!r}; there are {', '.join(known)}")
+        model = torchvision.models.get_model(name, weights=None)
+        self.channels_last = "swin" in name
+        self.nested = hasattr(model, "features")  # all but ResNets keep their stages there
+        layers = dict((model.features if self.nested else model).named_children())
+        stages = find_stages(layers, self.channels_last)
+        check_features(name, out_features, stages)
+        self.names = {stages[feature][0]: feature for feature in out_features}
+        self._shapes = {feature: stages[feature][1] for feature in out_features}
+        last = list(layers).index(stages[out_features[-1]][0])
+        kept = nn.Sequential()
+        for layer in list(layers)[: last + 1]:
+            kept.add_module(layer, layers[layer])
+        self.body = nn.ModuleDict({"features": kept}) if self.nested else kept
+        use_norm(self.body, norm)
         freeze_parameters(self.body, freeze)
-        self._shapes = measure_shapes(self.body)
+        self.size_divisibility = measure_multiple(self)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W) -> maps by name, each (B, channels, ceil(H / stride), ceil(W / stride))."""
-        return self.body(images)
+        """(B, 3, H, W) -> maps by name, each (B, channels, H / stride, W / stride)."""
+        maps, x = {}, images
+        for layer, module in (self.body["features"] if self.nested else self.body).named_children():
+            x = module(x)
+            if layer in self.names:
+                maps[self.names[layer]] = x.permute(0, 3, 1, 2) if self.channels_last else x
+        return maps
 
     def output_shape(self) -> dict[str, FeatureShape]:
         """Channels and stride of each map."""
         return self._shapes
+
+
+class TimmBackbone(nn.Module):
+    """Any model of timm that offers `features_only`.
+
+    Plain ViTs have maps of a single stride, 16 or 14: `out_features=["res4"]`, or `["stride14"]`.
+
+    Args:
+        name: what `timm.create_model` calls it, for example `tf_mobilenetv3_small_075`; no address of a hub.
+        out_features: names of the maps, finest first; a stride that is no power of two is called `stride<n>`.
+        norm: as of `TorchvisionBackbone`.
+        freeze: prefixes of parameter names that are not trained.
+        options: further arguments of `timm.create_model`, plain values only, for example `{"drop_path_rate": 0.2}`.
+
+    Raises:
+        ImportError: timm is not installed.
+        ValueError: an unknown name, feature, norm or prefix, a model without features, or one of a fixed image size.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        out_features: Sequence[str] = ("res3", "res4", "res5"),
+        norm: str = "FrozenBN",
+        freeze: Sequence[str] = (),
+        options: Mapping[str, object] | None = None,
+    ):
+        super().__init__()
+        self.body = create_timm(name, dict(options or {}))
+        places = timm_places(self.body)
+        check_features(name, out_features, places)
+        if places[out_features[-1]] < max(places.values()):  # what lies behind would never get a gradient
+            wanted = sorted(places[feature] for feature in out_features)
+            self.body = create_timm(name, {**(options or {}), "out_indices": wanted})
+            places = timm_places(self.body)
+        self.places = {feature: places[feature] for feature in out_features}
+        channels, strides = self.body.feature_info.channels(), self.body.feature_info.reduction()
+        self._shapes = {f: FeatureShape(channels[i], strides[i]) for f, i in self.places.items()}
+        self.channels_last = getattr(self.body, "output_fmt", "NCHW") == "NHWC"
+        use_norm(self.body, norm)
+        freeze_parameters(self.body, freeze)
+        self.size_divisibility = measure_multiple(self)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) -> maps by name, each (B, channels, H / stride, W / stride)."""
+        maps = self.body(images)
+        return {f: maps[i].permute(0, 3, 1, 2) if self.channels_last else maps[i] for f, i in self.places.items()}
+
+    def output_shape(self) -> dict[str, FeatureShape]:
+        """Channels and stride of each map."""
+        return self._shapes
+
+
+def create_timm(name: str, options: dict) -> nn.Module:
+    """timm's feature extractor `name` with random weights, for images of any size where it can be asked for that."""
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(f"the backbone {name!r} needs timm: pip install timm") from error
+    if not re.fullmatch(r"[\w.-]+", name) or not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0)
+        raise ValueError(f"timm has no model {name!r}; the nearest are {', '.join(near)}")
+    create = {"features_only": True, "pretrained": False, **options}
+    try:
+        try:
+            return timm.create_model(name, **{"dynamic_img_size": True, **create})
+        except TypeError:  # convolutional networks take any size and know no such argument
+            return timm.create_model(name, **create)
+    except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
+        raise ValueError(f"timm can't make a backbone of {name!r} with {options}: {error}") from error
+
+
+def timm_places(body: nn.Module) -> dict[str, int]:
+    """Name of a map -> its place in what timm's extractor returns; of several maps of one stride, the deepest."""
+    return {feature_name(stride): place for place, stride in enumerate(body.feature_info.reduction())}
+
+
+def feature_name(stride: int) -> str:
+    """`res3` for a stride of 8, as in Detectron2's ResNet; `stride14` where it is no power of two."""
+    power = math.log2(stride)
+    return f"res{power:.0f}" if power.is_integer() else f"stride{stride}"
+
+
+@torch.no_grad()
+def find_stages(layers: dict[str, nn.Module], channels_last: bool) -> dict[str, tuple[str, FeatureShape]]:
+    """Name of a map -> (layer of torchvision's network that ends with it, its shape), from a run on a black image.
+
+    Stages are plain Sequentials. Of several of one stride the last one counts; an EfficientNet's last convolution,
+    which belongs to its classifier, is no stage.
+    """
+    size = 64
+    x, stages = torch.zeros(1, 3, size, size), {}
+    for name, layer in layers.items():
+        training = layer.training
+        x = layer.eval()(x)
+        layer.train(training)
+        if type(layer) is nn.Sequential:
+            shape = x.permute(0, 3, 1, 2).shape if channels_last else x.shape
+            stride = size // shape[2]
+            stages[feature_name(stride)] = (name, FeatureShape(shape[1], stride))
+        if name in ("7", "layer4"):  # pooling and classification follow
+            break
+    return stages
+
+
+def check_features(name: str, wanted: Sequence[str], found: Mapping[str, object]) -> None:
+    """Raise a ValueError where a backbone lacks a map, or where the maps are not sorted."""
+    unknown = [feature for feature in wanted if feature not in found]
+    if unknown or not wanted:
+        raise ValueError(f"unknown out_features {unknown} of {name!r}; there are {list(found)}")
+    if [feature for feature in found if feature in wanted] != list(wanted):
+        raise ValueError(f"out_features {list(wanted)} of {name!r} must go from the finest to the coarsest")
+
+
+def use_norm(module: nn.Module, norm: str) -> None:
+    """Replace every BatchNorm in `module` by one with fixed statistics, scale and shift if `norm` is `FrozenBN`."""
+    if norm not in NORMS:
+        raise ValueError(f"unknown norm {norm!r}; there are {', '.join(NORMS)}")
+    if norm == "BN":
+        return
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(parent, name, frozen_norm(child))
+
+
+def frozen_norm(norm: nn.BatchNorm2d) -> nn.Module:
+    """The frozen twin of a BatchNorm of torch, or of one of timm's, which hold an activation as well."""
+    if type(norm) is not nn.BatchNorm2d:
+        from timm.layers import freeze_batch_norm_2d
+
+        return freeze_batch_norm_2d(norm)
+    frozen = FrozenBatchNorm2d(norm.num_features, norm.eps)
+    state = norm.state_dict()
+    frozen.load_state_dict({key: state.get(key, value) for key, value in frozen.state_dict().items()})
+    return frozen
 
 
 def freeze_parameters(module: nn.Module, prefixes: Sequence[str]) -> None:
@@ -77,9 +243,77 @@ def freeze_parameters(module: nn.Module, prefixes: Sequence[str]) -> None:
 
 
 @torch.no_grad()
-def measure_shapes(body: nn.Module, size: int = 64) -> dict[str, FeatureShape]:
-    """Run a small black image through `body` and read channels and strides off its maps."""
-    training = body.training
-    maps = body.eval()(torch.zeros(1, 3, size, size))
-    body.train(training)
-    return {name: FeatureShape(m.shape[1], size // m.shape[2]) for name, m in maps.items()}
+def measure_multiple(backbone: nn.Module) -> int:
+    """What both sides of an image must be a multiple of, found by running `backbone` on black images.
+
+    0 where any size gives maps of ceil(H / stride) rows, as a ResNet's. Others lose the last rows of an odd image, or
+    refuse it.
+
+    Raises:
+        ValueError: no such number is known.
+    """
+    training = backbone.training
+    backbone.eval()
+    coarsest = max(shape.stride for shape in backbone.output_shape().values())
+    sizes = [(0, ODD_SIZE), *((n * coarsest, (n * coarsest, 2 * n * coarsest)) for n in CELLS)]
+    try:
+        for multiple, size in sizes:
+            try:
+                maps = backbone(torch.zeros(1, 3, *size))
+            except (AssertionError, RuntimeError, ValueError) as error:
+                reason = error
+                continue
+            if has_every_cell(backbone, maps, size):
+                return multiple
+            reason = f"maps of {[tuple(m.shape) for m in maps.values()]} for an image of {size}"
+    finally:
+        backbone.train(training)
+    raise ValueError(f"can't use this network for images of any size, even if padded: {reason}")
+
+
+def has_every_cell(backbone: nn.Module, maps: dict[str, Tensor], size: tuple[int, int]) -> bool:
+    """Whether all maps have ceil(side / stride) cells along both sides, and the channels that were announced."""
+    return all(
+        maps[name].shape[1:] == (channels, *(-(-side // stride) for side in size))
+        for name, (channels, stride) in backbone.output_shape().items()
+    )
+
+
+def padding_of(backbone: nn.Module) -> Padding:
+    """What `backbone` asks of the size of its images.
+
+    The one place that knows how Detectron2's backbones say so: the Swin Transformer's `size_divisibility` raises an
+    AttributeError (it needs none), and SimpleFeaturePyramid has only `padding_constraints`, with a misspelt key.
+    """
+    try:
+        multiple = backbone.size_divisibility
+    except AttributeError:
+        multiple = 0
+    constraints = getattr(backbone, "padding_constraints", None) or {}
+    stated = [constraints.get(key, 0) for key in ("size_divisibility", "size_divisiblity")]
+    return Padding(max(1, multiple, *stated), constraints.get("square_size", 0))
+
+
+def extract(backbone: nn.Module, images: Tensor, padding: Padding) -> dict[str, Tensor]:
+    """Run `backbone` on images padded with zeros as it asks, and cut its maps to the images' own size.
+
+    An image that is larger than the square asked for is padded to a multiple only, never cropped.
+
+    Args:
+        backbone: images -> dict of maps.
+        images: (B, 3, H, W).
+        padding: from `padding_of`.
+
+    Returns:
+        maps by name, each (B, channels, ceil(H / stride), ceil(W / stride)) where `padding` asks for anything.
+    """
+    if padding == Padding(1, 0):
+        return backbone(images)
+    size = images.shape[-2:]
+    height, width = (-(-max(side, padding.square) // padding.multiple) * padding.multiple for side in size)
+    maps = backbone(F.pad(images, (0, width - size[1], 0, height - size[0])))
+    shapes = backbone.output_shape()
+    return {
+        name: m[..., : -(-size[0] // shapes[name].stride), : -(-size[1] // shapes[name].stride)]
+        for name, m in maps.items()
+    }

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
-from torch import Tensor, fx, nn
-from torchvision.ops import FrozenBatchNorm2d
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 STATISTICS = ("weight", "bias", "running_mean", "running_var", "eps")
 
@@ -14,8 +15,8 @@ STATISTICS = ("weight", "bias", "running_mean", "running_var", "eps")
 def fold_norms(model: nn.Module) -> int:
     """Multiply the scale of each batch norm into the convolution in front of it, and drop the norm; in place.
 
-    Knows the layers of Detectron2 (`Conv2d` with a `norm`) and networks traced by torch.fx, as torchvision's extractors
-    are. Other norms stay. The state dict is another one afterwards: load weights before.
+    Knows Detectron2's convolutions, which have a `norm`, and the blocks of torchvision, where a norm stands behind its
+    convolution. Other norms stay. The state dict is another one afterwards: load weights before.
 
     Args:
         model: in evaluation mode.
@@ -40,25 +41,17 @@ def foldable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Conv2d, nn.M
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and is_frozen(getattr(module, "norm", None)):
             yield module, "norm", module, module.norm
-        if isinstance(module, fx.GraphModule):
-            for node in module.graph.nodes:
-                conv = submodule(module, node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
-                norm = submodule(module, node)
-                if isinstance(conv, nn.Conv2d) and is_frozen(norm) and len(node.args[0].users) == 1:
-                    owner, _, name = node.target.rpartition(".")
-                    yield module.get_submodule(owner), name, conv, norm
-
-
-def submodule(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    """What a node calls, if that is a module."""
-    return graph.get_submodule(node.target) if node.op == "call_module" else None
+        if isinstance(module, nn.Sequential | BasicBlock | Bottleneck):  # children run in their order
+            for (_, conv), (name, norm) in pairwise(list(module.named_children())):
+                if type(conv) is nn.Conv2d and is_frozen(norm):
+                    yield module, name, conv, norm
 
 
 def is_frozen(norm: nn.Module | None) -> bool:
-    """A batch norm with fixed statistics: PyTorch's in evaluation mode, torchvision's or Detectron2's frozen one."""
-    if isinstance(norm, nn.BatchNorm2d):
+    """A plain batch norm with fixed statistics: PyTorch's in evaluation mode, or a frozen one."""
+    if type(norm) is nn.BatchNorm2d:
         return norm.affine and norm.track_running_stats
-    return isinstance(norm, FrozenBatchNorm2d) or type(norm).__name__ == "FrozenBatchNorm2d"
+    return type(norm).__name__ == "FrozenBatchNorm2d"
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .backbones import extract, padding_of
+
 
 class ChannelMapper(nn.Module):
     """Wraps a backbone, asks its channels and strides, and projects its maps to one width.
@@ -16,6 +18,7 @@ class ChannelMapper(nn.Module):
 
     Args:
         backbone: images (B, 3, H, W) -> dict of maps; `output_shape()` tells `.channels` and `.stride` of each name.
+            Where it wants images of certain sizes (see `padding_of`), it gets them.
         in_features: names of the maps to use, finest first.
         out_channels: E, a multiple of `norm_groups`.
         num_levels: L, at least as many as `in_features`.
@@ -40,6 +43,7 @@ class ChannelMapper(nn.Module):
         if out_channels % norm_groups:
             raise ValueError(f"out_channels {out_channels} is not a multiple of norm_groups {norm_groups}")
         self.backbone = backbone
+        self.padding = padding_of(backbone)
         self.in_features = list(in_features)
         self.out_channels = out_channels
         self.num_levels = num_levels
@@ -51,7 +55,8 @@ class ChannelMapper(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> L maps (B, E, h, w), finest first."""
-        maps = self.backbone(images.contiguous(memory_format=torch.channels_last))
+        images = images.contiguous(memory_format=torch.channels_last)
+        maps = extract(self.backbone, images, self.padding)
         levels = [project(maps[name]) for project, name in zip(self.lateral, self.in_features, strict=True)]
         last = maps[self.in_features[-1]]
         for project in self.coarser:

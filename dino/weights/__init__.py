@@ -2,12 +2,13 @@
 
 from .addresses import SCHEMES, cannot_fetch, locate
 from .forms import convert, recognise
-from .loading import load_weights
+from .loading import MIN_BACKBONE, load_weights
 from .names import resnet_to_detectron2, resnet_to_torchvision
 from .reading import read_content, weights_of
 from .report import Report
 
 __all__ = [
+    "MIN_BACKBONE",
     "SCHEMES",
     "Report",
     "cannot_fetch",

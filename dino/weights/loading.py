@@ -197,7 +197,8 @@ def check_backbone(report: Report, own: StateDict, target: StateDict, min_backbo
         known = f"a DINO in {report.form} form" if report.form != "backbone" else "no DINO in a known form"
         raise DataError(
             f"it is {known}, and has only {len(wanted) - len(absent)} of the {len(wanted)} tensors of the model's "
-            f"backbone. The model wants {shorten(absent, 3)}; the file has {shorten(theirs, 3)}"
+            f"backbone. The model wants {shorten(absent, 3)}; the file has {shorten(theirs, 3)}. "
+            "min_backbone=0 (train.min_backbone=0) keeps the backbone as it was built"
         )
 
 

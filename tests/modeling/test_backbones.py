@@ -1,7 +1,12 @@
+import sys
+
 import pytest
 import torch
+import torchvision
+from torch import nn
 
-from dino.modeling import TorchvisionBackbone
+from dino.modeling import ChannelMapper, TimmBackbone, TorchvisionBackbone
+from dino.modeling.backbones import FeatureShape, Padding, extract, padding_of
 
 NAMES = ["res2", "res3", "res4", "res5"]
 
@@ -50,9 +55,206 @@ def test_freeze():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="unknown ResNet 'resnet49'"):
+    with pytest.raises(ValueError, match=r"unknown torchvision backbone 'resnet49'; there are .*resnet50"):
         TorchvisionBackbone("resnet49")
-    with pytest.raises(ValueError, match=r"unknown out_features \['layer4'\]"):
+    with pytest.raises(ValueError, match=r"unknown out_features \['layer4'\] of 'resnet18'; there are \['res2'"):
         TorchvisionBackbone("resnet18", out_features=["res3", "layer4"])
+    with pytest.raises(ValueError, match="from the finest to the coarsest"):
+        TorchvisionBackbone("resnet18", out_features=["res4", "res3"])
     with pytest.raises(ValueError, match=r"nothing to freeze.*'layer9'"):
         TorchvisionBackbone("resnet18", freeze=["layer9"])
+    with pytest.raises(ValueError, match="unknown norm 'GN'; there are FrozenBN, BN"):
+        TorchvisionBackbone("resnet18", norm="GN")
+
+
+TORCHVISION = ["resnet18", "convnext_tiny", "swin_t", "swin_v2_t", "efficientnet_b0", "efficientnet_v2_s"]
+STRIDED = ["res2", "res3", "res4", "res5"]
+TIMM = {  # one of each family; those of one stride only are named with their map
+    "tf_mobilenetv3_small_075": STRIDED,
+    "focalnet_tiny_srf": STRIDED,
+    "eva02_tiny_patch14_224": ["stride14"],
+    "vit_tiny_patch16_224": ["res4"],
+    "vit_small_patch16_dinov3": ["res4"],
+    "swin_tiny_patch4_window7_224": STRIDED,
+    "swinv2_tiny_window8_256": STRIDED,
+    "convnext_atto": STRIDED,
+    "maxvit_rmlp_pico_rw_256": STRIDED,
+    "resnet10t": STRIDED,
+    "regnetx_002": STRIDED,
+    "efficientnet_lite0": STRIDED,
+    "mobilenetv2_035": STRIDED,
+    "pvt_v2_b0": STRIDED,
+    "hgnetv2_b0": STRIDED,
+    "ghostnet_050": STRIDED,
+    "densenet121": STRIDED,
+    "hrnet_w18_small": STRIDED,
+    "mobilevit_xxs": STRIDED,
+    "edgenext_xx_small": STRIDED,
+    "fastvit_t8": STRIDED,
+    "poolformer_s12": STRIDED,
+    "mvitv2_tiny": STRIDED,
+    "tiny_vit_5m_224": STRIDED,
+    "davit_tiny": STRIDED,
+}
+QUICK = ["resnet18", "tf_mobilenetv3_small_075", "vit_tiny_patch16_224", "convnext_atto"]  # the others are slow
+
+
+def cases(names):
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def check_in_a_neck(backbone, features, size=(75, 101)):
+    """Maps of an odd image cover it whole, every parameter that is trained gets a gradient, no other."""
+    neck = ChannelMapper(backbone=backbone, in_features=features, out_channels=32, num_levels=len(features) + 1)
+    levels = neck(torch.randn(2, 3, *size))
+    for name, level in zip(features, levels, strict=False):
+        assert level.shape == (2, 32, *(-(-side // backbone.output_shape()[name].stride) for side in size))
+    sum(level.square().mean() for level in levels).backward()
+    assert not [name for name, p in neck.named_parameters() if (p.grad is None) == p.requires_grad]
+
+
+@pytest.mark.parametrize("name", cases(TORCHVISION))
+@pytest.mark.parametrize("features", [STRIDED[1:], STRIDED], ids=["4 levels", "5 levels"])
+def test_torchvision_in_a_neck(name, features):
+    backbone = TorchvisionBackbone(name, out_features=features, freeze=[])
+    assert [backbone.output_shape()[f].stride for f in features] == [4, 8, 16, 32][-len(features) :]
+    check_in_a_neck(backbone, features)
+
+
+@pytest.mark.parametrize("name", cases(TIMM))
+def test_timm_in_a_neck(name):
+    pytest.importorskip("timm", reason="timm is not installed")
+    check_in_a_neck(TimmBackbone(name, out_features=TIMM[name], norm="BN"), TIMM[name])
+
+
+def test_an_efficientnet_ends_with_its_last_stage():
+    assert TorchvisionBackbone("efficientnet_b0").output_shape()["res5"].channels == 320
+
+
+def test_layers_behind_the_last_map_are_left_out():
+    backbone = TorchvisionBackbone("resnet18", out_features=["res2", "res3"])
+    assert not [name for name in backbone.state_dict() if "layer3" in name or "fc" in name]
+
+
+@pytest.mark.parametrize(("name", "classifier"), [("resnet18", {"fc"}), ("convnext_tiny", {"classifier"})])
+def test_torchvision_parameters_keep_their_names(name, classifier):
+    """So that a file of torchvision fits behind `body.`."""
+    theirs = {k for k in torchvision.models.get_model(name).state_dict() if not k.endswith("num_batches_tracked")}
+    ours = set(TorchvisionBackbone(name).body.state_dict())
+    assert ours <= theirs
+    assert {key.split(".")[0] for key in theirs - ours} == classifier
+
+
+def test_frozen_statistics_compute_what_batch_norm_computes():
+    """With the statistics, scale and shift, and the eps, of the network itself: EfficientNet's is not torch's."""
+    trained = TorchvisionBackbone("efficientnet_b0", norm="BN").eval()
+    with torch.no_grad():
+        for module in trained.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.uniform_(-0.1, 0.1)
+                module.running_var.uniform_(0.5, 1.5)
+    frozen = TorchvisionBackbone("efficientnet_b0").eval()
+    frozen.load_state_dict({k: v for k, v in trained.state_dict().items() if not k.endswith("num_batches_tracked")})
+    images = torch.randn(1, 3, 64, 64)
+    ours, theirs = frozen(images), trained(images)
+    for name, values in ours.items():
+        torch.testing.assert_close(values, theirs[name], rtol=1e-4, atol=1e-5)
+
+
+def test_timm_layers_behind_the_last_map_are_left_out():
+    pytest.importorskip("timm", reason="timm is not installed")
+    check_in_a_neck(TimmBackbone("convnext_atto", out_features=["res2", "res3"]), ["res2", "res3"])
+
+
+def test_timm_options():
+    pytest.importorskip("timm", reason="timm is not installed")
+    backbone = TimmBackbone("vit_tiny_patch16_224", out_features=["res4"], options={"depth": 3, "embed_dim": 96})
+    assert backbone.output_shape() == {"res4": FeatureShape(96, 16)}
+
+
+def test_timm_errors():
+    pytest.importorskip("timm", reason="timm is not installed")
+    with pytest.raises(ValueError, match="timm has no model 'resnett50'; the nearest are resnet50"):
+        TimmBackbone("resnett50")
+    for address in ("hf-hub:somebody/model", "timm/resnet18", "local-dir:/somewhere"):
+        with pytest.raises(ValueError, match="timm has no model"):
+            TimmBackbone(address)
+    with pytest.raises(ValueError, match=r"unknown out_features \['res3', 'res5'\] .* there are \['res4'\]"):
+        TimmBackbone("vit_tiny_patch16_224")
+    with pytest.raises(ValueError, match=r"can't make a backbone of 'vit_tiny_patch16_224' with \{'colour': 3\}"):
+        TimmBackbone("vit_tiny_patch16_224", out_features=["res4"], options={"colour": 3})
+
+
+@pytest.mark.slow
+def test_networks_of_a_fixed_size_are_refused():
+    pytest.importorskip("timm", reason="timm is not installed")
+    with pytest.raises(ValueError, match="can't use this network for images of any size, even if padded"):
+        TimmBackbone("coatnet_pico_rw_224")
+
+
+def test_without_timm_the_package_to_install_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ImportError, match="'resnet10t' needs timm: pip install timm"):
+        TimmBackbone("resnet10t")
+
+
+class Recorder(nn.Module):
+    """Notes the sizes of its images and returns a map of stride 8 that counts its cells."""
+
+    def __init__(self, **attributes):
+        super().__init__()
+        self.sizes = []
+        self.__dict__.update(attributes)
+
+    def output_shape(self):
+        return {"res3": FeatureShape(2, 8)}
+
+    def forward(self, images):
+        self.sizes.append(tuple(images.shape[-2:]))
+        cells = torch.arange(images.shape[-1] // 8).expand(images.shape[-2] // 8, -1)
+        return {"res3": cells.float().expand(len(images), 2, -1, -1)}
+
+
+@pytest.mark.parametrize(
+    ("attributes", "expected"),
+    [
+        ({}, (1, 0)),
+        ({"size_divisibility": 0, "padding_constraints": {}}, (1, 0)),
+        ({"size_divisibility": -1}, (1, 0)),
+        ({"size_divisibility": 32, "padding_constraints": {"square_size": 0}}, (32, 0)),
+        ({"padding_constraints": {"size_divisibility": 16, "square_size": 64}}, (16, 64)),
+        ({"padding_constraints": {"size_divisiblity": 32, "square_size": 1024}}, (32, 1024)),
+    ],
+)
+def test_what_backbones_ask_for(attributes, expected):
+    assert padding_of(Recorder(**attributes)) == expected
+
+
+@pytest.mark.parametrize(
+    ("padding", "size", "seen"),
+    [
+        (Padding(1, 0), (64, 80), (64, 80)),
+        (Padding(32, 0), (64, 96), (64, 96)),
+        (Padding(32, 0), (65, 90), (96, 96)),
+        (Padding(32, 128), (65, 90), (128, 128)),
+        (Padding(32, 100), (65, 90), (128, 128)),
+        (Padding(32, 64), (65, 190), (96, 192)),  # larger than the square: whole, not cropped
+    ],
+)
+def test_padding_goes_into_the_backbone_and_not_out_of_it(padding, size, seen):
+    backbone = Recorder()
+    (cells,) = extract(backbone, torch.ones(2, 3, *size), padding).values()
+    assert backbone.sizes == [seen]
+    assert cells.shape == (2, 2, -(-size[0] // 8), -(-size[1] // 8))
+
+
+def test_padding_is_zero_at_the_right_and_the_bottom():
+    class Identity(Recorder):
+        def forward(self, images):
+            self.seen = images
+            return super().forward(images)
+
+    backbone, images = Identity(size_divisibility=32), torch.randn(1, 3, 33, 40)
+    extract(backbone, images, padding_of(backbone))
+    assert torch.equal(backbone.seen[..., :33, :40], images)
+    assert backbone.seen[..., 33:, :].abs().sum() + backbone.seen[..., 40:].abs().sum() == 0

@@ -1,6 +1,5 @@
 import pytest
 import torch
-import torchvision
 from torch import nn
 
 from dino.modeling import TorchvisionBackbone, fold_norms
@@ -28,9 +27,15 @@ def compare(model, count, of=lambda y: y):
         torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-4 * x.abs().max().item())
 
 
-@pytest.mark.parametrize("norm_layer", [nn.BatchNorm2d, torchvision.ops.FrozenBatchNorm2d])
-def test_torchvision(norm_layer):
-    compare(TorchvisionBackbone("resnet18", norm_layer=norm_layer), 20, lambda maps: maps.values())
+@pytest.mark.parametrize(("name", "norm", "count"), [("resnet18", "BN", 20), ("resnet50", "FrozenBN", 53)])
+def test_torchvision(name, norm, count):
+    compare(TorchvisionBackbone(name, norm=norm), count, lambda maps: maps.values())
+
+
+def test_efficientnet():
+    model = TorchvisionBackbone("efficientnet_b0", norm="BN")
+    norms = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    compare(model, norms, lambda maps: maps.values())
 
 
 def test_detectron2():
@@ -43,17 +48,15 @@ def test_detectron2():
     compare(ResNet(stem=stem, stages=stages, out_features=["res3", "res5"]), 53, lambda maps: maps.values())
 
 
-def test_a_map_that_is_also_used_without_the_norm_keeps_it():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+class NormAndActivation(nn.BatchNorm2d):
+    """As timm's: more than a norm."""
 
-        def forward(self, images):
-            maps = self.conv(images)
-            return self.norm(maps) + maps
+    def forward(self, maps):
+        return super().forward(maps).relu()
 
-    compare(torch.fx.symbolic_trace(Model().eval()), 0)
+
+def test_a_norm_of_another_kind_stays():
+    compare(nn.Sequential(nn.Conv2d(3, 4, 3), NormAndActivation(4)), 0)
 
 
 def test_training_mode_is_refused():
