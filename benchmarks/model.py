@@ -34,10 +34,18 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import others  # noqa: E402
 from measure import MIB, clock, git, origin, peak_memory  # noqa: E402
 
-from dino.layers import HungarianMatcher, SetCriterion, Target, deform_attn_implementation  # noqa: E402
+from dino.layers import (  # noqa: E402
+    Denoised,
+    HungarianMatcher,
+    Outputs,
+    Predictions,
+    SetCriterion,
+    Target,
+    deform_attn_implementation,
+)
 from dino.memory import keep_freed_memory  # noqa: E402
 from dino.modeling import TorchvisionBackbone, build_dino, fold_norms, share_heads  # noqa: E402
-from dino.weights import from_official, resnet_to_torchvision  # noqa: E402
+from dino.weights import load_weights  # noqa: E402
 
 NUM_CLASSES = 91  # of the official program's model: the ids of COCO
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -78,6 +86,20 @@ def make_targets(case, device):
     return targets
 
 
+def make_outputs(case, targets, device):
+    """Random predictions of 6 layers and 900 queries, with denoising."""
+    draw = torch.Generator().manual_seed(3)
+
+    def predictions(layers, queries):
+        logits = torch.randn(layers, case.batch, queries, NUM_CLASSES, generator=draw)
+        boxes = torch.rand(layers, case.batch, queries, 4, generator=draw) * 0.5 + 0.2
+        return Predictions(logits.to(device).requires_grad_(), boxes.to(device).requires_grad_())
+
+    groups = max(1, 100 // case.boxes)
+    denoised = Denoised(predictions(6, 2 * groups * case.boxes), targets, groups)
+    return Outputs(predictions(6, 900), predictions(1, 900), denoised)
+
+
 def make_images(case, device):
     return torch.randn(case.batch, 3, case.height, case.width, generator=torch.Generator().manual_seed(0)).to(device)
 
@@ -99,7 +121,7 @@ def ours(device, state_dict=None):
     if state_dict is None:
         stir(model)
     else:
-        model.load_state_dict(resnet_to_torchvision(from_official(state_dict)), strict=False)
+        load_weights(model, state_dict)
     criterion = SetCriterion(matcher=HungarianMatcher())
     model.to(device)
 
@@ -113,8 +135,11 @@ def ours(device, state_dict=None):
     def losses(images, targets):
         return sum(criterion(model(images, padding(images), targets), targets).values())
 
+    def charge(outputs, targets):
+        return sum(criterion(outputs, targets).values())
+
     parts = {"backbone": model.neck, "encoder": model.encoder, "decoder": model.decoder, "criterion": criterion}
-    return others.Contender(model, detect, losses, parts)
+    return others.Contender(model, detect, losses, charge, parts)
 
 
 def build(name, options, device):
@@ -129,7 +154,11 @@ def build(name, options, device):
 
 def work_of(case, contender, device):
     """A function without arguments that does the work of the case once."""
-    images, targets = make_images(case, device), make_targets(case, device)
+    targets = make_targets(case, device)
+    if case.work == "criterion":
+        outputs = make_outputs(case, targets, device)
+        return lambda: charge(contender, outputs, targets)
+    images = make_images(case, device)
     autocast = torch.autocast(device.type, DTYPES[case.dtype], enabled=case.dtype != "float32")
 
     def inference():
@@ -146,6 +175,13 @@ def work_of(case, contender, device):
 
     contender.model.train(case.work == "training")
     return {"inference": inference, "training": training}[case.work]
+
+
+def charge(contender, outputs, targets):
+    """Loss and gradients of given predictions."""
+    loss = contender.charge(outputs, targets)
+    loss.backward()
+    return loss
 
 
 def shares(contender, work, device):
@@ -254,7 +290,10 @@ def measure(case, names, options):
 
 
 def difference(case, ours, theirs):
-    """Of the loss, relative; or the largest of logits and boxes where both selected the same token, and their share."""
+    """Of the loss, relative; or the largest of logits and boxes where both selected the same token, and their share.
+
+    The loss of a training step differs by the programs' own draws of denoising noise.
+    """
     (mine, my_tokens), (other, other_tokens) = ours, theirs
     if case.work != "inference":
         return {"loss": abs(mine.item() - other.item()) / abs(other.item())}
