@@ -13,9 +13,10 @@ from PIL import Image
 
 from dino.files import DataError
 from dino.images import list_images, read_image
-from dino.layers import one_label_detections
-from dino.predictor import Predictor
+from dino.layers import Detections, one_label_detections
+from dino.predictor import Prediction, Predictor
 from dino.rebuild import Preprocessing, build_network
+from dino.tiling import suppress
 
 from .coco_files import write_coco
 from .test_rebuild import RESNET, network
@@ -26,9 +27,13 @@ SMALL = Preprocessing(short_side=64, max_size=96, max_detections=10)
 
 @torch.no_grad()
 def stirred(model):
-    """Moves every parameter a little: heads that begin at zero would hide what lies before them."""
-    for parameter in model.parameters():
-        parameter.add_(0.05 * torch.randn_like(parameter))
+    """Moves the parameters a little, as heads that begin at zero would hide what lies before them.
+
+    Not those of a deep backbone: nothing norms its activations here, and they would outgrow fp16.
+    """
+    for name, parameter in model.named_parameters():
+        if not name.startswith("neck.backbone.body"):
+            parameter.add_(0.05 * torch.randn_like(parameter))
     return model.eval()
 
 
@@ -52,7 +57,8 @@ def checkpoint(tmp_path_factory):
 
 
 def tiny(**options):
-    """A predictor with three convolutions for a backbone."""
+    """A predictor with three convolutions for a backbone, always with the same weights."""
+    torch.manual_seed(0)
     return Predictor(stirred(tiny_network()), ["red", "green", "blue"], SMALL, **{"score_thresh": 0, **options})
 
 
@@ -152,15 +158,10 @@ def test_grey_and_turned_pictures(tmp_path):
 
 def test_an_image_does_not_depend_on_its_neighbours():
     pictures = [picture(seed=1), picture(90, 60, seed=2), picture(seed=3), picture(500, 700, seed=4), picture(seed=5)]
-    alone = [tiny_once(p) for p in pictures]
+    alone = [tiny()(p) for p in pictures]
     for one, other in zip(alone, tiny(batch_size=4)(pictures), strict=True):
         assert torch.allclose(one.boxes, other.boxes, atol=1e-3)
         assert torch.allclose(one.scores, other.scores, atol=1e-5)
-
-
-def tiny_once(pixels):
-    torch.manual_seed(0)
-    return tiny()(pixels)
 
 
 def test_equal_sizes_run_together():
@@ -181,7 +182,6 @@ def test_thresholds():
 
 
 def tiny_with(**options):
-    torch.manual_seed(0)
     return tiny(**options)(picture())
 
 
@@ -196,14 +196,10 @@ def test_one_label_per_box():
 
 
 def test_suppression_within_classes():
-    plain, suppressed = tiny_with(max_detections=36), tiny_with(max_detections=36, nms=0.3)
-    assert 3 <= len(suppressed) < len(plain)
-    from torchvision.ops import box_iou
-
-    for label in range(3):
-        mine = suppressed.labels == label
-        overlaps = box_iou(suppressed.boxes[mine], suppressed.boxes[mine]).fill_diagonal_(0)
-        assert (overlaps <= 0.3).all()
+    boxes = torch.tensor([[0.0, 0, 10, 10], [1, 0, 11, 10], [1, 0, 11, 10], [6, 0, 16, 10]])
+    found = Detections(boxes, torch.tensor([0.5, 0.9, 0.7, 0.6]), torch.tensor([0, 0, 1, 0]))
+    assert suppress(found, 0.5).scores.tolist() == pytest.approx([0.9, 0.7, 0.6])
+    assert 3 <= len(tiny_with(max_detections=36, nms=0.0)) < 36
 
 
 def test_small_objects_are_found_in_tiles():
@@ -298,7 +294,7 @@ def test_pictures_of_extreme_shape():
 def test_numbers_that_are_none():
     predictor = tiny()
     with torch.no_grad():
-        predictor.network.level_embed.fill_(torch.nan)
+        predictor.network.decoder.class_heads[-1].bias.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="an image: the predictions are NaN or infinite"):
         predictor(picture())
 
@@ -323,10 +319,11 @@ def test_half_precision(checkpoint, dtype):
     assert torch.allclose(found.scores, exact.scores, atol=0.05)
 
 
+@pytest.mark.slow
 def test_compiled():
     predictor = tiny()
     expected = predictor(picture()), predictor(picture(90, 64))
-    predictor.compile(backend="aot_eager", dynamic=True)
+    predictor.compile(backend="eager", dynamic=True)
     for one, other in zip((predictor(picture()), predictor(picture(90, 64))), expected, strict=True):
         assert torch.allclose(one.scores, other.scores, atol=1e-5)
         assert torch.allclose(one.boxes, other.boxes, atol=1e-3)
@@ -374,11 +371,8 @@ def test_memory_stays_flat():
 def test_drawing():
     pixels = np.full((120, 160, 3), 128, np.uint8)
     boxes = torch.tensor([[20.0, 30, 80, 90], [-5, -5, 30, 20], [100, 60, 170, 130]])
-    from dino.predictor import Prediction
-
-    found = Prediction(
-        boxes, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 1, 2]), ["a", "ü", "图"], (120, 160), pixels
-    )
+    scores, labels = torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 1, 2])
+    found = Prediction(boxes, scores, labels, ["a", "ü", "图"], (120, 160), pixels)
     drawn = np.asarray(found.draw())
     assert drawn.shape == pixels.shape
     assert (pixels == 128).all()
