@@ -349,6 +349,7 @@ def test_bad_checkpoints(tmp_path):
             Predictor.from_checkpoint(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_memory_stays_flat():
     """2,000 pictures of five sizes; what is measured is the peak, which can't fall."""
     predictor = tiny(batch_size=2)
