@@ -6,10 +6,12 @@ attention operator is added. It is optional: a build that fails prints the reaso
 
 import importlib.util
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 
@@ -23,6 +25,30 @@ def load_build():
 
 
 build = load_build()
+
+
+class BuildPackage(build_py):
+    """Adds the recipes, which lie beside the package, as data: `dino/recipes.py` finds them by name."""
+
+    FOLDERS = ("configs", "projects/dino/configs")
+
+    def run(self):
+        """Copy the package, then the recipes."""
+        super().run()
+        if not self.editable_mode:
+            for folder in self.FOLDERS:
+                target = Path(self.build_lib, "dino/recipe_files", folder)
+                shutil.copytree(ROOT / folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def get_outputs(self, include_bytecode=True):
+        """With the recipes."""
+        return super().get_outputs(include_bytecode) + list(self.recipes())
+
+    def recipes(self):
+        """Where each recipe goes."""
+        for folder in self.FOLDERS:
+            for path in (ROOT / folder).rglob("*.py"):
+                yield str(Path(self.build_lib, "dino/recipe_files", path.relative_to(ROOT)))
 
 
 class BuildOperator(build_ext):
@@ -63,14 +89,34 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["dino", "dino.*"]),
-    package_data={"dino.layers": ["csrc/*"]},
+    package_data={"dino.layers": ["csrc/*"], "dino.report": ["templates/*"]},
+    entry_points={"console_scripts": ["dino = dino.cli:main"]},
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildOperator},
+    cmdclass={"build_ext": BuildOperator, "build_py": BuildPackage},
     # Detectron2 is a peer dependency: no package index carries it, see README.md.
-    install_requires=["torch>=2.10", "torchvision", "scipy", "numpy", "pillow", "pycocotools", "safetensors", "tqdm"],
+    install_requires=[
+        "jinja2",
+        "matplotlib",
+        "numpy",
+        "pillow",
+        "pycocotools",
+        "safetensors",
+        "scipy",
+        "torch>=2.10",
+        "torchvision",
+        "tqdm",
+    ],
     extras_require={
         "demo": ["opencv-python-headless"],  # Detectron2's Visualizer needs it
         "timm": ["timm"],  # TimmBackbone, and Detectron2's ViT, MViTv2 and Swin
-        "test": ["opencv-python-headless", "pytest", "pytest-timeout", "ruff", "timm"],
+        "test": [
+            "hypothesis",
+            "opencv-python-headless",
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+            "selenium",  # with Debian's chromium and chromium-driver, looks at the report in a browser
+            "timm",
+        ],
     },
 )

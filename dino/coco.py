@@ -34,12 +34,17 @@ def read_annotations(path: str | Path, folder: str | Path) -> dict[str, Any]:
         DataError: the file or the folder is missing; the JSON is broken or lacks a list; an id occurs twice or refers
             to nothing; a category has no name of its own; a file name leaves the folder; a box is not four numbers.
     """
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"annotations not found: {path}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"can't read annotations {path}: {error}. It must be a JSON file in COCO format") from error
+    return check_file(load_json(path, "annotations"), path, folder)
+
+
+def read_images(path: str | Path, folder: str | Path) -> dict[str, Any]:
+    """As `read_annotations`, for data that may come without the list of annotations: it is empty then."""
+    data = load_json(path, "annotations")
+    return check_file({"annotations": [], **data} if isinstance(data, dict) else data, path, folder)
+
+
+def check_file(data: Any, path: str | Path, folder: str | Path) -> dict[str, Any]:
+    """The parsed content of a file, if it is sound; see `read_annotations`."""
     if not Path(folder).is_dir():
         raise DataError(f"image folder not found: {folder}")
     try:
@@ -49,11 +54,26 @@ def read_annotations(path: str | Path, folder: str | Path) -> dict[str, Any]:
     return data
 
 
-def check_annotations(data: Any, folder: str | Path) -> None:
-    """Raise a DataError that names the first fault of parsed annotations; see `read_annotations`."""
+def load_json(path: str | Path, what: str) -> Any:
+    """Parse a JSON file; `what` it should be is named by the DataError where that fails."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{what} not found: {path}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"can't read {what} {path}: {error}. It must be a JSON file in COCO format") from error
+
+
+def check_lists(data: Any) -> None:
+    """Raise a DataError unless the three lists of a COCO-format file are there."""
     for key in ("images", "annotations", "categories"):
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
             raise DataError(f"the list {key!r} is missing. It must be a JSON file in COCO format")
+
+
+def check_annotations(data: Any, folder: str | Path) -> None:
+    """Raise a DataError that names the first fault of parsed annotations; see `read_annotations`."""
+    check_lists(data)
     categories = unique_ids(data["categories"], "category")
     check_names(data["categories"])
     images = unique_ids(data["images"], "image")
@@ -93,9 +113,18 @@ def check_annotation(annotation: dict, images: dict[int, dict], categories: dict
             f"{where}: no category has the id {annotation.get('category_id')!r}; known: {sorted(categories)}"
         )
     box = annotation.get("bbox")
-    numbers = isinstance(box, list) and len(box) == 4 and all(type(x) in (int, float) for x in box)
-    if not numbers:
+    if not is_box(box):
         raise DataError(f"{where}: bbox must be four numbers [x, y, width, height] in pixels, but is {box!r}")
+
+
+def is_box(value: Any) -> bool:
+    """Whether a value from a file is a list of four numbers, which may still be infinite."""
+    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from a file is a number that fits a float (JSON knows whole numbers of any length)."""
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def unique_ids(entries: list, kind: str) -> dict[int, dict]:
@@ -181,10 +210,11 @@ class CocoImages(Dataset):
 
 
 def with_areas(data: dict[str, Any]) -> dict[str, Any]:
-    """COCO's evaluation needs `area` and `iscrowd`; hand-made files often lack them."""
+    """A copy for COCO's evaluation, which needs `area` and `iscrowd` and takes an object's id 0 for "not found"."""
     full = [
         {"area": a["bbox"][2] * a["bbox"][3], "iscrowd": 0, **{k: v for k, v in a.items() if k != "segmentation"}}
-        for a in data["annotations"]
+        | {"id": number}
+        for number, a in enumerate(data["annotations"], 1)
     ]
     return {"info": {}, **data, "annotations": full}
 

@@ -1,8 +1,10 @@
-"""`python -m dino.env`: what a bug report needs, and which form of the attention operator runs where, and why."""
+"""`dino env`: what a bug report needs, and which form of the attention operator runs where, and why."""
 
+import argparse
 import importlib
 import os
 import platform
+from collections.abc import Sequence
 
 import torch
 
@@ -66,8 +68,11 @@ def _version(package: str) -> str:
         return f"{package} absent"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the report."""
+    epilog = "example:\n  dino env > environment.txt"
+    formatter = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser("dino env", description=__doc__, epilog=epilog, formatter_class=formatter).parse_args(argv)
     print("\n".join(report()))
 
 

@@ -48,6 +48,18 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
         raise DataError(f"can't write {path}: {error}") from error
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, unless it is there.
+
+    Raises:
+        DataError: it can't be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"can't make the folder {path}: {error}") from error
+
+
 def free_name(path: Path) -> Path:
     """`path` if nothing is there, else `path.1`, `path.2` … whichever is free first."""
     number, free = 0, path

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import io
 import logging
 import os
 from collections.abc import Sequence
@@ -245,10 +247,16 @@ def to_tensor(image: np.ndarray) -> torch.Tensor:
 
 
 class Evaluator(COCOEvaluator):
-    """Detectron2's COCOEvaluator for hand-made files too: fills in `area` and `iscrowd` where they are missing."""
+    """Detectron2's COCOEvaluator for hand-made files too: fills in `area` and `iscrowd` where they are missing.
+
+    Objects are numbered from 1 on, as COCO's evaluation takes an object's id 0 for "not found".
+    """
 
     def __init__(self, dataset_name: str, **kwargs):
         super().__init__(dataset_name, **kwargs)
-        for annotation in self._coco_api.dataset.get("annotations", []):
+        for number, annotation in enumerate(self._coco_api.dataset.get("annotations", []), 1):
             annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
             annotation.setdefault("iscrowd", 0)
+            annotation["id"] = number
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._coco_api.createIndex()

@@ -16,6 +16,7 @@ from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 
 from dino.files import DataError, free_name
+from dino.recipes import find_recipe
 
 from .data import class_names, dataset
 
@@ -27,11 +28,16 @@ NUM_CLASSES = "model.num_classes"  # the one place of a recipe that states it; t
 def argument_parser(epilog: str) -> argparse.ArgumentParser:
     """Detectron2's arguments and four for data in COCO format."""
     parser = default_argument_parser(epilog)
+    add_data_arguments(parser)
+    return parser
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """The four arguments for data in COCO format."""
     for split in ("train", "val"):
         group = parser.add_argument_group(f"{split} data in COCO format, instead of the recipe's")
         group.add_argument(f"--{split}-json", help="annotations")
         group.add_argument(f"--{split}-images", help="folder of their images")
-    return parser
 
 
 def load_recipe(args: argparse.Namespace) -> DictConfig:
@@ -40,8 +46,7 @@ def load_recipe(args: argparse.Namespace) -> DictConfig:
     Raises:
         DataError: a file is missing, a key is unknown, or what was asked for makes no sense; says what to do.
     """
-    if not Path(args.config_file or "").is_file():
-        raise DataError(f"recipe not found: {args.config_file!r}. Give --config-file, for example configs/…_12ep.py")
+    args.config_file = str(find_recipe(args.config_file))
     cfg = LazyConfig.load(args.config_file)
     check_recipe(cfg, args.config_file)
     use_files(cfg, args)

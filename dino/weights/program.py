@@ -23,10 +23,10 @@ from .structure import describe_network
 EXAMPLES = """
 examples:
   the official 12-epoch checkpoint as one of this project, with COCO's 80 classes and their names inside:
-    python tools/convert_weights.py checkpoint0011_4scale.pth dino_r50_4scale.pth --to own --coco80
+    %(prog)s checkpoint0011_4scale.pth dino_r50_4scale.pth --to own --coco80
   detrex' 12-epoch checkpoint, whose position encoding has other constants:
-    python tools/convert_weights.py dino_r50_4scale_12ep_49_2AP.pth own.pth --to own --temperature 10000 --offset -0.5
-  back to the official program: python tools/convert_weights.py own.pth official.pth --to official
+    %(prog)s dino_r50_4scale_12ep_49_2AP.pth own.pth --to own --temperature 10000 --offset -0.5
+  back to the official program: %(prog)s own.pth official.pth --to official
 Training and evaluation read all of these forms as they are: train.init_checkpoint=checkpoint0011_4scale.pth
 """
 

@@ -337,7 +337,14 @@ def drop_extras(content):
         del annotation["area"], annotation["iscrowd"]
 
 
-@pytest.mark.parametrize("change", [drop_extras, lambda content: None], ids=["bare", "full"])
+def number_from_zero(content):
+    for number, annotation in enumerate(content["annotations"]):
+        annotation["id"] = number
+
+
+@pytest.mark.parametrize(
+    "change", [drop_extras, number_from_zero, lambda content: None], ids=["bare", "from zero", "full"]
+)
 def test_true_boxes_reach_the_highest_precision(tmp_path, change):
     files = write_coco(tmp_path, category_ids=(7, 40, 900))
     files.change(change)

@@ -19,8 +19,18 @@ def load_program(name):
 
 def run_program(name, *arguments, folder):
     """Run it in `folder`, on the CPU with one thread."""
+    return run_python(str(ROOT / f"tools/{name}.py"), *arguments, folder=folder)
+
+
+def run_verb(*arguments, folder, **variables):
+    """Run `dino` with these arguments, as `run_program` does, with further variables in its environment."""
+    return run_python("-m", "dino", *arguments, folder=folder, **variables)
+
+
+def run_python(*arguments, folder, **variables):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / f"tools/{name}.py"), *map(str, arguments)]
+    environment.update(variables)
+    command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
 
 

@@ -24,7 +24,7 @@ def run(*arguments, folder):
 def test_help_shows_examples(tmp_path):
     result = run("--help", folder=tmp_path)
     assert result.returncode == 0
-    assert "python tools/lazyconfig_train_net.py --config-file configs/dino_r50_4scale_12ep.py" in result.stdout
+    assert "python tools/lazyconfig_train_net.py --config-file dino_r50_4scale_12ep" in result.stdout
     assert "--train-json train.json --train-images images --val-json val.json --val-images images" in result.stdout
     for option in ("--train-json", "--val-images", "--eval-only", "--resume", "--num-gpus"):
         assert option in result.stdout
