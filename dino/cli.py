@@ -32,6 +32,7 @@ VERBS = {
     "train": Verb("dino.d2.program", "train a recipe, on COCO-format files or a registered data set"),
     "eval": Verb("dino.report.program", "AP, curves, confusions and the worst images in one report.html"),
     "check": Verb("dino.check.program", "look a data set over before training"),
+    "export": Verb("dino.export.program", "a checkpoint as ONNX, TorchScript or a program of torch.export"),
     "convert": Verb("dino.weights.program", "checkpoints of other DINO programs to and fro"),
     "env": Verb("dino.env", "what a bug report needs, and which attention operator runs"),
 }
