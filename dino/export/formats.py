@@ -104,9 +104,24 @@ def to_onnx(detector: Detector, fixed: Fixed | None, about: dict[str, Any]) -> b
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about itself
         names = {"input_names": ["images", "sizes"], "output_names": list(OUTPUTS)}
-        program = torch.onnx.export(trace(detector, fixed), opset_version=OPSET, dynamo=True, verbose=False, **names)
+        graph = trace(detector, fixed)
+        program = torch.onnx.export(graph, opset_version=OPSET, dynamo=True, verbose=False, optimize=False, **names)
+    tidy(program.model)
     program.model.metadata_props[KEY] = json.dumps(about)
     return program.model_proto.SerializeToString()
+
+
+def tidy(model) -> None:
+    """Simplify an ONNX model (of `onnx_ir`) in place.
+
+    Not by all rules of onnxscript's `optimize`: 0.7.2 merges two clamps of one value into bounds of the same name, of
+    which one is lost. Programs that run the model fuse what can be fused anyway.
+    """
+    from onnxscript import optimizer
+
+    for step in (optimizer.inline, optimizer.fold_constants, optimizer.remove_unused_nodes):
+        step(model)
+    optimizer.remove_unused_functions(model)
 
 
 def need(*packages: str) -> None:

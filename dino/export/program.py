@@ -1,4 +1,4 @@
-"""`dino export`: a checkpoint as one file that runs without this project, compared with the network before it is kept."""
+"""`dino export`: a checkpoint as one file that runs elsewhere, compared with the network before it is kept."""
 
 from __future__ import annotations
 

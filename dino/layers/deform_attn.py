@@ -16,8 +16,8 @@ Shapes = list[tuple[int, int]]
 def deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum of bilinear samples of a feature pyramid, by the compiled operator where it is built.
 
-    The variable DINO_DEFORM_ATTN (auto, reference, gather or compiled), read at each call outside compiled code, and the
-    context manager `deform_attn_implementation` choose. Autocast casts `value` and `weights`, never `locations`.
+    The variable DINO_DEFORM_ATTN (auto, reference, gather or compiled), read at each call outside compiled code, and
+    the context manager `deform_attn_implementation` choose. Autocast casts `value` and `weights`, never `locations`.
 
     Args:
         value: (B, S, M, D), float32, float64, float16 or bfloat16; levels concatenated, row after row inside a level.

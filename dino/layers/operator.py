@@ -44,8 +44,8 @@ def deform_attn_implementation(choice: str) -> Iterator[None]:
     """Choose the implementation of `deform_attn` for a block of code; wins over the variable DINO_DEFORM_ATTN.
 
     Args:
-        choice: "reference" is plain PyTorch, "gather" too, but without `grid_sample`. "compiled" insists on the compiled operator. "auto" takes it where it is
-            built and passes its self-test.
+        choice: "reference" is plain PyTorch; "gather" too, without `grid_sample`. "compiled" insists on the compiled
+            operator. "auto" takes it where it is built and passes its self-test.
 
     Raises:
         ValueError: another word.
