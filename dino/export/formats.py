@@ -104,6 +104,8 @@ def to_onnx(detector: Detector, fixed: Fixed | None, about: dict[str, Any]) -> b
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about itself
         names = {"input_names": ["images", "sizes"], "output_names": list(OUTPUTS)}
+        if fixed is None:
+            names["dynamic_shapes"] = ({0: "batch", 2: "height", 3: "width"}, {0: "batch"})  # what the axes are called
         graph = trace(detector, fixed)
         program = torch.onnx.export(graph, opset_version=OPSET, dynamo=True, verbose=False, optimize=False, **names)
     tidy(program.model)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .boxes import cxcywh_to_xyxy, widened
+from .structures import at_most
 
 
 class Detections(NamedTuple):
@@ -37,7 +38,7 @@ def batch_detections(logits: Tensor, boxes: Tensor, sizes: Tensor, max_detection
         max_detections: K.
     """
     scores = widened(logits).sigmoid().flatten(1)  # (B, Q*C)
-    scores, pair = scores.topk(torch.sym_min(max_detections, scores.shape[1]), dim=1)  # (B, K)
+    scores, pair = scores.topk(at_most(max_detections, scores.shape[1]), dim=1)  # (B, K)
     query = torch.div(pair, logits.shape[2], rounding_mode="floor")
     boxes = cxcywh_to_xyxy(widened(boxes).gather(1, query[..., None].expand(-1, -1, 4)))
     pixels = sizes.flip(1).repeat(1, 2)[:, None].to(boxes.dtype)  # (B, 1, 4)

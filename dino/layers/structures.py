@@ -50,6 +50,11 @@ def extents(shapes: list[tuple[int, int]], like: torch.Tensor) -> torch.Tensor:
     return torch.stack([like.new_full((), side) for h, w in shapes for side in (w, h)]).view(-1, 2)
 
 
+def at_most(count: int, size: int) -> int:
+    """The smaller of the two; a graph that is exported for any size keeps the choice open."""
+    return min(count, size) if torch.jit.is_tracing() else torch.sym_min(count, size)
+
+
 class Queries(NamedTuple):
     """What the decoder refines."""
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dino.layers.boxes import refine, widened
 from dino.layers.deform_attn import MultiScaleDeformableAttention
 from dino.layers.position_encoding import encode_boxes
-from dino.layers.structures import Predictions, Queries, Tokens
+from dino.layers.structures import Predictions, Queries, Tokens, at_most
 
 FOCAL_PRIOR = -math.log((1 - 0.01) / 0.01)  # bias of class heads: every class starts at a probability of 1 %
 
@@ -176,7 +176,7 @@ class QuerySelection(nn.Module):
         """
         scores = widened(logits.detach()).amax(-1)  # (B, S)
         scores = scores.masked_fill(~usable, torch.finfo(scores.dtype).min).masked_fill(padding, -math.inf)
-        return scores.topk(torch.sym_min(self.num_queries, scores.shape[1]), dim=1).indices
+        return scores.topk(at_most(self.num_queries, scores.shape[1]), dim=1).indices
 
     def anchors(self, memory: Tokens) -> tuple[Tensor, Tensor]:
         """One box per token in logit space (B, S, 4), +inf where unusable; and whether it is usable (B, S).
