@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,10 +35,18 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import others  # noqa: E402
 from measure import MIB, clock, git, origin, peak_memory  # noqa: E402
 
-from dino.layers import HungarianMatcher, SetCriterion, Target, deform_attn_implementation  # noqa: E402
+from dino.layers import (  # noqa: E402
+    Denoised,
+    HungarianMatcher,
+    Outputs,
+    Predictions,
+    SetCriterion,
+    Target,
+    deform_attn_implementation,
+)
 from dino.memory import keep_freed_memory  # noqa: E402
 from dino.modeling import TorchvisionBackbone, build_dino, fold_norms, share_heads  # noqa: E402
-from dino.weights import from_official, resnet_to_torchvision  # noqa: E402
+from dino.weights import load_weights  # noqa: E402
 
 NUM_CLASSES = 91  # of the official program's model: the ids of COCO
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,13 +64,18 @@ class Case(NamedTuple):
         return f"{self.work} {self.height}x{self.width} batch {self.batch} boxes {self.boxes} {self.dtype}"
 
 
-CASES = [
+CPU_CASES = [
     Case("inference", 480, 640, 1, 0, "float32"),
     Case("inference", 800, 1066, 1, 0, "float32"),
     Case("inference", 800, 1066, 1, 0, "bfloat16"),
     Case("training", 480, 640, 1, 10, "float32"),
     Case("training", 480, 640, 2, 10, "float32"),
     Case("training", 480, 640, 2, 100, "float32"),
+    Case("criterion", 480, 640, 16, 20, "float32"),
+]
+CUDA_CASES = [
+    *(Case("inference", 800, 1333, 1, 0, dtype) for dtype in ("float32", "bfloat16")),
+    *(Case("training", 800, 1333, batch, 10, dtype) for batch in (2, 8) for dtype in ("float32", "bfloat16")),
     Case("criterion", 480, 640, 16, 20, "float32"),
 ]
 
@@ -76,6 +90,20 @@ def make_targets(case, device):
         labels = torch.randint(NUM_CLASSES, (case.boxes,), generator=draw)
         targets.append(Target(labels.to(device), torch.cat([centers, sizes], 1).to(device)))
     return targets
+
+
+def make_outputs(case, targets, device):
+    """Random predictions of 6 layers and 900 queries, with denoising."""
+    draw = torch.Generator().manual_seed(3)
+
+    def predictions(layers, queries):
+        logits = torch.randn(layers, case.batch, queries, NUM_CLASSES, generator=draw)
+        boxes = torch.rand(layers, case.batch, queries, 4, generator=draw) * 0.5 + 0.2
+        return Predictions(logits.to(device).requires_grad_(), boxes.to(device).requires_grad_())
+
+    groups = max(1, 100 // case.boxes)
+    denoised = Denoised(predictions(6, 2 * groups * case.boxes), targets, groups)
+    return Outputs(predictions(6, 900), predictions(1, 900), denoised)
 
 
 def make_images(case, device):
@@ -99,7 +127,7 @@ def ours(device, state_dict=None):
     if state_dict is None:
         stir(model)
     else:
-        model.load_state_dict(resnet_to_torchvision(from_official(state_dict)), strict=False)
+        load_weights(model, state_dict)
     criterion = SetCriterion(matcher=HungarianMatcher())
     model.to(device)
 
@@ -113,8 +141,11 @@ def ours(device, state_dict=None):
     def losses(images, targets):
         return sum(criterion(model(images, padding(images), targets), targets).values())
 
+    def charge(outputs, targets):
+        return sum(criterion(outputs, targets).values())
+
     parts = {"backbone": model.neck, "encoder": model.encoder, "decoder": model.decoder, "criterion": criterion}
-    return others.Contender(model, detect, losses, parts)
+    return others.Contender(model, detect, losses, charge, parts)
 
 
 def build(name, options, device):
@@ -129,7 +160,11 @@ def build(name, options, device):
 
 def work_of(case, contender, device):
     """A function without arguments that does the work of the case once."""
-    images, targets = make_images(case, device), make_targets(case, device)
+    targets = make_targets(case, device)
+    if case.work == "criterion":
+        outputs = make_outputs(case, targets, device)
+        return lambda: charge(contender, outputs, targets)
+    images = make_images(case, device)
     autocast = torch.autocast(device.type, DTYPES[case.dtype], enabled=case.dtype != "float32")
 
     def inference():
@@ -146,6 +181,13 @@ def work_of(case, contender, device):
 
     contender.model.train(case.work == "training")
     return {"inference": inference, "training": training}[case.work]
+
+
+def charge(contender, outputs, targets):
+    """Loss and gradients of given predictions."""
+    loss = contender.charge(outputs, targets)
+    loss.backward()
+    return loss
 
 
 def shares(contender, work, device):
@@ -166,6 +208,16 @@ def shares(contender, work, device):
     for hook in hooks:
         hook.remove()
     return {**seconds, "rest": total - sum(seconds.values())}
+
+
+def waits(work):
+    """How often the host waits for the GPU in one run, as PyTorch sees it."""
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        work()
+    torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(warning.message) for warning in found)
 
 
 class Selections(TorchFunctionMode):
@@ -205,6 +257,8 @@ def serve(case, name, options, device):
                 answer = shares(contender, work, device)
             elif request == "peak":
                 answer = peak_memory(work, device)[1]
+            elif request == "waits" and device.type == "cuda":
+                answer = waits(work)
             print(json.dumps(answer), flush=True)
 
 
@@ -246,7 +300,7 @@ def measure(case, names, options):
         wall, cpu = zip(*times[name], strict=True)
         row = {**case._asdict(), "contender": name}
         row |= {"seconds": statistics.median(wall), "best_seconds": min(wall), "cpu_seconds": statistics.median(cpu)}
-        row |= {"stages": worker.ask("stages"), "peak_bytes": worker.ask("peak")}
+        row |= {"stages": worker.ask("stages"), "peak_bytes": worker.ask("peak"), "waits": worker.ask("waits")}
         row["difference"] = difference(case, outputs[name], outputs[names[-1]])
         worker.close()
         rows.append(row)
@@ -254,7 +308,10 @@ def measure(case, names, options):
 
 
 def difference(case, ours, theirs):
-    """Of the loss, relative; or the largest of logits and boxes where both selected the same token, and their share."""
+    """Of the loss, relative; or the largest of logits and boxes where both selected the same token, and their share.
+
+    The loss of a training step differs by the programs' own draws of denoising noise.
+    """
     (mine, my_tokens), (other, other_tokens) = ours, theirs
     if case.work != "inference":
         return {"loss": abs(mine.item() - other.item()) / abs(other.item())}
@@ -291,7 +348,8 @@ def main():
     options = parse_arguments()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    cases = [c for c in CASES if re.search(options.cases, str(c)) and c.dtype in options.dtypes.split(",")]
+    cases = CPU_CASES if device.type == "cpu" else CUDA_CASES
+    cases = [c for c in cases if re.search(options.cases, str(c)) and c.dtype in options.dtypes.split(",")]
     if options.serve:
         serve(cases[0], options.serve, options, device)
     else:

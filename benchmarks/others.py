@@ -18,6 +18,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from dino.layers import Outputs
+
 
 class Contender(NamedTuple):
     """One program with its model."""
@@ -25,6 +27,7 @@ class Contender(NamedTuple):
     model: nn.Module
     detect: Callable  # images (B, 3, H, W) normalised -> logits (B, Q, C), boxes (B, Q, 4) of the last layer
     losses: Callable  # images, list of Target -> scalar
+    charge: Callable  # Outputs of this project, list of Target -> scalar: matcher and criterion alone
     stages: dict[str, nn.Module]  # name -> the module that does this part of the work
 
 
@@ -32,6 +35,8 @@ def official(folder: Path, device: torch.device) -> Contender:
     """IDEA-Research/DINO, R50, 4 scales, with random weights."""
     sys.path.insert(0, str(folder))
     replace_extension(device)
+    if device.type == "cpu":
+        stay_on_cpu()
     args = {"device": str(device), "backbone_dir": None, **config_of(folder / "config/DINO/DINO_4scale.py")}
     build = importlib.import_module("models.dino.dino").build_dino
     with random_backbone():
@@ -43,12 +48,42 @@ def official(folder: Path, device: torch.device) -> Contender:
         return found["pred_logits"], found["pred_boxes"]
 
     def losses(images: Tensor, targets):
-        labelled = [{"labels": t.labels, "boxes": t.boxes} for t in targets]
-        found = criterion(model(list(images), labelled), labelled)
+        labelled = [t._asdict() for t in targets]
+        return weigh(model(list(images), labelled), labelled)
+
+    def charge(outputs: Outputs, targets):
+        return weigh(official_outputs(outputs), [t._asdict() for t in targets])
+
+    def weigh(outputs, labelled):
+        found = criterion(outputs, labelled)
         return sum(found[name] * weight for name, weight in criterion.weight_dict.items() if name in found)
 
     parts = {"backbone": model.backbone, "encoder": model.transformer.encoder, "decoder": model.transformer.decoder}
-    return Contender(model, detect, losses, {**parts, "criterion": criterion})
+    return Contender(model, detect, losses, charge, {**parts, "criterion": criterion})
+
+
+def official_outputs(outputs: Outputs) -> dict:
+    """What the official model would have returned."""
+
+    def layers(predictions):
+        *earlier, last = [{"pred_logits": x, "pred_boxes": y} for x, y in zip(*predictions, strict=True)]
+        return {**last, "aux_outputs": earlier}
+
+    slots = outputs.denoising.predictions.boxes.shape[2]
+    noised = {"pad_size": slots, "num_dn_group": outputs.denoising.num_groups}
+    noised["output_known_lbs_bboxes"] = layers(outputs.denoising.predictions)
+    (interm,) = [{"pred_logits": x, "pred_boxes": y} for x, y in zip(*outputs.proposals, strict=True)]
+    return {**layers(outputs.decoder), "interm_outputs": interm, "dn_meta": noised}
+
+
+def stay_on_cpu() -> None:
+    """The official program moves some of what it makes to a GPU in any case."""
+    move = Tensor.to
+
+    def to(self, *args, **kwargs):
+        return self if args == ("cuda",) else move(self, *args, **kwargs)
+
+    Tensor.to, Tensor.cuda = to, lambda self: self
 
 
 @contextmanager

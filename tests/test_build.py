@@ -159,6 +159,8 @@ def test_cuda_needs_a_torch_with_cuda(machine, monkeypatch, tmp_path):
 def test_setup_builds_where_it_can(tmp_path):
     """The commands of `pip install`, on a copy: with a compiler, without one, without torch."""
     shutil.copytree(ROOT / "dino", tmp_path / "dino", ignore=shutil.ignore_patterns("*.so", "_deform_attn_*.json"))
+    for name in ("configs", "projects"):  # recipes travel in the package
+        shutil.copytree(ROOT / name, tmp_path / name)
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
     without = (

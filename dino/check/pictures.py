@@ -61,7 +61,7 @@ def look(path: Path) -> Picture:
 def look_at_all(images: list[dict], folder: str | Path, label: str) -> list[Picture]:
     """Decode the files of sound image entries, in parallel, with a progress bar."""
     paths = [resolve_inside(folder, image["file_name"]) for image in images]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, warnings.catch_warnings():
+    with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about metadata and large pictures; failures are reported anyway
         progress = tqdm(pool.map(look, paths), desc=label, total=len(paths), unit=" images", disable=None)
         return list(progress)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from detectron2.modeling import FPN, MViT, SwinTransformer
+from detectron2.modeling import FPN, MViT, SimpleFeaturePyramid, SwinTransformer
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.utils.registry import _convert_target_to_string as name_of
 from omegaconf import DictConfig, OmegaConf
 
 from dino.rebuild import Preprocessing
 
+from .backbones import AsBackbone, regnet, vitdet
+
 # Parts with Detectron2's code, which a checkpoint may ask for where it is installed; see `dino.rebuild.PARTS`.
-PARTS = {name_of(part): part for part in (FPN, LastLevelMaxPool, LastLevelP6P7, MViT, SwinTransformer)}
+OF_DETECTRON2 = (FPN, LastLevelMaxPool, LastLevelP6P7, MViT, SimpleFeaturePyramid, SwinTransformer)
+PARTS = {name_of(part): part for part in (*OF_DETECTRON2, AsBackbone, regnet, vitdet)}
 
 
 def describe(cfg: DictConfig) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .boxes import cxcywh_to_xyxy, generalized_iou, widened
 from .structures import Denoised, Outputs, Predictions, Target
+from .transfer import to_device
 
 
 class Matches(NamedTuple):
@@ -50,6 +51,7 @@ class SetCriterion(nn.Module):
         self.weights = {"ce": class_weight, "bbox": l1_weight, "giou": giou_weight}
         self.alpha = alpha
         self.gamma = gamma
+        self.average = average_over_workers  # replaced where a batch comes in parts
 
     def forward(self, outputs: Outputs, targets: list[Target]) -> dict[str, Tensor]:
         """Outputs and B targets -> named scalars in float32.
@@ -58,7 +60,7 @@ class SetCriterion(nn.Module):
             NonFiniteCostError: see `HungarianMatcher`; elsewhere NaN predictions make NaN losses.
         """
         noised = outputs.denoising.targets if outputs.denoising else []
-        num_boxes, num_noised = average_over_workers([count(targets), count(noised)], outputs.decoder.boxes.device)
+        num_boxes, num_noised = self.average([count(targets), count(noised)], outputs.decoder.boxes.device)
         names = [f"_{i}" for i in range(len(outputs.decoder.logits) - 1)]
         matched = Predictions(*(torch.cat(pair) for pair in zip(outputs.decoder, outputs.proposals, strict=True)))
         pairs = flatten_matches(self.matcher(matched, targets), targets, matched.boxes.device)
@@ -84,15 +86,24 @@ class SetCriterion(nn.Module):
         labels = torch.cat([t.labels for t in targets])[matches.target]  # (K,)
         true_boxes = torch.cat([t.boxes for t in targets]).to(boxes)[matches.target]  # (K, 4)
         boxes = boxes[matches.layer, matches.image, matches.query]  # (K, 4)
-        positive = torch.zeros_like(logits)  # (N, B, Q, C)
-        positive[matches.layer, matches.image, matches.query, labels] = 1
+        true_logits = logits[matches.layer, matches.image, matches.query, labels]  # (K,)
         giou = generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(true_boxes))  # (K,)
         per_layer = (layers, len(boxes) // layers)
         return {
-            "ce": focal_loss(logits, positive, self.alpha, self.gamma).sum((1, 2, 3)),
+            "ce": self.class_loss(logits, true_logits.view(per_layer)),
             "bbox": (boxes - true_boxes).abs().sum(-1).view(per_layer).sum(1),
             "giou": (1 - giou).view(per_layer).sum(1),
         }
+
+    def class_loss(self, logits: Tensor, true_logits: Tensor) -> Tensor:
+        """Focal loss of logits (N, B, Q, C), of which those in (N, K/N) are positive -> (N,).
+
+        Positives are few: all logits are charged as negatives, and the positives' share is then put right.
+        """
+        as_negatives = (1 - self.alpha) * focal_loss(logits, self.gamma).sum((1, 2, 3))
+        negative = (1 - self.alpha) * focal_loss(true_logits, self.gamma)
+        positive = self.alpha * focal_loss(-true_logits, self.gamma)
+        return as_negatives + (positive - negative).sum(1)
 
     def denoising_losses(self, denoising: Denoised) -> dict[str, Tensor]:
         """As `losses`, with pairs known by construction; zero, but part of the graph, where nothing was noised."""
@@ -105,13 +116,12 @@ class SetCriterion(nn.Module):
         return self.losses(predictions, flatten_matches([known] * layers, targets, predictions.boxes.device), targets)
 
 
-def focal_loss(logits: Tensor, positive: Tensor, alpha: float, gamma: float) -> Tensor:
-    """Sigmoid focal loss of each element (RetinaNet, arXiv 1708.02002, eq. 5); `positive` holds 0 and 1."""
-    p = logits.sigmoid()
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, positive, reduction="none")
-    p_true = p * positive + (1 - p) * (1 - positive)
-    weight = alpha * positive + (1 - alpha) * (1 - positive)
-    return weight * (1 - p_true) ** gamma * cross_entropy
+def focal_loss(wrong: Tensor, gamma: float) -> Tensor:
+    """Sigmoid focal loss without its weight alpha (RetinaNet, arXiv 1708.02002, eq. 4), of any shape.
+
+    `wrong` is the logit of the wrong answer: the logit of a negative, minus the logit of a positive.
+    """
+    return wrong.sigmoid() ** gamma * F.softplus(wrong)
 
 
 def known_matches(num_objects: int, num_groups: int, num_slots: int) -> tuple[np.ndarray, np.ndarray]:
@@ -131,7 +141,7 @@ def flatten_matches(
         for n, images in enumerate(layers)
         for b, (query, target) in enumerate(images)
     ]
-    return Matches(*torch.from_numpy(np.concatenate(rows, 1)).to(device, torch.int64))
+    return Matches(*to_device(np.concatenate(rows, 1), device, torch.int64))
 
 
 def count(targets: list[Target]) -> int:
@@ -141,7 +151,7 @@ def count(targets: list[Target]) -> int:
 
 def average_over_workers(counts: list[int], device: torch.device) -> Tensor:
     """Mean of each count over all processes, at least 1 -> (len(counts),) float32; no transfer back to the host."""
-    total = torch.tensor(counts, dtype=torch.float32, device=device)
+    total = to_device(counts, device, torch.float32)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(total)
         total /= dist.get_world_size()

@@ -107,5 +107,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_metrics(folder / "metrics.json", analysis)
         print(table(analysis))
     else:
-        print(f"{args.val_json or args.dataset} has no annotations: the page shows {len(found)} predictions, no AP")
+        print(f"{details['Data']} has no annotations: the page shows {len(found)} predictions, no AP")
     print(f"report written to {page}")

@@ -14,8 +14,10 @@ from detectron2.modeling.backbone import BasicStem
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from omegaconf import OmegaConf
 
+from dino import rebuild
 from dino.d2 import engine
 from dino.d2.backbones import AsBackbone, regnet, vitdet
+from dino.d2.describe import plain
 from dino.modeling import ChannelMapper, TimmBackbone, TorchvisionBackbone
 from dino.modeling.backbones import extract, padding_of
 from dino.modeling.blocks import checkpoint_blocks
@@ -165,6 +167,17 @@ def test_statements_are_plain_text(name, tmp_path):
     assert not (tmp_path / "config.yaml.pkl").exists()
     again = LazyConfig.load(str(tmp_path / "config.yaml"))
     assert json.loads(json.dumps(OmegaConf.to_container(again))) == OmegaConf.to_container(again)
+
+
+@pytest.mark.parametrize("name", cases([*QUICK, "RegNet", "pyramid of timm's ViT"]))
+def test_checkpoints_can_describe_them(name):
+    """Built again from the JSON text that a checkpoint carries, with the same parameters."""
+    if name.startswith(("ResNet", "FPN of a ResNet")):
+        pytest.skip("Detectron2's ResNet is built again as torchvision's, under other names: see tests/test_rebuild.py")
+    backbone = statements(name)[0]
+    again = rebuild.build(json.loads(json.dumps(plain(OmegaConf.to_container(backbone)))))
+    shapes = {key: value.shape for key, value in instantiate(backbone).state_dict().items()}
+    assert {key: value.shape for key, value in again.state_dict().items()} == shapes
 
 
 def test_the_faults_of_detectron2_are_known():

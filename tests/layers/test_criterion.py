@@ -120,9 +120,23 @@ def test_published_example():
 
 
 def test_focal_loss_published_example():
-    logits, positive = torch.tensor([[0.3, -2.0], [1.5, 0.2], [-4.6, -4.6]]), torch.zeros(3, 2)
-    positive[0, 0] = 1
-    assert focal_loss(logits, positive, 0.25, 2.0).sum().item() == pytest.approx(1.060375, abs=2e-6)
+    positive, negatives = torch.tensor([0.3]), torch.tensor([-2.0, 1.5, 0.2, -4.6, -4.6])
+    loss = 0.25 * focal_loss(-positive, 2.0).sum() + 0.75 * focal_loss(negatives, 2.0).sum()
+    assert loss.item() == pytest.approx(1.060375, abs=2e-6)
+
+
+def test_class_loss_of_confident_logits():
+    """Nothing is lost where a positive is charged as a negative first."""
+    criterion = SetCriterion(matcher=HungarianMatcher())
+    logits = torch.tensor([12.0, -12.0, 0.0, 30.0, -30.0, -3.0]).view(1, 1, 2, 3).requires_grad_()
+    loss = criterion.class_loss(logits, logits[0, 0, [0, 1], [0, 1]].view(1, 2))
+    x, positive = logits.double(), torch.tensor([1.0, 0, 0, 0, 1, 0]).view(1, 1, 2, 3).double()
+    entropy = torch.nn.functional.binary_cross_entropy_with_logits(x, positive, reduction="none")
+    p = torch.where(positive > 0, x.sigmoid(), 1 - x.sigmoid())
+    expected = (torch.where(positive > 0, 0.25, 0.75) * (1 - p) ** 2 * entropy).sum()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    (grad,), (expected_grad,) = torch.autograd.grad(loss.sum(), logits), torch.autograd.grad(expected, logits)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-6)
 
 
 def test_names_of_six_layers():

@@ -59,9 +59,9 @@ def test_what_is_lost_is_said(tmp_path, capsys):
 def test_the_official_checkpoint_predicts_by_itself(tmp_path):
     sizes = {"embed_dim": 32, "hidden_dim": 16, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 12}
     model = build_dino(backbone=TorchvisionBackbone("resnet50"), num_classes=91, **sizes)
-    share_heads(randomise(model).decoder).eval()
-    unused = [i for i in range(91) if i not in COCO_IDS]
-    model.query_selection.class_head.bias[unused] = -100  # or the best class of a token could be one that is left out
+    share_heads(randomise(model).decoder)
+    for unused in set(range(91)) - set(COCO_IDS):  # as in a trained model, where these rows never choose a query
+        model.query_selection.class_head.weight[unused], model.query_selection.class_head.bias[unused] = 0, -9
     convert(official_file(tmp_path / "official.pth", model), tmp_path / "own.safetensors", "safetensors", "--coco80")
     found = model_from_checkpoint(tmp_path / "own.safetensors")
     assert (len(found.names), found.names[0], found.names[11], found.names[79]) == (
