@@ -60,8 +60,9 @@ def quantised(content, calibration):
         made = {"weights": target.read_bytes()}
         for name, operators in (("convolutions", CONVOLUTION), ("all", [*CONVOLUTION, *MATRIX])):
             reader = Calibration(calibration)
-            options = {"op_types_to_quantize": operators, "per_channel": True, "weight_type": QuantType.QInt8}
-            quantize_static(ready, target, reader, activation_type=QuantType.QUInt8, **options)
+            options = {"per_channel": True, "weight_type": QuantType.QInt8, "activation_type": QuantType.QUInt8}
+            options["extra_options"] = {"MatMulConstBOnly": True}  # products of weights, not those of queries and keys
+            quantize_static(ready, target, reader, op_types_to_quantize=operators, **options)
             made[name] = target.read_bytes()
     return made
 
