@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from PIL import Image
+from PIL import Image, ImageColor
 from torch import Tensor
 
 from dino.files import write_whole
@@ -25,10 +25,15 @@ INK, SOFT, PAPER = "#1f2933", "#7b8794", "#ffffff"
 POSITIVE, NEGATIVE, EMPTY, MATCHING = "#009e73", "#d55e00", "#a8b0b8", "#3b6fb6"  # kinds of queries; EMPTY: padding
 BLOCKED = "#f1f3f5"
 LOSSES = {"ce": "#3b6fb6", "bbox": "#e69f00", "giou": "#b07aa1"}
-OBJECTS = ("#d1495b", "#00798c", "#8e5ea2", "#2e8b57", "#c77c02", "#3066be", "#ad2e91", "#5c6b73", "#7a5230", "#1a936f")
+OBJECTS = ("#c8102e", "#0067b1", "#d98200", "#6a3d9a", "#128a3a", "#c2187f", "#008c95", "#7a4a20", "#44525c", "#8a8f00")
 LEVELS = ("#2274a5", "#e08e00", "#c2187f", "#3a8f3a", "#5b4b8a")  # from fine to coarse
+ACCENTS = [
+    channel
+    for colour in (INK, SOFT, PAPER, POSITIVE, NEGATIVE, EMPTY, MATCHING, BLOCKED, *LOSSES.values(), *OBJECTS, *LEVELS)
+    for channel in ImageColor.getrgb(colour)
+]  # kept exactly, however little of a picture they cover
 DOTS_PER_INCH = 120
-SHADES = 128  # colours of a finished file
+SHADES = 160  # colours of a finished file beside those above
 
 
 class Scene(NamedTuple):
@@ -56,6 +61,7 @@ def new_figure(
 ) -> tuple[Figure, np.ndarray]:
     """A figure of so many inches, and its axes (rows, columns)."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     return figure, figure.subplots(rows, columns, squeeze=False, **layout)
 
 
@@ -80,8 +86,9 @@ def add_boxes(axes: Axes, boxes: np.ndarray, colours: Iterable[str] | str, **loo
     """Outlines of boxes (K, 4), xyxy in pixels; one colour for all or one for each."""
     colours = [colours] * len(boxes) if isinstance(colours, str) else colours
     look = {"linewidth": 1.7, "fill": False} | look
+    halo = [patheffects.withStroke(linewidth=look["linewidth"] + 1.4, foreground=PAPER, alpha=0.8)]
     for (x0, y0, x1, y1), colour in zip(boxes, colours, strict=True):
-        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, edgecolor=colour, **look))
+        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, edgecolor=colour, path_effects=halo, **look))
 
 
 def add_label(axes: Axes, x: float, y: float, text: str, colour: str = INK, **look: object) -> None:
@@ -108,5 +115,8 @@ def save(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
-    image = Image.open(buffer).convert("RGB").quantize(SHADES, dither=Image.Dither.NONE)
-    write_whole(path, lambda part: image.save(part, format="PNG", optimize=True))
+    image = Image.open(buffer).convert("RGB")
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(image.quantize(SHADES).getpalette()[: 3 * SHADES] + ACCENTS)
+    small = image.quantize(palette=palette, dither=Image.Dither.NONE)
+    write_whole(path, lambda part: small.save(part, format="PNG", optimize=True))

@@ -43,18 +43,22 @@ def anchors(scene: Scene) -> Figure:
     height, width = scene.pixels.shape[:2]
     levels = level_of(record.tokens[b], record.memory.shapes)
     centers = record.anchors[b, :, :2].numpy() * [width, height]
-    colours = object_colours(SHOWN_ANCHORS)[: len(centers)]
-    figure, ((places, boxes, starts),) = new_figure(10.5, 3.5, 1, 3)
+    shown = min(SHOWN_ANCHORS, len(centers))
+    figure, ((places, boxes, starts),) = new_figure(10.5, 3.6, 1, 3)
     show_image(places, scene.pixels, f"the {len(centers)} selected of {record.memory.features.shape[1]} tokens")
-    for level, color in zip(range(len(record.memory.shapes)), LEVELS, strict=False):
+    for level, colour in zip(range(len(record.memory.shapes)), LEVELS, strict=False):
         x, y = centers[levels == level].T
-        places.scatter(x, y, s=14 * 1.7**level, color=color, edgecolor="white", linewidth=0.6)
+        places.scatter(x, y, s=14 * 1.7**level, color=colour, edgecolor="white", linewidth=0.6)
+    colours = [LEVELS[level % len(LEVELS)] for level in levels[:shown]]
     for axes, values, title in (
-        (boxes, record.anchors, f"anchors of the best {len(colours)}"),
+        (boxes, record.anchors, f"anchors of the best {shown}"),
         (starts, record.queries.box_logits.sigmoid(), "the same after the encoder's box head"),
     ):
+        corners = scene.corners(values[b, :shown])
         show_image(axes, scene.pixels, title)
-        add_boxes(axes, scene.corners(values[b, :SHOWN_ANCHORS]), colours)
+        add_boxes(axes, corners, colours)
+        for rank, ((x0, y0, _, _), colour) in enumerate(zip(corners, colours, strict=True), 1):
+            add_label(axes, x0, y0, str(rank), colour)
     shapes = record.memory.shapes
     counts = [f"level {i}: {h} x {w} cells, {(levels == i).sum()} selected" for i, (h, w) in enumerate(shapes)]
     add_legend(figure, dict(zip(counts, LEVELS, strict=False)), handlelength=0.9, handleheight=0.9)
@@ -122,7 +126,8 @@ def noise(denoising: ContrastiveDenoising) -> Figure:
             linewidth=0.9,
             linestyle=":",
         )
-        add_label(ends, x + reach * half[0], y, f"{reach * denoising.box_noise:g} half sides", SOFT)
+        text = f"{reach * denoising.box_noise:g} half side{'s' if reach > 1 else ''}"
+        add_label(ends, x + reach * half[0], y - 0.008, text, SOFT, va="bottom")
     frame(boxes, "7 positives and 7 negatives of one box")
     frame(ends, f"top left corners of {DRAWS} each")
     frame(overlaps, "IoU with the true box")
@@ -160,7 +165,7 @@ def mask(scene: Scene) -> Figure:
     names = [*(f"group {k + 1}" for k in range(shown // (2 * half))), "some matching\nqueries"]
     part.set_xticks(middles, names, fontsize=8, color=INK)
     part.set_yticks(middles, names, fontsize=8, color=INK, rotation=90, va="center")
-    for axes, title in ((whole, "row sees column: the whole mask"), (part, "the same, nearer")):
+    for axes, title in ((whole, "the whole mask: rows look at columns"), (part, "its first groups, nearer")):
         axes.tick_params(length=0)
         frame(axes, title)
     add_legend(figure, {f"sees a {kind}": colour for kind, colour in KINDS.items()} | {"blocked": BLOCKED})
@@ -185,7 +190,7 @@ def layers(scene: Scene) -> Figure:
     steps = [record.queries.box_logits[b, queries].sigmoid(), *record.outputs.decoder.boxes[:, b, queries]]
     columns = 4
     rows = -(-(len(steps) + 1) // columns)
-    figure, grid = new_figure(10.5, 2.65 * rows * aspect(scene) / 0.83, rows, columns)
+    figure, grid = new_figure(10.5, rows * (0.3 + 2.55 * aspect(scene)), rows, columns)
     for number, (axes, boxes) in enumerate(zip(grid.flat, steps, strict=False)):
         overlap = box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(truth)).diagonal().mean().item()
         name = f"layer {number}" if number else "initial boxes"
@@ -239,9 +244,10 @@ def add_samples(axes: Axes, scene: Scene, layer: int, query: int) -> None:
         x, y = (locations[:, level] * locations.new_tensor([width, height])).flatten(0, 1).T.numpy()
         size = 150 * weights[:, level].flatten().numpy()
         axes.scatter(x, y, s=size, color=colour, alpha=0.8, edgecolor="white", linewidth=0.5)
-    side = max(1.9 * max(x1 - x0, y1 - y0), 0.45 * min(height, width)) / 2
-    x, y = (x0 + x1) / 2, (y0 + y1) / 2
-    axes.set(xlim=(x - side, x + side), ylim=(y + side, y - side), facecolor=BLOCKED)
+    side = min(max(0.95 * max(x1 - x0, y1 - y0), 0.22 * min(height, width)), 0.5 * min(height, width))
+    x = np.clip((x0 + x1) / 2, side, width - side)  # the window stays inside the image
+    y = np.clip((y0 + y1) / 2, side, height - side)
+    axes.set(xlim=(x - side, x + side), ylim=(y + side, y - side))
 
 
 def gradients(scene: Scene) -> Figure:
@@ -253,17 +259,9 @@ def gradients(scene: Scene) -> Figure:
     titles = ("the step to the predicted box", "the step to the box of the next layer")
     for axes, values, title in zip(grid, pulls.transpose(2, 0, 1), titles, strict=True):
         axes.imshow(values, cmap=shade, vmin=0, vmax=pulls.max())
-        for i, j in np.ndindex(count, count):
-            text = f"{values[i, j]:.2g}" if values[i, j] else "0"
-            axes.text(
-                j,
-                i,
-                text,
-                ha="center",
-                va="center",
-                fontsize=8,
-                color="white" if values[i, j] > 0.5 * pulls.max() else SOFT if not values[i, j] else INK,
-            )
+        for (i, j), value in np.ndenumerate(values):
+            colour = "white" if value > 0.5 * pulls.max() else INK if value else SOFT
+            axes.text(j, i, f"{value:.2g}", ha="center", va="center", fontsize=8, color=colour)
         numbers = [str(i + 1) for i in range(count)]
         axes.set_xticks(range(count), numbers, fontsize=8, color=INK)
         axes.set_yticks(range(count), numbers, fontsize=8, color=INK)
