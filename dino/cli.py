@@ -31,8 +31,8 @@ class Verb(NamedTuple):
 VERBS = {
     "train": Verb("dino.d2.program", "train a recipe, on COCO-format files or a registered data set"),
     "eval": Verb("dino.report.program", "AP, curves, confusions and the worst images in one report.html"),
-    "explain": Verb("dino.explain.program", "pictures of what a checkpoint does with a training batch"),
     "check": Verb("dino.check.program", "look a data set over before training"),
+    "explain": Verb("dino.explain.program", "pictures of what a checkpoint does with a training batch"),
     "convert": Verb("dino.weights.program", "checkpoints of other DINO programs to and fro"),
     "env": Verb("dino.env", "what a bug report needs, and which attention operator runs"),
 }

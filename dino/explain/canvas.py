@@ -86,9 +86,10 @@ def add_boxes(axes: Axes, boxes: np.ndarray, colours: Iterable[str] | str, **loo
     """Outlines of boxes (K, 4), xyxy in pixels; one colour for all or one for each."""
     colours = [colours] * len(boxes) if isinstance(colours, str) else colours
     look = {"linewidth": 1.7, "fill": False} | look
-    halo = [patheffects.withStroke(linewidth=look["linewidth"] + 1.4, foreground=PAPER, alpha=0.8)]
+    halo = patheffects.withStroke(linewidth=look["linewidth"] + 1.4, foreground=PAPER, alpha=0.8)
+    look = {"path_effects": [halo]} | look
     for (x0, y0, x1, y1), colour in zip(boxes, colours, strict=True):
-        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, edgecolor=colour, path_effects=halo, **look))
+        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, edgecolor=colour, **look))
 
 
 def add_label(axes: Axes, x: float, y: float, text: str, colour: str = INK, **look: object) -> None:
@@ -119,4 +120,6 @@ def save(figure: Figure, path: Path) -> None:
     palette = Image.new("P", (1, 1))
     palette.putpalette(image.quantize(SHADES).getpalette()[: 3 * SHADES] + ACCENTS)
     small = image.quantize(palette=palette, dither=Image.Dither.NONE)
+    margin = 3 * small.getpixel((0, 0))  # Pillow takes a colour near to white for it
+    small.putpalette(small.getpalette()[:margin] + [255] * 3 + small.getpalette()[margin + 3 :])
     write_whole(path, lambda part: small.save(part, format="PNG", optimize=True))

@@ -109,12 +109,12 @@ def noise(denoising: ContrastiveDenoising) -> Figure:
     sides = (("positives", 0, POSITIVE), ("negatives", 1, NEGATIVE))
     for kind, first, colour in sides:
         xyxy = corners[first::2]
-        add_boxes(boxes, xyxy[:7].numpy(), colour, linewidth=1.1)
+        add_boxes(boxes, xyxy[:7].numpy(), colour, linewidth=1.1, path_effects=[])
         ends.scatter(xyxy[:, 0], xyxy[:, 1], s=5, color=colour, linewidth=0)
         upright = torch.cat([torch.minimum(xyxy[:, :2], xyxy[:, 2:]), torch.maximum(xyxy[:, :2], xyxy[:, 2:])], 1)
         overlaps.hist(box_iou(upright, true)[:, 0].numpy(), np.linspace(0, 1, 26), color=colour, alpha=0.75, label=kind)
     for axes in (boxes, ends):
-        add_boxes(axes, true.numpy(), INK, linewidth=2.2)
+        add_boxes(axes, true.numpy(), INK, linewidth=2.2, zorder=3)
         axes.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[], aspect="equal")
     half = np.array(EXAMPLE[2:]) / 2 * denoising.box_noise
     for reach in (1, 2):
@@ -146,7 +146,7 @@ def mask(scene: Scene) -> Figure:
     kinds = kinds_of(len(blocked), slots, half, len(noised.targets[b].labels))
     colours = np.array([to_rgb(colour) for colour in KINDS.values()])
     seen = np.where(blocked[..., None], to_rgb(BLOCKED), colours[kinds][None])  # (T+Q, T+Q, 3)
-    figure, ((whole, part),) = new_figure(10.5, 5.6, 1, 2)
+    figure, ((whole, part),) = new_figure(10.5, 6.0, 1, 2)
     whole.imshow(seen, interpolation="nearest")
     groups = f"{noised.num_groups} group{'s' if noised.num_groups > 1 else ''} of {2 * half}"
     middles = [slots / 2, (slots + len(blocked)) / 2]
@@ -197,9 +197,11 @@ def layers(scene: Scene) -> Figure:
         show_image(axes, scene.pixels, f"{name}, mean IoU {overlap:.2f}")
         add_boxes(axes, scene.corners(boxes), colours)
     scores = record.outputs.decoder.logits[-1, b, queries].sigmoid()
-    for (x0, y0, _, _), score, colour in zip(scene.corners(steps[-1]), scores, colours, strict=True):
-        place, text = (max(x0, 0) + 2, max(y0, 0) + 5), f"{scene.names[score.argmax()]} {score.max():.2f}"
-        add_label(grid.flat[len(steps) - 1], *place, text, colour, ha="left", fontsize=6.5)
+    for (x0, y0, x1, _), score, colour in zip(scene.corners(steps[-1]), scores, colours, strict=True):
+        at_right = x0 > 0.65 * scene.pixels.shape[1]  # where the text would leave the picture
+        x, side = (x1 - 1, "right") if at_right else (max(x0, 0) + 1, "left")
+        text = f"{scene.names[score.argmax()]} {score.max():.2f}"
+        add_label(grid.flat[len(steps) - 1], x, max(y0, 0) + 5, text, colour, ha=side, fontsize=6.5)
     show_image(grid.flat[len(steps)], scene.pixels, "the objects")
     add_boxes(grid.flat[len(steps)], scene.corners(truth), colours)
     for axes in grid.flat[len(steps) + 1 :]:

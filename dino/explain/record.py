@@ -127,6 +127,7 @@ def labels_of(content: Tensor, embedding: Tensor) -> Tensor:
     return labels.masked_fill((content == 0).all(-1), -1)
 
 
+@torch.enable_grad()
 def box_gradients(
     decoder: nn.Module,
     queries: Queries,
@@ -141,14 +142,11 @@ def box_gradients(
     from. Entries are Euclidean norms of the gradient of `loss_bbox` + `loss_giou` of layer i. The decoder runs once
     more; nothing is left in `.grad`.
     """
-    heads = {str(id(head)): head for head in decoder.box_heads}  # a shared one is watched once
     steps: list[Tensor] = []
-    handles = [
-        head.register_forward_hook(lambda module, inputs, output: steps.append(output)) for head in heads.values()
-    ]
+    heads = set(decoder.box_heads)  # a shared one is watched once
+    handles = [head.register_forward_hook(lambda _, inputs, output: steps.append(output)) for head in heads]
     try:
-        with torch.enable_grad():
-            _, predictions = decoder(queries, memory).split(queries.content.shape[1] - outputs.decoder.boxes.shape[2])
+        _, predictions = decoder(queries, memory).split(queries.content.shape[1] - outputs.decoder.boxes.shape[2])
     finally:
         for handle in handles:
             handle.remove()
