@@ -68,7 +68,7 @@ def new_figure(
 def show_image(axes: Axes, pixels: np.ndarray, title: str = "") -> None:
     """The image, pale, so that what is drawn over it stands out."""
     grey = pixels.mean(-1, keepdims=True)
-    pale = 0.42 + 0.58 * (0.6 * pixels + 0.4 * grey)
+    pale = 0.32 + 0.68 * (0.65 * pixels + 0.35 * grey)
     height, width = pixels.shape[:2]
     axes.imshow(pale, extent=(0, width, height, 0), interpolation="bilinear")
     axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])

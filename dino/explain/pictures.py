@@ -32,6 +32,7 @@ from .canvas import (
 )
 
 SHOWN_ANCHORS = 12  # the best ones; more can't be told apart
+MOST_NAMED = 12  # objects that are written on; beyond, the words would hide the image
 DRAWS = 400  # of noise around one box
 EXAMPLE = (0.5, 0.5, 0.3, 0.24)  # a box (cx, cy, w, h) from which no noise reaches the border of the image
 KINDS = {"positive": POSITIVE, "negative": NEGATIVE, "slot without object": EMPTY, "matching query": MATCHING}
@@ -45,7 +46,7 @@ def anchors(scene: Scene) -> Figure:
     centers = record.anchors[b, :, :2].numpy() * [width, height]
     shown = min(SHOWN_ANCHORS, len(centers))
     figure, ((places, boxes, starts),) = new_figure(10.5, 3.6, 1, 3)
-    show_image(places, scene.pixels, f"the {len(centers)} selected of {record.memory.features.shape[1]} tokens")
+    show_image(places, scene.pixels, f"the {len(centers)} selected of {(~record.memory.padding[b]).sum()} tokens")
     for level, colour in zip(range(len(record.memory.shapes)), LEVELS, strict=False):
         x, y = centers[levels == level].T
         places.scatter(x, y, s=14 * 1.7**level, color=colour, edgecolor="white", linewidth=0.6)
@@ -81,7 +82,7 @@ def denoising(scene: Scene) -> Figure:
     figure, ((left, middle, right),) = new_figure(10.5, 3.5, 1, 3)
     show_image(left, scene.pixels, f"{count} objects")
     add_boxes(left, truth, INK)
-    for (x0, y0, x1, y1), label in zip(truth, target.labels.tolist(), strict=True):
+    for (x0, y0, x1, y1), label in zip(truth, target.labels.tolist() if count <= MOST_NAMED else (), strict=False):
         add_label(left, (x0 + x1) / 2, (y0 + y1) / 2, scene.names[label])
     for axes, first, colour, kind in ((middle, 0, POSITIVE, "positives"), (right, half, NEGATIVE, "negatives")):
         chosen = slice(first, first + count)
@@ -197,7 +198,8 @@ def layers(scene: Scene) -> Figure:
         show_image(axes, scene.pixels, f"{name}, mean IoU {overlap:.2f}")
         add_boxes(axes, scene.corners(boxes), colours)
     scores = record.outputs.decoder.logits[-1, b, queries].sigmoid()
-    for (x0, y0, x1, _), score, colour in zip(scene.corners(steps[-1]), scores, colours, strict=True):
+    written = zip(scene.corners(steps[-1]), scores, colours, strict=True) if len(scores) <= MOST_NAMED else ()
+    for (x0, y0, x1, _), score, colour in written:
         at_right = x0 > 0.65 * scene.pixels.shape[1]  # where the text would leave the picture
         x, side = (x1 - 1, "right") if at_right else (max(x0, 0) + 1, "left")
         text = f"{scene.names[score.argmax()]} {score.max():.2f}"
