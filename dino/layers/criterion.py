@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .boxes import cxcywh_to_xyxy, generalized_iou, widened
 from .structures import Denoised, Outputs, Predictions, Target
+from .transfer import to_device
 
 
 class Matches(NamedTuple):
@@ -50,6 +51,7 @@ class SetCriterion(nn.Module):
         self.weights = {"ce": class_weight, "bbox": l1_weight, "giou": giou_weight}
         self.alpha = alpha
         self.gamma = gamma
+        self.average = average_over_workers  # replaced where a batch comes in parts
 
     def forward(self, outputs: Outputs, targets: list[Target]) -> dict[str, Tensor]:
         """Outputs and B targets -> named scalars in float32.
@@ -58,7 +60,7 @@ class SetCriterion(nn.Module):
             NonFiniteCostError: see `HungarianMatcher`; elsewhere NaN predictions make NaN losses.
         """
         noised = outputs.denoising.targets if outputs.denoising else []
-        num_boxes, num_noised = average_over_workers([count(targets), count(noised)], outputs.decoder.boxes.device)
+        num_boxes, num_noised = self.average([count(targets), count(noised)], outputs.decoder.boxes.device)
         names = [f"_{i}" for i in range(len(outputs.decoder.logits) - 1)]
         matched = Predictions(*(torch.cat(pair) for pair in zip(outputs.decoder, outputs.proposals, strict=True)))
         pairs = flatten_matches(self.matcher(matched, targets), targets, matched.boxes.device)
@@ -139,7 +141,7 @@ def flatten_matches(
         for n, images in enumerate(layers)
         for b, (query, target) in enumerate(images)
     ]
-    return Matches(*torch.from_numpy(np.concatenate(rows, 1)).to(device, torch.int64))
+    return Matches(*to_device(np.concatenate(rows, 1), device, torch.int64))
 
 
 def count(targets: list[Target]) -> int:
@@ -149,7 +151,7 @@ def count(targets: list[Target]) -> int:
 
 def average_over_workers(counts: list[int], device: torch.device) -> Tensor:
     """Mean of each count over all processes, at least 1 -> (len(counts),) float32; no transfer back to the host."""
-    total = torch.tensor(counts, dtype=torch.float32, device=device)
+    total = to_device(counts, device, torch.float32)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(total)
         total /= dist.get_world_size()

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .operator import autocast_dtype, cast_for_autocast, use_compiled
+from .transfer import to_device
 
 Shapes = list[tuple[int, int]]
 
@@ -143,5 +144,6 @@ class MultiScaleDeformableAttention(nn.Module):
     def sampling_locations(self, reference: Tensor, offsets: Tensor, shapes: Shapes) -> Tensor:
         """Offsets count cells around a point, or P-ths of a half side around a box -> (B, Q, M, L, P, 2)."""
         if reference.shape[-1] == 2:
-            return reference + offsets / offsets.new_tensor([(w, h) for h, w in shapes])[:, None]
+            sizes = to_device([(w, h) for h, w in shapes], offsets.device, offsets.dtype)  # (L, 2)
+            return reference + offsets / sizes[:, None]
         return reference[..., :2] + offsets / self.num_points * reference[..., 2:] * 0.5

@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .transfer import to_device
+
 
 class Target(NamedTuple):
     """The objects of one image."""
@@ -39,7 +41,7 @@ class Tokens(NamedTuple):
     @property
     def valid_ratios(self) -> Tensor:
         """(B, L, 2): the unpadded fraction of each level's width and height."""
-        return self.valid_sizes / self.valid_sizes.new_tensor([(w, h) for h, w in self.shapes])
+        return self.valid_sizes / to_device([(w, h) for h, w in self.shapes], self.valid_sizes.device, torch.float32)
 
 
 class Queries(NamedTuple):
