@@ -3,6 +3,7 @@
 # make test-slow  the long tests
 # make gpu RESULTS=folder  build, test and measure on a machine with a CUDA GPU; installs nothing
 # make soak       kill trainings at random moments and compare their ends with unbroken ones (about 15 minutes)
+# make pictures   train a small model and draw the pictures of docs/how_it_works.md and docs/method.md again
 # make lint       ruff
 # make clean      remove .venv, the compiled operator and caches; results in output/ stay
 
@@ -10,7 +11,7 @@ PYTHON ?= python3
 RUN = .venv/bin/python
 export PYTHON
 
-.PHONY: demo test test-slow gpu soak lint clean
+.PHONY: demo test test-slow gpu soak pictures lint clean
 
 demo:
 	@tools/setup_env.sh demo
@@ -30,6 +31,10 @@ gpu:
 soak:
 	@tools/setup_env.sh test
 	$(RUN) tools/soak.py --results $(or $(RESULTS),output/soak)
+
+pictures:
+	@tools/setup_env.sh demo
+	@$(RUN) tools/draw_pictures.py
 
 lint:
 	@tools/setup_env.sh test

@@ -19,7 +19,9 @@ from torchvision import tv_tensors
 
 from .files import DataError, resolve_inside
 from .images import read_image
+from .layers.boxes import xyxy_to_cxcywh
 from .layers.postprocess import Detections
+from .layers.structures import Target
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six of COCO's twelve
 
@@ -207,6 +209,21 @@ class CocoImages(Dataset):
         boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=image.shape[1:])
         image, objects = self.transforms(image, {"boxes": boxes, "labels": labels})
         return image, objects, entry
+
+
+def collate(samples: list[tuple]) -> tuple[torch.Tensor, torch.Tensor, list[Target], list[dict]]:
+    """Samples of `CocoImages`, transformed -> images (B, 3, H, W) zero-padded, padding (B, H, W), targets, entries."""
+    images = [image for image, _, _ in samples]
+    height, width = (max(i.shape[d] for i in images) for d in (1, 2))
+    batch = torch.zeros(len(images), 3, height, width)
+    padding = torch.ones(len(images), height, width, dtype=torch.bool)
+    targets = []
+    for b, (image, objects, _) in enumerate(samples):
+        h, w = image.shape[1:]
+        batch[b, :, :h, :w], padding[b, :h, :w] = image, False
+        boxes = xyxy_to_cxcywh(objects["boxes"].as_subclass(torch.Tensor)) / torch.tensor([w, h, w, h])
+        targets.append(Target(objects["labels"], boxes))
+    return batch, padding, targets, [entry for _, _, entry in samples]
 
 
 def with_areas(data: dict[str, Any]) -> dict[str, Any]:

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from dino.coco import CocoImages, evaluate, to_results
+from dino.coco import CocoImages, collate, evaluate, to_results
 from dino.files import DataError, free_name, message_of, write_whole
-from dino.layers import HungarianMatcher, NonFiniteCostError, SetCriterion, Target, detections, xyxy_to_cxcywh
+from dino.layers import HungarianMatcher, NonFiniteCostError, SetCriterion, Target, detections
 from dino.memory import keep_freed_memory
 from dino.rebuild import Preprocessing, build_network
 
@@ -61,21 +61,6 @@ def transforms(args, training):
     tensors = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
     resize = v2.Resize(args.size, max_size=2 * args.size)
     return v2.Compose([*flips[args.flips if training else "none"], resize, *clean, *tensors])
-
-
-def collate(samples):
-    """-> images (B, 3, H, W) zero-padded, padding (B, H, W), targets, entries of the annotation file."""
-    images = [image for image, _, _ in samples]
-    height, width = (max(i.shape[d] for i in images) for d in (1, 2))
-    batch = torch.zeros(len(images), 3, height, width)
-    padding = torch.ones(len(images), height, width, dtype=torch.bool)
-    targets = []
-    for b, (image, objects, _) in enumerate(samples):
-        h, w = image.shape[1:]
-        batch[b, :, :h, :w], padding[b, :h, :w] = image, False
-        boxes = xyxy_to_cxcywh(objects["boxes"].as_subclass(torch.Tensor)) / torch.tensor([w, h, w, h])
-        targets.append(Target(objects["labels"], boxes))
-    return batch, padding, targets, [entry for _, _, entry in samples]
 
 
 def autocast(args):

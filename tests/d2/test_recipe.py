@@ -119,6 +119,7 @@ def test_published_settings(r50):
     assert (len(network.encoder.layers), len(network.decoder.layers)) == (6, 6)
     assert network.query_selection.num_queries == 900
     assert network.denoising.num_denoising == 100
+    assert (network.denoising.label_noise, network.denoising.box_noise) == (0.5, 1.0)
     assert network.encoder.layers[0].feed_forward.linear1.out_features == 2048
     assert model.max_detections == 300
     assert cfg.dataloader.train.total_batch_size == 16

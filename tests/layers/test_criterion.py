@@ -173,6 +173,17 @@ def test_no_objects_at_all():
     assert not any(leaf.grad.any() for leaf in outputs.denoising.predictions)
 
 
+def test_negatives_have_no_box_loss():
+    """Only their class is trained; the boxes of positives all are."""
+    targets = random_targets(2, 2)
+    outputs = random_outputs(targets, num_groups=3)
+    sum(default_criterion()(outputs, targets).values()).backward()
+    logits, boxes = (x.grad.unflatten(2, (3, 2, 2)) for x in outputs.denoising.predictions)  # group, half, object
+    assert boxes[:, :, :, 0].any(-1).all()
+    assert not boxes[:, :, :, 1].any()
+    assert logits.all()
+
+
 def test_degenerate_boxes():
     targets = random_targets(2)
     targets[0].boxes[0, 2:] = 0

@@ -1,0 +1,161 @@
+"""What happens to one batch inside a DINO. Hooks look on: nothing in the network knows of this module."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dino.layers import MultiScaleDeformableAttention, NoisedQueries, Outputs, Queries, SetCriterion, Target, Tokens
+from dino.layers.structures import concatenate
+from dino.modeling import DINO
+
+CALLS = 2  # of a box head in its decoder layer: for the predicted box, then for the box that the next layer starts from
+
+
+class Samples(NamedTuple):
+    """Where one attention layer of the decoder looks."""
+
+    boxes: Tensor  # (B, T+Q, 4), the boxes around which it looks
+    locations: Tensor  # (B, T+Q, M, L, P, 2) as (x, y), fractions of the unpadded image
+    weights: Tensor  # (B, T+Q, M, L, P), one in sum for each head
+
+
+class Record(NamedTuple):
+    """All that is drawn of a batch; no tensor carries a gradient."""
+
+    memory: Tokens  # the encoder's result
+    tokens: Tensor  # (B, Q) int64, the selected ones, best first
+    scores: Tensor  # (B, Q) the highest class score of each of them, in [0, 1]
+    anchors: Tensor  # (B, Q, 4) the boxes that stand at these tokens before the network has said anything
+    queries: Queries  # what the selection made of them
+    noised: NoisedQueries
+    noised_labels: Tensor  # (B, T) int64, the classes whose embeddings the denoising queries carry; -1 without object
+    samples: list[Samples]  # of each decoder layer
+    outputs: Outputs
+    matches: list[tuple[Tensor, Tensor]]  # of each image: K queries of the last layer, and their objects
+    losses: dict[str, float]  # weighted, by name
+    gradients: Tensor  # (N, N, 2): layer of a loss, layer of a box head, see `box_gradients`
+
+
+def record(network: DINO, images: Tensor, padding: Tensor, targets: list[Target], criterion: SetCriterion) -> Record:
+    """Run a batch as in training, but in the mode (`train` or `eval`) in which the network is, and keep what happens.
+
+    Args:
+        network: any DINO whose queries are selected as by `QuerySelection`.
+        images, padding: as of `DINO.forward`.
+        targets: the objects of each image, at least one in all.
+        criterion: whose losses and matching are recorded.
+
+    Raises:
+        ValueError: there is no object in the batch, or denoising is switched off.
+    """
+    selection = network.query_selection
+    attentions = [layer.cross_attention for layer in network.decoder.layers]
+    watched = {"selection": selection, "classes": selection.class_head, "denoising": network.denoising}
+    with torch.no_grad(), watch(watched | {f"layer {i}": part for i, part in enumerate(attentions)}) as calls:
+        outputs = network(images, padding, targets)
+    (memory,), (queries, _) = calls["selection"][0]
+    _, noised = calls["denoising"][0]
+    if noised.num_groups == 0:
+        raise ValueError("nothing was noised: the batch has no objects, or num_denoising is 0")
+    with torch.no_grad():
+        logits = calls["classes"][0][1]  # (B, S, C)
+        anchors, usable = selection.anchors(memory)
+        tokens = selection.select(logits, usable, memory.padding)
+        samples = [look(a, *calls[f"layer {i}"][0][0], memory.valid_ratios) for i, a in enumerate(attentions)]
+        losses = {name: loss.item() for name, loss in criterion(outputs, targets).items()}
+        matches = criterion.matcher(type(outputs.decoder)(*(x[-1:] for x in outputs.decoder)), targets)[0]
+    return Record(
+        memory=memory,
+        tokens=tokens,
+        scores=logits.sigmoid().amax(-1).gather(1, tokens),
+        anchors=anchors.take_along_dim(tokens[..., None], 1).sigmoid(),
+        queries=queries,
+        noised=noised,
+        noised_labels=labels_of(noised.queries.content, network.denoising.label_embed.weight.detach()),
+        samples=samples,
+        outputs=outputs,
+        matches=[(torch.as_tensor(query), torch.as_tensor(target)) for query, target in matches],
+        losses=losses,
+        gradients=box_gradients(
+            network.decoder, concatenate(noised.queries, queries), memory, outputs, criterion, targets
+        ),
+    )
+
+
+@contextlib.contextmanager
+def watch(parts: dict[str, nn.Module]) -> Iterator[dict[str, list[tuple]]]:
+    """Keep (inputs, output) of every call of these modules, under their names."""
+    calls: dict[str, list[tuple]] = {name: [] for name in parts}
+
+    def keep(name: str):
+        return lambda module, inputs, output: calls[name].append((inputs, output))
+
+    handles = [part.register_forward_hook(keep(name)) for name, part in parts.items()]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def look(
+    attention: MultiScaleDeformableAttention,
+    query: Tensor,
+    reference: Tensor,
+    value: Tensor,
+    padding: Tensor,
+    shapes: list[tuple[int, int]],
+    valid_ratios: Tensor,
+) -> Samples:
+    """Where `attention` looks, given the arguments of its forward pass and the unpadded fractions (B, L, 2)."""
+    sizes = (*query.shape[:2], attention.num_heads, attention.num_levels, attention.num_points)  # (B, Q, M, L, P)
+    weights = attention.attention_weights(query).view(*sizes[:3], -1).softmax(-1).view(sizes)
+    offsets = attention.sampling_offsets(query).view(*sizes, 2).to(reference.dtype)
+    locations = attention.sampling_locations(reference[:, :, None, :, None], offsets, shapes)
+    boxes = reference[:, :, 0] / valid_ratios[:, None, 0].repeat(1, 1, 2)
+    return Samples(boxes, locations / valid_ratios[:, None, None, :, None], weights)
+
+
+def labels_of(content: Tensor, embedding: Tensor) -> Tensor:
+    """(B, T, E) contents of denoising queries and the (C, E) embeddings of classes -> (B, T) int64, -1 for zeros."""
+    labels = torch.cdist(content, embedding[None].to(content)).argmin(-1)
+    return labels.masked_fill((content == 0).all(-1), -1)
+
+
+@torch.enable_grad()
+def box_gradients(
+    decoder: nn.Module,
+    queries: Queries,
+    memory: Tokens,
+    outputs: Outputs,
+    criterion: SetCriterion,
+    targets: list[Target],
+) -> Tensor:
+    """How strongly the box losses of layer i pull at what the box head of layer j says -> (N, N, CALLS).
+
+    A head speaks twice in its layer: the step to the predicted box, and the step to the box that the next layer starts
+    from. Entries are Euclidean norms of the gradient of `loss_bbox` + `loss_giou` of layer i. The decoder runs once
+    more; nothing is left in `.grad`.
+    """
+    steps: list[Tensor] = []
+    heads = set(decoder.box_heads)  # a shared one is watched once
+    handles = [head.register_forward_hook(lambda _, inputs, output: steps.append(output)) for head in heads]
+    try:
+        _, predictions = decoder(queries, memory).split(queries.content.shape[1] - outputs.decoder.boxes.shape[2])
+    finally:
+        for handle in handles:
+            handle.remove()
+    losses = criterion(Outputs(predictions, outputs.proposals), targets)
+    layers = len(predictions.boxes)
+    rows = []
+    for i in range(layers):
+        suffix = f"_{i}" if i < layers - 1 else ""
+        loss = losses[f"loss_bbox{suffix}"] + losses[f"loss_giou{suffix}"]
+        pulls = torch.autograd.grad(loss, steps, retain_graph=True, allow_unused=True)
+        rows.append(torch.stack([loss.new_zeros(()) if pull is None else pull.norm() for pull in pulls]))
+    return torch.stack(rows).view(layers, layers, CALLS)
