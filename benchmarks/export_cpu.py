@@ -60,7 +60,8 @@ def quantised(content, calibration):
         made = {"weights": target.read_bytes()}
         for name, operators in (("convolutions", CONVOLUTION), ("all", [*CONVOLUTION, *MATRIX])):
             reader = Calibration(calibration)
-            options = {"per_channel": True, "weight_type": QuantType.QInt8, "activation_type": QuantType.QUInt8}
+            per_channel = operators == CONVOLUTION  # ONNX Runtime refuses to run some products with it
+            options = {"per_channel": per_channel, "weight_type": QuantType.QInt8, "activation_type": QuantType.QUInt8}
             options["nodes_to_exclude"] = products_of_activations(ready)
             quantize_static(ready, target, reader, op_types_to_quantize=operators, **options)
             made[name] = target.read_bytes()
