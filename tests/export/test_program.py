@@ -59,12 +59,12 @@ def test_from_the_checkpoint_to_onnx(checkpoint, tmp_path, capsys):
     data = write_coco(tmp_path / "data ü")
     output = tmp_path / "new folder/model.onnx"
     verify = ["--verify", data.images, "--verify-json", data.annotations]
-    assert export(checkpoint, output, *verify) == 0, capsys.readouterr().err
+    assert export(checkpoint, output, "--size", 96, 128, *verify) == 0, capsys.readouterr().err
     out = capsys.readouterr().out
     assert "compared on 4 images" in out
     assert "largest difference: boxes" in out
     assert "exported, difference +0.000" in out
-    assert "onnx, any batch and size, 3 classes" in out
+    assert "onnx, batch 1, 96 x 128, 3 classes" in out
     assert [p.name for p in output.parent.iterdir()] == ["model.onnx"]
 
 
