@@ -34,7 +34,7 @@ def explain(files, tmp_path, *words):
 def test_pictures_of_a_batch(files, tmp_path, capsys):
     """The default batch holds images with 2 and 3 objects, so that there are slots without object."""
     assert explain(files, tmp_path) == 0
-    assert capsys.readouterr().out == f"8 pictures written to {tmp_path / 'out'}\n"
+    assert capsys.readouterr().out == f"9 pictures written to {tmp_path / 'out'}\n"
     written = contents(tmp_path / "out")
     assert set(map(str, written)) == {f"{name}.png" for name in PICTURES}
     for name, content in written.items():
