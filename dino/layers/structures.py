@@ -41,7 +41,22 @@ class Tokens(NamedTuple):
     @property
     def valid_ratios(self) -> Tensor:
         """(B, L, 2): the unpadded fraction of each level's width and height."""
-        return self.valid_sizes / to_device([(w, h) for h, w in self.shapes], self.valid_sizes.device, torch.float32)
+        return self.valid_sizes / extents(self.shapes, self.valid_sizes)
+
+
+def extents(shapes: list[tuple[int, int]], like: torch.Tensor) -> torch.Tensor:
+    """L pairs (H, W) -> (L, 2), widths and heights as numbers of the dtype and on the device of `like`.
+
+    In an export they are made of single numbers, which the graph may leave open; those of a list would be fixed.
+    """
+    if torch.compiler.is_exporting():
+        return torch.stack([like.new_full((), side) for h, w in shapes for side in (w, h)]).view(-1, 2)
+    return to_device([(w, h) for h, w in shapes], like.device, like.dtype)
+
+
+def at_most(count: int, size: int) -> int:
+    """The smaller of the two; a graph that is exported for any size keeps the choice open."""
+    return min(count, size) if torch.jit.is_tracing() else torch.sym_min(count, size)
 
 
 class Queries(NamedTuple):
