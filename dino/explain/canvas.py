@@ -33,7 +33,7 @@ ACCENTS = [
     for channel in ImageColor.getrgb(colour)
 ]  # kept exactly, however little of a picture they cover
 DOTS_PER_INCH = 120
-SHADES = 160  # colours of a finished file beside those above
+SHADES = 192  # colours of a finished file beside those above
 
 
 class Scene(NamedTuple):

@@ -186,18 +186,35 @@ def layers(scene: Scene) -> Figure:
     """The queries that the last layer matches to the objects, from their initial boxes through all layers."""
     record, b = scene.record, scene.image
     queries, objects = record.matches[b]
+    found, start = record.outputs.decoder, record.queries.box_logits[b, queries].sigmoid()
+    return course(scene, objects, start, found.boxes[:, b, queries], found.logits[-1, b, queries].sigmoid())
+
+
+def denoised(scene: Scene) -> Figure:
+    """The positives of the first group, from their noised boxes through all layers."""
+    record, b = scene.record, scene.image
+    objects = torch.arange(len(record.noised.targets[b].labels))
+    if len(objects) < len(scene.target.labels):  # a choice was noised
+        scene = scene._replace(targets=record.noised.targets)
+    found, start = record.outputs.denoising.predictions, record.noised.queries.box_logits[b, objects].sigmoid()
+    return course(scene, objects, start, found.boxes[:, b, objects], found.logits[-1, b, objects].sigmoid())
+
+
+def course(
+    scene: Scene, objects: torch.Tensor, start: torch.Tensor, boxes: torch.Tensor, scores: torch.Tensor
+) -> Figure:
+    """K queries by layers, beside the objects (K,) that they are for; boxes (K, 4), (N, K, 4), scores (K, C)."""
     truth = scene.target.boxes[objects]
     colours = np.array(object_colours(len(scene.target.labels)))[objects.numpy()]
-    steps = [record.queries.box_logits[b, queries].sigmoid(), *record.outputs.decoder.boxes[:, b, queries]]
+    steps = [start, *boxes]
     columns = 4
     rows = -(-(len(steps) + 1) // columns)
     figure, grid = new_figure(10.5, rows * (0.3 + 2.55 * aspect(scene)), rows, columns)
-    for number, (axes, boxes) in enumerate(zip(grid.flat, steps, strict=False)):
-        overlap = box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(truth)).diagonal().mean().item()
+    for number, (axes, step) in enumerate(zip(grid.flat, steps, strict=False)):
+        overlap = box_iou(cxcywh_to_xyxy(step), cxcywh_to_xyxy(truth)).diagonal().mean().item()
         name = f"layer {number}" if number else "initial boxes"
         show_image(axes, scene.pixels, f"{name}, mean IoU {overlap:.2f}")
-        add_boxes(axes, scene.corners(boxes), colours)
-    scores = record.outputs.decoder.logits[-1, b, queries].sigmoid()
+        add_boxes(axes, scene.corners(step), colours)
     written = zip(scene.corners(steps[-1]), scores, colours, strict=True) if len(scores) <= MOST_NAMED else ()
     for (x0, y0, x1, _), score, colour in written:
         at_right = x0 > 0.65 * scene.pixels.shape[1]  # where the text would leave the picture
@@ -223,7 +240,7 @@ def sampling(scene: Scene) -> Figure:
     order = scene.target.boxes[objects, 2:].prod(1).argsort(descending=True)
     chosen = queries[order[torch.linspace(0, len(order) - 1, min(3, len(order))).round().long()]]
     slots = record.noised.queries.content.shape[1]  # they stand in front
-    figure, grid = new_figure(3.5 * len(chosen), 7.1, 2, len(chosen))
+    figure, grid = new_figure(3.2 * len(chosen), 6.5, 2, len(chosen))
     for row, layer in zip(grid, (0, len(record.samples) - 1), strict=True):
         for axes, query in zip(row, chosen.tolist(), strict=True):
             score, label = record.outputs.decoder.logits[-1, b, query].sigmoid().max(-1)
@@ -231,10 +248,9 @@ def sampling(scene: Scene) -> Figure:
             show_image(axes, scene.pixels, f"layer {layer + 1}, query {query} ({name})")
             add_samples(axes, scene, layer, slots + query)
     levels = {
-        f"level {i}, {h} x {w} cells": c
-        for (i, (h, w)), c in zip(enumerate(record.memory.shapes), LEVELS, strict=False)
+        f"level {i} ({h} x {w})": c for (i, (h, w)), c in zip(enumerate(record.memory.shapes), LEVELS, strict=False)
     }
-    add_legend(figure, {"box around which the layer looks": INK} | levels)
+    add_legend(figure, {"box it looks around": INK} | levels)
     return figure
 
 
@@ -246,8 +262,8 @@ def add_samples(axes: Axes, scene: Scene, layer: int, query: int) -> None:
     add_boxes(axes, np.array([[x0, y0, x1, y1]]), INK, linewidth=2)
     for level, colour in zip(range(weights.shape[1]), LEVELS, strict=False):
         x, y = (locations[:, level] * locations.new_tensor([width, height])).flatten(0, 1).T.numpy()
-        size = 150 * weights[:, level].flatten().numpy()
-        axes.scatter(x, y, s=size, color=colour, alpha=0.8, edgecolor="white", linewidth=0.5)
+        size = 5 + 150 * weights[:, level].flatten().numpy()
+        axes.scatter(x, y, s=size, color=colour, alpha=0.85, edgecolor="white", linewidth=0.25)
     side = min(max(0.95 * max(x1 - x0, y1 - y0), 0.22 * min(height, width)), 0.5 * min(height, width))
     x = np.clip((x0 + x1) / 2, side, width - side)  # the window stays inside the image
     y = np.clip((y0 + y1) / 2, side, height - side)
@@ -301,4 +317,4 @@ def losses(scene: Scene) -> Figure:
     return figure
 
 
-SCENES = {f.__name__: f for f in (anchors, denoising, mask, layers, sampling, gradients, losses)}
+SCENES = {f.__name__: f for f in (anchors, denoising, mask, layers, denoised, sampling, gradients, losses)}

@@ -28,7 +28,7 @@ def in_this_process(monkeypatch):
     return called
 
 
-def test_the_command_of_the_pages_at_small_size(in_this_process, tmp_path):
+def test_the_command_of_the_pages_at_small_size(in_this_process, tmp_path, monkeypatch):
     words = [f"--work={tmp_path / 'work'}", f"--output={tmp_path / 'pictures'}", "--images=21", "--epochs=0.2"]
     draw_pictures.main(words)
     assert in_this_process == ["tools/make_shapes.py", "tools/plain_train.py", "-m"]
@@ -37,5 +37,6 @@ def test_the_command_of_the_pages_at_small_size(in_this_process, tmp_path):
     for name in drawn:
         with Image.open(tmp_path / "pictures" / name) as new, Image.open(ROOT / "docs/pictures" / name) as shown:
             assert new.size == shown.size
+    monkeypatch.setattr(cli, "main", lambda words: 0)
     draw_pictures.main(words)
     assert in_this_process[3:] == ["-m"], "what is there is used again"
