@@ -2,6 +2,7 @@
 # make test       set up, then the ordinary tests (under 12 minutes on 2 cores)
 # make test-slow  the long tests
 # make gpu RESULTS=folder  build, test and measure on a machine with a CUDA GPU; installs nothing
+# make soak       kill trainings at random moments and compare their ends with unbroken ones (about 15 minutes)
 # make lint       ruff
 # make clean      remove .venv, the compiled operator and caches; results in output/ stay
 
@@ -9,7 +10,7 @@ PYTHON ?= python3
 RUN = .venv/bin/python
 export PYTHON
 
-.PHONY: demo test test-slow gpu lint clean
+.PHONY: demo test test-slow gpu soak lint clean
 
 demo:
 	@tools/setup_env.sh demo
@@ -25,6 +26,10 @@ test-slow:
 
 gpu:
 	@bash tools/gpu_suite.sh $(or $(RESULTS),output/gpu)
+
+soak:
+	@tools/setup_env.sh test
+	$(RUN) tools/soak.py --results $(or $(RESULTS),output/soak)
 
 lint:
 	@tools/setup_env.sh test

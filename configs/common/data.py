@@ -1,16 +1,17 @@
 """COCO with DETR's augmentation: flip, then resize, with an equal chance of a crop in between."""
 
 from detectron2.config import LazyCall as L
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data import build_detection_test_loader
 from detectron2.data import transforms as T
 from omegaconf import OmegaConf
 
 from dino.d2.data import Evaluator, OneOf, ShortSide, TestMapper, TrainMapper, dataset
+from dino.d2.sampler import TrainLoader
 
 SIZES = [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
 
 dataloader = OmegaConf.create()
-dataloader.train = L(build_detection_train_loader)(
+dataloader.train = L(TrainLoader)(
     dataset=L(dataset)(name="coco_2017_train"),
     mapper=L(TrainMapper)(
         augmentations=[
@@ -28,7 +29,7 @@ dataloader.train = L(build_detection_train_loader)(
         ]
     ),
     total_batch_size=16,
-    aspect_ratio_grouping=False,
+    repeat_threshold=0.0,  # e.g. 0.1: classes on less than a tenth of the images have theirs shown more often
     num_workers=4,
 )
 dataloader.test = L(build_detection_test_loader)(

@@ -11,4 +11,5 @@ optimizer = L(torch.optim.AdamW)(
     lr=1e-4,
     betas=(0.9, 0.999),
     weight_decay=1e-4,
+    fused=True,  # can leave out a step on the device where a gradient isn't finite
 )

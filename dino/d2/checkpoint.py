@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import zipfile
+from pathlib import Path
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -11,9 +14,11 @@ from detectron2.checkpoint import DetectionCheckpointer
 from dino.files import DataError, write_whole
 from dino.weights import MIN_BACKBONE, load_weights, read_content
 
+from .parallel import from_main, whole
 from .sources import check_pixels, local_file
 
 logger = logging.getLogger("detectron2.dino")
+NUMBERED = re.compile(r"model_\d{7,}\.pth")
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -43,14 +48,63 @@ class Checkpointer(DetectionCheckpointer):
         self.problems: list[str] = []  # tensors that it lacked or held in another shape, by the network's names
 
     def save(self, name: str, **kwargs) -> None:
-        """Write `name`.pth whole or not at all."""
-        if not self.save_dir or not self.save_to_disk:
-            return
-        path = os.path.join(self.save_dir, f"{name}.pth")
+        """Write `name`.pth, from which the run can continue; all processes must call it where the model is sharded."""
         parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
-        content = {"model": self.model.state_dict(), **parts, "names": self.names, "about": self.about, **kwargs}
-        write_whole(path, lambda part: torch.save(content, part))
-        self.tag_last_checkpoint(f"{name}.pth")
+        self.write(name, {**parts, **kwargs})
+        if self.save_dir and self.save_to_disk:
+            self.tag_last_checkpoint(f"{name}.pth")
+
+    def save_weights(self, name: str, **kwargs) -> None:
+        """Write `name`.pth without what a run needs to continue, and don't take it for the last checkpoint."""
+        self.write(name, kwargs)
+
+    def write(self, name: str, parts: dict) -> None:
+        """Write the model and `parts` as `name`.pth, whole or not at all."""
+        content = {"model": self.model.state_dict(), **parts, "names": self.names, "about": self.about}
+        content = whole(content)
+        if self.save_dir and self.save_to_disk:
+            write_whole(os.path.join(self.save_dir, f"{name}.pth"), lambda part: torch.save(content, part))
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Note which file to continue with."""
+        path = os.path.join(self.save_dir, "last_checkpoint")
+        write_whole(path, lambda part: part.write_text(last_filename_basename))
+
+    def newest_first(self) -> list[Path]:
+        """The files from which the run could continue; first the one that was noted."""
+        folder = Path(self.save_dir)
+        files = [
+            path for path in folder.glob("*.pth") if NUMBERED.fullmatch(path.name) or path.name == "model_final.pth"
+        ]
+        noted = Path(self.get_checkpoint_file() or folder)
+        return sorted(files, key=lambda path: (path == noted, path.stat().st_mtime), reverse=True)
+
+    def last_whole(self) -> str:
+        """The newest checkpoint that is whole, the same one on all processes; "" where there is none at all.
+
+        Raises:
+            DataError: all of them are damaged.
+        """
+        found, faults = "", []
+        if self.save_to_disk:
+            for path in self.newest_first():
+                fault = fault_of(path)
+                if not fault:
+                    found = str(path)
+                    break
+                faults.append(f"{path} {fault}")
+        found, faults = from_main((found, faults))
+        if faults and not found:
+            raise DataError(f"nothing to continue with: {'; '.join(faults)}. Start in another train.output_dir")
+        for fault in faults:
+            logger.warning(f"{fault}: the run continues from {found}")
+        return found
+
+    def keep(self, number: int) -> None:
+        """Remove all but the newest `number` of the numbered checkpoints, and what a kill left half written."""
+        files = sorted(path for path in Path(self.save_dir).glob("model_*.pth") if NUMBERED.fullmatch(path.name))
+        for path in [*files[:-number], *Path(self.save_dir).glob("*.pth.part")]:
+            path.unlink(missing_ok=True)
 
     def load(self, path: str, *args, **kwargs) -> dict:
         """Load a file, or what an address stands for, in any form that `dino.weights` knows.
@@ -85,7 +139,10 @@ class Checkpointer(DetectionCheckpointer):
         return extra
 
     def _load_file(self, filename: str) -> dict:
-        return read_content(filename)
+        content = read_content(filename)
+        if zipfile.is_zipfile(filename) and (fault := fault_of(filename)):  # torch reads altered numbers without a word
+            raise DataError(f"can't use the checkpoint {filename}: it {fault}")
+        return content
 
     def _load_model(self, checkpoint: dict) -> None:
         """Own running averages are left to who asked for the file; those of other programs are what they publish."""
@@ -96,6 +153,17 @@ class Checkpointer(DetectionCheckpointer):
             check_pixels(self.model)
         self.problems = report.problems
         checkpoint.pop("model", None)
+
+
+def fault_of(path: str | Path) -> str:
+    """What is wrong with a file in torch's format, "" for nothing: cut short, or altered since it was written."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return "was altered since it was written" if file.testzip() else ""
+    except zipfile.BadZipFile:
+        return "is cut short or no checkpoint"
+    except OSError as error:
+        return f"can't be read: {error}"
 
 
 def read_names(path: str) -> list[str]:

@@ -2,227 +2,249 @@
 
 from __future__ import annotations
 
-import datetime
 import logging
 import os
-import time
-from collections import Counter
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
 
 import torch
 from detectron2.config import LazyConfig, instantiate
-from detectron2.engine import SimpleTrainer, hooks
-from detectron2.engine.defaults import create_ddp_model
+from detectron2.engine import hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-from detectron2.utils.events import CommonMetricPrinter, JSONWriter, TensorboardXWriter, get_event_storage
+from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 from omegaconf import DictConfig, OmegaConf
-
-from dino.files import DataError
+from torch import nn
 
 from .checkpoint import Checkpointer
 from .data import load_dataset
 from .describe import describe
+from .ema import Ema
+from .evaluation import Evaluation
+from .hooks import AverageWeights, Checkpoints, ProgressBar, StopOnSignal
+from .memory import checkpoint_activations
+from .parallel import drop_shards, from_main, gather_shards, note_start, share, unwrapped
+from .pictures import MOST_IMAGES, FirstBatch, draw_predictions
 from .recipe import names_of, use_epochs
+from .sampler import seed_random
+from .summary import describe_run, summarise_data, summarise_plan
+from .trainer import EndOfTraining, Trainer
+from .writers import ConsoleWriter, WandbWriter, draw_curves, forget_metrics
 
 logger = logging.getLogger("detectron2.dino")
-# Detectron2 logs a traceback of whatever ends a training; faults of the data are told in one line by the program.
-logging.getLogger("detectron2.engine.train_loop").addFilter(
-    lambda record: not (record.exc_info and isinstance(record.exc_info[1], DataError | FloatingPointError))
-)
-
-
-class Trainer(SimpleTrainer):
-    """SimpleTrainer with autocast on any device, loss scaling for float16, and clipping of the gradient norm.
-
-    Args:
-        model, data_loader, optimizer: as of SimpleTrainer.
-        dtype: float32, bfloat16 or float16, of the forward pass.
-        clip_norm: largest L2 norm of all gradients together.
-        output_dir: where the batch goes that made the loss infinite or NaN.
-    """
-
-    def __init__(self, model, data_loader, optimizer, *, dtype: str, clip_norm: float, output_dir: str):
-        super().__init__(model, data_loader, optimizer)
-        self.device_type = next(model.parameters()).device.type
-        self.dtype = getattr(torch, dtype)
-        self.scaler = torch.amp.GradScaler(self.device_type, enabled=self.dtype == torch.float16)
-        self.clip_norm = clip_norm
-        self.output_dir = output_dir
-
-    def run_step(self) -> None:
-        """One iteration."""
-        start = time.perf_counter()
-        data = next(self._data_loader_iter)
-        data_time = time.perf_counter() - start
-        with torch.autocast(self.device_type, self.dtype, enabled=self.dtype != torch.float32):
-            losses = self.forward(data)
-        total = sum(losses.values())
-        if not torch.isfinite(total):
-            self.stop(data, f"losses {dict(Counter({k: v.item() for k, v in losses.items()}))}")
-        self.optimizer.zero_grad()
-        self.scaler.scale(total).backward()
-        self.after_backward()
-        self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
-        self._write_metrics(losses, data_time)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-
-    def forward(self, data: list[dict]) -> dict[str, torch.Tensor]:
-        """The losses of a batch; predictions that are NaN or infinite end the training."""
-        try:
-            return self.model(data)
-        except FloatingPointError as error:
-            self.stop(data, str(error))
-
-    def stop(self, data: list[dict], reason: str) -> None:
-        """Save the batch as plain tensors and raise a FloatingPointError that says where and why."""
-        path = os.path.join(self.output_dir, f"non_finite_batch_{self.iter}.pth")
-        batch = [
-            {
-                "file_name": str(x.get("file_name")),
-                "image": x["image"],
-                "boxes": x["instances"].gt_boxes.tensor,
-                "labels": x["instances"].gt_classes,
-            }
-            for x in data
-        ]
-        torch.save(batch, path)
-        names = ", ".join(x["file_name"] for x in batch)
-        raise FloatingPointError(
-            f"iteration {self.iter}: {reason}. Images: {names}. The batch is in {path}. Lower optimizer.lr, or look at "
-            "the boxes of these images"
-        )
-
-    def state_dict(self) -> dict:
-        """Adds the loss scale."""
-        return {**super().state_dict(), "scaler": self.scaler.state_dict()}
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Restores the loss scale too."""
-        super().load_state_dict(state_dict)
-        self.scaler.load_state_dict(state_dict["scaler"])
-
-
-class ConsoleWriter(CommonMetricPrinter):
-    """One short line: total loss and the three main terms. All 39 losses go to metrics.json and TensorBoard."""
-
-    def write(self) -> None:
-        """Print what the event storage holds."""
-        storage = get_event_storage()
-        latest = {name: history.median(self._window_size) for name, history in storage.histories().items()}
-        if storage.iter >= self._max_iter or not latest:
-            return
-        parts = [f"iter {storage.iter}/{self._max_iter}"]
-        parts += [f"{k} {latest[k]:.3f}" for k in ("total_loss", "loss_ce", "loss_bbox", "loss_giou") if k in latest]
-        parts += [f"{k} {latest[k]:.3f} s" for k in ("time", "data_time") if k in latest]
-        parts += [f"lr {latest['lr']:.2e}"] if "lr" in latest else []
-        if "time" in latest:
-            parts.append(f"eta {datetime.timedelta(seconds=int(latest['time'] * (self._max_iter - storage.iter - 1)))}")
-        if torch.cuda.is_available():
-            parts.append(f"memory {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
-        self.logger.info("  ".join(parts))
-
-
-def evaluate(cfg: DictConfig, model: torch.nn.Module) -> dict:
-    """AP of the model on the recipe's test data; also printed, and written to the evaluator's folder."""
-    loader = instantiate(cfg.dataloader.test)
-    result = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
-    if comm.is_main_process():
-        print_csv_format(result)
-    return result
 
 
 def train(cfg: DictConfig, resume: bool) -> dict:
     """Train the recipe to its end.
 
     Returns:
-        the metrics of the last evaluation.
+        the metrics of the last evaluation; those of averaged weights under "ema".
     """
+    use_determinism(cfg)
     images = instantiate(cfg.dataloader.train.dataset)
-    summarise(cfg, images)
+    summarise_data(cfg, images)
     use_epochs(cfg, len(images))
+    about = describe_run(images, cfg.train.seed)
     del images
-    LazyConfig.save(cfg, os.path.join(cfg.train.output_dir, "config.yaml"))
-    names = names_of(cfg.dataloader.train.dataset)
+    seed_random(cfg.train.seed)  # the same weights on all processes
     model = instantiate(cfg.model).to(cfg.train.device)
-    cfg.optimizer.params.model = model
-    optimizer = instantiate(cfg.optimizer)
-    loader = instantiate(cfg.dataloader.train)
-    load_dataset.cache_clear()  # the loader holds its own compact copy
-    on_gpu = str(cfg.train.device).startswith("cuda")
-    model = create_ddp_model(model, **cfg.train.ddp, **({} if on_gpu else {"device_ids": None}))
-    dtype = cfg.train.amp.dtype if cfg.train.amp.enabled else "float32"
-    trainer = Trainer(
-        model, loader, optimizer, dtype=dtype, clip_norm=cfg.train.clip_norm, output_dir=cfg.train.output_dir
-    )
+    names = names_of(cfg.dataloader.train.dataset)
     checkpointer = Checkpointer(
         model,
         cfg.train.output_dir,
         names=names,
-        about=describe(cfg),
+        about={**about, **describe(cfg)},
         min_backbone=cfg.train.min_backbone,
-        trainer=trainer,
     )
+    content = start_weights(cfg, checkpointer, resume)
+    trainer, ema = build_trainer(cfg, model, about)
+    if "trainer" in content:
+        trainer.load_state_dict(content["trainer"])
+        if ema and "ema" in content:
+            ema.load_state_dict(content["ema"])
+    for key, part in (("trainer", trainer), ("ema", ema)):
+        if part:
+            checkpointer.add_checkpointable(key, part)
+    start = trainer.iter + 1 if "trainer" in content else 0
+    if comm.is_main_process():
+        folder = Path(cfg.train.output_dir)
+        note_start(folder)
+        LazyConfig.save(cfg, str(folder / "config.yaml"))
+        checkpointer.about["recipe"] = (folder / "config.yaml").read_text()
+        forget_metrics(folder / "metrics.json", start)
     results: dict = {}
-    trainer.register_hooks(list_hooks(cfg, model, checkpointer, results))
-    if resume and not checkpointer.has_checkpoint():
-        logger.warning(f"nothing to resume in {cfg.train.output_dir}: starting at iteration 0")
-        resume = False
-    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
-    trainer.train(trainer.iter + 1 if resume else 0, cfg.train.max_iter)
+    trainer.register_hooks(list_hooks(cfg, trainer, checkpointer, ema, results))
+    try:
+        trainer.train(start, cfg.train.max_iter)
+    except EndOfTraining:
+        logger.info(f"the training ended after {trainer.iter + 1} of {cfg.train.max_iter} iterations")
+    finally:
+        if comm.is_main_process():
+            draw_curves(cfg.train.output_dir)
     return results
 
 
-def list_hooks(cfg: DictConfig, model: torch.nn.Module, checkpointer: Checkpointer, results: dict) -> list:
-    """Detectron2's hooks in the order in which they must run; the last evaluation is left in `results`."""
+def start_weights(cfg: DictConfig, checkpointer: Checkpointer, resume: bool) -> dict:
+    """Load what the training starts with into the model -> the other contents of a checkpoint to continue from."""
+    last = checkpointer.last_whole() if resume else ""
+    if resume and not last:
+        logger.warning(f"nothing to resume in {cfg.train.output_dir}: starting at iteration 0")
+    content = checkpointer.load(last or cfg.train.init_checkpoint, checkpointables=[])
+    fresh = checkpointer.problems
+    if last or cfg.train.init_checkpoint:
+        total = len(checkpointer.model.state_dict())
+        logger.info(f"{total - len(fresh)} of {total} tensors loaded; initialised afresh: {', '.join(fresh) or 'none'}")
+    return content if last else {}
+
+
+def build_trainer(cfg: DictConfig, model: nn.Module, about: dict) -> tuple[Trainer, Ema | None]:
+    """The trainer of a model that has its weights, and their average if the recipe wants it."""
+    checkpoint_activations(model, cfg.train.activation_checkpointing)
+    shared = share(model, cfg)
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    cfg.optimizer.params.pop("model")
+    summarise_plan(cfg, model, optimizer, about)
+    loader = instantiate(cfg.dataloader.train)
+    load_dataset.cache_clear()  # the loader holds its own compact copy
+    trainer = Trainer(
+        shared,
+        loader,
+        optimizer,
+        dtype=cfg.train.amp.dtype if cfg.train.amp.enabled else "float32",
+        clip_norm=cfg.train.clip_norm,
+        output_dir=cfg.train.output_dir,
+        seed=cfg.train.seed,
+        grad_accum_steps=cfg.train.grad_accum_steps,
+        log_period=cfg.train.log_period,
+        skip_non_finite=cfg.train.skip_non_finite,
+    )
+    return trainer, Ema(model, cfg.train.ema.decay) if cfg.train.ema.enabled else None
+
+
+def use_determinism(cfg: DictConfig) -> None:
+    """Settle the seed, the same for all processes, and choose deterministic kernels if the recipe wants them."""
+    if cfg.train.seed < 0:
+        cfg.train.seed = comm.shared_random_seed()
+    if cfg.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=True)  # a few kernels have no such form, docs name them
+
+
+def list_hooks(cfg: DictConfig, trainer: Trainer, checkpointer: Checkpointer, ema: Ema | None, results: dict) -> list:
+    """All hooks in the order in which they must run; the last evaluation is left in `results`."""
+    main = comm.is_main_process()
+    folder, names = cfg.train.output_dir, checkpointer.names
+    model = unwrapped(trainer.model)
 
     def run_evaluation() -> dict:
         results.clear()
-        results.update(evaluate(cfg, model) or {})
+        results.update(evaluate(cfg, model, ema))
+        picture = os.path.join(folder, "val_predictions.png")
+        if not from_main(os.path.exists(picture)):
+            show_predictions(cfg, model, names, picture)
+        if main:
+            draw_curves(folder)
         return results
 
-    writers = [
-        ConsoleWriter(cfg.train.max_iter),
-        JSONWriter(os.path.join(cfg.train.output_dir, "metrics.json")),
-        TensorboardXWriter(cfg.train.output_dir),
-    ]
-    main = comm.is_main_process()
+    writers = list_writers(cfg) if main else []
+    metrics = [writer for writer in writers if isinstance(writer, JSONWriter)]
+    checkpoints = Checkpoints(checkpointer, **cfg.train.checkpointer, writers=metrics)
     return [
         hooks.IterationTimer(),
         hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-        hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if main else None,
-        hooks.EvalHook(cfg.train.eval_period, run_evaluation),
+        AverageWeights(ema) if ema else None,
+        FirstBatch(os.path.join(folder, "train_batch.png"), names),
+        checkpoints,
+        Evaluation(cfg.train.eval_period, run_evaluation, checkpointer, ema, **cfg.train.best),
         hooks.PeriodicWriter(writers, period=cfg.train.log_period) if main else None,
+        ProgressBar() if main else None,
+        StopOnSignal(checkpoints),
     ]
 
 
-def summarise(cfg: DictConfig, images: list[dict]) -> None:
-    """Log what will be learned from, and warn where a limit of the recipe cuts something off."""
-    names = names_of(cfg.dataloader.train.dataset)
-    counts = Counter(names[o["category_id"]] for x in images for o in x["annotations"])
-    empty = sum(not x["annotations"] for x in images)
-    logger.info(f"{len(images)} training images, {empty} without objects (kept). Objects: {dict(counts.most_common())}")
-    fullest = max(images, key=lambda x: len(x["annotations"]), default=None)
-    if fullest is None:
-        raise DataError("the training data has no images")
-    limits = {
-        "queries": OmegaConf.select(cfg, "model.network.query_selection.num_queries"),
-        "denoising queries": OmegaConf.select(cfg, "model.network.denoising.num_denoising"),
-        "detections of COCO's AP": OmegaConf.select(cfg, "dataloader.evaluator.max_dets_per_image") or 100,
-    }
-    objects = len(fullest["annotations"])
-    for what, limit in limits.items():
-        if limit and objects > limit:
-            logger.warning(f"{fullest['file_name']} has {objects} objects, more than the {limit} {what} per image")
+def list_writers(cfg: DictConfig) -> list[EventWriter]:
+    """Console, metrics.json, TensorBoard, and Weights & Biases if the recipe wants it."""
+    folder, window = cfg.train.output_dir, max(1, cfg.train.log_period)
+    writers = [
+        ConsoleWriter(cfg.train.max_iter),
+        JSONWriter(os.path.join(folder, "metrics.json"), window),
+        TensorboardXWriter(folder, window),
+    ]
+    if cfg.train.wandb.enabled:
+        options = {key: value for key, value in cfg.train.wandb.items() if key != "enabled"}
+        writers.append(WandbWriter(folder, OmegaConf.to_container(cfg.train), **options))
+    return writers
+
+
+def evaluate(cfg: DictConfig, model: nn.Module, ema: Ema | None = None) -> dict:
+    """AP of the model on the recipe's test data, on the main process; also printed and written to a folder.
+
+    With `ema`, those of the averaged weights follow under the key "ema".
+    """
+    same_statistics(model)
+    gather_shards(model)
+    result = evaluate_weights(cfg, model, "weights as trained")
+    drop_shards(model)
+    if ema:
+        with ema.applied():
+            gather_shards(model)
+            averaged = evaluate_weights(cfg, model, "averaged weights", folder="averaged")
+            drop_shards(model)
+        result = {**result, **({"ema": averaged} if averaged else {})}
+    return result
+
+
+def evaluate_weights(cfg: DictConfig, model: nn.Module, kind: str, folder: str = "") -> dict:
+    """One evaluation of the weights that the model holds, written to `folder` of the evaluator's; {} but on the main
+    process.
+    """
+    logger.info(f"evaluating: {kind}")
+    evaluator = cfg.dataloader.evaluator.copy()
+    if evaluator.get("output_dir"):
+        evaluator.output_dir = os.path.join(cfg.dataloader.evaluator.output_dir, folder)
+    amp = cfg.train.amp
+    low = amp.enabled and amp.evaluation
+    with torch.autocast(torch.device(cfg.train.device).type, getattr(torch, amp.dtype)) if low else nullcontext():
+        result = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(evaluator))
+    if comm.is_main_process():
+        print_csv_format(result)
+    return result or {}
+
+
+def same_statistics(model: nn.Module) -> None:
+    """Give all processes the main one's buffers: running statistics follow each process's own images."""
+    if comm.get_world_size() > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
+def show_predictions(cfg: DictConfig, model: nn.Module, names: list[str], path: str) -> None:
+    """Draw what the model finds in the first evaluation images."""
+    mapper = instantiate(cfg.dataloader.test.mapper)
+    batch = [{**x, **mapper(x)} for x in islice(instantiate(cfg.dataloader.test.dataset), MOST_IMAGES)]
+    training = model.training
+    gather_shards(model)
+    draw_predictions(model.eval(), batch, names, path, threshold=0.3)
+    drop_shards(model)
+    model.train(training)
 
 
 def evaluate_checkpoint(cfg: DictConfig) -> dict:
-    """AP of `train.init_checkpoint`, every tensor of which must be there.
+    """AP of `train.init_checkpoint`, every tensor of which must be there; of its averaged weights too, if it has any.
 
     Raises:
         DataError: the file does not fit the recipe.
     """
     model = instantiate(cfg.model).to(cfg.train.device).eval()
-    Checkpointer(model, names=names_of(cfg.dataloader.test.dataset)).load_whole(cfg.train.init_checkpoint)
-    return evaluate(cfg, model)
+    checkpointer = Checkpointer(model, names=names_of(cfg.dataloader.test.dataset))
+    content = checkpointer.load_whole(cfg.train.init_checkpoint)
+    if content.get("weights"):
+        logger.info(f"{cfg.train.init_checkpoint} holds {content['weights']} weights")
+    ema = None
+    if "ema" in content:
+        ema = Ema(model, decay=0)
+        ema.load_state_dict(content["ema"])
+    return evaluate(cfg, model, ema)

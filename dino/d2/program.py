@@ -6,12 +6,11 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from detectron2.engine import default_setup
-from detectron2.engine import launch as detectron2_launch
 from torch.multiprocessing import ProcessRaisedException
 
 from dino.files import DataError
 
-from . import engine, recipe
+from . import engine, parallel, recipe
 
 EXAMPLES = """
 examples:
@@ -23,6 +22,8 @@ examples:
   evaluate (`dino eval` writes a page about it):
     %(prog)s --config-file dino_r50_4scale_12ep --eval-only \\
         train.init_checkpoint=output/model_final.pth
+  several machines, elastic: torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+        tools/lazyconfig_train_net.py --config-file dino_r50_4scale_12ep   (docs/scaling.md)
   continue: add --resume. Change anything: append key=value, for example optimizer.lr=5e-5 train.amp.enabled=True
 A recipe is named, or given as a file. It is a Python program: run only recipes that you trust.
 """
@@ -36,6 +37,7 @@ def work(args: argparse.Namespace) -> None:
     if args.eval_only:
         engine.evaluate_checkpoint(cfg)
     else:
+        recipe.scale_to_batch(cfg, args.opts)
         engine.train(cfg, args.resume)
 
 
@@ -43,17 +45,10 @@ def launch(function: Callable, args: argparse.Namespace) -> None:
     """Call `function(args)` in as many processes as the arguments ask for.
 
     Raises:
-        DataError: one of several processes failed; its last line is the message.
+        DataError: the arguments make no sense, or one of several processes failed; its last line is the message.
     """
     try:
-        detectron2_launch(
-            function,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
+        parallel.launch(function, args)
     except ProcessRaisedException as error:
         raise DataError(str(error).rstrip().splitlines()[-1]) from error
 

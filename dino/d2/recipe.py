@@ -12,16 +12,17 @@ from pathlib import Path
 import torch
 from detectron2.config import LazyCall, LazyConfig, instantiate
 from detectron2.engine import default_argument_parser
-from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 
 from dino.files import DataError, free_name
 from dino.recipes import find_recipe
 
 from .data import class_names, dataset
+from .parallel import from_main, restarted, started_by_same
 
 logger = logging.getLogger("detectron2.dino")
 
+BATCH = "dataloader.train.total_batch_size"
 NUM_CLASSES = "model.num_classes"  # the one place of a recipe that states it; the parts interpolate
 
 
@@ -50,6 +51,8 @@ def load_recipe(args: argparse.Namespace) -> DictConfig:
     cfg = LazyConfig.load(args.config_file)
     check_recipe(cfg, args.config_file)
     use_files(cfg, args)
+    if cfg.train.get("reference_batch") is None:
+        cfg.train.reference_batch = OmegaConf.select(cfg, BATCH)
     check_overrides(cfg, args.opts)
     cfg = LazyConfig.apply_overrides(cfg, args.opts)
     if not torch.cuda.is_available() and str(cfg.train.device).startswith("cuda"):
@@ -167,6 +170,8 @@ def use_epochs(cfg: DictConfig, num_images: int) -> None:
 def choose_output(cfg: DictConfig, args: argparse.Namespace) -> None:
     """Keep runs apart: an evaluation gets a folder of its own below `train.output_dir`, a new training a fresh one.
 
+    A training that torchrun or Slurm starts again continues (`args.resume`), if it was they who started it.
+
     Raises:
         DataError: the folder holds a run that is not to be resumed, or there is nothing to evaluate.
     """
@@ -174,6 +179,32 @@ def choose_output(cfg: DictConfig, args: argparse.Namespace) -> None:
     if args.eval_only:
         if not cfg.train.init_checkpoint:
             raise DataError("--eval-only needs weights: write train.init_checkpoint=PATH")
-        cfg.train.output_dir = comm.all_gather(str(free_name(folder / "evaluation")))[0]  # the same on all processes
-    elif not args.resume and any(folder.glob("*.pth")):
+        cfg.train.output_dir = from_main(str(free_name(folder / "evaluation")))
+        return
+    again = restarted() and started_by_same(folder)
+    args.resume, used = from_main((args.resume or again, any(folder.glob("*.pth"))))
+    if used and not args.resume:
         raise DataError(f"{folder} holds the checkpoints of a run: add --resume, or choose another train.output_dir")
+
+
+def scale_to_batch(cfg: DictConfig, overrides: list[str]) -> None:
+    """Adapt a recipe to a total batch other than `train.reference_batch`.
+
+    The learning rate is proportional to it, numbers of iterations are inversely so. Numbers stated on the command line
+    are taken as they stand.
+    """
+    batch, reference = OmegaConf.select(cfg, BATCH), cfg.train.reference_batch
+    if not batch or batch == reference:
+        return
+    stated = {override.split("=")[0] for override in overrides}
+    changes = []
+    if "optimizer.lr" not in stated and "lr" in cfg.optimizer:
+        changes.append(f"optimizer.lr {cfg.optimizer.lr:.2e} -> {cfg.optimizer.lr * batch / reference:.2e}")
+        cfg.optimizer.lr *= batch / reference
+    for key in ("train.max_iter", "train.eval_period", "train.checkpointer.period"):
+        value = OmegaConf.select(cfg, key)
+        if value and key not in stated:
+            OmegaConf.update(cfg, key, max(1, round(value * reference / batch)))
+            changes.append(f"{key} {value} -> {OmegaConf.select(cfg, key)}")
+    cfg.train.reference_batch = batch
+    logger.info(f"total batch {batch}, the recipe's is {reference}: {', '.join(changes) or 'nothing else changed'}")

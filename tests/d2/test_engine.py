@@ -107,25 +107,6 @@ def test_the_saved_recipe_evaluates_the_checkpoint(trained):
     assert found["bbox"]["AP"] == pytest.approx(results["bbox"]["AP"], nan_ok=True)
 
 
-def test_the_start_is_summarised(tmp_path, caplog):
-    cfg = tiny_recipe(tmp_path, "model.network.query_selection.num_queries=2", counts=(3, 0, 1))
-    cfg.model.network.denoising.num_denoising = 1
-    images = instantiate(cfg.dataloader.train.dataset)
-    with caplog.at_level(logging.INFO, "detectron2.dino"):
-        engine.summarise(cfg, images)
-    text = caplog.text
-    assert "3 training images, 1 without objects (kept)" in text
-    for limit in ("2 queries", "1 denoising queries"):
-        assert f"image_1.png has 3 objects, more than the {limit} per image" in text
-    assert "detections" not in text
-
-
-def test_data_without_images_is_refused(tmp_path):
-    cfg = tiny_recipe(tmp_path)
-    with pytest.raises(DataError, match="the training data has no images"):
-        engine.summarise(cfg, [])
-
-
 def test_training_without_any_object(tmp_path):
     cfg = tiny_recipe(tmp_path, "train.max_iter=1", "train.eval_period=0", counts=(0, 0))
     engine.train(cfg, resume=False)
@@ -153,37 +134,6 @@ def test_resume_continues_where_the_run_ended(tmp_path, caplog):
     assert [lr for *_, lr in done] == pytest.approx([2e-4, 2e-4, 2e-5])  # it falls for the last fifth of all five
     assert "nothing to resume" not in caplog.text
     assert read_plain(run_folder(cfg) / "model_final.pth")["iteration"] == 4
-
-
-def test_resume_equals_an_uninterrupted_run(tmp_path):
-    """Three iterations, the loss scale of float16 and AdamW's moments included, on a fixed stream of batches."""
-    batches = [[random_input(f"{n}.png")] for n in range(4)]
-
-    def make(folder):
-        torch.manual_seed(1)
-        trainer = small_trainer(folder, dtype="float16")
-        trainer.data_loader = batches
-        return trainer, Checkpointer(trainer.model, str(folder), names=NAMES, trainer=trainer)
-
-    def run(trainer, start, stop):
-        trainer._data_loader_iter_obj = iter(batches[start:])
-        with EventStorage(start) as trainer.storage:
-            for trainer.iter in range(start, stop):
-                torch.manual_seed(trainer.iter)
-                trainer.run_step()
-
-    whole, _ = make(tmp_path)
-    run(whole, 0, 4)
-    first, checkpointer = make(tmp_path)
-    run(first, 0, 2)
-    checkpointer.save("half", iteration=1)
-    second, checkpointer = make(tmp_path)
-    checkpointer.resume_or_load("", resume=True)
-    assert second.iter == 1
-    run(second, second.iter + 1, 4)
-    assert second.scaler.state_dict() == whole.scaler.state_dict()
-    for ours, theirs in zip(second.model.parameters(), whole.model.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 def test_resume_with_nothing_to_resume_says_so(tmp_path, caplog):
@@ -217,6 +167,30 @@ def test_the_forward_pass_is_under_autocast(tmp_path, dtype, expected):
         trainer.iter = 0
         trainer.run_step()
     assert seen == {expected}
+
+
+@pytest.mark.parametrize(("switch", "expected"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_evaluation_in_the_same_precision_by_a_switch(tmp_path, switch, expected):
+    cfg = tiny_recipe(tmp_path, "train.amp.enabled=True", f"train.amp.evaluation={switch}")
+    model = instantiate(cfg.model).eval()
+    seen = set()
+    model.network.decoder.layers[0].feed_forward.linear1.register_forward_hook(lambda *call: seen.add(call[2].dtype))
+    assert "AP" in engine.evaluate(cfg, model)["bbox"]
+    assert seen == {expected}
+
+
+def test_the_deterministic_switch(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *args, **options: asked.append((args, options)))
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    cfg = tiny_recipe(tmp_path, "train.seed=-1")
+    engine.use_determinism(cfg)
+    assert asked == []
+    assert cfg.train.seed >= 0  # drawn, and from now on known
+    cfg.train.deterministic = True
+    engine.use_determinism(cfg)
+    assert asked == [((True,), {"warn_only": True})]
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 def test_gradients_are_clipped(tmp_path):
@@ -291,18 +265,6 @@ def test_faults_are_told_without_a_traceback(caplog):
         with caplog.at_level(logging.ERROR), pytest.raises(type(error)):
             Failing(error).train(0, 1)
         assert ("Exception during training" in caplog.text) == logged
-
-
-def test_console_shows_one_short_line(tmp_path, caplog):
-    writer = engine.ConsoleWriter(max_iter=10)
-    with EventStorage(4) as storage, caplog.at_level(logging.INFO):
-        losses = {f"loss_{n}": 1.0 for n in ("ce", "bbox", "giou", "ce_dn_0")}
-        storage.put_scalars(total_loss=4.0, lr=1e-4, time=2.0, **losses)
-        writer.write()
-    line = caplog.records[-1].getMessage()
-    assert line.startswith("iter 4/10  total_loss 4.000  loss_ce 1.000  loss_bbox 1.000  loss_giou 1.000")
-    assert "loss_ce_dn_0" not in line
-    assert "lr 1.00e-04  eta 0:00:10" in line
 
 
 # Checkpoints

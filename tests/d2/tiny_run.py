@@ -1,0 +1,56 @@
+"""Trains the tiny recipe in a process of its own, which can be killed: `python -m tests.d2.tiny_run --folder F`.
+
+KILL_AT=rank:iteration in the environment kills that process with SIGKILL when it first comes to the iteration;
+INTERRUPT_AT sends SIGINT to its whole group, as a terminal does.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from dino.d2 import engine, recipe
+from dino.d2.parallel import launch
+from dino.d2.trainer import Trainer
+
+from .recipes import tiny_recipe
+
+
+class Mortal(Trainer):
+    """Dies, or is interrupted, where the environment says, once in the life of a folder."""
+
+    def run_step(self):
+        here = f"{comm.get_rank()}:{self.iter}"
+        mark = Path(self.guard.output_dir, "killed")
+        if here == os.environ.get("KILL_AT") and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if here == os.environ.get("INTERRUPT_AT"):
+            assert os.getpgrp() in (os.getpid(), os.getppid())  # else it would reach others
+            os.killpg(os.getpgrp(), signal.SIGINT)
+        super().run_step()
+
+
+def main(args):
+    """One process."""
+    cfg = tiny_recipe(Path(args.folder), *args.opts, counts=(2, 0, 3, 1, 2, 1))
+    recipe.choose_output(cfg, args)
+    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="detectron2")
+    engine.Trainer = Mortal
+    if args.eval_only:
+        engine.evaluate_checkpoint(cfg)
+    else:
+        engine.train(cfg, args.resume)
+
+
+if __name__ == "__main__":
+    parser = recipe.argument_parser("")
+    parser.add_argument("--folder", required=True)
+    arguments = parser.parse_args()
+    try:
+        launch(main, arguments)
+    except Exception as error:
+        sys.exit(f"error: {str(error).rstrip().splitlines()[-1]}")
