@@ -107,7 +107,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "demo": ["opencv-python-headless"],  # Detectron2's Visualizer needs it
+        "demo": ["opencv-python-headless"],  # video in `dino predict`, and Detectron2's Visualizer
         "timm": ["timm"],  # TimmBackbone, and Detectron2's ViT, MViTv2 and Swin
         "test": [
             "hypothesis",

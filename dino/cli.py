@@ -31,6 +31,7 @@ class Verb(NamedTuple):
 VERBS = {
     "train": Verb("dino.d2.program", "train a recipe, on COCO-format files or a registered data set"),
     "eval": Verb("dino.report.program", "AP, curves, confusions and the worst images in one report.html"),
+    "predict": Verb("dino.predict", "draw what a checkpoint finds in images, folders, videos or a webcam"),
     "check": Verb("dino.check.program", "look a data set over before training"),
     "convert": Verb("dino.weights.program", "checkpoints of other DINO programs to and fro"),
     "env": Verb("dino.env", "what a bug report needs, and which attention operator runs"),

@@ -1,7 +1,8 @@
-"""Reading image files: every mode becomes 8-bit RGB, and every failure names the file."""
+"""Reading image files: every mode becomes 8-bit RGB, and every failure names the file. Resizing as DETR does."""
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 
 import numpy as np
@@ -45,3 +46,39 @@ def full_scale(mode: str, largest: float) -> float:
     if mode.startswith("I;16") or largest > 255:
         return 255 / 65535
     return 255.0 if mode == "F" and largest <= 1 else 1.0
+
+
+def list_images(place: str | Path) -> list[Path]:
+    """The image files that `place` stands for: a file, those directly inside a folder, or the matches of a glob.
+
+    Raises:
+        DataError: there is no such file or folder, or no image in it.
+    """
+    path = Path(place)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found = list(path.iterdir())
+    elif glob.has_magic(str(place)):
+        found = [Path(name) for name in glob.glob(str(place), recursive=True)]
+    else:
+        raise DataError(f"input not found: {place}")
+    images = sorted(p for p in found if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    if not images:
+        where = f"in the folder {place}" if path.is_dir() else f"match {place}"
+        raise DataError(f"no images {where}; known endings: {' '.join(sorted(IMAGE_SUFFIXES))}")
+    return images
+
+
+def resized_size(height: int, width: int, short_side: int, max_size: int | None) -> tuple[int, int]:
+    """New (height, width) for a short side of `short_side` pixels and a long one of `max_size` at most.
+
+    Rounds as the official program does (torchvision's truncation), which differs from Detectron2's by a pixel.
+    """
+    short, long = min(height, width), max(height, width)
+    if max_size is not None and long / short * short_side > max_size:
+        short_side = max(1, round(max_size * short / long))
+    if short == short_side:
+        return height, width
+    other = max(1, int(short_side * long / short))
+    return (short_side, other) if height <= width else (other, short_side)

@@ -1,4 +1,4 @@
-"""Draw a model's detections on pictures with Detectron2's Visualizer."""
+"""Draw a model's detections, built from a recipe. For a checkpoint that carries its description: dino predict."""
 
 import argparse
 import sys
@@ -10,15 +10,14 @@ for message in (".*torch.jit.*is deprecated.*", ".*pkg_resources is deprecated.*
 
 import torch  # noqa: E402
 from detectron2.config import LazyConfig, instantiate  # noqa: E402
-from detectron2.data import Metadata  # noqa: E402
-from detectron2.utils.visualizer import Visualizer  # noqa: E402
-from PIL import Image  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 from dino.d2 import recipe  # noqa: E402
 from dino.d2.checkpoint import Checkpointer, read_names  # noqa: E402
-from dino.files import DataError, message_of, write_whole  # noqa: E402
-from dino.images import IMAGE_SUFFIXES, read_image  # noqa: E402
+from dino.d2.describe import describe  # noqa: E402
+from dino.files import DataError, message_of  # noqa: E402
+from dino.predict import plan, predict  # noqa: E402
+from dino.predictor import Predictor  # noqa: E402
+from dino.rebuild import Preprocessing  # noqa: E402
 
 EXAMPLE = """
 example:
@@ -34,31 +33,14 @@ def parse_arguments(argv=None):
     )
     parser.add_argument("--config-file", required=True, help="recipe (.py), or the config.yaml of a run")
     parser.add_argument("--weights", required=True, help="checkpoint of the same model")
-    parser.add_argument("--input", required=True, nargs="+", type=Path, help="images and folders of images")
+    parser.add_argument("--input", required=True, nargs="+", help="images, folders of images, videos")
     parser.add_argument("--output", required=True, type=Path, help="folder for the pictures")
     parser.add_argument("--threshold", type=float, default=0.4, help="lowest score that is drawn (default %(default)s)")
     parser.add_argument("opts", nargs="*", help="overrides of the recipe, key=value")
     return parser.parse_intermixed_args(argv)
 
 
-def list_images(inputs):
-    """Image files among the inputs and directly inside their folders."""
-    files = []
-    for path in inputs:
-        if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-            if not found:
-                raise DataError(f"no images in the folder {path}; known endings: {' '.join(sorted(IMAGE_SUFFIXES))}")
-            files += found
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise DataError(f"input not found: {path}")
-    return files
-
-
-def load_model(args):
-    """-> the detector with its weights, the mapper of its test data, and the names of its classes."""
+def make_predictor(args):
     if not Path(args.config_file).is_file():
         raise DataError(f"recipe not found: {args.config_file}")
     names = read_names(str(args.weights))
@@ -66,35 +48,16 @@ def load_model(args):
     recipe.check_overrides(cfg, args.opts)
     cfg = LazyConfig.apply_overrides(cfg, args.opts)
     cfg.model.num_classes = len(names)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = instantiate(cfg.model).to(device).eval()
+    model = instantiate(cfg.model).to("cuda" if torch.cuda.is_available() else "cpu").eval()
     Checkpointer(model, names=names).load_whole(str(args.weights))
-    return model, instantiate(cfg.dataloader.test.mapper), names
-
-
-def draw(model, mapper, names, path, threshold):
-    """A picture of the file's detections, as an RGB array."""
-    image = read_image(path)
-    height, width = image.shape[:2]
-    (result,) = model([mapper({"file_name": str(path), "height": height, "width": width})])
-    found = result["instances"].to("cpu")
-    metadata = Metadata(name="demo", thing_classes=names)
-    return Visualizer(image, metadata).draw_instance_predictions(found[found.scores >= threshold]).get_image()
+    preprocessing = Preprocessing(**describe(cfg)["preprocessing"])
+    return Predictor(model.network, names, preprocessing, score_thresh=args.threshold)
 
 
 def main(argv=None):
     args = parse_arguments(argv)
-    files = list_images(args.input)
-    targets = [args.output / f"{path.stem}.png" for path in files]
-    for path, target in zip(files, targets, strict=True):
-        if target.exists() or targets.count(target) > 1:
-            raise DataError(f"{path}: {target} is taken. Choose another --output")
-    model, mapper, names = load_model(args)
-    args.output.mkdir(parents=True, exist_ok=True)
-    for path, target in zip(tqdm(files, desc="draw", disable=None), targets, strict=True):
-        picture = Image.fromarray(draw(model, mapper, names, path, args.threshold))
-        write_whole(target, lambda part, picture=picture: picture.save(part, format="PNG"))
-    print(f"{len(files)} pictures written to {args.output}")
+    jobs = plan(args.input, args.output)
+    predict(make_predictor(args), jobs, args.output)
 
 
 if __name__ == "__main__":

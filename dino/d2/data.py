@@ -21,7 +21,7 @@ from PIL import Image
 
 from dino.coco import read_annotations, usable_box
 from dino.files import DataError
-from dino.images import read_image
+from dino.images import read_image, resized_size
 
 logger = logging.getLogger("detectron2.dino")
 
@@ -141,8 +141,6 @@ def sanitise(name: str, dicts: list[dict]) -> list[dict]:
 class ShortSide(T.Augmentation):
     """Resize so that the short side is one of `sizes`, unless that makes the long side exceed `max_size`.
 
-    Rounds as the official program does (torchvision's truncation), which differs from Detectron2's by a pixel.
-
     Args:
         sizes: lengths in pixels, one of which is drawn.
         max_size: bound of the long side in pixels; None for no bound.
@@ -156,19 +154,8 @@ class ShortSide(T.Augmentation):
     def get_transform(self, image: np.ndarray) -> T.Transform:
         """image (H, W, 3)."""
         height, width = image.shape[:2]
-        new = official_size(height, width, int(np.random.choice(self.sizes)), self.max_size)
+        new = resized_size(height, width, int(np.random.choice(self.sizes)), self.max_size)
         return T.ResizeTransform(height, width, *new, interp=Image.BILINEAR)
-
-
-def official_size(height: int, width: int, size: int, max_size: int | None) -> tuple[int, int]:
-    """New (height, width) for a short side of `size`, rounded as in the official program."""
-    short, long = min(height, width), max(height, width)
-    if max_size is not None and long / short * size > max_size:
-        size = round(max_size * short / long)
-    if short == size:
-        return height, width
-    other = max(1, int(size * long / short))
-    return (size, other) if height <= width else (other, size)
 
 
 class OneOf(T.Augmentation):

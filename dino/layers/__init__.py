@@ -7,7 +7,7 @@ from .denoising import ContrastiveDenoising, denoising_mask
 from .matcher import HungarianMatcher, NonFiniteCostError
 from .operator import deform_attn_implementation
 from .position_encoding import SinePositionEncoding
-from .postprocess import Detections, detections
+from .postprocess import Detections, detections, one_label_detections
 from .reweighting import Reweighting
 from .structures import Denoised, NoisedQueries, Outputs, Predictions, Queries, Target, Tokens
 
@@ -35,6 +35,7 @@ __all__ = [
     "detections",
     "generalized_iou",
     "inverse_sigmoid",
+    "one_label_detections",
     "refine",
     "xyxy_to_cxcywh",
 ]

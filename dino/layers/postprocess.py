@@ -1,8 +1,10 @@
 """From the last layer's predictions to the detections of one image."""
 
+import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .boxes import cxcywh_to_xyxy, widened
@@ -30,3 +32,10 @@ def detections(logits: Tensor, boxes: Tensor, image_size: tuple[int, int], max_d
     height, width = image_size
     boxes = cxcywh_to_xyxy(widened(boxes)[query])
     return Detections(boxes * boxes.new_tensor([width, height, width, height]), scores, pair % logits.shape[1])
+
+
+def one_label_detections(logits: Tensor, boxes: Tensor, image_size: tuple[int, int], max_detections: int) -> Detections:
+    """As `detections`, but every query counts with its best class alone, so that no box appears twice."""
+    best = F.one_hot(logits.argmax(-1), logits.shape[-1]).bool()  # (Q, C)
+    logits = widened(logits).masked_fill(~best, -math.inf)
+    return detections(logits, boxes, image_size, min(max_detections, len(logits)))

@@ -25,7 +25,7 @@ from dino.d2.data import (
     class_names,
     dataset,
     load_dataset,
-    official_size,
+    resized_size,
 )
 from dino.files import DataError
 
@@ -230,7 +230,7 @@ OFFICIAL_SIZES = [
 
 @pytest.mark.parametrize(("size", "short", "longest", "expected"), OFFICIAL_SIZES)
 def test_sizes_are_rounded_as_in_the_official_program(size, short, longest, expected):
-    assert official_size(*size, short, longest) == expected
+    assert resized_size(*size, short, longest) == expected
     transform = ShortSide([short], longest).get_transform(np.zeros((*size, 3), np.uint8))
     assert (transform.new_h, transform.new_w) == expected
 
