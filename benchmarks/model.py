@@ -290,7 +290,10 @@ def measure(case, names, options):
 
 
 def difference(case, ours, theirs):
-    """Of the loss, relative; or the largest of logits and boxes where both selected the same token, and their share."""
+    """Of the loss, relative; or the largest of logits and boxes where both selected the same token, and their share.
+
+    The loss of a training step differs by the programs' own draws of denoising noise.
+    """
     (mine, my_tokens), (other, other_tokens) = ours, theirs
     if case.work != "inference":
         return {"loss": abs(mine.item() - other.item()) / abs(other.item())}

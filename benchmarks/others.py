@@ -36,7 +36,7 @@ def official(folder: Path, device: torch.device) -> Contender:
     sys.path.insert(0, str(folder))
     replace_extension(device)
     if device.type == "cpu":
-        Tensor.cuda = lambda self: self  # the criterion moves what it makes to a GPU in any case
+        stay_on_cpu()
     args = {"device": str(device), "backbone_dir": None, **config_of(folder / "config/DINO/DINO_4scale.py")}
     build = importlib.import_module("models.dino.dino").build_dino
     with random_backbone():
@@ -74,6 +74,16 @@ def official_outputs(outputs: Outputs) -> dict:
     noised["output_known_lbs_bboxes"] = layers(outputs.denoising.predictions)
     (interm,) = [{"pred_logits": x, "pred_boxes": y} for x, y in zip(*outputs.proposals, strict=True)]
     return {**layers(outputs.decoder), "interm_outputs": interm, "dn_meta": noised}
+
+
+def stay_on_cpu() -> None:
+    """The official program moves some of what it makes to a GPU in any case."""
+    move = Tensor.to
+
+    def to(self, *args, **kwargs):
+        return self if args == ("cuda",) else move(self, *args, **kwargs)
+
+    Tensor.to, Tensor.cuda = to, lambda self: self
 
 
 @contextmanager

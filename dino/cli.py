@@ -70,7 +70,7 @@ def guard(run: Callable[[], int | None]) -> int:
     """Call a program. Returns its exit code, or that of an error, which is told in one line."""
     try:
         return run() or 0
-    except (DataError, FloatingPointError, MemoryError, OSError) as error:  # OSError: a full disk, not our folder
+    except (DataError, FloatingPointError, OSError) as error:  # OSError: a full disk, a folder that is not ours
         print(f"error: {message_of(error)}", file=sys.stderr)
         return 1
     except ImportError as error:  # Detectron2 is missing, or a library of an extra

@@ -16,11 +16,10 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 
 from dino.files import DataError
 from dino.layers.criterion import average_over_workers
+from dino.modeling.blocks import find_blocks
 
-from .parallel import blocks
 
-
-class OutOfMemory(MemoryError):
+class OutOfMemory(RuntimeError):
     """A step needs more memory than there is."""
 
 
@@ -35,14 +34,14 @@ def checkpoint_activations(model: nn.Module, parts: Sequence[str]) -> None:
     """
     network = model.network
     known = {
-        "backbone": blocks(network.neck.backbone),
-        "encoder": list(network.encoder.layers),
-        "decoder": list(network.decoder.layers),
+        "backbone": lambda: find_blocks(network.neck.backbone).values(),
+        "encoder": lambda: network.encoder.layers,
+        "decoder": lambda: network.decoder.layers,
     }
     unknown = [part for part in parts if part not in known]
     if unknown:
         raise DataError(f"train.activation_checkpointing: {unknown} is unknown, choose from {list(known)}")
-    chosen = {block for part in parts for block in known[part]}
+    chosen = {block for part in parts for block in known[part]()}
     if chosen:
         wrap = partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.NO_REENTRANT)
         apply_activation_checkpointing(model, checkpoint_wrapper_fn=wrap, check_fn=chosen.__contains__)

@@ -7,7 +7,7 @@ import os
 import platform
 import signal
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 from dino.files import DataError, write_whole
+from dino.modeling.blocks import find_blocks
 
 logger = logging.getLogger("detectron2.dino")
 STARTER = "started_by"  # file in the folder of a run
@@ -104,22 +105,14 @@ def share(model: nn.Module, cfg: DictConfig) -> nn.Module:
     device = torch.device(cfg.train.device).type
     if cfg.train.parallel == "ddp":
         return create_ddp_model(model, **cfg.train.ddp, **({} if device == "cuda" else {"device_ids": None}))
+    model.to(memory_format=torch.contiguous_format)  # FSDP2 can't shard channels-last weights
     mesh = init_device_mesh(device, (comm.get_world_size(),))
-    for block in [*model.network.encoder.layers, *model.network.decoder.layers, *blocks(model.network.neck.backbone)]:
-        fully_shard(block, mesh=mesh)
+    with suppress(ValueError):  # of a backbone without known blocks, which is then sharded with the rest
+        for block in find_blocks(model.network.neck.backbone).values():
+            fully_shard(block, mesh=mesh)
+    for layer in [*model.network.encoder.layers, *model.network.decoder.layers]:
+        fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
-
-
-def blocks(module: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a backbone: elements of its lists of modules that hold no further list."""
-    found = []
-    for child in module.children():
-        listed = isinstance(module, nn.ModuleList | nn.Sequential)
-        if listed and not any(isinstance(x, nn.ModuleList) for x in child.modules()):
-            found += [child] if next(child.parameters(), None) is not None else []
-        else:
-            found += blocks(child)
-    return found
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ from torch.multiprocessing import ProcessRaisedException
 from dino.files import DataError
 
 from . import engine, parallel, recipe
+from .memory import OutOfMemory
 
 EXAMPLES = """
 examples:
@@ -22,8 +23,7 @@ examples:
   evaluate (`dino eval` writes a page about it):
     %(prog)s --config-file dino_r50_4scale_12ep --eval-only \\
         train.init_checkpoint=output/model_final.pth
-  several machines, elastic: torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
-        tools/lazyconfig_train_net.py --config-file dino_r50_4scale_12ep   (docs/scaling.md)
+  several machines, elastic: docs/scaling.md has the lines
   continue: add --resume. Change anything: append key=value, for example optimizer.lr=5e-5 train.amp.enabled=True
 A recipe is named, or given as a file. It is a Python program: run only recipes that you trust.
 """
@@ -45,10 +45,12 @@ def launch(function: Callable, args: argparse.Namespace) -> None:
     """Call `function(args)` in as many processes as the arguments ask for.
 
     Raises:
-        DataError: the arguments make no sense, or one of several processes failed; its last line is the message.
+        DataError: memory ran out, or one of several processes failed; its last line is the message.
     """
     try:
         parallel.launch(function, args)
+    except OutOfMemory as error:
+        raise DataError(str(error)) from error
     except ProcessRaisedException as error:
         raise DataError(str(error).rstrip().splitlines()[-1]) from error
 

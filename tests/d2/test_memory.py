@@ -4,10 +4,8 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import torch
 from detectron2.config import LazyConfig, instantiate
-from torch import nn
 
 from dino.d2.memory import OutOfMemory, advice, checkpoint_activations
-from dino.d2.parallel import blocks
 from dino.files import DataError
 from dino.layers.structures import Target
 
@@ -59,14 +57,6 @@ def test_gradients_stay_the_same(resnet, part):
 def test_unknown_parts_are_refused():
     with pytest.raises(DataError, match=r"activation_checkpointing: \['neck'\] is unknown, choose from \['backbone'"):
         checkpoint_activations(tiny_detector(), ["neck"])
-
-
-def test_blocks_of_backbones(resnet):
-    backbone = instantiate(resnet.model.network.neck.backbone)
-    assert [len(getattr(backbone, f"res{n}")) for n in (2, 3, 4, 5)] == [2, 2, 2, 2]
-    assert len(blocks(backbone)) == 8
-    nested = nn.ModuleList([nn.Sequential(nn.Linear(1, 1), nn.ReLU()), nn.ModuleList([nn.Linear(1, 1)])])
-    assert blocks(nested) == [nested[0], nested[1][0]]
 
 
 @pytest.mark.parametrize(
