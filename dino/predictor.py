@@ -109,7 +109,8 @@ class Predictor:
         self.names = list(names)
         self.preprocessing = preprocessing
         self.score_thresh = within("score_thresh", score_thresh, 0, 1)
-        self.max_detections = within("max_detections", max_detections or preprocessing.max_detections, 1)
+        number = preprocessing.max_detections if max_detections is None else max_detections
+        self.max_detections = within("max_detections", number, 1)
         self.nms = None if nms is None else within("nms", nms, 0, 1)
         self.select = select
         self.tile = None if tile is None else within("tile", tile, 32)
