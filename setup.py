@@ -107,10 +107,14 @@ setup(
         "tqdm",
     ],
     extras_require={
+        "onnx": ["onnx", "onnxruntime", "onnxscript"],  # `dino export --format onnx`
         "demo": ["opencv-python-headless"],  # video in `dino predict`, and Detectron2's Visualizer
         "timm": ["timm"],  # TimmBackbone, and Detectron2's ViT, MViTv2 and Swin
         "test": [
             "hypothesis",
+            "onnx",
+            "onnxruntime",
+            "onnxscript",
             "opencv-python-headless",
             "pytest",
             "pytest-timeout",

@@ -33,6 +33,7 @@ VERBS = {
     "eval": Verb("dino.report.program", "AP, curves, confusions and the worst images in one report.html"),
     "predict": Verb("dino.predict", "draw what a checkpoint finds in images, folders, videos or a webcam"),
     "check": Verb("dino.check.program", "look a data set over before training"),
+    "export": Verb("dino.export.program", "a checkpoint as ONNX, TorchScript or a program of torch.export"),
     "convert": Verb("dino.weights.program", "checkpoints of other DINO programs to and fro"),
     "env": Verb("dino.env", "what a bug report needs, and which attention operator runs"),
 }

@@ -1,12 +1,14 @@
 """Multi-scale deformable attention: operator and module (Deformable DETR, arXiv 2010.04159, eq. 3)."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .operator import autocast_dtype, cast_for_autocast, use_compiled
+from .operator import autocast_dtype, cast_for_autocast, use_compiled, use_gather
+from .structures import extents
 
 Shapes = list[tuple[int, int]]
 
@@ -14,8 +16,8 @@ Shapes = list[tuple[int, int]]
 def deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum of bilinear samples of a feature pyramid, by the compiled operator where it is built.
 
-    The variable DINO_DEFORM_ATTN (auto, reference or compiled), read at each call outside compiled code, and the
-    context manager `deform_attn_implementation` choose. Autocast casts `value` and `weights`, never `locations`.
+    The variable DINO_DEFORM_ATTN (auto, reference, gather or compiled), read at each call outside compiled code, and
+    the context manager `deform_attn_implementation` choose. Autocast casts `value` and `weights`, never `locations`.
 
     Args:
         value: (B, S, M, D), float32, float64, float16 or bfloat16; levels concatenated, row after row inside a level.
@@ -36,7 +38,8 @@ def deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tenso
         return torch.ops.dino.deform_attn_forward(value, flat(shapes), locations, weights)
     dtype = autocast_dtype(value.device.type)
     value, weights = cast_for_autocast(value, dtype), cast_for_autocast(weights, dtype)
-    return deform_attn_reference(value, shapes, locations, weights)
+    form = deform_attn_gather if use_gather() else deform_attn_reference
+    return form(value, shapes, locations, weights)
 
 
 def flat(shapes: Shapes) -> list[int]:
@@ -62,6 +65,39 @@ def deform_attn_reference(value: Tensor, shapes: Shapes, locations: Tensor, weig
 
     Half types are widened to float32 inside. Arguments and result as in `deform_attn`.
     """
+    return sum_of_samples(value, shapes, locations, weights, grid_sample)
+
+
+def deform_attn_gather(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
+    """`deform_attn_reference` without `grid_sample`, for programs that get it wrong when they run an exported graph."""
+    return sum_of_samples(value, shapes, locations, weights, gather_samples)
+
+
+def grid_sample(image: Tensor, grid: Tensor) -> Tensor:
+    """image (N, D, H, W), grid (N, Q, P, 2) as (x, y) in [-1, 1] from edge to edge -> (N, D, Q, P)."""
+    return F.grid_sample(image, grid, align_corners=False)
+
+
+def gather_samples(image: Tensor, grid: Tensor) -> Tensor:
+    """`grid_sample` from look-ups by index and arithmetic alone."""
+    batch, dim, height, width = image.shape
+    size = extents([(height, width)], grid)  # (1, 2)
+    place = ((grid + 1) * size - 1) / 2  # in cells
+    cells = image.permute(0, 2, 3, 1).reshape(-1, dim)  # (N*H*W, D)
+    first = torch.arange(batch, device=grid.device)[:, None, None] * (height * width)  # cell of each image
+    result = image.new_zeros((*grid.shape[:3], dim))  # (N, Q, P, D)
+    for right, below in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        corner = place.floor() + torch.stack([place.new_full((), right), place.new_full((), below)])
+        share = (1 - (place - corner).abs()).prod(-1)  # (N, Q, P)
+        share = share * ((corner >= 0) & (corner < size)).all(-1)
+        x, y = corner.clamp(min=0).minimum(size - 1).long().unbind(-1)
+        found = cells.index_select(0, (first + y * width + x).flatten()).view(result.shape)
+        result = result + found * share[..., None]
+    return result.permute(0, 3, 1, 2)
+
+
+def sum_of_samples(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor, sample: Callable) -> Tensor:
+    """`deform_attn` from a function that samples one level of the pyramid, see `grid_sample`."""
     batch, _, heads, dim = value.shape
     queries = locations.shape[1]
     dtype = torch.promote_types(value.dtype, torch.float32)
@@ -71,7 +107,7 @@ def deform_attn_reference(value: Tensor, shapes: Shapes, locations: Tensor, weig
         result = value.new_zeros((batch * heads, dim, queries), dtype=dtype)
         for level, part in enumerate(value.to(dtype).split([h * w for h, w in shapes], 1)):
             image = part.permute(0, 2, 3, 1).reshape(batch * heads, dim, *shapes[level])  # (B*M, D, H, W)
-            samples = F.grid_sample(image, grids[:, :, level], align_corners=False)  # (B*M, D, Q, P)
+            samples = sample(image, grids[:, :, level])  # (B*M, D, Q, P)
             result = result + (samples * weights[:, None, :, level]).sum(-1)
     return result.view(batch, heads * dim, queries).transpose(1, 2).to(value.dtype)
 
@@ -143,5 +179,5 @@ class MultiScaleDeformableAttention(nn.Module):
     def sampling_locations(self, reference: Tensor, offsets: Tensor, shapes: Shapes) -> Tensor:
         """Offsets count cells around a point, or P-ths of a half side around a box -> (B, Q, M, L, P, 2)."""
         if reference.shape[-1] == 2:
-            return reference + offsets / offsets.new_tensor([(w, h) for h, w in shapes])[:, None]
+            return reference + offsets / extents(shapes, offsets)[:, None]
         return reference[..., :2] + offsets / self.num_points * reference[..., 2:] * 0.5

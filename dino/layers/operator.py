@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-CHOICES = ("auto", "reference", "compiled")
+CHOICES = ("auto", "reference", "gather", "compiled")
+PLAIN = ("reference", "gather")  # forms in plain PyTorch
 VARIABLE = "DINO_DEFORM_ATTN"
 FOLDER = Path(__file__).parent  # of the shared objects
 FILES = {"cpu": "_deform_attn_cpu.so", "cuda": "_deform_attn_cuda.so"}
@@ -43,8 +44,8 @@ def deform_attn_implementation(choice: str) -> Iterator[None]:
     """Choose the implementation of `deform_attn` for a block of code; wins over the variable DINO_DEFORM_ATTN.
 
     Args:
-        choice: "reference" is plain PyTorch. "compiled" insists on the compiled operator. "auto" takes it where it is
-            built and passes its self-test.
+        choice: "reference" is plain PyTorch; "gather" too, without `grid_sample`. "compiled" insists on the compiled
+            operator. "auto" takes it where it is built and passes its self-test.
 
     Raises:
         ValueError: another word.
@@ -76,7 +77,7 @@ def use_compiled(device: torch.device) -> bool:
         ValueError: DINO_DEFORM_ATTN holds an unknown word.
     """
     choice = requested()
-    if choice == "reference":
+    if choice in PLAIN:
         return False
     found = verdict(device)
     if found.usable:
@@ -87,6 +88,12 @@ def use_compiled(device: torch.device) -> bool:
         _warned.add(device)
         warnings.warn(f"deform_attn runs as plain PyTorch: {found.reason}", RuntimeWarning, stacklevel=3)
     return False
+
+
+@torch.compiler.assume_constant_result
+def use_gather() -> bool:
+    """Whether the plain form is to do without `grid_sample`. Compiled graphs keep the answer."""
+    return requested() == "gather"
 
 
 def verdict(device: torch.device) -> Verdict:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .boxes import cxcywh_to_xyxy, widened
+from .structures import at_most
 
 
 class Detections(NamedTuple):
@@ -26,12 +27,24 @@ def detections(logits: Tensor, boxes: Tensor, image_size: tuple[int, int], max_d
         image_size: height and width in pixels of the unpadded image that the boxes shall refer to.
         max_detections: K; less where there are fewer pairs.
     """
-    scores = widened(logits).sigmoid().flatten()  # (Q*C,)
-    scores, pair = scores.topk(min(max_detections, len(scores)))
-    query = torch.div(pair, logits.shape[1], rounding_mode="floor")
-    height, width = image_size
-    boxes = cxcywh_to_xyxy(widened(boxes)[query])
-    return Detections(boxes * boxes.new_tensor([width, height, width, height]), scores, pair % logits.shape[1])
+    sizes = torch.tensor([image_size], device=boxes.device)
+    return Detections(*(x[0] for x in batch_detections(logits[None], boxes[None], sizes, max_detections)))
+
+
+def batch_detections(logits: Tensor, boxes: Tensor, sizes: Tensor, max_detections: int) -> Detections:
+    """`detections` of all images of a batch: their tensors have B in front.
+
+    Args:
+        logits: (B, Q, C). boxes: (B, Q, 4) cxcywh in [0, 1].
+        sizes: (B, 2), height and width of each image in pixels.
+        max_detections: K.
+    """
+    scores = widened(logits).sigmoid().flatten(1)  # (B, Q*C)
+    scores, pair = scores.topk(at_most(max_detections, scores.shape[1]), dim=1)  # (B, K)
+    query = torch.div(pair, logits.shape[2], rounding_mode="floor")
+    boxes = cxcywh_to_xyxy(widened(boxes).gather(1, query[..., None].expand(-1, -1, 4)))
+    pixels = sizes.flip(1).repeat(1, 2)[:, None].to(boxes.dtype)  # (B, 1, 4)
+    return Detections(boxes * pixels, scores, pair % logits.shape[2])
 
 
 def one_label_detections(logits: Tensor, boxes: Tensor, image_size: tuple[int, int], max_detections: int) -> Detections:

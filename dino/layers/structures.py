@@ -39,7 +39,20 @@ class Tokens(NamedTuple):
     @property
     def valid_ratios(self) -> Tensor:
         """(B, L, 2): the unpadded fraction of each level's width and height."""
-        return self.valid_sizes / self.valid_sizes.new_tensor([(w, h) for h, w in self.shapes])
+        return self.valid_sizes / extents(self.shapes, self.valid_sizes)
+
+
+def extents(shapes: list[tuple[int, int]], like: torch.Tensor) -> torch.Tensor:
+    """L pairs (H, W) -> (L, 2), widths and heights as numbers of the dtype and on the device of `like`.
+
+    Made of single numbers, which an exported graph may leave open until it runs; those of a list would be fixed.
+    """
+    return torch.stack([like.new_full((), side) for h, w in shapes for side in (w, h)]).view(-1, 2)
+
+
+def at_most(count: int, size: int) -> int:
+    """The smaller of the two; a graph that is exported for any size keeps the choice open."""
+    return min(count, size) if torch.jit.is_tracing() else torch.sym_min(count, size)
 
 
 class Queries(NamedTuple):

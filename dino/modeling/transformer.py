@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dino.layers.boxes import refine, widened
 from dino.layers.deform_attn import MultiScaleDeformableAttention
 from dino.layers.position_encoding import encode_boxes
-from dino.layers.structures import Predictions, Queries, Tokens
+from dino.layers.structures import Predictions, Queries, Tokens, at_most
 
 FOCAL_PRIOR = -math.log((1 - 0.01) / 0.01)  # bias of class heads: every class starts at a probability of 1 %
 
@@ -135,6 +135,11 @@ class Encoder(nn.Module):
         return tokens._replace(features=x)
 
 
+def rows(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, S, ·), index (B, Q) -> (B, Q, ·). (`take_along_dim` does the same, but ties an exported graph to its B.)"""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
 class QuerySelection(nn.Module):
     """Mixed query selection (paper section 3.4): boxes come from the best tokens, contents are learned.
 
@@ -160,11 +165,11 @@ class QuerySelection(nn.Module):
         anchors, usable = self.anchors(memory)
         features = self.project(memory.features.masked_fill(~usable[..., None], 0))  # (B, S, E)
         logits = self.class_head(features)  # (B, S, C)
-        best = self.select(logits, usable, memory.padding)[..., None]  # (B, Q, 1)
-        delta = self.box_head(features.take_along_dim(best, 1))
-        box_logits = anchors.take_along_dim(best, 1) + widened(delta)  # (B, Q, 4)
-        proposals = Predictions(logits.take_along_dim(best, 1)[None], box_logits.sigmoid()[None])
-        content = self.content.weight[: best.shape[1]].expand(len(best), -1, -1)  # (B, Q, E)
+        best = self.select(logits, usable, memory.padding)  # (B, Q)
+        delta = self.box_head(rows(features, best))
+        box_logits = rows(anchors, best) + widened(delta)  # (B, Q, 4)
+        proposals = Predictions(rows(logits, best)[None], box_logits.sigmoid()[None])
+        content = self.content.weight[: best.shape[1]].expand(best.shape[0], -1, -1)  # (B, Q, E)
         return Queries(content, box_logits.detach()), proposals
 
     def select(self, logits: Tensor, usable: Tensor, padding: Tensor) -> Tensor:
@@ -175,7 +180,7 @@ class QuerySelection(nn.Module):
         """
         scores = widened(logits.detach()).amax(-1)  # (B, S)
         scores = scores.masked_fill(~usable, torch.finfo(scores.dtype).min).masked_fill(padding, -math.inf)
-        return scores.topk(min(self.num_queries, scores.shape[1]), dim=1).indices
+        return scores.topk(at_most(self.num_queries, scores.shape[1]), dim=1).indices
 
     def anchors(self, memory: Tokens) -> tuple[Tensor, Tensor]:
         """One box per token in logit space (B, S, 4), +inf where unusable; and whether it is usable (B, S).
@@ -186,7 +191,7 @@ class QuerySelection(nn.Module):
         sizes = [
             centers.new_full((h * w, 2), self.anchor_size * 2.0**level) for level, (h, w) in enumerate(memory.shapes)
         ]
-        boxes = torch.cat([centers, torch.cat(sizes).expand(len(centers), -1, -1)], -1)  # (B, S, 4)
+        boxes = torch.cat([centers, torch.cat(sizes).expand(centers.shape[0], -1, -1)], -1)  # (B, S, 4)
         usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1) & ~memory.padding
         return torch.log(boxes / (1 - boxes)).masked_fill(~usable[..., None], math.inf), usable
 

@@ -1,4 +1,4 @@
-"""The pages keep their promises: links lead somewhere, messages are those of the code, commands are those of the programs."""
+"""The pages keep their promises: links lead somewhere, messages and commands are those of the code."""
 
 import ast
 import re

@@ -3,11 +3,11 @@ import math
 import pytest
 import torch
 
-from dino.layers import MultiScaleDeformableAttention, deform_attn, deform_attn_reference
+from dino.layers import MultiScaleDeformableAttention, deform_attn, deform_attn_gather, deform_attn_reference
 
 SHAPES = [(4, 5), (3, 2), (1, 1)]
 TOKENS = sum(h * w for h, w in SHAPES)
-OPERATORS = [deform_attn, deform_attn_reference]
+OPERATORS = [deform_attn, deform_attn_reference, deform_attn_gather]
 
 
 def random_inputs(batch=2, queries=4, heads=2, dim=3, points=2, dtype=torch.float64):

@@ -1,0 +1,201 @@
+"""An exported program against the network it was made from, on real images."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torchvision.ops import box_iou
+from tqdm import tqdm
+
+from dino.coco import CocoImages, evaluate, to_results
+from dino.files import DataError
+from dino.images import IMAGE_SUFFIXES, read_image
+from dino.layers import Detections, detections
+
+from .formats import Run
+from .graph import Detector, Fixed, Prepared, prepare
+
+LOWEST_SCORE = 0.05  # of the detections that are compared; AP counts all
+SAME_IOU = 0.9  # above it, two boxes of a label are the same detection
+
+
+class Picture(NamedTuple):
+    """An image to be compared on."""
+
+    pixels: np.ndarray  # (H, W, 3) uint8 RGB
+    image_id: int | None  # in the annotations
+
+
+class Limits(NamedTuple):
+    """What a program may differ by."""
+
+    missing: float = 0.02  # share of detections without a partner: a tie in the selection of tokens moves one or two
+    box: float = 0.5  # pixels of the resized image
+    score: float = 0.01
+    ap: float = 0.001  # 0.1 points
+
+
+class Comparison(NamedTuple):
+    """What was found."""
+
+    images: int
+    detections: int  # of the network, with a score of at least `LOWEST_SCORE`
+    matched: int
+    box: float  # the largest difference of a coordinate, pixels of the resized image
+    score: float
+    ap: tuple[float, float] | None  # of the network and of the exported program
+
+    def __str__(self) -> str:
+        lines = [
+            f"compared on {self.images} images: {self.matched} of {self.detections} detections are the same",
+            f"largest difference: boxes {self.box:.3g} pixels, scores {self.score:.3g}",
+        ]
+        if self.ap:
+            network, exported = (100 * value for value in self.ap)
+            lines.append(
+                f"AP {network:.2f} of the network, {exported:.2f} exported, difference {exported - network:+.3f}"
+            )
+        return "\n".join(lines)
+
+    def faults(self, limits: Limits) -> list[str]:
+        """What lies above the limits; empty if all is well."""
+        found = []
+        if self.detections - self.matched > limits.missing * self.detections:
+            found.append(f"{self.detections - self.matched} of {self.detections} detections are missing or moved")
+        if self.box > limits.box:
+            found.append(f"boxes differ by up to {self.box:.3g} pixels, {limits.box:g} are allowed")
+        if self.score > limits.score:
+            found.append(f"scores differ by up to {self.score:.3g}, {limits.score:g} are allowed")
+        if self.ap and self.ap[0] - self.ap[1] > limits.ap:
+            found.append(f"AP falls by {100 * (self.ap[0] - self.ap[1]):.2f} points, {100 * limits.ap:g} are allowed")
+        return found
+
+
+def compare(
+    detector: Detector,
+    run: Run,
+    source: list[Path] | CocoImages,
+    *,
+    resize: dict[str, Any],
+    fixed: Fixed | None = None,
+) -> Comparison:
+    """Run the network in the usual way and the exported program on the same pixels.
+
+    Args:
+        detector: the network with its preprocessing, not the copy that was exported.
+        run: the exported program.
+        source: what to compare on, from `read_folder` or `read_data`; only the latter gives an AP.
+        resize: the rule, see `prepare`.
+        fixed: the only size that the program takes.
+
+    Raises:
+        DataError: no detection scores enough to be compared.
+    """
+    count = total = matched = 0
+    box = score = 0.0
+    results: tuple[list, list] = [], []
+    data = source if isinstance(source, CocoImages) else None
+    for picture in tqdm(pictures_of(source), desc="verify", total=len(source), disable=None):
+        inputs = prepare(picture.pixels, resize)
+        pair = run_network(detector, inputs), run_exported(run, inputs, fixed)
+        differences = match(*pair)
+        count, total, matched = count + 1, total + len(differences), matched + sum(d is not None for d in differences)
+        box = max([box, *(d[0] for d in differences if d)])
+        score = max([score, *(d[1] for d in differences if d)])
+        if data is not None:
+            for found, entries in zip(pair, results, strict=True):
+                scaled = to_original(found, inputs, picture.pixels.shape)
+                entries += to_results(scaled, picture.image_id, data.category_ids)
+    if not total:
+        raise DataError(f"nothing to compare: in {count} images nothing scores {LOWEST_SCORE} or more")
+    ap = tuple(evaluate(data.truth, entries, data.names)["AP"] for entries in results) if data is not None else None
+    return Comparison(count, total, matched, box, score, ap)
+
+
+@torch.no_grad()
+def run_network(detector: Detector, inputs: Prepared) -> Detections:
+    """The detections of the network itself, by the operator that runs by default."""
+    size = inputs.sizes[0].tolist()
+    predictions = detector.network(*detector.normalise(*map(torch.from_numpy, inputs))).decoder
+    return detections(predictions.logits[-1, 0], predictions.boxes[-1, 0], size, detector.max_detections)
+
+
+def run_exported(run: Run, inputs: Prepared, fixed: Fixed | None) -> Detections:
+    """The detections of an exported program, for the first image where it takes several at once."""
+    batch = fixed.batch if fixed else 1
+    found = run(*(np.repeat(x, batch, 0) for x in inputs))
+    return Detections(*(torch.from_numpy(np.array(x[0])) for x in found))
+
+
+def match(expected: Detections, found: Detections) -> list[tuple[float, float] | None]:
+    """For each expected detection of a sufficient score the differences of box and score, or None if it is missing."""
+    keep = expected.scores >= LOWEST_SCORE
+    boxes, scores, labels = (x[keep] for x in expected)
+    same = (box_iou(boxes, found.boxes) >= SAME_IOU) & (labels[:, None] == found.labels)  # (expected, found)
+    moved = (boxes[:, None] - found.boxes).abs().amax(-1)
+    changed = (scores[:, None] - found.scores).abs()
+    cost = (moved + 100 * changed).masked_fill(~same, 1e6)
+    pairs = dict(zip(*(x.tolist() for x in linear_sum_assignment(cost.numpy())), strict=True))
+    return [
+        (moved[i, j].item(), changed[i, j].item()) if (j := pairs.get(i)) is not None and same[i, j] else None
+        for i in range(len(boxes))
+    ]
+
+
+def to_original(found: Detections, inputs: Prepared, shape: Sequence[int]) -> Detections:
+    """Boxes in pixels of the image before it was resized, `shape` of which is (H, W, 3)."""
+    height, width = inputs.sizes[0]
+    x, y = shape[1] / width, shape[0] / height
+    return found._replace(boxes=found.boxes * torch.tensor([x, y, x, y], dtype=torch.float32))
+
+
+def read_folder(folder: Path, limit: int) -> list[Path]:
+    """The first `limit` image files in a folder and those below it.
+
+    Raises:
+        DataError: the folder is missing or holds no image.
+    """
+    if not folder.is_dir():
+        raise DataError(f"image folder not found: {folder}")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise DataError(f"no image in {folder} to verify with")
+    return paths[:limit]
+
+
+def read_data(annotations: Path, folder: Path, names: Sequence[str], limit: int) -> CocoImages:
+    """The first `limit` images of a data set, and their objects.
+
+    Raises:
+        DataError: see `read_annotations`; its classes are not those of the model, or it has no image.
+    """
+    data = CocoImages(annotations, folder, lambda image, objects: (image, objects))
+    if data.names != list(names):
+        raise DataError(f"{annotations} has the classes {data.names}, the model {list(names)}")
+    if not len(data):
+        raise DataError(f"no image in {annotations} to verify with")
+    data.images = data.images[:limit]
+    kept = {image["id"] for image in data.images}
+    content = data.truth.dataset
+    content["images"] = data.images
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
+    with contextlib.redirect_stdout(io.StringIO()):
+        data.truth.createIndex()
+    return data
+
+
+def pictures_of(source: list[Path] | CocoImages) -> Iterator[Picture]:
+    """Read one after the other."""
+    for index in range(len(source)):
+        if isinstance(source, CocoImages):
+            image, _, entry = source[index]
+            yield Picture(image.permute(1, 2, 0).numpy(), entry["id"])
+        else:
+            yield Picture(read_image(source[index]), None)
