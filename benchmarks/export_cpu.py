@@ -1,7 +1,7 @@
 """AP, time and size of an exported model on a CPU, in float32 and with 8-bit integers, in ONNX Runtime.
 
     python benchmarks/export_cpu.py model.pth --val-json val.json --val-images images \\
-        --train-json train.json --train-images images --output results.json
+        --train-json train.json --train-images images --size 240 320 --output results.json
 
 `network` is the network in PyTorch with the operator that runs by default, `grid` and `gather` are the two ONNX forms.
 The others quantise `grid` with ONNX Runtime's tools: `weights` its matrix products (weights beforehand, activations
@@ -31,7 +31,7 @@ from onnxruntime.quantization import (
 
 from dino.coco import evaluate, to_results
 from dino.export.formats import run_onnx, write
-from dino.export.graph import Detector, describe, prepare
+from dino.export.graph import Detector, Fixed, describe, prepare
 from dino.export.program import exportable
 from dino.export.verify import pictures_of, read_data, run_exported, run_network, to_original
 from dino.files import write_whole
@@ -96,6 +96,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--train-images", type=Path, required=True)
     parser.add_argument("--calibrate", type=int, default=32, help="number of these")
     parser.add_argument("--images", type=int, default=100, help="how many to evaluate on")
+    parser.add_argument("--size", nargs=2, type=int, required=True, help="height and width that images are fitted into")
     parser.add_argument("--output", type=Path, required=True)
     return parser.parse_args(argv)
 
@@ -103,17 +104,17 @@ def parse_arguments(argv=None):
 @torch.no_grad()
 def main(argv=None):
     args = parse_arguments(argv)
-    rebuilt = model_from_checkpoint(args.checkpoint)
-    about = describe(rebuilt.names, [0.5] * len(rebuilt.names), rebuilt.preprocessing, None)
+    rebuilt, fixed = model_from_checkpoint(args.checkpoint), Fixed(1, *args.size)
+    about = describe(rebuilt.names, [0.5] * len(rebuilt.names), rebuilt.preprocessing, fixed)
     source = read_data(args.val_json, args.val_images, rebuilt.names, args.images)
     training = read_data(args.train_json, args.train_images, rebuilt.names, args.calibrate)
     calibration = [prepare(picture.pixels, about["resize"]) for picture in pictures_of(training)]
-    files = {form: write("onnx", exportable(rebuilt), None, about, sampling=form) for form in ("grid", "gather")}
+    files = {form: write("onnx", exportable(rebuilt), fixed, about, sampling=form) for form in ("grid", "gather")}
     files |= quantised(files["grid"], calibration)
     detector = Detector(rebuilt.network, rebuilt.preprocessing).eval()
     runners = {"network": lambda inputs: run_network(detector, inputs)}
     for name, content in files.items():
-        runners[name] = functools.partial(run_exported, run_onnx(content), fixed=None)
+        runners[name] = functools.partial(run_exported, run_onnx(content), fixed=fixed)
     found = measure(runners, source, about["resize"])
     for name, content in files.items():
         found[name]["megabytes"] = len(content) / 1e6

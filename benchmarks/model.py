@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,13 +64,18 @@ class Case(NamedTuple):
         return f"{self.work} {self.height}x{self.width} batch {self.batch} boxes {self.boxes} {self.dtype}"
 
 
-CASES = [
+CPU_CASES = [
     Case("inference", 480, 640, 1, 0, "float32"),
     Case("inference", 800, 1066, 1, 0, "float32"),
     Case("inference", 800, 1066, 1, 0, "bfloat16"),
     Case("training", 480, 640, 1, 10, "float32"),
     Case("training", 480, 640, 2, 10, "float32"),
     Case("training", 480, 640, 2, 100, "float32"),
+    Case("criterion", 480, 640, 16, 20, "float32"),
+]
+CUDA_CASES = [
+    *(Case("inference", 800, 1333, 1, 0, dtype) for dtype in ("float32", "bfloat16")),
+    *(Case("training", 800, 1333, batch, 10, dtype) for batch in (2, 8) for dtype in ("float32", "bfloat16")),
     Case("criterion", 480, 640, 16, 20, "float32"),
 ]
 
@@ -204,6 +210,16 @@ def shares(contender, work, device):
     return {**seconds, "rest": total - sum(seconds.values())}
 
 
+def waits(work):
+    """How often the host waits for the GPU in one run, as PyTorch sees it."""
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        work()
+    torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(warning.message) for warning in found)
+
+
 class Selections(TorchFunctionMode):
     """Notes the indices of the tokens that a network selects as queries."""
 
@@ -241,6 +257,8 @@ def serve(case, name, options, device):
                 answer = shares(contender, work, device)
             elif request == "peak":
                 answer = peak_memory(work, device)[1]
+            elif request == "waits" and device.type == "cuda":
+                answer = waits(work)
             print(json.dumps(answer), flush=True)
 
 
@@ -282,7 +300,7 @@ def measure(case, names, options):
         wall, cpu = zip(*times[name], strict=True)
         row = {**case._asdict(), "contender": name}
         row |= {"seconds": statistics.median(wall), "best_seconds": min(wall), "cpu_seconds": statistics.median(cpu)}
-        row |= {"stages": worker.ask("stages"), "peak_bytes": worker.ask("peak")}
+        row |= {"stages": worker.ask("stages"), "peak_bytes": worker.ask("peak"), "waits": worker.ask("waits")}
         row["difference"] = difference(case, outputs[name], outputs[names[-1]])
         worker.close()
         rows.append(row)
@@ -330,7 +348,8 @@ def main():
     options = parse_arguments()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    cases = [c for c in CASES if re.search(options.cases, str(c)) and c.dtype in options.dtypes.split(",")]
+    cases = CPU_CASES if device.type == "cpu" else CUDA_CASES
+    cases = [c for c in cases if re.search(options.cases, str(c)) and c.dtype in options.dtypes.split(",")]
     if options.serve:
         serve(cases[0], options.serve, options, device)
     else:

@@ -1,4 +1,4 @@
-"""`python benchmarks/report.py`: tables and plots of docs/performance.md, from what benchmarks/deform_attn.py wrote."""
+"""`python benchmarks/report.py`: tables and plots of docs/performance.md, from what the other programs here wrote."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 PAGE = ROOT / "docs/performance.md"
 BEGIN, END = "<!-- begin: made by benchmarks/report.py -->", "<!-- end -->"
+BEGIN_MODEL, END_MODEL = "<!-- begin: the model, made by benchmarks/report.py -->", "<!-- end of the model -->"
 COLOURS = {"reference": "#9aa5b1", "compiled": "#2f6fb5", "fused": "#e08e2b", "public": "#5c9e5c"}
 HEADER = ["case", "pass", "contender", "time", "ratio", "processor time", "its ratio", "memory", "error"]
 
@@ -93,11 +94,61 @@ def section(path):
     )
 
 
+MODEL_HEADER = ["case", "program", "time", "ratio", "processor time", "its ratio", "peak memory", "difference"]
+
+
+def model_section(path):
+    """What the page says about one file of results of the whole model; ratios are to the slowest program's row."""
+    report = json.loads(path.read_text())
+    hardware = report["hardware"]
+    commit = report["commit"][:10] + (" with changes" if report["changed_since_commit"] else "")
+    device = hardware.get("gpu", hardware["cpu"])
+    rate = ", ".join(f"{dtype} {speed / 1e9:.0f} G" for dtype, speed in report["matrix_product"].items())
+    against = f"official program at {report['against'][:10]}" if report["against"] else "no other program was at hand"
+    lines = [MODEL_HEADER, ["---"] * len(MODEL_HEADER)]
+    for row in report["rows"]:
+        same = [r for r in report["rows"] if case_of(r) == case_of(row)]
+        lines.append(model_cells(row, same[-1]))
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return (
+        f"### R50, 4 scales: {device}, {hardware['threads']} of {hardware['cores']} threads\n\n"
+        f"{report['date']}, torch {report['versions']['torch']}, commit {commit}, "
+        f"{against}; medians of {report['rounds']} rounds; load of the machine before: {report['load_before'][0]:.1f}. "
+        f"Multiply-adds per second of a plain matrix product: "
+        f"{rate}.\n\n{table}\n"
+    )
+
+
+def case_of(row):
+    return tuple(row[name] for name in ("work", "height", "width", "batch", "boxes", "dtype"))
+
+
+def model_cells(row, other):
+    work, height, width, batch, boxes, dtype = case_of(row)
+    found = row["difference"] or {}
+    return [
+        f"{work} {height}x{width}, batch {batch}, {boxes} boxes, {dtype}",
+        row["contender"],
+        milliseconds(row["seconds"]),
+        f"{other['seconds'] / row['seconds']:.2f}",
+        milliseconds(row["cpu_seconds"]),
+        f"{other['cpu_seconds'] / row['cpu_seconds']:.2f}",
+        f"{row['peak_bytes'] / 2**20:.0f} MiB",
+        ", ".join(f"{name} {value:.2g}" for name, value in found.items()),
+    ]
+
+
+def replaced(page, begin, end, sections):
+    """The page with new sections between two marks."""
+    before, after = page.split(begin)[0], page.split(end)[1]
+    return "\n".join([f"{before}{begin}\n", *sections, f"{end}{after}"])
+
+
 def main():
     page = PAGE.read_text()
-    before, after = page.split(BEGIN)[0], page.split(END)[1]
-    sections = [section(path) for path in sorted(RESULTS.glob("deform_attn_*.json"))]
-    PAGE.write_text("\n".join([f"{before}{BEGIN}\n", *sections, f"{END}{after}"]))
+    page = replaced(page, BEGIN, END, [section(path) for path in sorted(RESULTS.glob("deform_attn_*.json"))])
+    models = [model_section(path) for path in sorted(RESULTS.glob("model_*.json"))]
+    PAGE.write_text(replaced(page, BEGIN_MODEL, END_MODEL, models))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmark of the operator and its report, on a pyramid of a few cells."""
+"""The benchmarks and their report, on small work."""
 
 import importlib.util
 import json
@@ -40,7 +40,8 @@ def test_benchmark_and_report(monkeypatch, tmp_path):
 
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(report, "PAGE", tmp_path / "performance.md")
-    report.PAGE.write_text(f"before\n{report.BEGIN}\nolder\n{report.END}\nafter\n")
+    marks = f"{report.BEGIN}\nolder\n{report.END}\nbetween\n{report.BEGIN_MODEL}\nolder\n{report.END_MODEL}"
+    report.PAGE.write_text(f"before\n{marks}\nafter\n")
     for _ in range(2):
         report.main()
     text = report.PAGE.read_text()
@@ -49,3 +50,55 @@ def test_benchmark_and_report(monkeypatch, tmp_path):
     assert text.count("| encoder, batch 1, float32 | forward |") == 3
     assert "not measured against one" in text
     assert (tmp_path / "deform_attn_cpu_1threads.svg").read_text().endswith("</svg>\n")
+
+
+def test_model_benchmark_and_report(monkeypatch, tmp_path):
+    """One worker for each program; the network is the full one, the image small."""
+    benchmark, report = program("model"), program("report")
+    cases = [benchmark.Case("inference", 480, 640, 1, 0, "float32")]
+    workers = []
+
+    class Worker:
+        """Serves in this process."""
+
+        def __init__(self, case, name, options):
+            workers.append(name)
+            self.name, self.case = name, case
+
+        def ask(self, request):
+            command, _, path = request.partition(" ")
+            if command == "output":
+                boxes = torch.full((1, 3, 4), 0.5 if self.name == "dino" else 0.25)
+                torch.save(
+                    [(torch.zeros(1, 3, 2), boxes), torch.tensor([[4, 5, 6 if self.name == "dino" else 7]])], path
+                )
+            return {"time": [2.0, 3.0], "stages": {"backbone": 1.0}, "peak": 2**30}.get(command)
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(benchmark, "CPU_CASES", cases)
+    monkeypatch.setattr(benchmark, "Worker", Worker)
+    monkeypatch.setattr(benchmark, "matrix_product", lambda dtype, device: 1e9)
+    monkeypatch.setattr("sys.argv", ["model.py", "--results", str(tmp_path), "--rounds", "2", "--threads", "1"])
+    benchmark.main()
+    rows = json.loads((tmp_path / "model_cpu_1threads.json").read_text())["rows"]
+    assert [row["contender"] for row in rows] == workers == ["dino", "reference"]
+    assert rows[0]["difference"] == {"logits": 0.0, "boxes": 0.25, "same_tokens": pytest.approx(2 / 3)}
+    assert "| inference 480x640, batch 1, 0 boxes, float32 | dino | 2000 ms | 1.00 |" in report.model_section(
+        tmp_path / "model_cpu_1threads.json"
+    )
+
+
+def test_the_work_of_the_model_benchmark():
+    benchmark = program("model")
+    case, device = benchmark.Case("criterion", 480, 640, 1, 2, "float32"), torch.device("cpu")
+    targets = benchmark.make_targets(case, device)
+    outputs = benchmark.make_outputs(case, targets, device)
+    assert [len(outputs.decoder.logits), outputs.denoising.predictions.boxes.shape[2]] == [6, 200]
+    criterion = benchmark.SetCriterion(matcher=benchmark.HungarianMatcher())
+    assert len(criterion(outputs, targets)) == 39
+    with benchmark.Selections() as selections:
+        torch.rand(1, 8).topk(3, dim=1)
+        torch.rand(1, 8).topk(2, dim=1)
+    assert selections.indices.shape == (1, 3)

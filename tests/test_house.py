@@ -87,6 +87,12 @@ def test_imports_without_detectron2():
     assert result.returncode == 0, result.stderr
 
 
+def test_the_network_needs_torch_only():
+    blocked = "sys.modules['torchvision'] = sys.modules['detectron2'] = sys.modules['timm'] = None"
+    result = run_python(f"import sys\n{blocked}\nimport dino.layers, dino.modeling")
+    assert result.returncode == 0, result.stderr
+
+
 def test_importing_the_package_imports_nothing():
     result = run_python("import sys, dino; print([m for m in ('torch', 'torchvision', 'scipy') if m in sys.modules])")
     assert result.stdout.strip() == "[]", result.stdout + result.stderr

@@ -8,6 +8,7 @@
 #                         summary says so.
 #   DINO_AGAINST=FOLDER   checkout of a public CUDA kernel of the original design, built in place, to be measured in the
 #                         same run
+#   DINO_OFFICIAL=FOLDER  checkout of the official program, for the benchmark of the whole model (with torchvision)
 # Ends with status 1 if a step failed. All steps together stay under 8 minutes: one that would not is cut off, and
 # counts as failed.
 
@@ -98,6 +99,18 @@ else
   say "public kernel: not measured, DINO_AGAINST is not set"
 fi
 step benchmark 150 "$python" "${benchmark[@]}"
+
+if "$python" -c "import torchvision" 2> /dev/null; then
+  model=(benchmarks/model.py --device cuda --results "$results")
+  if [[ -n ${DINO_OFFICIAL:-} ]]; then
+    model+=(--against "$DINO_OFFICIAL")
+  else
+    say "official program: not measured, DINO_OFFICIAL is not set"
+  fi
+  step model 120 "$python" "${model[@]}"
+else
+  say "model: not measured, there is no torchvision"
+fi
 
 say "$( ((failed)) && echo FAILED || echo "all passed"), $SECONDS s"
 exit "$failed"

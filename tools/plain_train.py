@@ -24,6 +24,7 @@ from tqdm import tqdm
 from dino.coco import CocoImages, evaluate, to_results
 from dino.files import DataError, free_name, message_of, write_whole
 from dino.layers import HungarianMatcher, NonFiniteCostError, SetCriterion, Target, detections, xyxy_to_cxcywh
+from dino.memory import keep_freed_memory
 from dino.rebuild import Preprocessing, build_network
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
@@ -176,6 +177,7 @@ def load(model, path, names):
 
 def main(argv=None):
     args = parse_arguments(argv)
+    keep_freed_memory()
     random.seed(args.seed)
     torch.manual_seed(args.seed)
     if not args.val_json or not args.val_images or not (args.eval_only or (args.train_json and args.train_images)):

@@ -15,6 +15,7 @@ from dino.layers.boxes import xyxy_to_cxcywh
 from dino.layers.matcher import NonFiniteCostError
 from dino.layers.postprocess import detections
 from dino.layers.structures import Target
+from dino.layers.transfer import to_device
 from dino.modeling.network import DINO
 
 from .config import parts_from_config
@@ -110,7 +111,9 @@ class DINODetector(nn.Module):
 
     def preprocess(self, batched_inputs: list[dict]) -> tuple[Tensor, Tensor]:
         """-> images (B, 3, H, W), normalised, zero where padded; padding (B, H, W) bool, True where padded."""
-        images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
+        images = [
+            (x["image"].to(self.device, non_blocking=True) - self.pixel_mean) / self.pixel_std for x in batched_inputs
+        ]
         batch = ImageList.from_tensors([image.to(self.network.level_embed.dtype) for image in images])
         padding = torch.ones(batch.tensor[:, 0].shape, dtype=torch.bool, device=self.device)
         for mask, (height, width) in zip(padding, batch.image_sizes, strict=True):
@@ -127,7 +130,7 @@ class DINODetector(nn.Module):
         height, width = instances.image_size
         boxes = instances.gt_boxes.tensor
         boxes = xyxy_to_cxcywh(boxes) / boxes.new_tensor([width, height, width, height])
-        return Target(labels.to(self.device), boxes.to(self.device))
+        return Target(to_device(labels, self.device), to_device(boxes, self.device))
 
     def to_instances(self, x: dict, logits: Tensor, boxes: Tensor) -> Instances:
         """(Q, C), (Q, 4) -> detections in pixels of the picture that the image was made from."""

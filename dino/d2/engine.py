@@ -17,6 +17,9 @@ from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from dino.files import DataError
+from dino.modeling import fold_norms
+
 from .checkpoint import Checkpointer
 from .data import load_dataset
 from .describe import describe
@@ -48,7 +51,7 @@ def train(cfg: DictConfig, resume: bool) -> dict:
     about = describe_run(images, cfg.train.seed)
     del images
     seed_random(cfg.train.seed)  # the same weights on all processes
-    model = instantiate(cfg.model).to(cfg.train.device)
+    model = build_model(cfg)
     names = names_of(cfg.dataloader.train.dataset)
     checkpointer = Checkpointer(
         model,
@@ -83,6 +86,18 @@ def train(cfg: DictConfig, resume: bool) -> dict:
         if comm.is_main_process():
             draw_curves(cfg.train.output_dir)
     return results
+
+
+def build_model(cfg: DictConfig) -> nn.Module:
+    """The recipe's model, on its device.
+
+    Raises:
+        DataError: its parts refuse their arguments, or need a library that is not installed.
+    """
+    try:
+        return instantiate(cfg.model).to(cfg.train.device)
+    except (ValueError, ImportError) as error:
+        raise DataError(f"the recipe's model can't be built: {error}") from error
 
 
 def start_weights(cfg: DictConfig, checkpointer: Checkpointer, resume: bool) -> dict:
@@ -238,7 +253,7 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
     Raises:
         DataError: the file does not fit the recipe.
     """
-    model = instantiate(cfg.model).to(cfg.train.device).eval()
+    model = build_model(cfg).eval()
     checkpointer = Checkpointer(model, names=names_of(cfg.dataloader.test.dataset))
     content = checkpointer.load_whole(cfg.train.init_checkpoint)
     if content.get("weights"):
@@ -247,4 +262,6 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
     if "ema" in content:
         ema = Ema(model, decay=0)
         ema.load_state_dict(content["ema"])
+    else:
+        fold_norms(model)
     return evaluate(cfg, model, ema)

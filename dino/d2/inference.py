@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from dino.coco import load_json
 from dino.files import DataError, make_folder, write_whole
+from dino.memory import keep_freed_memory
 
 from . import engine, recipe
 from .program import launch
@@ -89,6 +90,7 @@ def load(args: argparse.Namespace) -> DictConfig:
 
 def work(args: argparse.Namespace) -> None:
     """One process of an evaluation."""
+    keep_freed_memory()
     cfg = load(args)
     default_setup(cfg, args)
     engine.evaluate_checkpoint(cfg)

@@ -9,6 +9,7 @@ from detectron2.engine import default_setup
 from torch.multiprocessing import ProcessRaisedException
 
 from dino.files import DataError
+from dino.memory import keep_freed_memory
 
 from . import engine, parallel, recipe
 from .memory import OutOfMemory
@@ -31,6 +32,7 @@ A recipe is named, or given as a file. It is a Python program: run only recipes 
 
 def work(args: argparse.Namespace) -> None:
     """One process: train, or with --eval-only evaluate."""
+    keep_freed_memory()
     cfg = recipe.load_recipe(args)
     recipe.choose_output(cfg, args)
     default_setup(cfg, args)

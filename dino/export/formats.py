@@ -100,7 +100,8 @@ def to_onnx(detector: Detector, fixed: Fixed | None, about: dict[str, Any]) -> b
         ImportError: onnx or onnxscript is not installed.
     """
     need("onnx", "onnxscript")
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    for library in ("torch.onnx", "onnxscript"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about itself
         names = {"input_names": ["images", "sizes"], "output_names": list(OUTPUTS)}

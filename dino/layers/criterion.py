@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .boxes import cxcywh_to_xyxy, generalized_iou, widened
 from .structures import Denoised, Outputs, Predictions, Target
+from .transfer import to_device
 
 
 class Matches(NamedTuple):
@@ -140,7 +141,7 @@ def flatten_matches(
         for n, images in enumerate(layers)
         for b, (query, target) in enumerate(images)
     ]
-    return Matches(*torch.from_numpy(np.concatenate(rows, 1)).to(device, torch.int64))
+    return Matches(*to_device(np.concatenate(rows, 1), device, torch.int64))
 
 
 def count(targets: list[Target]) -> int:
@@ -150,7 +151,7 @@ def count(targets: list[Target]) -> int:
 
 def average_over_workers(counts: list[int], device: torch.device) -> Tensor:
     """Mean of each count over all processes, at least 1 -> (len(counts),) float32; no transfer back to the host."""
-    total = torch.tensor(counts, dtype=torch.float32, device=device)
+    total = to_device(counts, device, torch.float32)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(total)
         total /= dist.get_world_size()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .boxes import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
 from .structures import NoisedQueries, Queries, Target
+from .transfer import to_device
 
 
 class Noise(NamedTuple):
@@ -80,7 +81,7 @@ class ContrastiveDenoising(nn.Module):
         count = len(target.labels)
         if count <= self.num_denoising:
             return target
-        chosen = torch.randperm(count)[: self.num_denoising].sort().values.to(target.labels.device)
+        chosen = to_device(torch.randperm(count)[: self.num_denoising].sort().values, target.labels.device)
         return Target(target.labels[chosen], target.boxes[chosen])
 
     def num_groups(self, longest: int) -> int:
@@ -107,8 +108,8 @@ class ContrastiveDenoising(nn.Module):
         repeats, longest = 2 * num_groups, max(counts)
         content = self.label_embed(self.noise_labels(torch.cat([t.labels for t in targets]), noise))  # (R, K, E)
         box_logits = inverse_sigmoid(self.noise_boxes(torch.cat([t.boxes for t in targets]), noise))  # (R, K, 4)
-        image = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(content.device)  # (K,)
-        place = torch.cat([torch.arange(n) for n in counts]).to(content.device)  # (K,)
+        image = to_device([i for i, n in enumerate(counts) for _ in range(n)], content.device)  # (K,)
+        place = to_device([g for n in counts for g in range(n)], content.device)  # (K,)
 
         def to_slots(x: Tensor) -> Tensor:
             slots = x.new_zeros(len(counts), longest, repeats, x.shape[-1])

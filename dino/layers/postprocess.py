@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .boxes import cxcywh_to_xyxy, widened
 from .structures import at_most
+from .transfer import to_device
 
 
 class Detections(NamedTuple):
@@ -27,7 +28,7 @@ def detections(logits: Tensor, boxes: Tensor, image_size: tuple[int, int], max_d
         image_size: height and width in pixels of the unpadded image that the boxes shall refer to.
         max_detections: K; less where there are fewer pairs.
     """
-    sizes = torch.tensor([image_size], device=boxes.device)
+    sizes = to_device([image_size], boxes.device)
     return Detections(*(x[0] for x in batch_detections(logits[None], boxes[None], sizes, max_detections)))
 
 

@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .transfer import to_device
+
 
 class Target(NamedTuple):
     """The objects of one image."""
@@ -45,9 +47,11 @@ class Tokens(NamedTuple):
 def extents(shapes: list[tuple[int, int]], like: torch.Tensor) -> torch.Tensor:
     """L pairs (H, W) -> (L, 2), widths and heights as numbers of the dtype and on the device of `like`.
 
-    Made of single numbers, which an exported graph may leave open until it runs; those of a list would be fixed.
+    In an export they are made of single numbers, which the graph may leave open; those of a list would be fixed.
     """
-    return torch.stack([like.new_full((), side) for h, w in shapes for side in (w, h)]).view(-1, 2)
+    if torch.compiler.is_exporting():
+        return torch.stack([like.new_full((), side) for h, w in shapes for side in (w, h)]).view(-1, 2)
+    return to_device([(w, h) for h, w in shapes], like.device, like.dtype)
 
 
 def at_most(count: int, size: int) -> int:

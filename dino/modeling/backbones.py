@@ -14,9 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
 
 TORCHVISION_FAMILIES = re.compile(r"resnet|resnext|convnext|swin|efficientnet")
 NORMS = ("FrozenBN", "BN")
@@ -61,6 +59,8 @@ class TorchvisionBackbone(nn.Module):
         freeze: Sequence[str] = (),
     ):
         super().__init__()
+        import torchvision  # here, because the network needs torch only
+
         known = [n for n in torchvision.models.list_models(torchvision.models) if TORCHVISION_FAMILIES.search(n)]
         if name not in known:
             raise ValueError(f"unknown torchvision backbone {name!r}; there are {', '.join(known)}")
@@ -226,6 +226,8 @@ def frozen_norm(norm: nn.BatchNorm2d) -> nn.Module:
         from timm.layers import freeze_batch_norm_2d
 
         return freeze_batch_norm_2d(norm)
+    from torchvision.ops import FrozenBatchNorm2d
+
     frozen = FrozenBatchNorm2d(norm.num_features, norm.eps)
     state = norm.state_dict()
     frozen.load_state_dict({key: state.get(key, value) for key, value in frozen.state_dict().items()})

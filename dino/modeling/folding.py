@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
+RESNET = "torchvision.models.resnet"  # BasicBlock, Bottleneck
 STATISTICS = ("weight", "bias", "running_mean", "running_var", "eps")
 
 
@@ -41,7 +41,7 @@ def foldable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Conv2d, nn.M
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and is_frozen(getattr(module, "norm", None)):
             yield module, "norm", module, module.norm
-        if isinstance(module, nn.Sequential | BasicBlock | Bottleneck):  # children run in their order
+        if isinstance(module, nn.Sequential) or type(module).__module__ == RESNET:  # children run in their order
             for (_, conv), (name, norm) in pairwise(list(module.named_children())):
                 if type(conv) is nn.Conv2d and is_frozen(norm):
                     yield module, name, conv, norm

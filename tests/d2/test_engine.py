@@ -423,3 +423,10 @@ def test_evaluation_refuses_a_truncated_file(trained, tmp_path):
     (tmp_path / "half.pth").write_bytes(content[: len(content) // 2])
     with pytest.raises(DataError, match=r"half\.pth"):
         evaluate_file(cfg, tmp_path / "half.pth")
+
+
+def test_a_model_that_its_parts_refuse_is_told_in_one_sentence(tmp_path):
+    cfg = tiny_recipe(tmp_path)
+    cfg.model.network.neck.num_levels = 1
+    with pytest.raises(DataError, match="the recipe's model can't be built: num_levels 1"):
+        engine.build_model(cfg)
