@@ -21,12 +21,12 @@ def load_opencv() -> ModuleType:
     Raises:
         DataError: it is not installed.
     """
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # read when it is imported
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     try:
         import cv2
     except ImportError as error:
         raise DataError(f"video needs OpenCV: pip install opencv-python-headless ({error})") from error
-    cv2.setLogLevel(0)
     return cv2
 
 

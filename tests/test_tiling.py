@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,7 +22,7 @@ def test_tiles_cover_the_picture_and_overlap(height, width, tile, overlap):
         assert all(b - a == min(tile, side) for a, b in spans)
         if spans:
             assert (spans[0][0], spans[-1][1]) == (0, side)
-        for (_, end), (start, _) in zip(spans, spans[1:], strict=False):
+        for (_, end), (start, _) in pairwise(spans):
             assert end - start >= overlap * tile - 1  # whole pixels
 
 

@@ -91,7 +91,6 @@ def test_a_bad_image_ends_the_program_with_one_line(tmp_path):
 
 def test_the_run_can_be_drawn(trained, tmp_path, capsys):
     """`tools/demo.py` needs the recipe and the weights that a run leaves, nothing else."""
-    pytest.importorskip("cv2", reason="OpenCV is not installed")
     demo = load_program("demo")
     folder, _, _ = trained
     words = ["--config-file", folder / "run/config.yaml", "--weights", folder / "run/model_final.pth"]
@@ -101,11 +100,11 @@ def test_the_run_can_be_drawn(trained, tmp_path, capsys):
         demo.main([str(word) for word in (*words, *inputs)])
 
     draw(folder / "val")
-    assert {path.name for path in (tmp_path / "drawn").iterdir()} == {f"image_{n}.png" for n in range(1, 5)}
+    assert {path.name for path in (tmp_path / "drawn").iterdir()} == {"predictions.json", *(f"image_{n}.png" for n in range(1, 5))}
     original, drawn = (read_image(path / "image_1.png") for path in (folder / "val", tmp_path / "drawn"))
     assert drawn.shape == original.shape
     assert (drawn != original).any()
-    assert "4 pictures written" in capsys.readouterr().out
+    assert "4 pictures with 80 objects written" in capsys.readouterr().out
     before = contents(tmp_path)
     with pytest.raises(DataError, match=r"image_1\.png is taken\. Choose another --output"):
         draw(folder / "val")
