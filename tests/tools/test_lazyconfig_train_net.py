@@ -100,7 +100,10 @@ def test_the_run_can_be_drawn(trained, tmp_path, capsys):
         demo.main([str(word) for word in (*words, *inputs)])
 
     draw(folder / "val")
-    assert {path.name for path in (tmp_path / "drawn").iterdir()} == {"predictions.json", *(f"image_{n}.png" for n in range(1, 5))}
+    assert {path.name for path in (tmp_path / "drawn").iterdir()} == {
+        "predictions.json",
+        *(f"image_{n}.png" for n in range(1, 5)),
+    }
     original, drawn = (read_image(path / "image_1.png") for path in (folder / "val", tmp_path / "drawn"))
     assert drawn.shape == original.shape
     assert (drawn != original).any()

@@ -8,9 +8,7 @@ from dino.d2 import DINODetector
 from dino.layers import ContrastiveDenoising, HungarianMatcher, SetCriterion, SinePositionEncoding
 from dino.modeling import DINO, ChannelMapper, Decoder, Encoder, QuerySelection
 
-model = L(
-    DINODetector
-)(
+model = L(DINODetector)(
     num_classes=80,  # replaced by the number of classes of the data
     network=L(DINO)(
         neck=L(ChannelMapper)(
