@@ -1,12 +1,14 @@
 """The pages keep their promises: links lead somewhere, messages and commands are those of the code."""
 
 import ast
+import json
 import re
 
 import pytest
 
 from dino import cli
-from tests.tools.programs import ROOT
+from tests.coco_files import write_coco
+from tests.tools.programs import ROOT, run_python
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "projects/dino/README.md"]
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -120,3 +122,21 @@ def test_commands_of_the_pages_exist():
         missing += [key for key in keys if f"`{key}`" not in settings]
         wrong += [(page, verb, missing)] if missing or verb not in cli.VERBS else []
     assert not wrong
+
+
+def test_the_recipe_of_the_quick_start(tmp_path):
+    """Loaded in a process of its own, as it registers data sets."""
+    pytest.importorskip("detectron2")
+    (recipe,) = re.findall(r"^```python\n(# mine\.py.*?)^```", (ROOT / "docs/quick_start.md").read_text(), re.M | re.S)
+    (tmp_path / "mine.py").write_text(recipe)
+    for split in ("train", "val"):
+        files = write_coco(tmp_path / "images", seed=7)
+        (tmp_path / f"{split}.json").write_text(json.dumps(files.read()))
+    code = """
+from dino.d2.recipe import argument_parser, load_recipe
+cfg = load_recipe(argument_parser("").parse_args(["--config-file", "mine.py"]))
+print(sorted(cfg), cfg.model.num_classes, cfg.dataloader.train.dataset.name)
+"""
+    result = run_python("-c", code, folder=tmp_path)
+    parts = ["dataloader", "lr_multiplier", "model", "optimizer", "train"]
+    assert result.stdout.splitlines()[-1:] == [f"{parts} 3 cells_train"], result.stderr
