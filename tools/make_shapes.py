@@ -119,10 +119,10 @@ def make_shapes(folder, train, val, seed):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="a new folder for images and annotations")
     parser.add_argument("--train", type=int, default=600, help="number of training images")
     parser.add_argument("--val", type=int, default=200, help="number of validation images")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the shapes")
     args = parser.parse_args(argv)
     if args.folder.exists():
         sys.exit(f"error: {args.folder} exists: choose another folder, or remove it")

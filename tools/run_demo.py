@@ -119,7 +119,7 @@ def versions():
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "output/demo")
+    parser.add_argument("--output", type=Path, default=ROOT / "output/demo", help="folder of the results")
     args = parser.parse_args(argv)
     folder = args.output.resolve()
     move_aside(folder)

@@ -33,9 +33,9 @@ dataloader.train = L(TrainLoader)(
     num_workers=4,
 )
 dataloader.test = L(build_detection_test_loader)(
-    dataset=L(dataset)(name="coco_2017_val"),
-    mapper=L(TestMapper)(augmentations=[L(ShortSide)(sizes=[800], max_size=1333)]),
-    num_workers=4,
+    dataset=L(dataset)(name="coco_2017_val"),  # the images to evaluate on
+    mapper=L(TestMapper)(augmentations=[L(ShortSide)(sizes=[800], max_size=1333)]),  # what happens to each
+    num_workers=4,  # reading processes
 )
 dataloader.evaluator = L(Evaluator)(
     dataset_name="coco_2017_val",

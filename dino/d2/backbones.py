@@ -34,7 +34,9 @@ def vitdet(
 
     Args:
         embed_dim, depth, num_heads: of the ViT; the defaults are ViT-B's.
-        global_blocks: blocks that attend to the whole image; the others attend within windows of `window_size` cells.
+        drop_path_rate: chance to leave out a block in training, that of the last one.
+        global_blocks: blocks that attend to the whole image; the others attend within windows.
+        window_size: side of a window in cells of 16 pixels.
         img_size: side in pixels for which relative positions are stored; other images are interpolated.
         out_channels: of the maps.
         scale_factors: of the maps, relative to the ViT's stride of 16, finest first: 2.0 is `p3`, 4.0 `p2`. One more
@@ -72,7 +74,8 @@ def regnet(
     """A RegNetX, or with `se_ratio` a RegNetY (arXiv 2003.13678, section 3.3), from the numbers that define it.
 
     Args:
-        depth, w_a, w_0, w_m, group_width: number of blocks; slope, start and quantisation of their widths; of groups.
+        depth, w_a, w_0, w_m: number of blocks; slope, start and quantisation of their widths.
+        group_width: channels of a group of the convolutions.
         se_ratio: channels of the squeeze-and-excitation, as a share of a block's input; 0 for none.
         out_features: some of `s1` (stride 4) to `s4` (stride 32).
         norm: as of Detectron2's layers.

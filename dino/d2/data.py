@@ -32,6 +32,10 @@ def dataset(name: str, annotations: str | None = None, images: str | None = None
     Images without objects are kept; crowd regions and boxes without area are dropped, the latter with a message. The
     last two data sets are kept in memory; `load_dataset.cache_clear()` frees them.
 
+    Args:
+        name: under which the set is, or will be, registered in Detectron2's catalog.
+        annotations, images: a COCO-format JSON file and the folder of its images; None for a set that is registered.
+
     Raises:
         DataError: nothing is registered under `name`, the files are faulty, or a label is outside the classes.
     """
@@ -237,6 +241,11 @@ class Evaluator(COCOEvaluator):
     """Detectron2's COCOEvaluator for hand-made files too: fills in `area` and `iscrowd` where they are missing.
 
     Objects are numbered from 1 on, as COCO's evaluation takes an object's id 0 for "not found".
+
+    Args:
+        dataset_name: of a registered set.
+        output_dir: folder for the detections.
+        max_dets_per_image: how many detections of an image count, the best first.
     """
 
     def __init__(self, dataset_name: str, **kwargs):

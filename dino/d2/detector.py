@@ -28,7 +28,7 @@ class DINODetector(nn.Module):
     Args:
         network: the `DINO`.
         criterion: (Outputs, targets) -> dict of losses, see `SetCriterion`.
-        num_classes: C; the network's parts must have been built for the same number.
+        num_classes: C, number of classes; the network's parts must have been built for the same number.
         pixel_mean, pixel_std: of the channels, for pixel values 0 to 255 in the order of the input.
         max_detections: detections per image.
     """

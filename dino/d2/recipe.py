@@ -23,12 +23,24 @@ from .parallel import from_main, restarted, started_by_same
 logger = logging.getLogger("detectron2.dino")
 
 BATCH = "dataloader.train.total_batch_size"
+HELP = {  # of Detectron2's arguments
+    "config_file": "recipe, by name or file",
+    "resume": "continue the run in train.output_dir",
+    "eval_only": "evaluate train.init_checkpoint, train nothing",
+    "num_gpus": "processes on this machine, one for each GPU",
+    "num_machines": "how many machines take part",
+    "machine_rank": "number of this machine, from 0 on",
+    "dist_url": "where the machines meet, such as tcp://HOST:29500; one machine finds a port of its own",
+    "opts": "overrides of the recipe, key=value",
+}
 NUM_CLASSES = "model.num_classes"  # the one place of a recipe that states it; the parts interpolate
 
 
 def argument_parser(epilog: str) -> argparse.ArgumentParser:
-    """Detectron2's arguments and four for data in COCO format."""
+    """Detectron2's arguments, told in this program's words, and four for data in COCO format."""
     parser = default_argument_parser(epilog)
+    for action in parser._actions:
+        action.help = HELP.get(action.dest, action.help)
     add_data_arguments(parser)
     return parser
 

@@ -35,8 +35,8 @@ class ContrastiveDenoising(nn.Module):
     """Noises the ground truth of a batch into decoder queries.
 
     Args:
-        num_classes: C.
-        embed_dim: E.
+        num_classes: C, number of classes.
+        embed_dim: E, width of the queries.
         num_denoising: a budget of so many positives (and as many negatives) per image. Objects fill it group by group;
             an image with more objects than that has a random choice of them noised; 0 switches denoising off.
         label_noise: half of this fraction of the labels is replaced by a random class, which may be the true one.

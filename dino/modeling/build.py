@@ -29,7 +29,21 @@ def build_dino(
     encoder_layers: int = 6,
     decoder_layers: int = 6,
 ) -> DINO:
-    """A DINO around `backbone`; the defaults make a 4-scale model. Arguments as in the parts of the same name."""
+    """A DINO around `backbone`; the defaults make a 4-scale model.
+
+    Args:
+        backbone, in_features: as of `ChannelMapper`.
+        num_classes: C, number of classes.
+        num_levels: L, levels of the pyramid.
+        num_queries: Q, candidates of an image.
+        num_denoising: budget of denoising queries, see `ContrastiveDenoising`.
+        embed_dim: E, channels of the pyramid, width of encoder and decoder.
+        num_heads: M, heads of attention.
+        num_points: P, sampling points of each head, in each level.
+        hidden_dim: width of the feed-forward networks.
+        encoder_layers: how many there are.
+        decoder_layers: how many there are.
+    """
     attention = {"num_heads": num_heads, "num_levels": num_levels, "num_points": num_points, "hidden_dim": hidden_dim}
     return DINO(
         neck=ChannelMapper(backbone=backbone, in_features=in_features, out_channels=embed_dim, num_levels=num_levels),

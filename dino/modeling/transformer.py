@@ -105,7 +105,10 @@ class Encoder(nn.Module):
     """Lets the cells of all levels exchange information.
 
     Args:
-        num_layers, embed_dim, num_heads, num_levels, num_points: number of layers, E, M, L and P.
+        num_layers: N, number of layers.
+        embed_dim: E, width of the tokens.
+        num_heads, num_points: M heads of attention; P sampling points of each head, in each level.
+        num_levels: L, levels of the pyramid.
         hidden_dim: width of the feed-forward networks.
     """
 
@@ -141,7 +144,8 @@ class QuerySelection(nn.Module):
     """Mixed query selection (paper section 3.4): boxes come from the best tokens, contents are learned.
 
     Args:
-        num_queries, num_classes, embed_dim: Q, C and E. Images with fewer than Q tokens get as many queries as tokens.
+        num_queries: Q, candidates of an image. Images with fewer tokens get as many queries as tokens.
+        num_classes, embed_dim: C; E, width of the tokens.
         anchor_size: side of the anchors of the finest level as a fraction of the image; it doubles with every level.
     """
 
@@ -219,8 +223,11 @@ class Decoder(nn.Module):
     Each layer has its own pair of heads; `share_heads` makes one pair serve all, as in the official program.
 
     Args:
-        num_classes: C.
-        num_layers, embed_dim, num_heads, num_levels, num_points: N, E, M, L and P.
+        num_classes: C, number of classes.
+        num_layers: N, number of layers.
+        embed_dim: E, width of the queries.
+        num_heads, num_points: M heads of attention; P sampling points of each head, in each level.
+        num_levels: L, levels of the pyramid.
         hidden_dim: width of the feed-forward networks.
     """
 

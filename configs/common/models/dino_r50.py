@@ -13,10 +13,18 @@ model = L(DINODetector)(
     network=L(DINO)(
         neck=L(ChannelMapper)(
             backbone=L(ResNet)(
-                stem=L(BasicStem)(in_channels=3, out_channels=64, norm="FrozenBN"),
-                stages=L(ResNet.make_default_stages)(depth=50, stride_in_1x1=False, norm="FrozenBN"),
-                out_features=["res3", "res4", "res5"],
-                freeze_at=2,  # the stem and res2, as in the official program
+                stem=L(BasicStem)(  # the first convolution
+                    in_channels=3,  # of the images
+                    out_channels=64,  # of the stem
+                    norm="FrozenBN",  # BN to train from random weights
+                ),
+                stages=L(ResNet.make_default_stages)(  # the blocks behind it
+                    depth=50,  # 18, 34, 50, 101 or 152
+                    stride_in_1x1=False,  # True for weights from Caffe2, whose blocks halve the size one layer earlier
+                    norm="FrozenBN",  # BN to train from random weights
+                ),
+                out_features=["res3", "res4", "res5"],  # maps that it returns: strides 8, 16 and 32
+                freeze_at=2,  # not trained: 2 is the stem and res2, as in the official program; 0 is nothing
             ),
             in_features="${.backbone.out_features}",
             out_channels=256,

@@ -1,0 +1,339 @@
+"""Write docs/settings.md: every argument of the programs, every key of a recipe, every part that a recipe can name.
+
+What is said of a setting is taken from where it is defined: the parsers of the programs, the comments of the recipes in
+configs/common, and the docstrings of the parts. A setting that is described nowhere is an error.
+
+    python tools/list_settings.py            (--check: only see whether the page is up to date)
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import importlib.util
+import inspect
+import io
+import re
+import sys
+import tokenize
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+from dino import cli  # comes first: silences warnings of Detectron2's import
+from dino.files import DataError, write_whole
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/settings.md"
+RECIPE = ROOT / "configs/dino_r50_4scale_12ep.py"
+TOOLS = ("analyze_model", "make_shapes", "plain_train", "run_demo", "soak")  # the others are verbs of `dino`
+PARTS = """dino.modeling:TorchvisionBackbone,TimmBackbone dino.d2.backbones:vitdet,regnet,AsBackbone
+dino.d2.data:ShortSide,OneOf dino.d2.optim:layerwise_params dino.d2.tta:AugmentedDetector
+dino.layers.reweighting:Reweighting"""  # that the recipe does not name
+VARIABLES = {
+    "CUDA_HOME": "`python -m dino.build`: where CUDA's compiler is, if not in `PATH`",
+    "CXX": "`python -m dino.build`: the C++ compiler",
+    "DETECTRON2_DATASETS": "the folder that holds COCO and the other sets that Detectron2 knows (default `datasets`)",
+    "DINO_BCCD": "tests: the folder of the BCCD photographs",
+    "DINO_DEFORM_ATTN": "attention operator: `auto` (default), `reference` (plain PyTorch) or `compiled` (or an error)",
+    "DINO_GOLDEN": "tests: the folder of the official program's numbers",
+    "DINO_TEST_DEVICE": "tests: run those that can on this device",
+    "FORCE_CUDA": "`python -m dino.build`: 1 to compile for CUDA where no GPU is seen",
+    "FVCORE_CACHE": "where downloaded weights are kept (default `~/.torch/iopath_cache`)",
+    "TORCH_CUDA_ARCH_LIST": "`python -m dino.build`: the GPUs to compile for, for example `8.0;9.0+PTX`",
+}
+OF_THE_MACHINE = {"device": "a GPU where there is one", "dist_url": "a free port of this machine"}  # defaults
+OF_THE_BASE = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+HEAD = """# Every setting
+
+Made by `python tools/list_settings.py` from the code: change it there.
+
+- [Programs](#programs): arguments of the command line
+- [Recipes](#recipes): keys that are set by `key=value` on the command line, or in a recipe
+- [Other parts](#other-parts) that a recipe can name
+- [yacs](#yacs): keys for those who come from Detectron2's older configuration system
+- [Environment variables](#environment-variables)
+"""
+RECIPES = f"""## Recipes
+
+Values are those of [{RECIPE.stem}](../configs/{RECIPE.name}). A full key can be set on the command line. A bare name
+is an argument that this recipe leaves at its default: set it in a recipe of your own. Of parts of other libraries, only
+what the recipe states is listed. The letters are those of [structures.py](../dino/layers/structures.py).
+"""
+
+
+class Row(NamedTuple):
+    """A line of a table, all of it Markdown: a setting, its value, and what it means."""
+
+    name: str
+    value: str
+    meaning: str
+
+
+def table(rows: list[Row], value: str = "default") -> str:
+    """Rows -> Markdown."""
+    cells = [Row("setting", value, "meaning"), Row("---", "---", "---"), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in cells)
+
+
+def code(value: Any) -> str:
+    """A value as Markdown."""
+    if isinstance(value, Path) and value.is_absolute():
+        value = value.relative_to(ROOT)
+    text = getattr(value, "__name__", None) or re.sub(r"\s+", " ", f"{value}" if value != "" else '""')
+    return f"`{text}`"
+
+
+def described(name: str, meaning: str | None) -> str:
+    """The meaning on one line.
+
+    Raises:
+        DataError: there is none.
+    """
+    if not meaning or not meaning.strip():
+        raise DataError(f"the setting {name} is described nowhere: give it a help text, a comment or a docstring")
+    return re.sub(r"\s+", " ", meaning).strip().removesuffix(".")
+
+
+# Programs
+
+
+class Caught(BaseException):
+    """A program's parser, before it parses anything."""
+
+    def __init__(self, parser: argparse.ArgumentParser):
+        self.parser = parser
+
+
+def parser_of(program: Callable) -> argparse.ArgumentParser:
+    """The parser that a program's main function makes."""
+
+    def catch(parser, *_, **__):
+        raise Caught(parser)
+
+    with patch.object(sys, "argv", ["program"]), patch.object(argparse.ArgumentParser, "parse_known_args", catch):
+        try:
+            program()
+        except Caught as caught:
+            return caught.parser
+    raise DataError(f"{program} parses no arguments")
+
+
+def programs() -> Iterator[tuple[str, str, argparse.ArgumentParser]]:
+    """(command, what it does, parser) of every verb and tool."""
+    for name, verb in cli.VERBS.items():
+        main = importlib.import_module(verb.module).main
+        yield f"dino {name}", verb.help, parser_of(lambda main=main: main([]))
+    for name in TOOLS:
+        spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        does = inspect.cleandoc(module.__doc__).splitlines()[0].rstrip(".")
+        yield f"python tools/{name}.py", does, parser_of(module.main)
+
+
+def argument_rows(command: str, parser: argparse.ArgumentParser) -> list[Row]:
+    """What a program takes, but for --help."""
+    rows = []
+    for action in parser._actions:
+        if isinstance(action, argparse._HelpAction):
+            continue
+        name = ", ".join(action.option_strings) or action.metavar or action.dest
+        name = name if isinstance(name, str) else " ".join(name)
+        meaning = described(f"{name} of {command}", action.help) % {**vars(action), "prog": parser.prog}
+        unsaid = action.default is False or action.default in (None, "", [], (), argparse.SUPPRESS)
+        value = "" if unsaid else OF_THE_MACHINE.get(action.dest) or code(action.default)
+        meaning = meaning.removesuffix(f" (default {action.default})")
+        if action.choices:
+            meaning += f" ({', '.join(map(str, action.choices))})"
+        rows.append(Row(code(name), value, meaning))
+    return rows
+
+
+# Recipes
+
+
+def comments(path: Path) -> dict[str, str]:
+    """What the comments of a recipe say of its keys, each on the line where the key begins."""
+    source = path.read_text(encoding="utf-8")
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    remarks = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+    found = {}
+
+    def visit(prefix: str, value: ast.expr) -> None:
+        for keyword in value.keywords if isinstance(value, ast.Call) else ():
+            key = f"{prefix}.{keyword.arg}"
+            if keyword.lineno in remarks:
+                found[key] = remarks.pop(keyword.lineno)  # the outermost key of a line
+            visit(key, keyword.value)
+
+    for statement in ast.parse(source).body:
+        if isinstance(statement, ast.Assign):
+            visit(ast.unparse(statement.targets[0]), statement.value)
+    return found
+
+
+def arguments_of(part: Callable) -> dict[str, str]:
+    """Names, joined by commas where they share it, and description of each argument in a part's docstring."""
+    doc = inspect.cleandoc(part.__doc__ or "")
+    match = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", doc, re.M | re.S)
+    entries = re.findall(r"^    (\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)", match.group(1) if match else "", re.M)
+    return {names: re.sub(r"\s+", " ", text) for names, text in entries}
+
+
+def signature(part: Callable) -> dict[str, inspect.Parameter]:
+    """The arguments of a class or function."""
+    function = inspect.unwrap(part.__init__) if isinstance(part, type) else part
+    parameters = inspect.signature(function).parameters
+    return {name: p for name, p in parameters.items() if name != "self"}
+
+
+def is_ours(part: Any) -> bool:
+    """Whether a part is of this project."""
+    return getattr(part, "__module__", "").startswith("dino.")
+
+
+def shown(value: Any, resolved: Any) -> str:
+    """A value of a recipe: of a part its name, of an interpolation what it stands for, too."""
+    if isinstance(value, dict) and "_target_" in value:
+        return code(value["_target_"])
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return ", ".join(shown(item, item) for item in value)
+    if isinstance(value, str) and "${" in value:
+        return f"{code(resolved)} from `{value}`"
+    return code(value)
+
+
+def part_rows(key: str, part: Callable, values: dict, resolved: dict, remarks: dict[str, str]) -> list[Row]:
+    """The settings of a part: of ours all, of others those that the recipe states.
+
+    Args:
+        values: what the recipe states; resolved: the same without interpolations.
+        remarks: from `comments`, for what the docstring leaves unsaid.
+    """
+    parameters = signature(part) if is_ours(part) else dict.fromkeys(values)
+    entries = arguments_of(part) if is_ours(part) else {}
+    told = {name for names in entries for name in names.split(", ")}
+    rest = [name for name, p in parameters.items() if name not in told and getattr(p, "kind", None) not in OF_THE_BASE]
+    rows = []
+    for names, meaning in [*entries.items(), *((name, None) for name in rest)]:
+        cells = []
+        for name in (n for n in names.split(", ") if n in parameters or n in values):
+            default = getattr(parameters.get(name), "default", inspect.Parameter.empty)
+            stated = shown(values[name], resolved[name]) if name in values else ""
+            empty = default is inspect.Parameter.empty
+            cells.append((code(f"{key}.{name}" if stated else name), stated or ("" if empty else code(default))))
+        if cells:
+            meaning = meaning or remarks.get(f"{key}.{names}")
+            columns = (", ".join(filter(None, column)) for column in zip(*cells, strict=True))
+            rows.append(Row(*columns, described(f"{key}.{names}", meaning)))
+    return rows
+
+
+def sections(key: str, node: Any, resolved: Any, remarks: dict[str, str]) -> Iterator[tuple[str, list[Row]]]:
+    """(heading, rows) of a recipe's key and of the parts below it."""
+    if not isinstance(node, dict):
+        return
+    part = node.get("_target_")
+    values = {name: value for name, value in node.items() if name != "_target_"}
+    if part:
+        heading = f"`{key}`: {part.__qualname__}" + ("" if is_ours(part) else f" of {part.__module__.split('.')[0]}")
+        rows = part_rows(key, part, values, resolved, remarks)
+        if rows:
+            yield heading, rows
+        for name, value in values.items():
+            yield from sections(f"{key}.{name}", value, resolved[name], remarks)
+    else:
+        yield f"`{key}`", list(plain_rows(key, values, remarks))
+
+
+def plain_rows(key: str, values: dict, remarks: dict[str, str]) -> Iterator[Row]:
+    """The settings of a group that is no part, and those of the groups below it."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from plain_rows(f"{key}.{name}", value, remarks)
+        else:
+            yield Row(code(f"{key}.{name}"), code(value), described(f"{key}.{name}", remarks.get(f"{key}.{name}")))
+
+
+def recipe_sections() -> Iterator[tuple[str, list[Row]]]:
+    """(heading, rows) of everything that the recipe names."""
+    from detectron2.config import LazyConfig
+    from omegaconf import OmegaConf
+
+    cfg = LazyConfig.load(str(RECIPE))
+    raw, resolved = (OmegaConf.to_container(cfg, resolve=resolve) for resolve in (False, True))
+    remarks = {}
+    for path in sorted((ROOT / "configs/common").rglob("*.py")):
+        remarks |= comments(path)
+    for key in ("train", "dataloader", "optimizer", "lr_multiplier", "model"):
+        nodes = raw[key].items() if key == "dataloader" else [(None, raw[key])]
+        for name, node in nodes:
+            path = f"{key}.{name}" if name else key
+            yield from sections(path, node, resolved[key][name] if name else resolved[key], remarks)
+
+
+def other_parts() -> Iterator[tuple[str, list[Row]]]:
+    """(heading, rows) of PARTS."""
+    for entry in PARTS.split():
+        module, _, names = entry.partition(":")
+        for name in names.split(","):
+            part = getattr(importlib.import_module(module), name)
+            summary = inspect.cleandoc(part.__doc__).split("\n\n")[0].replace("\n", " ")
+            yield f"`{module}.{name}`\n\n{summary}", part_rows(name, part, {}, {}, {})
+
+
+def yacs_rows() -> list[Row]:
+    """The keys below `MODEL.DINO`, told by the arguments that they become."""
+    from detectron2.config import get_cfg
+
+    from dino.d2 import DINODetector, add_dino_config
+    from dino.modeling import build_dino
+
+    cfg = get_cfg()
+    add_dino_config(cfg)
+    told = arguments_of(DINODetector) | arguments_of(build_dino)
+    return [
+        Row(code(f"MODEL.DINO.{key}"), code(value), described(f"MODEL.DINO.{key}", told.get(key.lower())))
+        for key, value in cfg.MODEL.DINO.items()
+    ]
+
+
+def page() -> str:
+    """The page.
+
+    Raises:
+        DataError: a setting is described nowhere.
+    """
+    text = [HEAD, "## Programs\n"]
+    for command, does, parser in programs():
+        rows = argument_rows(command, parser)
+        text += [f"### `{command}`\n", f"{does[0].upper()}{does[1:]}.\n", table(rows) if rows else "No arguments.", ""]
+    text += [RECIPES]
+    for heading, rows in recipe_sections():
+        text += [f"### {heading}\n", table(rows, "value"), ""]
+    text += ["## Other parts\n"]
+    for heading, rows in other_parts():
+        text += [f"### {heading}\n", table(rows), ""]
+    text += ["## yacs\n", "After `dino.d2.add_dino_config(cfg)`; what else it sets is in `dino/d2/config.py`.\n"]
+    text += [table(yacs_rows()), "", "## Environment variables\n", "| variable | meaning |", "| --- | --- |"]
+    text += [f"| `{name}` | {meaning} |" for name, meaning in VARIABLES.items()]
+    return "\n".join(text) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the page is out of date")
+    args = parser.parse_args()
+    text = page()
+    if args.check and (not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text):
+        raise DataError(f"{PAGE} is out of date: run python tools/list_settings.py")
+    if not args.check:
+        write_whole(PAGE, lambda part: part.write_text(text, encoding="utf-8"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.guard(main))
