@@ -40,7 +40,7 @@ def test_help_of_a_verb_shows_an_example(name, capsys):
 
 def test_an_unknown_verb(capsys):
     assert cli.main(["chekc"]) == 2
-    assert f"error: no verb 'chekc'; there are {', '.join(cli.VERBS)}" in capsys.readouterr().err
+    assert f"error: no verb 'chekc'; there are {', '.join(cli.VERBS)}\n" in capsys.readouterr().err
 
 
 def test_a_verb_is_imported_only_when_it_is_called():
