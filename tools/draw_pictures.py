@@ -29,7 +29,7 @@ def call(*command):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "output/pictures", help="folder of the data and the model")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs/pictures")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs/pictures", help="folder of the pictures")
     parser.add_argument("--images", type=int, default=600, help="to train on (default %(default)s)")
     parser.add_argument("--epochs", type=float, default=4, help="(default %(default)s)")
     args = parser.parse_args(argv)

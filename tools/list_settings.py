@@ -28,7 +28,16 @@ from dino.files import DataError, write_whole
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/settings.md"
 RECIPE = ROOT / "configs/dino_r50_4scale_12ep.py"
-TOOLS = ("analyze_model", "make_shapes", "plain_train", "run_demo", "soak")  # the others are verbs of `dino`
+TOOLS = (
+    "analyze_model",
+    "demo",
+    "draw_pictures",
+    "list_settings",
+    "make_shapes",
+    "plain_train",
+    "run_demo",
+    "soak",
+)  # the others are verbs of `dino`
 PARTS = """dino.modeling:TorchvisionBackbone,TimmBackbone dino.d2.backbones:vitdet,regnet,AsBackbone
 dino.d2.data:ShortSide,OneOf dino.d2.optim:layerwise_params dino.d2.tta:AugmentedDetector
 dino.layers.reweighting:Reweighting"""  # that the recipe does not name

@@ -29,6 +29,12 @@ def test_the_page_holds_programs_and_keys(page, key):
     assert f"| `{key}` |" in page or f"| `{key}`, " in page
 
 
+def test_every_tool_with_arguments_is_listed():
+    over_verbs = {"convert_weights", "lazyconfig_train_net"}
+    tools = {path.stem for path in (ROOT / "tools").glob("*.py") if "ArgumentParser(" in path.read_text()}
+    assert tools - over_verbs == set(tool.TOOLS)
+
+
 def parts_of_recipes():
     """Names of our parts that the recipes call by L(…)."""
     for path in RECIPES:
