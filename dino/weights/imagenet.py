@@ -26,6 +26,7 @@ CAFFE2_NAMES = (
         for blob, leaf in (("w", "weight"), ("bn_s", "norm.weight"), ("bn_b", "norm.bias"))
     ),
 )
+PYCLS = {"stem.conv.weight", "s1.b1.f.a.weight", "head.fc.weight"}  # keys of a RegNet classifier in pycls' own files
 PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of ImageNet, RGB, 0 to 255
 FRONTS = ("", "body.", "body.model.", "net.", "net.body.", "bottom_up.", "bottom_up.net.body.")  # of our models' keys
 THEIR_FRONTS = re.compile(r"^(backbone|model|encoder|trunk)\.")
@@ -40,6 +41,8 @@ def fit_backbone(state: StateDict, backbone: nn.Module) -> StateDict:
     """
     if "res_conv1_bn_s" in state:
         state = from_caffe2(state)
+    if state.keys() >= PYCLS:  # trained on BGR images
+        state = {**state, "stem.conv.weight": state["stem.conv.weight"].flip(1)}
     target = {key: value.shape for key, value in backbone.state_dict().items()}
     # timm joins the first words of a name by underscores where it returns features, by dots in its files.
     spellings = {key.replace("_", "."): key for key in target}

@@ -1,11 +1,12 @@
 import pytest
 import torch
 import torchvision
+from torch import nn
 
 from dino.files import DataError
 from dino.modeling import TorchvisionBackbone, build_dino
 from dino.weights import addresses, load_weights, locate, resnet_to_detectron2
-from dino.weights.imagenet import PIXEL_STD
+from dino.weights.imagenet import PIXEL_STD, fit_backbone
 
 from .states import equal, randomise
 
@@ -71,6 +72,15 @@ def test_weights_for_bgr_images_see_rgb_ones():
     found = backbone_of(network)
     for name in found:
         torch.testing.assert_close(found[name], file[name], msg=name)
+
+
+def test_pycls_regnets_see_rgb_images():
+    stem, block = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+    file = {"stem.conv.weight": stem.weight, "s1.b1.f.a.weight": block.weight, "head.fc.weight": torch.zeros(2, 4)}
+    backbone = nn.ModuleDict({"stem": nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3)})})
+    assert torch.equal(fit_backbone(file, backbone)["stem.conv.weight"], stem.weight.flip(1))
+    del file["head.fc.weight"]  # a backbone by itself was saved by someone else, for whatever images
+    assert torch.equal(fit_backbone(file, backbone)["stem.conv.weight"], stem.weight)
 
 
 def test_the_wrong_depth_is_refused():

@@ -3,8 +3,8 @@
     python tools/lazyconfig_train_net.py --config-file projects/dino/configs/dino_regnetx_4gf_4scale_12ep.py \
         --num-gpus 8 train.init_checkpoint=RegNetX-4.0GF_dds_8gpu.pyth
 
-Published for this setting: none. The file is pycls'; it was trained on BGR images, so the first convolution's input
-channels are to be reversed. Not trained here.
+Published for this setting: none. The file is pycls'; it was trained on BGR images and is turned to RGB when
+it is loaded. Not trained here.
 
 42,926,892 parameters, 270.2 G multiply-adds at 800x1280; memory: not measured.
 """
