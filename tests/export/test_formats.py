@@ -105,7 +105,7 @@ def test_any_batch_and_size_in_onnx(detector, exported):
 
 
 def test_any_batch_and_size_in_torch_export(detector, exported, traced):
-    """The graph that ONNX was made from. (Reading such a file takes torch a minute: see the slow test.)"""
+    """The graph that ONNX was made from. (Reading such a file is slow: see the slow test.)"""
     exported("onnx")
     for size in ANY:
         assert_same(detector, formats.from_torch(traced(detector, None).module()), *noise(*size))
