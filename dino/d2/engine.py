@@ -18,7 +18,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from dino.files import DataError
-from dino.modeling import fold_norms
 
 from .checkpoint import Checkpointer
 from .data import load_dataset
@@ -262,6 +261,4 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
     if "ema" in content:
         ema = Ema(model, decay=0)
         ema.load_state_dict(content["ema"])
-    else:
-        fold_norms(model)
     return evaluate(cfg, model, ema)
