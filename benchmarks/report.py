@@ -134,7 +134,7 @@ def model_cells(row, other):
         milliseconds(row["cpu_seconds"]),
         f"{other['cpu_seconds'] / row['cpu_seconds']:.2f}",
         f"{row['peak_bytes'] / 2**20:.0f} MiB",
-        ", ".join(f"{name} {value:.2g}" for name, value in found.items()),
+        ", ".join(f"{name} {value:.3g}" for name, value in found.items()),
     ]
 
 
