@@ -104,7 +104,8 @@ def model_section(path):
     commit = report["commit"][:10] + (" with changes" if report["changed_since_commit"] else "")
     device = hardware.get("gpu", hardware["cpu"])
     rate = ", ".join(f"{dtype} {speed / 1e9:.0f} G" for dtype, speed in report["matrix_product"].items())
-    against = f"official program at {report['against'][:10]}" if report["against"] else "no other program was at hand"
+    program = report["rows"][-1]["contender"]
+    against = f"{program} at {report['against'][:10]}" if report["against"] else "no other program was at hand"
     lines = [MODEL_HEADER, ["---"] * len(MODEL_HEADER)]
     for row in report["rows"]:
         same = [r for r in report["rows"] if case_of(r) == case_of(row)]
