@@ -148,3 +148,15 @@ def test_growth_and_its_report(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "PAGE", tmp_path / "performance.md")
     assert "| queries | training | 4, 8 | x " in report.growth_section(path)
     ElementTree.parse(tmp_path / "growth_cpu_1threads.svg")
+
+
+def test_loader(monkeypatch, tmp_path, capsys):
+    loader = program("loader")
+    arguments = ["--results", str(tmp_path), "--count", "4", "--workers", "0", "--seconds", "0.1"]
+    monkeypatch.setattr("sys.argv", ["loader.py", *arguments])
+    loader.main()
+    report = json.loads((tmp_path / "loader_0workers.json").read_text())
+    assert list(report["steps"]) == list(loader.STEPS)
+    assert all(seconds > 0 for seconds in report["steps"].values())
+    assert report["images_per_second"] > 0
+    assert "one core: " in capsys.readouterr().out
