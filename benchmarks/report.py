@@ -194,7 +194,7 @@ def growth_cells(points):
 def growth_plot(rows):
     """An SVG picture: a column for each curve, time above memory; what the count says is dashed."""
     names = list(dict.fromkeys(row["curve"] for row in rows))
-    width, height = PANEL_WIDTH * len(names) + 20, 2 * PANEL_HEIGHT + 70
+    width, height = PANEL_WIDTH * len(names) + 20, 2 * PANEL_HEIGHT + 40
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
         'font-family="sans-serif" font-size="11">',
@@ -210,7 +210,7 @@ def growth_plot(rows):
         for row, (measured, counted, unit) in enumerate(
             (("seconds", "multiply_adds", "s"), ("extra_bytes", "bytes_counted", "MiB"))
         ):
-            parts += panel(20 + column * PANEL_WIDTH, 40 + row * PANEL_HEIGHT, lines, measured, counted, unit)
+            parts += panel(20 + column * PANEL_WIDTH, 45 + row * PANEL_HEIGHT, lines, measured, counted, unit)
         parts.append(
             f'<text x="{20 + (column + 0.45) * PANEL_WIDTH}" y="{height - 8}" text-anchor="middle">{name}</text>'
         )
@@ -231,9 +231,10 @@ def panel(x, y, lines, measured, counted, unit):
     top = max(value for pairs in series.values() for pair in pairs for value in pair)
     values = [p["value"] for p in next(iter(lines.values()))]
     step, base = (PANEL_WIDTH - 50) / max(1, len(values) - 1), PANEL_HEIGHT - 40
+    caption = f"memory, 0 to {top:,.0f} MiB" if unit == "MiB" else f"time, 0 to {top:.2f} s"
     parts = [
         f'<line x1="{x}" y1="{y + base}" x2="{x + PANEL_WIDTH - 30}" y2="{y + base}" stroke="#9aa5b1"/>',
-        f'<text x="{x}" y="{y - 4}" fill="#555">{top:.3g} {unit}</text>',
+        f'<text x="{x}" y="{y - 6}" fill="#555">{caption}</text>',
         *(
             f'<text x="{x + 10 + i * step:.0f}" y="{y + base + 13}" text-anchor="middle" font-size="9">{value}</text>'
             for i, value in enumerate(values)
