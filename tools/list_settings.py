@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/settings.md"
 RECIPE = ROOT / "configs/dino_r50_4scale_12ep.py"
 TOOLS = (
+    "ablation",
     "analyze_model",
     "demo",
     "draw_pictures",
