@@ -146,12 +146,11 @@ def main(argv=None):
     parser.add_argument("--train", type=int, default=600, help="number of training images")
     parser.add_argument("--val", type=int, default=200, help="number of validation images")
     parser.add_argument("--seed", type=int, default=0, help="of the shapes")
-    hard = "many overlapping and small objects in each image"
-    parser.add_argument("--hard", dest="scene", action="store_const", const=HARD, default=EASY, help=hard)
+    parser.add_argument("--hard", action="store_true", help="many overlapping and small objects in each image")
     args = parser.parse_args(argv)
     if args.folder.exists():
         sys.exit(f"error: {args.folder} exists: choose another folder, or remove it")
-    make_shapes(args.folder, args.train, args.val, args.seed, args.scene)
+    make_shapes(args.folder, args.train, args.val, args.seed, HARD if args.hard else EASY)
     print(f"written to {args.folder}")
 
 
