@@ -82,9 +82,11 @@ def of_recipe(results, recipe):
 
 def spread(results, key="AP"):
     """Mean, sample standard deviation and number, as people write it."""
+    if not results:
+        return NOT_RUN
     values = [result[key] for result in results if result.get(key) is not None]
     if not values:
-        return NOT_RUN
+        return "no such objects"
     deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{deviation} ({len(values)})"
 

@@ -181,7 +181,7 @@ def test_table_and_pictures_from_planted_results(tmp_path):
     assert text.endswith("\nafter\n")
     assert "older" not in text
     row = next(line for line in text.splitlines() if "chain_1_static" in line)
-    assert row.split(" | ")[1:4] == ["12.0 ± 2.8 (2)", "24.0 ± 5.7 (2)", "not run"]
+    assert row.split(" | ")[1:4] == ["12.0 ± 2.8 (2)", "24.0 ± 5.7 (2)", "no such objects"]
     assert next(line for line in text.splitlines() if "chain_2" in line).count("not run") == 6
     assert "| 40.0 (1) |" in text
     assert "a reader's note | 43.4 -> 46.8 -> 48.2 -> 49.4" in text
