@@ -308,18 +308,31 @@ def told(cell: Cell, results: Path) -> str:
     return f"{cell.name}: AP {result['AP']:.1f}, {result['processor_seconds']:.0f} processor seconds"
 
 
-def tell_plan(cells: list[Cell], results: Path, jobs: int) -> list[Cell]:
-    """Print what is done, what will be, and what it costs, judging by what is done -> the cells to do."""
-    open_cells = [cell for cell in cells if not result_path(cell, results).exists()]
+def tell_plan(cells: list[Cell], args: argparse.Namespace) -> list[Cell]:
+    """Print what is done, what will be, and what it costs, judging by what is done -> the cells to do.
+
+    Raises:
+        DataError: what is done had another budget.
+    """
+    open_cells = [cell for cell in cells if not result_path(cell, args.results).exists()]
     print(f"{len(cells)} cells, {len(cells) - len(open_cells)} of them done. To do, in this order:")
     for cell in open_cells:
         print(f"  {cell.name}")
-    known = [result for data in sorted({c.data for c in cells}) for result in ablation_report.load(results, data)]
+    known = [result for data in sorted({c.data for c in cells}) for result in ablation_report.load(args.results, data)]
+    for result in known:
+        if args.iterations not in (None, result["budget"]["iterations"]):
+            raise DataError(
+                f"--iterations {args.iterations}, but {args.results} holds cells of {result['budget']['iterations']}: "
+                "give the same number, or another --results"
+            )
     if known and open_cells:
-        processor, wall = (sum(r[key] for r in known) / len(known) for key in ("processor_seconds", "wall_seconds"))
+        processor, wall = (
+            sum(r[key] for r in known) / len(known) * len(open_cells) / 3600
+            for key in ("processor_seconds", "wall_seconds")
+        )
         print(
-            f"estimate from {len(known)} finished cells: {processor * len(open_cells) / 3600:.1f} processor hours, "
-            f"{wall * len(open_cells) / jobs / 3600:.1f} hours with --jobs {jobs}"
+            f"estimate from {len(known)} finished cells: {processor:.1f} processor hours, {wall / args.jobs:.1f} hours "
+            f"with --jobs {args.jobs}"
         )
     elif open_cells:
         print("no cell is finished, so the cost is not known yet")
@@ -358,7 +371,7 @@ def main(argv: list[str] | None = None) -> None:
         args = parse(argv)
         faults = []
         if not args.report:
-            cells = tell_plan(plan(args), args.results, args.jobs)
+            cells = tell_plan(plan(args), args)
             if args.plan:
                 return
             faults = run_cells(cells, args)

@@ -90,6 +90,8 @@ def test_cells_run_once_and_in_order(program, tmp_path, capsys):
     program.main([*arguments, "--jobs", "2"])
     assert "4 cells, 4 of them done" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in files.values()}
+    with pytest.raises(SystemExit, match=r"--iterations 20, but .* holds cells of 10: give the same number"):
+        program.main([*arguments[:-1], "20"])
 
 
 def test_the_plan_begins_with_what_matters_most():
@@ -185,7 +187,7 @@ def test_table_and_pictures_from_planted_results(tmp_path):
     assert next(line for line in text.splitlines() if "chain_2" in line).count("not run") == 6
     assert "| 40.0 (1) |" in text
     assert "a reader's note | 43.4 -> 46.8 -> 48.2 -> 49.4" in text
-    assert "the paper's table as recalled from memory (12 epochs) | 43.4 DN-DETR" in text
+    assert "the paper's table as recalled from memory; COCO, R50, 12 epochs | 43.4 DN-DETR" in text
     for name in ("chain", "variants", "ancestors"):
         picture = (tmp_path / f"ablation_{name}.svg").read_text()
         assert picture.rstrip().endswith("</svg>")
