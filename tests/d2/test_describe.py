@@ -80,3 +80,9 @@ def test_descriptions_are_plain_text():
         "torch.nn.GELU"
     )
     json.dumps(plain({"a": object(), "b": lambda x: x}))
+
+
+def test_a_resize_without_a_bound_is_described():
+    cfg = LazyConfig.load(str(ROOT / "projects/dino/configs/dino_r18_shapes.py"))
+    found = describe(cfg)["preprocessing"]
+    assert (found["short_side"], found["max_size"]) == (160, None)
