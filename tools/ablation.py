@@ -193,7 +193,8 @@ def start(cell: Cell, slot: int, args: argparse.Namespace) -> Running | None:
         "commit": git("rev-parse", "HEAD"),
         "changed_since_commit": bool(git("status", "--porcelain", "--", *SOURCES)),
     }
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": str(slot)}
+    gpu = slot % max(1, torch.cuda.device_count())
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": str(gpu)}
     make_folder(run.parent)
     with open(run.with_name(f"{run.name}.txt"), "w") as output:
         process = subprocess.Popen(
