@@ -12,7 +12,7 @@ from .names import DINO_NAMES, HUGGING_FACE_NAMES, StateDict, rename, resnet_to_
 
 # Two keys that every file of a form has, and no file of another form.
 SIGNATURES = {
-    "own": ("level_embed", "query_selection.content.weight"),
+    "own": ("level_embed", "decoder.class_heads.0.bias"),
     "official": ("transformer.level_embed", "transformer.tgt_embed.weight"),
     "detrex": ("transformer.level_embeds", "transformer.tgt_embed.weight"),
     "huggingface": ("model.transformer.level_embed", "model.transformer.content_query_embeddings.weight"),
@@ -93,7 +93,7 @@ def from_official(state_dict: StateDict) -> StateDict:
     fine = sum(size == 1 for size in kernels.values())
     state = renumber(state, "input_proj.", lambda n: f"coarser.{n - fine}" if n >= fine else f"{n}")
     own = rename(state, FROM_OFFICIAL)
-    classes, labels = len(own["query_selection.class_head.bias"]), own["denoising.label_embed.weight"]
+    classes, labels = len(own["decoder.class_heads.0.bias"]), own["denoising.label_embed.weight"]
     if len(labels) > classes:
         own["denoising.label_embed.weight"], own[UNUSED_LABELS] = labels[:classes], labels[classes:]
     return own
