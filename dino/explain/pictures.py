@@ -36,7 +36,7 @@ MOST_NAMED = 12  # objects that are written on; beyond, the words would hide the
 DRAWS = 400  # of noise around one box
 EXAMPLE = (0.5, 0.5, 0.3, 0.24)  # a box (cx, cy, w, h) from which no noise reaches the border of the image
 STEPS = (("step to the predicted box", MATCHING), ("step to the box from which the next layer goes on", POSITIVE))
-STEP_PLACES = (-0.16, 0.16)  # in their column
+STEP_PLACES = (0.0, 0.36)  # in their column
 KINDS = {"positive": POSITIVE, "negative": NEGATIVE, "slot without object": EMPTY, "matching query": MATCHING}
 
 
@@ -275,7 +275,7 @@ def add_samples(axes: Axes, scene: Scene, layer: int, query: int) -> None:
 def gradients(scene: Scene) -> Figure:
     """Which steps of the box heads the box losses of each layer train, measured: looking forward once, and twice."""
     most = max(pulls.max().item() for pulls in scene.record.gradients.values())
-    figure, (grid,) = new_figure(10.5, 4.4, 1, 2)
+    figure, (grid,) = new_figure(10.5, 3.9, 1, 2)
     for axes, (name, pulls) in zip(grid, scene.record.gradients.items(), strict=True):
         count = len(pulls)
         for (i, j, step), pull in np.ndenumerate(pulls.numpy()):
@@ -287,7 +287,7 @@ def gradients(scene: Scene) -> Figure:
         axes.scatter(range(count), [0] * count, s=46, color=INK, marker="s", edgecolor="white", linewidth=0.6, zorder=3)
         axes.set_xticks(range(count), [f"layer {j + 1}" for j in range(count)], fontsize=8, color=INK)
         axes.set_yticks([0, 1], ["box losses", "box head"], fontsize=9, color=INK, rotation=90, va="center")
-        axes.set(xlim=(-0.5, count - 0.5), ylim=(-0.15, 1.15))
+        axes.set(xlim=(-0.45, count - 0.35), ylim=(-0.15, 1.15))
         axes.tick_params(length=0)
         frame(axes, f"looking forward {name}")
     add_legend(figure, {"box losses of a layer": INK} | dict(STEPS))
