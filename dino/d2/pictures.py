@@ -54,15 +54,17 @@ def draw_batch(model: DINODetector, batch: list[dict], names: list[str], path: s
     targets = [model.to_target(x) for x in batch]
     noised = model.network.denoising(targets, model.network.query_selection.num_queries)
     boxes = cxcywh_to_xyxy(noised.queries.box_logits.sigmoid())  # (B, T, 4)
-    half = boxes.shape[1] // max(1, 2 * noised.num_groups)
+    kinds = (POSITIVE, NEGATIVE)[: model.network.denoising.KINDS]
+    part = boxes.shape[1] // max(1, len(kinds) * noised.num_groups)  # slots of a kind in a group
     drawn = []
     for x, target, slots in zip(batch, noised.targets, boxes, strict=True):
         instances = x["instances"]
         height, width = x["image"].shape[1:]
         count = len(target.labels) if noised.num_groups else 0
         queries = slots.cpu() * torch.tensor([width, height, width, height])
-        image = boxed(x["image"], queries[half : half + count], NEGATIVE)
-        image = boxed(image, queries[:count], POSITIVE)
+        image = x["image"]
+        for kind, color in reversed(list(enumerate(kinds))):  # positives lie above negatives
+            image = boxed(image, queries[kind * part : kind * part + count], color)
         labels = [names[label] for label in instances.gt_classes.tolist()]
         drawn.append(boxed(image, instances.gt_boxes.tensor, TRUTH, labels))
     save_grid(drawn, path)
