@@ -170,11 +170,14 @@ class QuerySelection(nn.Module):
         features = self.project(memory.features.masked_fill(~usable[..., None], 0))  # (B, S, E)
         logits = self.class_head(features)  # (B, S, C)
         best = self.select(logits, usable, memory.padding)  # (B, Q)
-        delta = self.box_head(rows(features, best))
-        box_logits = rows(anchors, best) + widened(delta)  # (B, Q, 4)
+        features = rows(features, best)  # (B, Q, E)
+        box_logits = rows(anchors, best) + widened(self.box_head(features))  # (B, Q, 4)
         proposals = Predictions(rows(logits, best)[None], box_logits.sigmoid()[None])
-        content = self.content.weight[: best.shape[1]].expand(best.shape[0], -1, -1)  # (B, Q, E)
-        return Queries(content, box_logits.detach()), proposals
+        return Queries(self.contents(features), box_logits.detach()), proposals
+
+    def contents(self, features: Tensor) -> Tensor:
+        """What the queries ask for, given the features (B, Q, E) of their tokens -> (B, Q, E)."""
+        return self.content.weight[: features.shape[1]].expand(features.shape[0], -1, -1)
 
     def select(self, logits: Tensor, usable: Tensor, padding: Tensor) -> Tensor:
         """(B, Q) indices of the tokens of highest score over all classes, best first.
@@ -275,9 +278,13 @@ class Decoder(nn.Module):
             normed = self.norm(x)
             logits.append(to_class(normed))
             refined.append(refine(previous, to_delta(normed)))
-            previous = refine(boxes, to_delta(x))
+            previous = self.look_forward(refine(boxes, to_delta(x)))
             boxes = previous.detach()
         return Predictions(torch.stack(logits), torch.stack(refined))
+
+    def look_forward(self, boxes: Tensor) -> Tensor:
+        """What the next layer's predictions are steps from, given the boxes that this layer leaves to it."""
+        return boxes
 
 
 def share_heads(decoder: Decoder) -> Decoder:
