@@ -10,8 +10,9 @@ each of them once, so that a disturbance of the machine meets all; medians are o
 measured. `cpu_seconds` is what the process used, `peak_bytes` what it held at most, PyTorch included (on a GPU: the
 tensors). Shares of stages come from one further run.
 
-contenders: `dino` is this project as users get it; `reference` the same network with the attention in plain PyTorch;
-`official` and `detrex` need a checkout. In bfloat16 and float16 the networks run under autocast.
+contenders: `dino` is this project as users get it, beside the `official` program or `detrex`; without a checkout of
+these, beside `reference`, the same network with the attention in plain PyTorch. In bfloat16 and float16 the networks
+run under autocast.
 """
 
 import argparse
@@ -365,10 +366,10 @@ def compare(cases, options, device):
     against = options.against and git("rev-parse", "HEAD", folder=options.against)
     report = {**origin(device), "rounds": options.rounds, "against": against, "rows": []}
     report["matrix_product"] = {name: matrix_product(DTYPES[name], device) for name in options.dtypes.split(",")}
-    other = [recognise(Path(options.against))] if options.against else []
-    names = ["dino", "reference", *other]
+    other = recognise(Path(options.against)) if options.against else "reference"
+    names = ["dino", other]
     options.results.mkdir(parents=True, exist_ok=True)
-    path = options.results / f"{'_'.join(['model', device.type, f'{options.threads}threads', *other])}.json"
+    path = options.results / f"model_{device.type}_{options.threads}threads_{other}.json"
     for case in cases:
         report["rows"] += measure(case, names, options)
         path.write_text(json.dumps(report, indent=1) + "\n")

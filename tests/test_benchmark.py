@@ -86,11 +86,11 @@ def test_model_benchmark_and_report(monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark, "matrix_product", lambda dtype, device: 1e9)
     monkeypatch.setattr("sys.argv", ["model.py", "--results", str(tmp_path), "--rounds", "2", "--threads", "1"])
     benchmark.main()
-    rows = json.loads((tmp_path / "model_cpu_1threads.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "model_cpu_1threads_reference.json").read_text())["rows"]
     assert [row["contender"] for row in rows] == workers == ["dino", "reference"]
     assert rows[0]["difference"] == {"logits": 0.0, "boxes": 0.25, "same_tokens": pytest.approx(2 / 3)}
     assert "| inference 480x640, batch 1, 0 boxes, float32 | dino | 2000 ms | 1.00 |" in report.model_section(
-        tmp_path / "model_cpu_1threads.json"
+        tmp_path / "model_cpu_1threads_reference.json"
     )
 
 
