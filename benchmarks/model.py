@@ -254,6 +254,8 @@ def serve(case, name, options, device):
             if request == "output":
                 with Selections() as selections:
                     torch.save([work(), selections.indices], path)
+            elif request == "output_for_tokens_of":
+                answer = gaps(output_for_tokens(contender.model, work, torch.load(path)[1]), torch.load(path)[0])
             elif request == "time":
                 start = clock(device)
                 work()
@@ -265,6 +267,20 @@ def serve(case, name, options, device):
             elif request == "waits" and device.type == "cuda":
                 answer = waits(work)
             print(json.dumps(answer), flush=True)
+
+
+def output_for_tokens(model, work, tokens):
+    """What this project's network makes of the tokens (B, Q) that another program selected."""
+    model.query_selection.select = lambda *scores: tokens
+    try:
+        return work()
+    finally:
+        del model.query_selection.select
+
+
+def gaps(ours, theirs):
+    """Largest differences of logits and boxes."""
+    return {name: (x - y).abs().max().item() for name, x, y in zip(("logits", "boxes"), ours, theirs, strict=True)}
 
 
 class Worker:
@@ -296,6 +312,7 @@ def measure(case, names, options):
         for name, worker in workers.items():  # also warms up
             worker.ask(f"output {folder}/{name}")
         outputs = {name: torch.load(f"{folder}/{name}") for name in names}
+        given = case.work == "inference" and workers["dino"].ask(f"output_for_tokens_of {folder}/{names[-1]}")
     times = {name: [] for name in names}
     for _ in range(options.rounds):
         for name, worker in workers.items():
@@ -309,20 +326,23 @@ def measure(case, names, options):
         row["difference"] = difference(case, outputs[name], outputs[names[-1]])
         worker.close()
         rows.append(row)
+    if given:
+        rows[0]["difference"] |= {f"{name} for their tokens": gap for name, gap in given.items()}
     return rows
 
 
 def difference(case, ours, theirs):
     """Of the loss, relative; or the largest of logits and boxes where both selected the same token, and their share.
 
-    The loss of a training step differs by the programs' own draws of denoising noise.
+    Tokens of equal score change places by rounding; self-attention carries that to all other queries. The loss of a
+    training step differs by the programs' own draws of denoising noise.
     """
     (mine, my_tokens), (other, other_tokens) = ours, theirs
     if case.work != "inference":
         return {"loss": abs(mine.item() - other.item()) / abs(other.item())}
     same = my_tokens == other_tokens
-    gaps = {name: (x - y)[same].abs().max().item() for name, x, y in zip(("logits", "boxes"), mine, other, strict=True)}
-    return {**gaps, "same_tokens": same.float().mean().item()}
+    found = gaps([x[same] for x in mine], [y[same] for y in other])
+    return {**found, "same_tokens": same.float().mean().item()}
 
 
 def matrix_product(dtype, device):

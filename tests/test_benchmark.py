@@ -76,7 +76,9 @@ def test_model_benchmark_and_report(monkeypatch, tmp_path):
                 torch.save(
                     [(torch.zeros(1, 3, 2), boxes), torch.tensor([[4, 5, 6 if self.name == "dino" else 7]])], path
                 )
-            return {"time": [2.0, 3.0], "stages": {"backbone": 1.0}, "peak": 2**30}.get(command)
+            given = {"logits": 0.0, "boxes": 0.125}
+            answers = {"time": [2.0, 3.0], "stages": {"backbone": 1.0}, "peak": 2**30, "output_for_tokens_of": given}
+            return answers.get(command)
 
         def close(self):
             pass
@@ -88,7 +90,8 @@ def test_model_benchmark_and_report(monkeypatch, tmp_path):
     benchmark.main()
     rows = json.loads((tmp_path / "model_cpu_1threads_reference.json").read_text())["rows"]
     assert [row["contender"] for row in rows] == workers == ["dino", "reference"]
-    assert rows[0]["difference"] == {"logits": 0.0, "boxes": 0.25, "same_tokens": pytest.approx(2 / 3)}
+    differences = {"logits": 0.0, "boxes": 0.25, "same_tokens": pytest.approx(2 / 3)}
+    assert rows[0]["difference"] == {**differences, "logits for their tokens": 0.0, "boxes for their tokens": 0.125}
     assert "| inference 480x640, batch 1, 0 boxes, float32 | dino | 2000 ms | 1.00 |" in report.model_section(
         tmp_path / "model_cpu_1threads_reference.json"
     )
@@ -106,6 +109,16 @@ def test_the_work_of_the_model_benchmark():
         torch.rand(1, 8).topk(3, dim=1)
         torch.rand(1, 8).topk(2, dim=1)
     assert selections.indices.shape == (1, 3)
+
+
+def test_the_network_works_on_tokens_that_are_given():
+    benchmark = program("model")
+    network = tiny_network()
+    images, padding = torch.rand(1, 3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.bool)
+    tokens = torch.tensor([[3, 1, 2]])
+    found = benchmark.output_for_tokens(network, lambda: network(images, padding).decoder, tokens)
+    assert found.boxes.shape[2] == 3
+    assert network(images, padding).decoder.boxes.shape[2] != 3
 
 
 @pytest.mark.parametrize("name", ["official", "detrex"])
