@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.backends.registry import lookup_backend
 
 from dino.files import DataError
 from dino.images import list_images, read_image
@@ -320,14 +321,21 @@ def test_half_precision(checkpoint, dtype):
     assert torch.allclose(found.scores, exact.scores, atol=0.05)
 
 
-@pytest.mark.slow
-def test_compiled():
-    predictor = tiny()
-    expected = predictor(picture()), predictor(picture(90, 64))
-    predictor.compile(backend="eager", dynamic=True)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled(backend):
+    """The compiled network is one graph for all sizes, without operators that can't be traced."""
+    graphs = []
+
+    def compile_graph(graph, inputs):
+        graphs.append(graph)
+        return lookup_backend(backend)(graph, inputs)
+
+    expected = tiny()(picture()), tiny()(picture(90, 64))
+    predictor = tiny().compile(backend=compile_graph, dynamic=True, fullgraph=True)
     for one, other in zip((predictor(picture()), predictor(picture(90, 64))), expected, strict=True):
         assert torch.allclose(one.scores, other.scores, atol=1e-5)
         assert torch.allclose(one.boxes, other.boxes, atol=1e-3)
+    assert len(graphs) == 1
 
 
 def test_no_detectron2_is_needed(checkpoint, tmp_path):

@@ -118,7 +118,7 @@ def test_descriptions_are_json_and_nothing_else(tmp_path, monkeypatch, text):
 )
 def test_files_without_a_description(tmp_path, content):
     write_content(tmp_path / "model.pth", **content)
-    with pytest.raises(DataError, match=r"model\.pth does not say how to build its model.*convert_weights"):
+    with pytest.raises(DataError, match=r"model\.pth does not say how to build its model.*dino convert"):
         model_from_checkpoint(tmp_path / "model.pth")
 
 
