@@ -11,9 +11,17 @@ from dino.export import program
 from dino.export.formats import FORMATS, Format
 from dino.export.verify import Comparison, Limits, match
 from dino.layers import Detections
+from dino.rebuild import PARTS
 
 from ..coco_files import NAMES, write_coco
 from ..test_rebuild import network, write, write_content
+from ..tiny import TinyBackbone
+
+
+@pytest.fixture(autouse=True)
+def small_backbone(monkeypatch):
+    """Three convolutions instead of a ResNet, to save time."""
+    monkeypatch.setitem(PARTS, "dino.modeling.TorchvisionBackbone", lambda **_: TinyBackbone())
 
 
 @pytest.fixture
