@@ -38,8 +38,8 @@ def write_content(path, description=None, **content):
 
 
 def write(path, description=None, **content):
-    """A checkpoint of the small network with random weights, or with other content."""
-    model = randomise(rebuild.build_network({"network": network()})).eval()
+    """A checkpoint of the small, or the described, network with random weights, or with other content."""
+    model = randomise(rebuild.build_network({"network": description or network()})).eval()
     write_content(path, description, **{"model": model.state_dict(), **content})
     return model
 
