@@ -14,6 +14,7 @@ def test_names_inside_the_folder(tmp_path):
 
 def test_one_is_no_plural():
     assert [counted(n, "picture") for n in (0, 1, 2000)] == ["0 pictures", "1 picture", "2,000 pictures"]
+    assert [counted(n, "box", "boxes") for n in (1, 2)] == ["1 box", "2 boxes"]
 
 
 OUTSIDE = [

@@ -185,5 +185,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.fix:
         fixed, changes = repair(sets[0].data, sets[0].split.contents, sets[0].faults)
         write_whole(args.fix, lambda part: part.write_text(json.dumps(fixed), encoding="utf-8"))
-        print(f"cleaned copy written to {args.fix}: {', '.join(changes)}")
+        print(f"cleaned copy written to {args.fix}: {', '.join(changes) or 'nothing was to be changed'}")
     return 1 if any(count_errors(checked.faults) for checked in sets) else 0

@@ -6,7 +6,7 @@ from collections import defaultdict
 from typing import Any
 
 from dino.coco import usable_box
-from dino.files import DataError
+from dino.files import DataError, counted
 
 from .annotations import Contents, from_corners
 from .faults import KINDS, Fault
@@ -49,13 +49,15 @@ def repair(data: dict[str, Any], contents: Contents, faults: list[Fault]) -> tup
         annotations = [{**entry, "id": number} for number, entry in enumerate(annotations, 1)]
     categories = [entry for index, entry in enumerate(data["categories"]) if index not in dropped["categories"]]
     changes = [
-        f"{len(data['images']) - len(images)} images left out",
-        f"{len(data['annotations']) - len(annotations)} objects left out",
-        f"{len(corners - dropped['annotations'])} boxes converted from corners",
-        f"{len(clipped - dropped['annotations'])} boxes clipped",
-        f"{len(data['categories']) - len(categories)} classes left out",
+        (len(data["images"]) - len(images), "image", "images", "left out"),
+        (len(data["annotations"]) - len(annotations), "object", "objects", "left out"),
+        (len(corners - dropped["annotations"]), "box", "boxes", "converted from corners"),
+        (len(clipped - dropped["annotations"]), "box", "boxes", "clipped"),
+        (len(data["categories"]) - len(categories), "class", "classes", "left out"),
     ]
-    return {**data, "images": images, "annotations": annotations, "categories": categories}, changes
+    told = [f"{counted(number, one, many)} {what}" for number, one, many, what in changes if number]
+    fixed = {**data, "images": images, "annotations": annotations, "categories": categories}
+    return fixed, told
 
 
 def places(faults: list[Fault], cure: str) -> dict[str, set[int]]:
