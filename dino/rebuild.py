@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import dino.modeling
 from dino.files import DataError
 from dino.layers import ContrastiveDenoising, SinePositionEncoding
-from dino.modeling import DINO, TorchvisionBackbone
+from dino.modeling import DINO, TorchvisionBackbone, variants
 from dino.weights import load_weights, read_content
 
 TEXT = re.compile(r"[\w.+-]*")  # what any text of a description may consist of: no path and no address
@@ -72,8 +72,8 @@ def model_from_checkpoint(path: str | Path, *, copy: str = "auto") -> Rebuilt:
     problems = load_weights(network, content, copy=copy, name=str(path)).problems
     if problems:
         raise DataError(f"{path} does not hold all of its own model: {', '.join(problems[:3])}")
-    if len(names) != len(network.query_selection.class_head.bias):
-        raise DataError(f"{path} has {len(names)} names for {len(network.query_selection.class_head.bias)} classes")
+    if len(names) != len(network.decoder.class_heads[0].bias):
+        raise DataError(f"{path} has {len(names)} names for {len(network.decoder.class_heads[0].bias)} classes")
     return Rebuilt(network.eval(), names, preprocessing)
 
 
@@ -187,9 +187,10 @@ def resnet_stem(*, in_channels: int = 3, out_channels: int = 64, norm: str = "BN
     return norm
 
 
-# All that a checkpoint may ask for. To add a part of the network, export it from `dino.modeling`.
+# All that a checkpoint may ask for. To add a part of the network, export it from `dino.modeling` or its `variants`.
 PARTS: dict[str, Callable] = {
     **{f"dino.modeling.{name}": getattr(dino.modeling, name) for name in dino.modeling.__all__},
+    **{f"dino.modeling.variants.{name}": getattr(variants, name) for name in variants.__all__},
     "dino.layers.ContrastiveDenoising": ContrastiveDenoising,
     "dino.layers.SinePositionEncoding": SinePositionEncoding,
     "detectron2.modeling.ResNet": torchvision_resnet,

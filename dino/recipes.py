@@ -8,7 +8,8 @@ from pathlib import Path
 from .files import DataError
 
 PACKAGE = Path(__file__).parent
-FOLDERS = ("configs", "projects/dino/configs")
+FOLDERS = ("configs", "projects/dino/configs", "projects/dino/configs/ablation")
+PARTS = ("__init__", "base")  # names of files that are parts of recipes, not recipes
 
 
 def recipe_root() -> Path:
@@ -19,7 +20,7 @@ def recipe_root() -> Path:
 def recipes() -> dict[str, Path]:
     """File of each recipe that comes with the package, by its name without `.py`."""
     files = [path for folder in FOLDERS for path in sorted((recipe_root() / folder).glob("*.py"))]
-    return {path.stem: path for path in files if path.stem != "__init__"}
+    return {path.stem: path for path in files if path.stem not in PARTS}
 
 
 def find_recipe(name: str) -> Path:

@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/settings.md"
 RECIPE = ROOT / "configs/dino_r50_4scale_12ep.py"
 TOOLS = (
+    "ablation",
     "analyze_model",
     "demo",
     "draw_pictures",
@@ -40,7 +41,8 @@ TOOLS = (
 )  # the others are verbs of `dino`
 PARTS = """dino.modeling:TorchvisionBackbone,TimmBackbone dino.d2.backbones:vitdet,regnet,AsBackbone
 dino.d2.data:ShortSide,OneOf dino.d2.optim:layerwise_params dino.d2.tta:AugmentedDetector
-dino.layers.reweighting:Reweighting"""  # that the recipe does not name
+dino.layers.reweighting:Reweighting
+dino.modeling.variants:LearnedQueries,PatternSelection,LearnedPositionEncoding"""  # that the recipe does not name
 VARIABLES = {
     "CUDA_HOME": "`python -m dino.build`: where CUDA's compiler is, if not in `PATH`",
     "CXX": "`python -m dino.build`: the C++ compiler",

@@ -5,6 +5,10 @@
 makes datasets/shapes/{train,val}.json and the images in datasets/shapes/{train,val}/. The two splits come from
 different seeds. Each image has 1 to 10 objects, some of them overlapping, a third of them under 32 pixels; one image in
 12 has none. Category ids are 2, 5 and 9, so that programs which take ids for labels fail early.
+
+    python tools/make_shapes.py datasets/hard --train 600 --val 100 --hard
+
+crowds them: 10 to 25 objects in each image, many of them overlapping, half of them under 32 pixels.
 """
 
 import argparse
@@ -13,6 +17,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -21,9 +26,27 @@ from tqdm import tqdm
 CATEGORIES = [{"id": 2, "name": "circle"}, {"id": 5, "name": "square"}, {"id": 9, "name": "triangle"}]
 WIDTH, HEIGHT = 192, 160  # of an image, in pixels
 SMALL, LARGE = (14, 31), (38, 66)  # longer sides of objects in pixels
-SMALL_SHARE = 0.27  # of the attempts; small objects find room more easily, so they become a third of all
-MAX_OVERLAP = 0.35  # of the smaller box, so that everything stays recognisable
-EMPTY = 1 / 12  # of the images have no object
+
+
+class Scene(NamedTuple):
+    """How an image is filled.
+
+    Args:
+        empty: share of the images that have no object.
+        least, most: number of objects of the others; fewer where there is no room.
+        small_share: of the attempts that are small; small objects find room more easily, so there will be more of them.
+        max_overlap: share of the smaller box that another one may cover; everything must stay recognisable.
+    """
+
+    empty: float
+    least: int
+    most: int
+    small_share: float
+    max_overlap: float
+
+
+EASY = Scene(empty=1 / 12, least=1, most=10, small_share=0.27, max_overlap=0.35)
+HARD = Scene(empty=0, least=10, most=25, small_share=0.43, max_overlap=0.6)
 
 
 def texture(random):
@@ -52,44 +75,44 @@ def draw_shape(draw, name, box, random):
         draw.polygon([((x0 + x1) / 2, y0), (x1, y1), (x0, y1)], **style)
 
 
-def overlaps(box, others):
-    """Whether `box` shares too much with one of `others` (all xyxy)."""
+def overlaps(box, others, most):
+    """Whether `box` shares more than `most` of the smaller one's area with one of `others` (all xyxy)."""
     for other in others:
         width = min(box[2], other[2]) - max(box[0], other[0])
         height = min(box[3], other[3]) - max(box[1], other[1])
         smaller = min((b[2] - b[0]) * (b[3] - b[1]) for b in (box, other))
-        if width > 0 and height > 0 and width * height > MAX_OVERLAP * smaller:
+        if width > 0 and height > 0 and width * height > most * smaller:
             return True
     return False
 
 
-def make_image(random):
+def make_image(random, scene):
     """One picture and its objects as (category, box xyxy in pixels)."""
     image = texture(random)
     draw = ImageDraw.Draw(image)
     objects = []
-    wanted = 0 if random.random() < EMPTY else int(random.integers(1, 11))
+    wanted = 0 if random.random() < scene.empty else int(random.integers(scene.least, scene.most + 1))
     for _ in range(20 * wanted):
         if len(objects) == wanted:
             break
-        low, high = SMALL if random.random() < SMALL_SHARE else LARGE
+        low, high = SMALL if random.random() < scene.small_share else LARGE
         width, height = (int(s) for s in random.integers(low, high + 1) * random.uniform(0.85, 1, 2))
         x, y = int(random.integers(WIDTH - width)), int(random.integers(HEIGHT - height))
         box = (x, y, x + width, y + height)
-        if not overlaps(box, [b for _, b in objects]):
+        if not overlaps(box, [b for _, b in objects], scene.max_overlap):
             category = CATEGORIES[random.integers(len(CATEGORIES))]
             draw_shape(draw, category["name"], box, random)
             objects.append((category, box))
     return image, objects
 
 
-def write_split(folder, split, count, seed):
+def write_split(folder, split, count, seed, scene):
     """`count` images and their annotations."""
     random = np.random.default_rng(seed)
     (folder / split).mkdir(parents=True)
     images, annotations = [], []
     for number in tqdm(range(1, count + 1), desc=f"draw {split}", disable=None):
-        image, objects = make_image(random)
+        image, objects = make_image(random, scene)
         name = f"{number:05d}.png"
         image.save(folder / split / name)
         images.append({"id": number, "file_name": name, "width": WIDTH, "height": HEIGHT})
@@ -108,12 +131,12 @@ def write_split(folder, split, count, seed):
     (folder / f"{split}.json").write_text(json.dumps(content))
 
 
-def make_shapes(folder, train, val, seed):
+def make_shapes(folder, train, val, seed, scene):
     """Write both splits to `folder`, which appears whole or not at all."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    write_split(part, "train", train, seed)
-    write_split(part, "val", val, seed + 1)
+    write_split(part, "train", train, seed, scene)
+    write_split(part, "val", val, seed + 1, scene)
     os.replace(part, folder)
 
 
@@ -123,10 +146,11 @@ def main(argv=None):
     parser.add_argument("--train", type=int, default=600, help="number of training images")
     parser.add_argument("--val", type=int, default=200, help="number of validation images")
     parser.add_argument("--seed", type=int, default=0, help="of the shapes")
+    parser.add_argument("--hard", action="store_true", help="many overlapping and small objects in each image")
     args = parser.parse_args(argv)
     if args.folder.exists():
         sys.exit(f"error: {args.folder} exists: choose another folder, or remove it")
-    make_shapes(args.folder, args.train, args.val, args.seed)
+    make_shapes(args.folder, args.train, args.val, args.seed, HARD if args.hard else EASY)
     print(f"written to {args.folder}")
 
 

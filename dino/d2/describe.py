@@ -28,7 +28,7 @@ PARTS = {name_of(part): part for part in (*OF_DETECTRON2, AsBackbone, regnet, vi
 def describe(cfg: DictConfig) -> dict[str, Any]:
     """The `about` of a checkpoint: the recipe's model as JSON text, and what it does to images, as plain data."""
     resizes = [a for a in cfg.dataloader.test.mapper.augmentations if "sizes" in a]
-    size = {"short_side": int(max(resizes[-1].sizes)), "max_size": resizes[-1].max_size} if resizes else {}
+    size = {"short_side": int(max(resizes[-1].sizes)), "max_size": resizes[-1].get("max_size")} if resizes else {}
     model = {key: cfg.model[key] for key in ("pixel_mean", "pixel_std", "max_detections") if key in cfg.model}
     model = {key: [float(x) for x in value] if "pixel" in key else value for key, value in model.items()}
     return {

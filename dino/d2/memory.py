@@ -29,9 +29,11 @@ def checkpoint_activations(model: nn.Module, parts: Sequence[str]) -> None:
     Gradients stay the same. (BatchNorm in training mode counts each batch twice in its running statistics.)
 
     Args:
-        model: a `DINODetector`, changed in place; the names of its parameters stay.
+        model: a `DINODetector`, changed in place; the names of its parameters stay. Without `parts`, any model.
         parts: any of "backbone", "encoder", "decoder".
     """
+    if not parts:
+        return
     network = model.network
     known = {
         "backbone": lambda: find_blocks(network.neck.backbone).values(),

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.functional import pad
 from torchvision.utils import draw_bounding_boxes, make_grid, save_image
 
@@ -23,7 +23,7 @@ MOST_IMAGES = 8
 
 
 class FirstBatch(HookBase):
-    """Draws the first augmented batch: objects green, and one group of their denoising queries.
+    """Draws the first augmented batch: objects green, and of a `DINODetector` one group of their denoising queries.
 
     Slightly noised ones (to be repaired) are blue, strongly noised ones (to be rejected) red.
 
@@ -43,7 +43,8 @@ class FirstBatch(HookBase):
         model = unwrapped(self.trainer.model)
         gather_shards(model)
         if comm.is_main_process():
-            draw_batch(model, self.trainer.batch[:MOST_IMAGES], self.names, self.path)
+            draw = draw_batch if hasattr(model, "network") else draw_objects
+            draw(model, self.trainer.batch[:MOST_IMAGES], self.names, self.path)
         drop_shards(model)
 
 
@@ -53,17 +54,28 @@ def draw_batch(model: DINODetector, batch: list[dict], names: list[str], path: s
     targets = [model.to_target(x) for x in batch]
     noised = model.network.denoising(targets, model.network.query_selection.num_queries)
     boxes = cxcywh_to_xyxy(noised.queries.box_logits.sigmoid())  # (B, T, 4)
-    half = boxes.shape[1] // max(1, 2 * noised.num_groups)
+    kinds = (POSITIVE, NEGATIVE)[: model.network.denoising.KINDS]
+    part = boxes.shape[1] // max(1, len(kinds) * noised.num_groups)  # slots of a kind in a group
     drawn = []
     for x, target, slots in zip(batch, noised.targets, boxes, strict=True):
         instances = x["instances"]
         height, width = x["image"].shape[1:]
         count = len(target.labels) if noised.num_groups else 0
         queries = slots.cpu() * torch.tensor([width, height, width, height])
-        image = boxed(x["image"], queries[half : half + count], NEGATIVE)
-        image = boxed(image, queries[:count], POSITIVE)
+        image = x["image"]
+        for kind, color in reversed(list(enumerate(kinds))):  # positives lie above negatives
+            image = boxed(image, queries[kind * part : kind * part + count], color)
         labels = [names[label] for label in instances.gt_classes.tolist()]
         drawn.append(boxed(image, instances.gt_boxes.tensor, TRUTH, labels))
+    save_grid(drawn, path)
+
+
+def draw_objects(_: nn.Module, batch: list[dict], names: list[str], path: str) -> None:
+    """Draw a training batch of a detector that has no denoising queries."""
+    drawn = []
+    for x in batch:
+        labels = [names[label] for label in x["instances"].gt_classes.tolist()]
+        drawn.append(boxed(x["image"], x["instances"].gt_boxes.tensor, TRUTH, labels))
     save_grid(drawn, path)
 
 

@@ -33,7 +33,8 @@ HELP = {  # of Detectron2's arguments
     "dist_url": "where the machines meet, such as tcp://HOST:29500; one machine finds a port of its own",
     "opts": "overrides of the recipe, key=value",
 }
-NUM_CLASSES = "model.num_classes"  # the one place of a recipe that states it; the parts interpolate
+# The one place of a recipe that states it, the parts interpolate; the second is that of Detectron2's R-CNNs.
+NUM_CLASSES = ("model.num_classes", "model.roi_heads.num_classes")
 
 
 def argument_parser(epilog: str) -> argparse.ArgumentParser:
@@ -78,7 +79,7 @@ def complete(cfg: DictConfig, args: argparse.Namespace) -> DictConfig:
     cfg = LazyConfig.apply_overrides(cfg, args.opts)
     if not torch.cuda.is_available() and str(cfg.train.device).startswith("cuda"):
         cfg.train.device = "cpu"
-    use_classes(cfg, any(o.split("=")[0] == NUM_CLASSES for o in args.opts), args.eval_only)
+    use_classes(cfg, any(o.split("=")[0] in NUM_CLASSES for o in args.opts), args.eval_only)
     if not args.eval_only:
         check_schedule(cfg)
     return cfg
@@ -160,12 +161,11 @@ def use_classes(cfg: DictConfig, stated: bool, eval_only: bool) -> None:
             f"training and validation data differ in their classes: only in training {only_train}, only in validation "
             f"{only_val}" + ("" if only_train or only_val else ": the same names in another order")
         )
-    current = OmegaConf.select(cfg, NUM_CLASSES)
+    key = next((key for key in NUM_CLASSES if has_key(cfg, key)), NUM_CLASSES[0])
+    current = OmegaConf.select(cfg, key)
     if stated and current != len(train):
-        raise DataError(
-            f"{NUM_CLASSES}={current}, but the data has {len(train)} classes: write {NUM_CLASSES}={len(train)}"
-        )
-    OmegaConf.update(cfg, NUM_CLASSES, len(train))
+        raise DataError(f"{key}={current}, but the data has {len(train)} classes: write {key}={len(train)}")
+    OmegaConf.update(cfg, key, len(train))
 
 
 def names_of(node: DictConfig) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from torchvision.ops import box_iou
 
@@ -35,6 +35,8 @@ SHOWN_ANCHORS = 12  # the best ones; more can't be told apart
 MOST_NAMED = 12  # objects that are written on; beyond, the words would hide the image
 DRAWS = 400  # of noise around one box
 EXAMPLE = (0.5, 0.5, 0.3, 0.24)  # a box (cx, cy, w, h) from which no noise reaches the border of the image
+STEPS = (("step to the predicted box", MATCHING), ("step to the box from which the next layer goes on", POSITIVE))
+STEP_PLACES = (0.0, 0.36)  # in their column
 KINDS = {"positive": POSITIVE, "negative": NEGATIVE, "slot without object": EMPTY, "matching query": MATCHING}
 
 
@@ -271,25 +273,35 @@ def add_samples(axes: Axes, scene: Scene, layer: int, query: int) -> None:
 
 
 def gradients(scene: Scene) -> Figure:
-    """Which box heads the box losses of each layer train, measured."""
-    pulls = scene.record.gradients.numpy()  # (N, N, 2)
-    count = len(pulls)
-    shade = LinearSegmentedColormap.from_list("pull", [BLOCKED, "#9fbfe6", MATCHING, "#1d3c6e"])
-    figure, (grid,) = new_figure(10.5, 4.9, 1, 2)
-    titles = ("the step to the predicted box", "the step to the box of the next layer")
-    for axes, values, title in zip(grid, pulls.transpose(2, 0, 1), titles, strict=True):
-        axes.imshow(values, cmap=shade, vmin=0, vmax=pulls.max())
-        for (i, j), value in np.ndenumerate(values):
-            colour = "white" if value > 0.5 * pulls.max() else INK if value else SOFT
-            axes.text(j, i, f"{value:.2g}", ha="center", va="center", fontsize=8, color=colour)
-        numbers = [str(i + 1) for i in range(count)]
-        axes.set_xticks(range(count), numbers, fontsize=8, color=INK)
-        axes.set_yticks(range(count), numbers, fontsize=8, color=INK)
-        axes.set_xlabel("box head of layer", fontsize=9, color=INK)
+    """Which steps of the box heads the box losses of each layer train, measured: looking forward once, and twice."""
+    most = max(pulls.max().item() for pulls in scene.record.gradients.values())
+    figure, (grid,) = new_figure(10.5, 3.9, 1, 2)
+    for axes, (name, pulls) in zip(grid, scene.record.gradients.items(), strict=True):
+        count = len(pulls)
+        for (i, j, step), pull in np.ndenumerate(pulls.numpy()):
+            if pull:
+                add_pull(axes, (i, 0), (j + STEP_PLACES[step], 1), pull.item(), most, STEPS[step][1])
+        for j in range(count):
+            for place, (_, colour) in zip(STEP_PLACES, STEPS, strict=True):
+                axes.scatter(j + place, 1, s=46, color=colour, edgecolor="white", linewidth=0.6, zorder=3)
+        axes.scatter(range(count), [0] * count, s=46, color=INK, marker="s", edgecolor="white", linewidth=0.6, zorder=3)
+        axes.set_xticks(range(count), [f"layer {j + 1}" for j in range(count)], fontsize=8, color=INK)
+        axes.set_yticks([0, 1], ["box losses", "box head"], fontsize=9, color=INK, rotation=90, va="center")
+        axes.set(xlim=(-0.45, count - 0.35), ylim=(-0.15, 1.15))
         axes.tick_params(length=0)
-        frame(axes, title)
-    grid[0].set_ylabel("box losses of layer", fontsize=9, color=INK)
+        frame(axes, f"looking forward {name}")
+    add_legend(figure, {"box losses of a layer": INK} | dict(STEPS))
     return figure
+
+
+def add_pull(
+    axes: Axes, loss: tuple[float, float], step: tuple[float, float], pull: float, most: float, colour: str
+) -> None:
+    """An arrow from a loss to the step that it trains, as wide as the gradient is strong, and its number."""
+    look = {"arrowstyle": "-|>", "linewidth": 0.8 + 3 * pull / most, "color": colour, "shrinkA": 6, "shrinkB": 6}
+    axes.annotate("", step, loss, arrowprops=look)
+    x, y = (0.42 * a + 0.58 * b for a, b in zip(loss, step, strict=True))
+    add_label(axes, x, y, f"{pull:.2g}", INK, fontsize=7)
 
 
 def losses(scene: Scene) -> Figure:

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dino.layers import MultiScaleDeformableAttention, NoisedQueries, Outputs, Queries, SetCriterion, Target, Tokens
+from dino.layers import (
+    ContrastiveDenoising,
+    MultiScaleDeformableAttention,
+    NoisedQueries,
+    Outputs,
+    Queries,
+    SetCriterion,
+    Target,
+    Tokens,
+)
 from dino.layers.structures import concatenate
-from dino.modeling import DINO
+from dino.modeling import DINO, Decoder, QuerySelection
+from dino.modeling.variants import LookForwardOnce, PureSelection
 
+LOOKS = {"once": LookForwardOnce, "twice": Decoder}
 CALLS = 2  # of a box head in its decoder layer: for the predicted box, then for the box that the next layer starts from
 
 
@@ -38,21 +50,23 @@ class Record(NamedTuple):
     outputs: Outputs
     matches: list[tuple[Tensor, Tensor]]  # of each image: K queries of the last layer, and their objects
     losses: dict[str, float]  # weighted, by name
-    gradients: Tensor  # (N, N, 2): layer of a loss, layer of a box head, see `box_gradients`
+    gradients: dict[str, Tensor]  # "once" and "twice" -> (N, N, 2), see `box_gradients`
 
 
 def record(network: DINO, images: Tensor, padding: Tensor, targets: list[Target], criterion: SetCriterion) -> Record:
     """Run a batch as in training, but in the mode (`train` or `eval`) in which the network is, and keep what happens.
 
     Args:
-        network: any DINO whose queries are selected as by `QuerySelection`.
+        network: any DINO whose queries are selected as by `QuerySelection` and noised as by `ContrastiveDenoising`.
         images, padding: as of `DINO.forward`.
         targets: the objects of each image, at least one in all.
         criterion: whose losses and matching are recorded.
 
     Raises:
-        ValueError: there is no object in the batch, or denoising is switched off.
+        ValueError: there is no object in the batch, denoising is switched off, or the network has a variant of a part
+            of which there is nothing to draw.
     """
+    check_parts(network)
     selection = network.query_selection
     attentions = [layer.cross_attention for layer in network.decoder.layers]
     watched = {"selection": selection, "classes": selection.class_head, "denoising": network.denoising}
@@ -69,6 +83,10 @@ def record(network: DINO, images: Tensor, padding: Tensor, targets: list[Target]
         samples = [look(a, *calls[f"layer {i}"][0][0], memory.valid_ratios) for i, a in enumerate(attentions)]
         losses = {name: loss.item() for name, loss in criterion(outputs, targets).items()}
         matches = criterion.matcher(type(outputs.decoder)(*(x[-1:] for x in outputs.decoder)), targets)[0]
+
+    def pulls(decoder: Decoder) -> Tensor:
+        return box_gradients(decoder, concatenate(noised.queries, queries), memory, outputs, criterion, targets)
+
     return Record(
         memory=memory,
         tokens=tokens,
@@ -81,10 +99,28 @@ def record(network: DINO, images: Tensor, padding: Tensor, targets: list[Target]
         outputs=outputs,
         matches=[(torch.as_tensor(query), torch.as_tensor(target)) for query, target in matches],
         losses=losses,
-        gradients=box_gradients(
-            network.decoder, concatenate(noised.queries, queries), memory, outputs, criterion, targets
-        ),
+        gradients={name: pulls(looking(network.decoder, kind)) for name, kind in LOOKS.items()},
     )
+
+
+def check_parts(network: DINO) -> None:
+    """Raise a ValueError that names the part of a network that has no selected tokens, or no negatives, to record."""
+    selection, denoising = network.query_selection, network.denoising
+    classes = network.decoder.class_heads[0].out_features
+    if type(selection) not in (QuerySelection, PureSelection) or selection.class_head.out_features != classes:
+        raise ValueError(
+            f"its queries come from {type(selection).__name__}, which does not select tokens by their {classes} "
+            "classes: there is nothing to draw as for DINO"
+        )
+    if denoising.KINDS != ContrastiveDenoising.KINDS:
+        raise ValueError(f"{type(denoising).__name__} makes no negatives: there is nothing to draw as for DINO")
+
+
+def looking(decoder: Decoder, kind: type[Decoder]) -> Decoder:
+    """The same decoder, with the same modules and hooks, but looking forward as `kind` does."""
+    other = copy.copy(decoder)
+    other.__class__ = kind
+    return other
 
 
 @contextlib.contextmanager

@@ -64,7 +64,8 @@ class SetCriterion(nn.Module):
         names = [f"_{i}" for i in range(len(outputs.decoder.logits) - 1)]
         matched = Predictions(*(torch.cat(pair) for pair in zip(outputs.decoder, outputs.proposals, strict=True)))
         pairs = flatten_matches(self.matcher(matched, targets), targets, matched.boxes.device)
-        losses = self.named(self.losses(matched, pairs, targets), num_boxes, [*names, "", "_interm"])
+        suffixes = [*names, "", *["_interm"] * len(outputs.proposals.logits)]
+        losses = self.named(self.losses(matched, pairs, targets), num_boxes, suffixes)
         if outputs.denoising:
             sums = self.denoising_losses(outputs.denoising)
             scale = num_noised * max(1, outputs.denoising.num_groups)

@@ -13,7 +13,7 @@ from .transfer import to_device
 
 
 class Noise(NamedTuple):
-    """The random draws of one batch; R = 2 * groups repeats of the K objects of all images, even repeats positive."""
+    """The random draws of one batch; R = KINDS * groups repeats of the K objects of all images, even ones positive."""
 
     label_chance: Tensor  # (R, K) uniform in [0, 1)
     new_labels: Tensor  # (R, K) int64 in [0, C)
@@ -46,6 +46,8 @@ class ContrastiveDenoising(nn.Module):
         ValueError: a negative budget.
     """
 
+    KINDS = 2  # of slots that an object has in its group: a positive, then a negative
+
     def __init__(
         self,
         *,
@@ -66,14 +68,14 @@ class ContrastiveDenoising(nn.Module):
     def forward(self, targets: list[Target], num_queries: int) -> NoisedQueries:
         """Noise the objects of B images into T slots that stand in front of `num_queries` matching queries.
 
-        T = 2 * groups * (objects of the fullest image), never more than 2 * num_denoising.
+        T = KINDS * groups * (objects of the fullest image), never more than KINDS * num_denoising.
         """
         targets = [self.sample(t) for t in targets]
         longest = max(len(t.labels) for t in targets)
         if longest == 0:
             return self.placeholder(targets, num_queries)
         num_groups = self.num_groups(longest)
-        noise = self.draw(2 * num_groups, torch.cat([t.labels for t in targets]))
+        noise = self.draw(self.KINDS * num_groups, torch.cat([t.labels for t in targets]))
         return self.build(targets, num_queries, num_groups, noise)
 
     def sample(self, target: Target) -> Target:
@@ -105,7 +107,7 @@ class ContrastiveDenoising(nn.Module):
         and the class loss trains them as background, as in the official program.
         """
         counts = [len(t.labels) for t in targets]
-        repeats, longest = 2 * num_groups, max(counts)
+        repeats, longest = self.KINDS * num_groups, max(counts)
         content = self.label_embed(self.noise_labels(torch.cat([t.labels for t in targets]), noise))  # (R, K, E)
         box_logits = inverse_sigmoid(self.noise_boxes(torch.cat([t.boxes for t in targets]), noise))  # (R, K, 4)
         image = to_device([i for i, n in enumerate(counts) for _ in range(n)], content.device)  # (K,)
@@ -116,7 +118,7 @@ class ContrastiveDenoising(nn.Module):
             slots[image, place] = x.transpose(0, 1)
             return slots.transpose(1, 2).flatten(1, 2)  # (B, T, ·)
 
-        mask = denoising_mask(num_groups, 2 * longest, num_queries, content.device)
+        mask = denoising_mask(num_groups, self.KINDS * longest, num_queries, content.device)
         return NoisedQueries(Queries(to_slots(content), to_slots(box_logits), mask), targets, num_groups)
 
     def noise_labels(self, labels: Tensor, noise: Noise) -> Tensor:
@@ -129,10 +131,13 @@ class ContrastiveDenoising(nn.Module):
         Corners are not put in order again, so a negative's side can become negative; the inverse sigmoid's clamp makes
         0.001 of it.
         """
-        negative = (torch.arange(len(noise.box_parts), device=boxes.device) % 2)[:, None, None]  # (R, 1, 1)
-        step = (noise.box_parts + negative) * (2 * noise.box_signs - 1) * self.box_noise  # (R, K, 4) in half sides
         half_sides = boxes[:, 2:].repeat(1, 2) / 2  # (K, 4)
-        return xyxy_to_cxcywh((cxcywh_to_xyxy(boxes) + step * half_sides).clamp(0, 1))
+        return xyxy_to_cxcywh((cxcywh_to_xyxy(boxes) + self.steps(noise) * half_sides).clamp(0, 1))
+
+    def steps(self, noise: Noise) -> Tensor:
+        """(R, K, 4): by how many half sides each number of (x0, y0, x1, y1) moves."""
+        negative = (torch.arange(len(noise.box_parts), device=noise.box_parts.device) % self.KINDS)[:, None, None]
+        return (noise.box_parts + negative) * (2 * noise.box_signs - 1) * self.box_noise
 
     def placeholder(self, targets: list[Target], num_queries: int) -> NoisedQueries:
         """One slot that costs nothing, for a batch without objects: every parameter stays in the graph."""

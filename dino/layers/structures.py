@@ -63,7 +63,7 @@ class Queries(NamedTuple):
     """What the decoder refines."""
 
     content: Tensor  # (B, Q, E)
-    box_logits: Tensor  # (B, Q, 4) float32, the initial boxes before the sigmoid; carries no gradient
+    box_logits: Tensor  # (B, Q, 4) float32, the initial boxes before the sigmoid; no gradient but to learned ones
     blocked: Tensor | None = None  # (Q, Q) bool, True where a row must not attend to a column
 
 
@@ -99,7 +99,7 @@ class Outputs(NamedTuple):
     """Everything DINO returns."""
 
     decoder: Predictions  # N decoder layers; the last one is the result
-    proposals: Predictions  # N = 1: the encoder's own guess for the selected tokens
+    proposals: Predictions  # N = 1: the encoder's own guess for the selected tokens; N = 0 where none are selected
     denoising: Denoised | None = None  # training only
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dino.layers.boxes import refine, widened
 from dino.layers.deform_attn import MultiScaleDeformableAttention
+from dino.layers.feed_forward import PART, FrugalFeedForward
 from dino.layers.position_encoding import encode_boxes
 from dino.layers.structures import Predictions, Queries, Tokens, at_most
 
@@ -52,10 +53,8 @@ def xavier_(module: nn.Module) -> None:
 class FeedForward(nn.Module):
     """Two linear layers with a residual connection and a norm behind it.
 
-    Where no gradients are needed, a CPU goes over the tokens in parts, whose hidden state then stays in its caches.
+    A CPU goes over many tokens in parts, whose hidden state then stays in its caches and is not kept.
     """
-
-    PART = 1024  # tokens
 
     def __init__(self, embed_dim: int, hidden_dim: int):
         super().__init__()
@@ -66,12 +65,17 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, ·, E) -> the same shape."""
-        if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or x.shape[1] <= PART:
             return self.part(x)
-        return torch.cat([self.part(part) for part in x.split(self.PART, 1)], 1)
+        if not torch.is_grad_enabled():
+            return torch.cat([self.part(part) for part in x.split(PART, 1)], 1)
+        if torch.is_autocast_enabled("cpu"):
+            return self.part(x)
+        args = (self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias)
+        return self.norm(x + FrugalFeedForward.apply(x, *args))
 
     def part(self, x: Tensor) -> Tensor:
-        """The same for a part of the tokens."""
+        """The same in one go."""
         return self.norm(x + self.linear2(F.relu(self.linear1(x), inplace=True)))
 
 
@@ -166,11 +170,14 @@ class QuerySelection(nn.Module):
         features = self.project(memory.features.masked_fill(~usable[..., None], 0))  # (B, S, E)
         logits = self.class_head(features)  # (B, S, C)
         best = self.select(logits, usable, memory.padding)  # (B, Q)
-        delta = self.box_head(rows(features, best))
-        box_logits = rows(anchors, best) + widened(delta)  # (B, Q, 4)
+        features = rows(features, best)  # (B, Q, E)
+        box_logits = rows(anchors, best) + widened(self.box_head(features))  # (B, Q, 4)
         proposals = Predictions(rows(logits, best)[None], box_logits.sigmoid()[None])
-        content = self.content.weight[: best.shape[1]].expand(best.shape[0], -1, -1)  # (B, Q, E)
-        return Queries(content, box_logits.detach()), proposals
+        return Queries(self.contents(features), box_logits.detach()), proposals
+
+    def contents(self, features: Tensor) -> Tensor:
+        """What the queries ask for, given the features (B, Q, E) of their tokens -> (B, Q, E)."""
+        return self.content.weight[: features.shape[1]].expand(features.shape[0], -1, -1)
 
     def select(self, logits: Tensor, usable: Tensor, padding: Tensor) -> Tensor:
         """(B, Q) indices of the tokens of highest score over all classes, best first.
@@ -271,9 +278,13 @@ class Decoder(nn.Module):
             normed = self.norm(x)
             logits.append(to_class(normed))
             refined.append(refine(previous, to_delta(normed)))
-            previous = refine(boxes, to_delta(x))
+            previous = self.look_forward(refine(boxes, to_delta(x)))
             boxes = previous.detach()
         return Predictions(torch.stack(logits), torch.stack(refined))
+
+    def look_forward(self, boxes: Tensor) -> Tensor:
+        """What the next layer's predictions are steps from, given the boxes that this layer leaves to it."""
+        return boxes
 
 
 def share_heads(decoder: Decoder) -> Decoder:

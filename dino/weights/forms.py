@@ -12,7 +12,7 @@ from .names import DINO_NAMES, HUGGING_FACE_NAMES, StateDict, rename, resnet_to_
 
 # Two keys that every file of a form has, and no file of another form.
 SIGNATURES = {
-    "own": ("level_embed", "query_selection.content.weight"),
+    "own": ("level_embed", "decoder.class_heads.0.bias"),
     "official": ("transformer.level_embed", "transformer.tgt_embed.weight"),
     "detrex": ("transformer.level_embeds", "transformer.tgt_embed.weight"),
     "huggingface": ("model.transformer.level_embed", "model.transformer.content_query_embeddings.weight"),
@@ -83,7 +83,19 @@ def convert(state_dict: StateDict, to: str = "own") -> StateDict:
         some = ", ".join(list(state_dict)[:3])
         raise DataError(f"this is no DINO in a known form ({', '.join(SIGNATURES)}): its keys are {some}, …")
     own = READ[form](strip_wrappers(state_dict))
-    return own if to == "own" else WRITE[to](own)
+    if to == "own":
+        return own
+    check_standard(own)
+    return WRITE[to](own)
+
+
+def check_standard(own: StateDict) -> None:
+    """Raise a DataError where a model in own form has a variant of a part that no other program has."""
+    classes = len(own["decoder.class_heads.0.bias"])
+    if "query_selection.content.weight" not in own or len(own.get("query_selection.class_head.bias", ())) != classes:
+        raise DataError("its queries are made in another way than DINO's mixed selection: only this project has them")
+    if any(key.startswith("position_encoding.") for key in own):
+        raise DataError("its position encoding is learned, that of other programs is not")
 
 
 def from_official(state_dict: StateDict) -> StateDict:
@@ -93,7 +105,7 @@ def from_official(state_dict: StateDict) -> StateDict:
     fine = sum(size == 1 for size in kernels.values())
     state = renumber(state, "input_proj.", lambda n: f"coarser.{n - fine}" if n >= fine else f"{n}")
     own = rename(state, FROM_OFFICIAL)
-    classes, labels = len(own["query_selection.class_head.bias"]), own["denoising.label_embed.weight"]
+    classes, labels = len(own["decoder.class_heads.0.bias"]), own["denoising.label_embed.weight"]
     if len(labels) > classes:
         own["denoising.label_embed.weight"], own[UNUSED_LABELS] = labels[:classes], labels[classes:]
     return own

@@ -50,7 +50,7 @@ class Sizes(NamedTuple):
     @classmethod
     def of(cls, state: StateDict) -> Sizes:
         """Read them off tensors under own names; 0 where there are none."""
-        keys = ("query_selection.class_head.bias", "query_selection.content.weight", "level_embed")
+        keys = ("decoder.class_heads.0.bias", "query_selection.content.weight", "level_embed")
         return cls(*(len(state[key]) if key in state else 0 for key in keys))
 
 

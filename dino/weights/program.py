@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_safetensors(args.output, state, extra)
     else:
         write_whole(args.output, lambda part: torch.save({"model": state, **extra}, part))
-    classes = len(own["query_selection.class_head.bias"])
+    classes = len(own["decoder.class_heads.0.bias"])
     print(f"{args.output}: {args.to} form, {len(state)} tensors, {classes} classes; {args.input} was in {form} form")
     if UNUSED_LABELS in own and args.to == "detrex":
         print("lost: the label embeddings that belong to no class; detrex has no place for them")
@@ -100,7 +100,7 @@ def read_own(content: dict[str, Any], args: argparse.Namespace) -> StateDict:
         own |= convert(average)
     if not args.coco80:
         return own
-    classes = len(own["query_selection.class_head.bias"])
+    classes = len(own["decoder.class_heads.0.bias"])
     if classes != RAW_COCO_CLASSES:
         raise DataError(f"--coco80 is for models with the 91 raw ids of COCO, this one has {classes} classes")
     print("lost: the rows of the 11 ids that COCO does not use, in class heads and label embedding")
@@ -112,7 +112,7 @@ def describe(content: dict[str, Any], own: StateDict, form: str | None, args: ar
     if form == "own":
         return {key: content[key] for key in ("names", "about") if key in content}
     extra = {}
-    names = coco_names(len(own["query_selection.class_head.bias"]))
+    names = coco_names(len(own["decoder.class_heads.0.bias"]))
     if names:
         extra["names"] = names
         print(f"names: those of COCO, since there are {len(names)} classes")

@@ -24,7 +24,7 @@ def describe_network(own: StateDict, temperature: float, offset: float) -> Node 
     if backbone is None:
         return None
     levels, embed_dim = own["level_embed"].shape
-    classes, queries = len(own["query_selection.class_head.bias"]), len(own["query_selection.content.weight"])
+    classes, queries = len(own["decoder.class_heads.0.bias"]), len(own["query_selection.content.weight"])
     attention = {
         "embed_dim": embed_dim,
         "num_heads": NUM_HEADS,

@@ -12,6 +12,7 @@ from ..tiny import TinyBackbone
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted([*ROOT.glob("configs/*.py"), *ROOT.glob("projects/dino/configs/*.py")])
+ABLATIONS = sorted(p for p in ROOT.glob("projects/dino/configs/ablation/*.py") if p.stem != "base")
 SMALL = ROOT / "projects/dino/configs/dino_r18_small_data.py"
 
 SHRINK = [

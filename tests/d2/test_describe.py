@@ -10,6 +10,7 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import SwinTransformer
 from torch import nn
 
+from dino.d2 import recipe
 from dino.d2.checkpoint import Checkpointer
 from dino.d2.describe import describe, plain
 from dino.files import DataError
@@ -17,7 +18,7 @@ from dino.rebuild import model_from_checkpoint
 
 from ..tiny import TinyBackbone, random_batch
 from ..weights.states import randomise
-from .recipes import ROOT, SHRINK, SMALL
+from .recipes import ROOT, SHRINK, SMALL, file_arguments, parse, write_two_sets
 
 NAMES = ["red", "green", "blue"]
 
@@ -80,3 +81,11 @@ def test_descriptions_are_plain_text():
         "torch.nn.GELU"
     )
     json.dumps(plain({"a": object(), "b": lambda x: x}))
+
+
+def test_a_resize_without_a_bound_is_described(tmp_path):
+    """Loaded as the programs do: there a key that the recipe does not state is an error, not None."""
+    words = file_arguments(*write_two_sets(tmp_path))
+    cfg = recipe.load_recipe(parse(*words, config=ROOT / "projects/dino/configs/dino_r18_shapes.py"))
+    found = describe(cfg)["preprocessing"]
+    assert (found["short_side"], found["max_size"]) == (160, None)

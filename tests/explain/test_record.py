@@ -4,7 +4,8 @@ import torch
 from dino.explain import record
 from dino.explain.record import labels_of
 from dino.layers import deform_attn
-from dino.modeling import share_heads
+from dino.modeling import Decoder, share_heads
+from dino.modeling.variants import LearnedQueries, PositiveDenoising
 
 from ..tiny import default_criterion, random_batch, random_targets, tiny_network
 
@@ -77,11 +78,15 @@ def test_labels_are_read_off_the_contents():
 
 @pytest.mark.parametrize("change", [lambda decoder: decoder, share_heads])
 def test_box_losses_pull_at_two_layers(change):
-    """Looking forward twice, with heads of their own and with one for all."""
+    """Looking forward twice, with heads of their own and with one for all; once, at the predicted step alone."""
     network = moving_network(num_layers=3)
     change(network.decoder)
-    predicted, refined = tiny_record(network).gradients.permute(2, 0, 1)
+    gradients = tiny_record(network).gradients
+    assert list(gradients) == ["once", "twice"]
+    assert type(network.decoder) is Decoder
+    predicted, refined = gradients["twice"].permute(2, 0, 1)
     assert torch.equal(predicted > 0, torch.eye(3, dtype=torch.bool))
+    torch.testing.assert_close(gradients["once"], torch.stack([predicted, torch.zeros(3, 3)], -1))
     assert torch.equal(refined > 0, torch.eye(3, dtype=torch.bool).roll(1, 0).tril(-1))
     torch.testing.assert_close(refined.diagonal(-1), predicted.diagonal()[1:])
 
@@ -96,3 +101,21 @@ def test_matches_and_losses():
 def test_nothing_to_noise(budget, counts):
     with pytest.raises(ValueError, match="nothing was noised"):
         tiny_record(moving_network(num_denoising=budget), counts)
+
+
+@pytest.mark.parametrize(
+    ("part", "variant", "message"),
+    [
+        (
+            "query_selection",
+            lambda: LearnedQueries(num_queries=9, num_classes=3),
+            "come from LearnedQueries",
+        ),
+        ("denoising", lambda: PositiveDenoising(num_classes=3, embed_dim=32), "PositiveDenoising makes no negatives"),
+    ],
+)
+def test_variants_that_cannot_be_drawn_are_named(part, variant, message):
+    network = moving_network()
+    setattr(network, part, variant())
+    with pytest.raises(ValueError, match=message):
+        tiny_record(network)

@@ -1,5 +1,6 @@
 """The synthetic data has the properties that the demonstration promises."""
 
+import hashlib
 import json
 from collections import Counter
 
@@ -60,8 +61,8 @@ def test_some_objects_overlap(shapes):
         for b in group[:i]
     )
     assert touching > 3
-    assert make_shapes.overlaps((0, 0, 10, 10), [(2, 0, 12, 10)])
-    assert not make_shapes.overlaps((0, 0, 10, 10), [(9, 9, 30, 30)])
+    assert make_shapes.overlaps((0, 0, 10, 10), [(2, 0, 12, 10)], 0.35)
+    assert not make_shapes.overlaps((0, 0, 10, 10), [(9, 9, 30, 30)], 0.35)
 
 
 def test_splits_differ_and_seeds_repeat(shapes, tmp_path):
@@ -77,3 +78,29 @@ def test_existing_folder_is_left_alone(shapes):
     with pytest.raises(SystemExit, match="exists: choose another folder"):
         load_program("make_shapes").main([str(shapes)])
     assert (shapes / "train.json").read_bytes() == before
+
+
+def test_easy_shapes_stay_what_they_are(shapes):
+    """Published figures name this data; pixels of one image, and all annotations, must not change."""
+    annotations = hashlib.sha256((shapes / "train.json").read_bytes()).hexdigest()
+    pixels = hashlib.sha256(np.asarray(Image.open(shapes / "train/00001.png")).tobytes()).hexdigest()
+    assert (annotations[:16], pixels[:16]) == ("8fa674332c127ebb", "5d3e118fcf43841d")
+
+
+def test_hard_shapes_are_many_overlapping_and_half_of_them_small(tmp_path):
+    program = load_program("make_shapes")
+    for name in ("one", "two"):
+        program.main([str(tmp_path / name), "--train", "30", "--val", "1", "--hard"])
+    assert (tmp_path / "one/train.json").read_bytes() == (tmp_path / "two/train.json").read_bytes()
+    data = read_annotations(tmp_path / "one/train.json", tmp_path / "one/train")
+    boxes = {image["id"]: [] for image in data["images"]}
+    for a in data["annotations"]:
+        x, y, w, h = a["bbox"]
+        boxes[a["image_id"]].append((x, y, x + w - 1, y + h - 1))
+    assert all(10 <= len(group) <= 25 for group in boxes.values())
+    small = np.mean([max(a["bbox"][2:]) < 33 for a in data["annotations"]])
+    assert 0.4 < small < 0.6
+    pairs = [(box, group[:i]) for group in boxes.values() for i, box in enumerate(group)]
+    assert not any(program.overlaps(box, others, program.HARD.max_overlap) for box, others in pairs)
+    overlapping = np.mean([program.overlaps(box, others, program.EASY.max_overlap) for box, others in pairs])
+    assert overlapping > 0.1

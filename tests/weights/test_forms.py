@@ -5,6 +5,7 @@ import torch
 
 from dino.files import DataError
 from dino.modeling import TorchvisionBackbone, build_dino, share_heads
+from dino.modeling.variants import LearnedQueries, PureSelection
 from dino.weights import convert, recognise, resnet_to_detectron2
 from dino.weights.forms import COCO_IDS, UNUSED_LABELS, coco_to_contiguous
 
@@ -133,3 +134,12 @@ def test_raw_coco_ids_become_contiguous_classes():
         assert len(few[name]) == 80
         assert torch.equal(few[name][11], own[name][13])
     assert torch.equal(few["decoder.box_heads.0.4.bias"], own["decoder.box_heads.0.4.bias"])
+
+
+@pytest.mark.parametrize("variant", [LearnedQueries, PureSelection])
+def test_variants_are_not_written_for_other_programs(variant):
+    network = tiny_network()
+    network.query_selection = variant(num_queries=12, num_classes=3, embed_dim=32)
+    assert set(convert(network.state_dict())) == set(network.state_dict())
+    with pytest.raises(DataError, match="only this project has them"):
+        convert(network.state_dict(), to="detrex")

@@ -1,0 +1,11 @@
+"""DINO without the losses of decoder layers but the last; the encoder's proposals are charged as ever.
+
+    python tools/lazyconfig_train_net.py --config-file projects/dino/configs/ablation/aux_none.py \
+        --train-json train.json --train-images train --val-json val.json --val-images val
+"""
+
+from dino.modeling.variants import FinalCriterion
+
+from .base import dataloader, lr_multiplier, model, optimizer, train
+
+model.criterion._target_ = FinalCriterion

@@ -1,0 +1,11 @@
+"""Chain 5 of 5: look forward twice (paper section 3.5), on top of chain 4. This is DINO.
+
+    python tools/lazyconfig_train_net.py --config-file projects/dino/configs/ablation/chain_5_twice.py \
+        --train-json train.json --train-images train --val-json val.json --val-images val
+"""
+
+from dino.modeling import Decoder
+
+from .chain_4_mixed import dataloader, lr_multiplier, model, optimizer, train
+
+model.network.decoder._target_ = Decoder

@@ -1,0 +1,9 @@
+"""DINO without denoising.
+
+    python tools/lazyconfig_train_net.py --config-file projects/dino/configs/ablation/denoise_none.py \
+        --train-json train.json --train-images train --val-json val.json --val-images val
+"""
+
+from .base import dataloader, lr_multiplier, model, optimizer, train
+
+model.network.denoising.num_denoising = 0

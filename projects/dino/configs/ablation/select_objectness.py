@@ -1,0 +1,14 @@
+"""DINO that selects tokens by whether they hold any object, as two-stage Deformable DETR does.
+
+    python tools/lazyconfig_train_net.py --config-file projects/dino/configs/ablation/select_objectness.py \
+        --train-json train.json --train-images train --val-json val.json --val-images val
+
+Contents stay learned. deformable_detr.py goes all the way.
+"""
+
+from dino.modeling.variants import ObjectnessCriterion
+
+from .base import dataloader, lr_multiplier, model, optimizer, train
+
+model.network.query_selection.num_classes = 1
+model.criterion._target_ = ObjectnessCriterion
