@@ -20,7 +20,7 @@ CHAIN = {
 VARIANTS = {
     "select_pure": "pure query selection",
     "select_objectness": "selection by objectness",
-    "select_patterns": "static queries with 3 patterns",
+    "select_patterns": "a third of the boxes, 3 patterns each",
     "denoise_none": "no denoising",
     "denoise_positives": "denoising without negatives",
     "denoise_shift": "negatives by shifted centres",

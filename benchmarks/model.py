@@ -2,6 +2,7 @@
 
     python benchmarks/model.py --cases 'inference 480x640' --rounds 5
     python benchmarks/model.py --against ../DINO        a checkout of the official program, IDEA-Research/DINO
+    python benchmarks/model.py --against ../detrex      or of IDEA-Research/detrex: told by their files
     python benchmarks/model.py --device cuda --dtypes float32,bfloat16
 
 R50, 4 scales, random weights, the same for all programs. Each contender has a process of its own; every round runs
@@ -9,8 +10,9 @@ each of them once, so that a disturbance of the machine meets all; medians are o
 measured. `cpu_seconds` is what the process used, `peak_bytes` what it held at most, PyTorch included (on a GPU: the
 tensors). Shares of stages come from one further run.
 
-contenders: `dino` is this project as users get it; `reference` the same network with the attention in plain PyTorch;
-`official` needs a checkout. In bfloat16 and float16 the networks run under autocast.
+contenders: `dino` is this project as users get it, beside the `official` program or `detrex`; without a checkout of
+these, beside `reference`, the same network with the attention in plain PyTorch. In bfloat16 and float16 the networks
+run under autocast.
 """
 
 import argparse
@@ -32,8 +34,8 @@ from torch.overrides import TorchFunctionMode
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import others  # noqa: E402
 from measure import MIB, clock, git, origin, peak_memory  # noqa: E402
+from others import NUM_CLASSES, PROGRAMS, Contender, recognise  # noqa: E402
 
 from dino.layers import (  # noqa: E402
     Denoised,
@@ -47,8 +49,8 @@ from dino.layers import (  # noqa: E402
 from dino.memory import keep_freed_memory  # noqa: E402
 from dino.modeling import TorchvisionBackbone, build_dino, fold_norms, share_heads  # noqa: E402
 from dino.weights import load_weights  # noqa: E402
+from dino.weights import recognise as recognise_weights  # noqa: E402
 
-NUM_CLASSES = 91  # of the official program's model: the ids of COCO
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -120,10 +122,11 @@ def stir(model):
 
 
 def ours(device, state_dict=None):
-    """This project's network, with the weights of the official one if they are given."""
+    """This project's network, with the weights of another program's if they are given."""
     backbone = TorchvisionBackbone("resnet50", freeze=("conv1", "bn1", "layer1"))
     model = build_dino(backbone=backbone, num_classes=NUM_CLASSES)
-    share_heads(model.decoder)
+    if state_dict is None or recognise_weights(state_dict) == "official":
+        share_heads(model.decoder)
     if state_dict is None:
         stir(model)
     else:
@@ -145,7 +148,7 @@ def ours(device, state_dict=None):
         return sum(criterion(outputs, targets).values())
 
     parts = {"backbone": model.neck, "encoder": model.encoder, "decoder": model.decoder, "criterion": criterion}
-    return others.Contender(model, detect, losses, charge, parts)
+    return Contender(model, detect, losses, charge, parts)
 
 
 def build(name, options, device):
@@ -153,9 +156,11 @@ def build(name, options, device):
     torch.manual_seed(0)
     if not options.against:
         return ours(device)
-    official = others.official(Path(options.against).resolve(), device)
-    stir(official.model)
-    return official if name == "official" else ours(device, official.model.state_dict())
+    folder = Path(options.against).resolve()
+    adapter, _ = PROGRAMS[recognise(folder)]
+    other = adapter(folder, device)
+    stir(other.model)
+    return other if name in PROGRAMS else ours(device, other.model.state_dict())
 
 
 def work_of(case, contender, device):
@@ -237,7 +242,7 @@ class Selections(TorchFunctionMode):
 def serve(case, name, options, device):
     """Do what is asked for on standard input, a line each; answers are lines of JSON."""
     contender = build(name, options, device)
-    if name != "official":  # as our programs do
+    if name not in PROGRAMS:  # as our programs do
         keep_freed_memory()
         if case.work == "inference":
             fold_norms(contender.model.eval())
@@ -339,7 +344,7 @@ def parse_arguments():
     parser.add_argument("--rounds", default=5, type=int)
     parser.add_argument("--cases", default="", help="regular expression, such as 'inference 480x640'")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="comma-separated")
-    parser.add_argument("--against", help="checkout of the official program")
+    parser.add_argument("--against", help="checkout of the official program or of detrex")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -361,9 +366,10 @@ def compare(cases, options, device):
     against = options.against and git("rev-parse", "HEAD", folder=options.against)
     report = {**origin(device), "rounds": options.rounds, "against": against, "rows": []}
     report["matrix_product"] = {name: matrix_product(DTYPES[name], device) for name in options.dtypes.split(",")}
-    names = ["dino", "reference", *(["official"] if options.against else [])]
+    other = recognise(Path(options.against)) if options.against else "reference"
+    names = ["dino", other]
     options.results.mkdir(parents=True, exist_ok=True)
-    path = options.results / f"model_{device.type}_{options.threads}threads.json"
+    path = options.results / f"model_{device.type}_{options.threads}threads_{other}.json"
     for case in cases:
         report["rows"] += measure(case, names, options)
         path.write_text(json.dumps(report, indent=1) + "\n")

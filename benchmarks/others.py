@@ -13,12 +13,16 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import MagicMock
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
 from dino.layers import Outputs
+from dino.layers.boxes import cxcywh_to_xyxy
+
+NUM_CLASSES = 91  # of the official program's model: the ids of COCO
 
 
 class Contender(NamedTuple):
@@ -29,6 +33,14 @@ class Contender(NamedTuple):
     losses: Callable  # images, list of Target -> scalar
     charge: Callable  # Outputs of this project, list of Target -> scalar: matcher and criterion alone
     stages: dict[str, nn.Module]  # name -> the module that does this part of the work
+
+
+def recognise(folder: Path) -> str:
+    """Which program's checkout lies in a folder: a key of `PROGRAMS`."""
+    for name, (_, file) in PROGRAMS.items():
+        if (folder / file).exists():
+            return name
+    sys.exit(f"{folder} is no checkout of IDEA-Research/DINO or IDEA-Research/detrex: neither's files are there")
 
 
 def official(folder: Path, device: torch.device) -> Contender:
@@ -64,20 +76,94 @@ def official(folder: Path, device: torch.device) -> Contender:
 
 def official_outputs(outputs: Outputs) -> dict:
     """What the official model would have returned."""
-
-    def layers(predictions):
-        *earlier, last = [{"pred_logits": x, "pred_boxes": y} for x, y in zip(*predictions, strict=True)]
-        return {**last, "aux_outputs": earlier}
-
     slots = outputs.denoising.predictions.boxes.shape[2]
     noised = {"pad_size": slots, "num_dn_group": outputs.denoising.num_groups}
     noised["output_known_lbs_bboxes"] = layers(outputs.denoising.predictions)
-    (interm,) = [{"pred_logits": x, "pred_boxes": y} for x, y in zip(*outputs.proposals, strict=True)]
+    (interm,) = each_layer(outputs.proposals)
     return {**layers(outputs.decoder), "interm_outputs": interm, "dn_meta": noised}
 
 
+def each_layer(predictions) -> list[dict]:
+    """Both programs' form of the predictions of each layer."""
+    return [{"pred_logits": logits, "pred_boxes": boxes} for logits, boxes in zip(*predictions, strict=True)]
+
+
+def layers(predictions) -> dict:
+    """Both programs' form of the predictions of all layers: the last one, with the earlier ones inside."""
+    *earlier, last = each_layer(predictions)
+    return {**last, "aux_outputs": earlier}
+
+
+def detrex(folder: Path, device: torch.device) -> Contender:
+    """IDEA-Research/detrex, R50, 4 scales, with random weights; each decoder layer has its own pair of heads.
+
+    Its recipe is taken as it is, but for three things, so that networks and work are the same: 91 classes instead of
+    80, images that are normalised already, and the position encoding of its 24-epoch models, which is the official one
+    (temperature 20, no offset; the 12-epoch recipe has 10000 and -0.5).
+    """
+    sys.path.insert(0, str(folder))
+    replace_missing("wandb", "einops", "fairscale", "fairscale.nn", "fairscale.nn.checkpoint")
+    sys.modules.setdefault("detrex._C", types.ModuleType("detrex._C"))  # else it refuses to build the model
+    module = importlib.import_module("detrex.layers.multi_scale_deform_attn")
+    if device.type == "cpu":
+        stay_on_cpu()
+    if not hasattr(sys.modules["detrex._C"], "ms_deform_attn_forward"):
+        module.MultiScaleDeformableAttnFunction = plain_function(module.multi_scale_deformable_attn_pytorch)
+    model = detrex_model(folder / PROGRAMS["detrex"][1], device)
+
+    def detect(images: Tensor):
+        found = []
+        model.inference = lambda logits, boxes, sizes: found.extend((logits, boxes)) or []
+        model([{"image": image} for image in images])
+        return found
+
+    def losses(images: Tensor, targets):
+        return sum(model([detrex_input(*pair) for pair in zip(images, targets, strict=True)]).values())
+
+    def charge(outputs: Outputs, targets):
+        noised = {"dn_num": outputs.denoising.num_groups}
+        noised["single_padding"] = outputs.denoising.predictions.boxes.shape[2] // noised["dn_num"]
+        noised["output_known_lbs_bboxes"] = layers(outputs.denoising.predictions)
+        (selected,) = each_layer(outputs.proposals)
+        predicted = {**layers(outputs.decoder), "enc_outputs": selected}
+        found = model.criterion(predicted, [t._asdict() for t in targets], noised)
+        return sum(found[name] * weight for name, weight in model.criterion.weight_dict.items() if name in found)
+
+    parts = {"backbone": model.backbone, "encoder": model.transformer.encoder, "decoder": model.transformer.decoder}
+    return Contender(model, detect, losses, charge, {**parts, "criterion": model.criterion})
+
+
+def detrex_model(recipe: Path, device: torch.device) -> nn.Module:
+    """The network of a recipe of detrex, with what `detrex` says of it."""
+    from detectron2.config import LazyConfig, instantiate  # here, because the official program does without
+
+    config = LazyConfig.load(str(recipe)).model
+    config.num_classes, config.device = NUM_CLASSES, str(device)
+    config.pixel_mean, config.pixel_std = [0.0] * 3, [1.0] * 3
+    config.position_embedding.temperature, config.position_embedding.offset = 20, 0.0
+    return instantiate(config).to(device)
+
+
+def detrex_input(image: Tensor, target) -> dict:
+    """One image with its objects, as Detectron2 hands them over."""
+    from detectron2.structures import Boxes, Instances
+
+    height, width = image.shape[1:]
+    boxes = cxcywh_to_xyxy(target.boxes) * target.boxes.new_tensor([width, height, width, height])
+    return {"image": image, "instances": Instances((height, width), gt_boxes=Boxes(boxes), gt_classes=target.labels)}
+
+
+def replace_missing(*names: str) -> None:
+    """Stand-ins for modules that a program imports, but needs for other work only, where they are not installed."""
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            sys.modules[name] = MagicMock()
+
+
 def stay_on_cpu() -> None:
-    """The official program moves some of what it makes to a GPU in any case."""
+    """Both programs move some of what they make to a GPU in any case."""
     move = Tensor.to
 
     def to(self, *args, **kwargs):
@@ -122,9 +208,22 @@ def replace_extension(device: torch.device) -> None:
     plain = importlib.import_module("models.dino.ops.functions.ms_deform_attn_func").ms_deform_attn_core_pytorch
     module = importlib.import_module("models.dino.ops.modules.ms_deform_attn")
 
+    functions.MSDeformAttnFunction = module.MSDeformAttnFunction = plain_function(plain)
+
+
+def plain_function(form: Callable) -> type:
+    """Stands for the autograd function of a compiled operator, and calls the form in plain PyTorch beside it."""
+
     class Plain:
         @staticmethod
         def apply(value, shapes, starts, locations, weights, step):
-            return plain(value, shapes, locations, weights)
+            return form(value, shapes, locations, weights)
 
-    functions.MSDeformAttnFunction = module.MSDeformAttnFunction = Plain
+    return Plain
+
+
+# name -> (its adapter, a file that no other program has)
+PROGRAMS = {
+    "official": (official, "models/dino/dino.py"),
+    "detrex": (detrex, "projects/dino/configs/models/dino_r50.py"),
+}

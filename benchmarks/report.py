@@ -8,6 +8,7 @@ RESULTS = ROOT / "benchmarks/results"
 PAGE = ROOT / "docs/performance.md"
 BEGIN, END = "<!-- begin: made by benchmarks/report.py -->", "<!-- end -->"
 BEGIN_MODEL, END_MODEL = "<!-- begin: the model, made by benchmarks/report.py -->", "<!-- end of the model -->"
+BEGIN_GROWTH, END_GROWTH = "<!-- begin: growth, made by benchmarks/report.py -->", "<!-- end of growth -->"
 COLOURS = {"reference": "#9aa5b1", "compiled": "#2f6fb5", "fused": "#e08e2b", "public": "#5c9e5c"}
 HEADER = ["case", "pass", "contender", "time", "ratio", "processor time", "its ratio", "memory", "error"]
 
@@ -104,7 +105,8 @@ def model_section(path):
     commit = report["commit"][:10] + (" with changes" if report["changed_since_commit"] else "")
     device = hardware.get("gpu", hardware["cpu"])
     rate = ", ".join(f"{dtype} {speed / 1e9:.0f} G" for dtype, speed in report["matrix_product"].items())
-    against = f"official program at {report['against'][:10]}" if report["against"] else "no other program was at hand"
+    program = report["rows"][-1]["contender"]
+    against = f"{program} at {report['against'][:10]}" if report["against"] else "no other program was at hand"
     lines = [MODEL_HEADER, ["---"] * len(MODEL_HEADER)]
     for row in report["rows"]:
         same = [r for r in report["rows"] if case_of(r) == case_of(row)]
@@ -138,6 +140,113 @@ def model_cells(row, other):
     ]
 
 
+GROWTH_HEADER = ["curve", "work", "from, to", "time", "multiply-adds", "memory", "its count", "why"]
+REASONS = {
+    "image size": "everything but the decoder works on cells, whose number grows with the area",
+    "queries": "self-attention grows with their square, the rest of the decoder with their number; the cells stay",
+    "boxes per image": "the slots of denoising are bounded by its budget: 200, however many boxes there are; "
+    "the matcher's costs, 900 for each box, are small",
+    "batch": "each image is work of its own",
+    "levels": "the fifth level is a finer one: it has three times the cells of the other four together",
+}
+GROWTH_COLOURS = {"inference": "#2f6fb5", "training": "#e08e2b"}
+PANEL_WIDTH, PANEL_HEIGHT = 180, 150
+
+
+def growth_section(path):
+    """What the page says about one file of curves."""
+    report = json.loads(path.read_text())
+    hardware = report["hardware"]
+    device = hardware.get("gpu", hardware["cpu"])
+    commit = report["commit"][:10] + (" with changes" if report["changed_since_commit"] else "")
+    picture = PAGE.parent / f"{path.stem}.svg"
+    picture.write_text(growth_plot(report["rows"]))
+    lines = [GROWTH_HEADER, ["---"] * len(GROWTH_HEADER)]
+    lines += [growth_cells(points) for points in curves_of(report["rows"]).values()]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return (
+        f"### R18, 4 scales: {device}, {hardware['threads']} of {hardware['cores']} threads\n\n"
+        f"{report['date']}, torch {report['versions']['torch']}, commit {commit}; "
+        f"medians of {report['rounds']} rounds; "
+        f"load of the machine before: {report['load_before'][0]:.1f}.\n\n![growth]({picture.name})\n\n{table}\n"
+    )
+
+
+def curves_of(rows):
+    """(curve, work) -> its rows, in their order."""
+    found = {}
+    for row in rows:
+        found.setdefault((row["curve"], row["work"]), []).append(row)
+    return found
+
+
+def growth_cells(points):
+    """One line of a table: by which factor each quantity grows from the first point to the last."""
+    first, last = points[0], points[-1]
+    factors = [
+        f"x {last[name] / first[name]:.2f}" if first[name] else ""
+        for name in ("seconds", "multiply_adds", "extra_bytes", "bytes_counted")
+    ]
+    ends = f"{first['value']}, {last['value']}"
+    return [first["curve"], first["work"], ends, *factors, REASONS[first["curve"]]]
+
+
+def growth_plot(rows):
+    """An SVG picture: a column for each curve, time above memory; what the count says is dashed."""
+    names = list(dict.fromkeys(row["curve"] for row in rows))
+    width, height = PANEL_WIDTH * len(names) + 20, 2 * PANEL_HEIGHT + 40
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        'font-family="sans-serif" font-size="11">',
+        '<rect width="100%" height="100%" fill="white"/>',
+        *(
+            f'<text x="{20 + 90 * i}" y="18" fill="{colour}" font-weight="bold">{work}</text>'
+            for i, (work, colour) in enumerate(GROWTH_COLOURS.items())
+        ),
+        '<text x="200" y="18">dashed: what the count says, from the first point on</text>',
+    ]
+    for column, name in enumerate(names):
+        lines = {work: points for (curve, work), points in curves_of(rows).items() if curve == name}
+        for row, (measured, counted, unit) in enumerate(
+            (("seconds", "multiply_adds", "s"), ("extra_bytes", "bytes_counted", "MiB"))
+        ):
+            parts += panel(20 + column * PANEL_WIDTH, 45 + row * PANEL_HEIGHT, lines, measured, counted, unit)
+        parts.append(
+            f'<text x="{20 + (column + 0.45) * PANEL_WIDTH}" y="{height - 8}" text-anchor="middle">{name}</text>'
+        )
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def panel(x, y, lines, measured, counted, unit):
+    """One small plot: measured and counted values of each work over the values that were changed."""
+    scale = 2**20 if unit == "MiB" else 1
+    series = {}
+    for work, points in lines.items():
+        if any(p[measured] is None for p in points):
+            continue
+        start = points[0]
+        series[work] = [(p[measured] / scale, p[counted] / start[counted] * start[measured] / scale) for p in points]
+    if not series:
+        return []
+    top = max(value for pairs in series.values() for pair in pairs for value in pair)
+    values = [p["value"] for p in next(iter(lines.values()))]
+    step, base = (PANEL_WIDTH - 50) / max(1, len(values) - 1), PANEL_HEIGHT - 40
+    caption = f"memory, 0 to {top:,.0f} MiB" if unit == "MiB" else f"time, 0 to {top:.2f} s"
+    parts = [
+        f'<line x1="{x}" y1="{y + base}" x2="{x + PANEL_WIDTH - 30}" y2="{y + base}" stroke="#9aa5b1"/>',
+        f'<text x="{x}" y="{y - 6}" fill="#555">{caption}</text>',
+        *(
+            f'<text x="{x + 10 + i * step:.0f}" y="{y + base + 13}" text-anchor="middle" font-size="9">{value}</text>'
+            for i, value in enumerate(values)
+        ),
+    ]
+    for work, pairs in series.items():
+        for index, style in enumerate(('stroke-width="2"', 'stroke-width="1" stroke-dasharray="4 3"')):
+            places = [f"{x + 10 + i * step:.1f},{y + base * (1 - p[index] / top):.1f}" for i, p in enumerate(pairs)]
+            parts.append(f'<polyline points="{" ".join(places)}" fill="none" stroke="{GROWTH_COLOURS[work]}" {style}/>')
+    return parts
+
+
 def replaced(page, begin, end, sections):
     """The page with new sections between two marks."""
     before, after = page.split(begin)[0], page.split(end)[1]
@@ -148,7 +257,9 @@ def main():
     page = PAGE.read_text()
     page = replaced(page, BEGIN, END, [section(path) for path in sorted(RESULTS.glob("deform_attn_*.json"))])
     models = [model_section(path) for path in sorted(RESULTS.glob("model_*.json"))]
-    PAGE.write_text(replaced(page, BEGIN_MODEL, END_MODEL, models))
+    page = replaced(page, BEGIN_MODEL, END_MODEL, models)
+    growths = [growth_section(path) for path in sorted(RESULTS.glob("growth_*.json"))]
+    PAGE.write_text(replaced(page, BEGIN_GROWTH, END_GROWTH, growths))
 
 
 if __name__ == "__main__":

@@ -41,19 +41,24 @@ def count_parameters(network: nn.Module) -> dict[str, tuple[int, int]]:
     return counts
 
 
-def count_multiply_adds(network: nn.Module, batch: int, height: int, width: int) -> dict[str, int]:
+def count_multiply_adds(
+    network: nn.Module, batch: int, height: int, width: int, targets: list[Target] | None = None
+) -> dict[str, int]:
     """Multiply-adds of each part of a `DINO` in inference, and of the whole, under `total`.
+
+    With targets, those of the forward pass of a training step, denoising included.
 
     Counts convolutions, matrix products, attention and the deformable attention operator. Norms, activations and other
     element-wise work, a few per cent, are left out, as in the figures that papers state.
 
     Args:
         batch, height, width: of the images, in pixels.
+        targets: the objects of each image, or None.
     """
-    with nothing_computed(network, training=False):
+    with nothing_computed(network, training=targets is not None):
         counter = FlopCounterMode(display=False, custom_mapping=operator_formulas())
         with counter:
-            network(*empty_images(network, batch, height, width))
+            network(*empty_images(network, batch, height, width), targets)
     flops = {name: sum(found.values()) for name, found in counter.get_flop_counts().items()}
     whole = type(network).__name__
     counts = {name: flops.get(f"{whole}.{name}", 0) // 2 for name in PARTS}
@@ -103,14 +108,17 @@ def operator_formulas() -> dict:
     return {**formulas, **{operator: of_operator for operator in compiled if operator is not None}}
 
 
-def count_activations(network: nn.Module, batch: int, height: int, width: int) -> int:
-    """Bytes that a training step keeps for the backward pass, parameters not counted, in float32, without denoising.
+def count_activations(
+    network: nn.Module, batch: int, height: int, width: int, targets: list[Target] | None = None
+) -> int:
+    """Bytes that a training step keeps for the backward pass, parameters not counted, in float32.
 
     Each block of memory counts once, however many operations keep it; what activation checkpointing computes again is
     not counted, the inputs that it keeps are.
 
     Args:
         batch, height, width: of the images, in pixels.
+        targets: the objects of each image; None leaves the denoising out.
     """
     kept = {}
 
@@ -121,7 +129,7 @@ def count_activations(network: nn.Module, batch: int, height: int, width: int) -
     with nothing_computed(network, training=True) as fake, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         real = [*network.parameters(), *network.buffers()]
         own = [*real, *map(fake.from_tensor, real)]  # some operations keep the one, some the other
-        outputs = network(*empty_images(network, batch, height, width))
+        outputs = network(*empty_images(network, batch, height, width), targets)
     del outputs
     for tensor in own:
         kept.pop(storage_of(tensor), None)
@@ -151,8 +159,7 @@ def training_step(
     """
     images, padding = empty_images(network, batch, height, width)
     images.normal_()
-    boxes = torch.rand(objects, 4, device=images.device) * 0.25 + 0.25  # (cx, cy, w, h), inside the image
-    targets = [Target(torch.zeros(objects, dtype=torch.int64, device=images.device), boxes)] * batch
+    targets = some_targets(batch, objects, images.device)
     network.train()
 
     def step() -> None:
@@ -160,6 +167,12 @@ def training_step(
         sum(criterion(network(images, padding, targets), targets).values()).backward()
 
     return step
+
+
+def some_targets(batch: int, objects: int, device: torch.device) -> list[Target]:
+    """`objects` boxes (cx, cy, w, h) of class 0 for each of `batch` images, the same for all."""
+    boxes = torch.rand(objects, 4, device=device) * 0.25 + 0.25
+    return [Target(torch.zeros(objects, dtype=torch.int64, device=device), boxes)] * batch
 
 
 def measure_seconds(run: Callable[[], object], device: torch.device, runs: int = 5) -> list[float]:

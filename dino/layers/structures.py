@@ -47,9 +47,10 @@ class Tokens(NamedTuple):
 def extents(shapes: list[tuple[int, int]], like: torch.Tensor) -> torch.Tensor:
     """L pairs (H, W) -> (L, 2), widths and heights as numbers of the dtype and on the device of `like`.
 
-    In an export they are made of single numbers, which the graph may leave open; those of a list would be fixed.
+    In a compiled or exported graph they are made of single numbers, which it may leave open; those of a list would be
+    fixed, and a compiled graph would be made anew for every size.
     """
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_compiling():
         return torch.stack([like.new_full((), side) for h, w in shapes for side in (w, h)]).view(-1, 2)
     return to_device([(w, h) for h, w in shapes], like.device, like.dtype)
 

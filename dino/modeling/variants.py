@@ -112,7 +112,7 @@ class PatternSelection(PureSelection):
         """Memory -> num_patterns * Q queries, all boxes with the first pattern in front; and Q proposals."""
         queries, proposals = super().forward(memory)
         images, count, _ = queries.box_logits.shape
-        content = self.patterns.weight.repeat_interleave(count, 0).expand(images, -1, -1)
+        content = self.patterns.weight[:, None].expand(-1, count, -1).flatten(0, 1).expand(images, -1, -1)
         return Queries(content, queries.box_logits.repeat(1, len(self.patterns.weight), 1)), proposals
 
 
