@@ -6,7 +6,8 @@
 `network` is the network in PyTorch with the operator that runs by default, `grid` and `gather` are the two ONNX forms.
 The others quantise `grid` with ONNX Runtime's tools: `weights` its matrix products (weights beforehand, activations
 while it runs), `convolutions` its convolutions with ranges measured on training images, `all` both kinds with such
-ranges. Images run one by one; every round runs each of them once per contender, times are medians.
+ranges. Images run one by one; every round runs each of them once per contender, times are medians. A form that ONNX
+Runtime can't run is named in the results with what it says.
 """
 
 import argparse
@@ -75,6 +76,19 @@ def products_of_activations(path):
     return [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] not in weights]
 
 
+def find_runners(files, fixed, inputs):
+    """Name -> function, of the programs that ONNX Runtime can run; name -> what it says, of the others."""
+    runners, refused = {}, {}
+    for name, content in files.items():
+        try:
+            runners[name] = functools.partial(run_exported, run_onnx(content), fixed=fixed)
+            runners[name](inputs)
+        except Exception as error:  # its exceptions have no common class
+            runners.pop(name, None)
+            refused[name] = {"refused": str(error).splitlines()[0][:300]}
+    return runners, refused
+
+
 def measure(runners, source, resize):
     """Name -> AP and median time, from one run per image and contender."""
     times = {name: [] for name in runners}
@@ -121,17 +135,17 @@ def main(argv=None):
     files = {form: write("onnx", exportable(rebuilt), fixed, about, sampling=form) for form in ("grid", "gather")}
     files |= quantised(files["grid"], calibration)
     detector = Detector(rebuilt.network, rebuilt.preprocessing).eval()
-    runners = {"network": lambda inputs: run_network(detector, inputs)}
-    for name, content in files.items():
-        runners[name] = functools.partial(run_exported, run_onnx(content), fixed=fixed)
-    found = measure(runners, source, about["resize"])
+    runners, refused = find_runners(files, fixed, calibration[0])
+    network = {"network": lambda inputs: run_network(detector, inputs)}
+    found = measure(network | runners, source, about["resize"]) | refused
     for name, content in files.items():
         found[name]["megabytes"] = len(content) / 1e6
     versions = {"onnxruntime": onnxruntime.__version__, "onnx": onnx.__version__}
     result = {"origin": origin(torch.device("cpu")), "versions": versions, "images": len(source), "results": found}
     write_whole(args.output, lambda part: part.write_text(json.dumps(result, indent=1)))
     for name, values in found.items():
-        print(f"{name:>14} " + "  ".join(f"{key} {value:.4g}" for key, value in values.items()))
+        texts = (f"{key} {value if isinstance(value, str) else format(value, '.4g')}" for key, value in values.items())
+        print(f"{name:>14} " + "  ".join(texts))
 
 
 if __name__ == "__main__":

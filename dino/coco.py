@@ -16,9 +16,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional
 
 from .files import DataError, resolve_inside
-from .images import read_image
+from .images import read_image, resized_size
 from .layers.boxes import xyxy_to_cxcywh
 from .layers.postprocess import Detections
 from .layers.structures import Target
@@ -209,6 +210,24 @@ class CocoImages(Dataset):
         boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=image.shape[1:])
         image, objects = self.transforms(image, {"boxes": boxes, "labels": labels})
         return image, objects, entry
+
+
+class ShortSide:
+    """A transform for `CocoImages`: resizes by `resized_size`, as prediction and evaluation do.
+
+    Args:
+        short_side, max_size: in pixels, see `resized_size`.
+    """
+
+    def __init__(self, short_side: int, max_size: int | None):
+        self.short_side = short_side
+        self.max_size = max_size
+
+    def __call__(self, image: tv_tensors.Image, objects: dict) -> tuple[tv_tensors.Image, dict]:
+        """image (3, H, W); objects: its `boxes` and `labels`."""
+        size = resized_size(*image.shape[1:], self.short_side, self.max_size)
+        boxes = functional.resize(objects["boxes"], size)
+        return functional.resize(image, size), {**objects, "boxes": boxes}
 
 
 def collate(samples: list[tuple]) -> tuple[torch.Tensor, torch.Tensor, list[Target], list[dict]]:

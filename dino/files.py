@@ -17,6 +17,11 @@ def message_of(error: BaseException) -> str:
     return text.rstrip().rpartition(f"{type(error).__name__}: ")[2] if "Original Traceback" in text else text
 
 
+def counted(number: int, thing: str, things: str = "") -> str:
+    """Such as "1 picture", "2,000 pictures"; `things`: the plural, where that is not `thing` with an s."""
+    return f"{number:,} {thing if number == 1 else things or f'{thing}s'}"
+
+
 def resolve_inside(folder: str | Path, file_name: str) -> Path:
     """`folder / file_name`, if that lies inside the folder.
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .files import DataError, free_name, make_folder, write_whole
+from .files import DataError, counted, free_name, make_folder, write_whole
 from .images import list_images
 from .layers import detections, one_label_detections
 from .memory import keep_freed_memory
@@ -185,7 +185,7 @@ def predict_images(predictor: Predictor, jobs: Sequence[Job], folder: Path, faul
             write_whole(target, lambda part, p=picture, form=form: p.save(part, format=form, quality=92))
             coco.add(found, file_name=found.source.name)
             bar.update()
-    print(f"{coco.images} pictures with {coco.objects} objects written to {folder}")
+    print(f"{counted(coco.images, 'picture')} with {counted(coco.objects, 'object')} written to {folder}")
 
 
 def chain(*functions: Callable[[Any], object]) -> Callable[[Any], None]:
@@ -228,7 +228,7 @@ def predict_video(predictor: Predictor, job: Job, faults: list[DataError]) -> No
             video.close()
             if writer:
                 writer.close()
-    print(f"{coco.images} frames with {coco.objects} objects written to {job.target}")
+    print(f"{counted(coco.images, 'frame')} with {counted(coco.objects, 'object')} written to {job.target}")
     if interrupted:
         raise KeyboardInterrupt
 

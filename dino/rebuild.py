@@ -54,7 +54,7 @@ def model_from_checkpoint(path: str | Path, *, copy: str = "auto") -> Rebuilt:
     Detectron2's ResNets are rebuilt from torchvision's; its other backbones need Detectron2.
 
     Args:
-        path: a file that this project wrote (training, `tools/plain_train.py`, `tools/convert_weights.py`).
+        path: a file that this project wrote (training, `tools/plain_train.py`, `dino convert`).
         copy: "model", "ema" or "auto", as of `load_weights`.
 
     Raises:
@@ -62,15 +62,9 @@ def model_from_checkpoint(path: str | Path, *, copy: str = "auto") -> Rebuilt:
             list, or for Detectron2 where that is not installed.
     """
     content = read_content(path)
-    about, names = content.get("about"), content.get("names")
-    if not isinstance(about, Mapping) or not isinstance(about.get("config"), str) or not is_list_of(names, str):
-        raise DataError(
-            f"{path} does not say how to build its model: only checkpoints of this project do. Files of other programs "
-            "become such with tools/convert_weights.py --to own"
-        )
+    config, names, preprocessing = read_description(content, path)
     try:
-        preprocessing = read_preprocessing(about.get("preprocessing"))
-        network = build_network(json.loads(about["config"]))
+        network = build_network(config)
     except DataError as error:
         raise DataError(f"can't rebuild the model of {path}: {error}") from error
     except Exception as error:  # wrong arguments can raise anything
@@ -80,14 +74,37 @@ def model_from_checkpoint(path: str | Path, *, copy: str = "auto") -> Rebuilt:
         raise DataError(f"{path} does not hold all of its own model: {', '.join(problems[:3])}")
     if len(names) != len(network.decoder.class_heads[0].bias):
         raise DataError(f"{path} has {len(names)} names for {len(network.decoder.class_heads[0].bias)} classes")
-    return Rebuilt(network.eval(), list(names), preprocessing)
+    return Rebuilt(network.eval(), names, preprocessing)
+
+
+def read_description(content: Mapping, path: str | Path) -> tuple[dict, list[str], Preprocessing]:
+    """What the content of a checkpoint says about its model: the config, of which `network` is checked, and the names.
+
+    Raises:
+        DataError: see `model_from_checkpoint`.
+    """
+    about, names = content.get("about"), content.get("names")
+    if not isinstance(about, Mapping) or not isinstance(about.get("config"), str) or not is_list_of(names, str):
+        raise DataError(
+            f"{path} does not say how to build its model: only checkpoints of this project do. Files of other programs "
+            "become such with `dino convert`"
+        )
+    try:
+        preprocessing = read_preprocessing(about.get("preprocessing"))
+        config = json.loads(about["config"])
+        check(config["network"])
+    except DataError as error:
+        raise DataError(f"can't rebuild the model of {path}: {error}") from error
+    except Exception as error:  # JSON can hold anything
+        raise DataError(f"can't rebuild the model of {path}: {type(error).__name__}: {str(error)[:300]}") from error
+    return config, list(names), preprocessing
 
 
 def build_network(config: Mapping) -> DINO:
-    """The `network` of a description, with random weights.
+    """The `network` of a description that was checked, with random weights.
 
     Raises:
-        DataError: it is no DINO, or asks for what is not allowed.
+        DataError: it is no DINO.
     """
     network = build(config["network"])
     if not isinstance(network, DINO):
@@ -95,21 +112,30 @@ def build_network(config: Mapping) -> DINO:
     return network
 
 
+def check(node: Any) -> None:
+    """Raise a DataError where a description asks for what is not allowed; see `model_from_checkpoint`."""
+    if isinstance(node, str) and not TEXT.fullmatch(node):
+        raise DataError(f"{node!r} is no plain word; addresses and paths are not followed")
+    if isinstance(node, list):
+        for child in node:
+            check(child)
+    if not isinstance(node, dict):
+        return
+    if fetching := [key for key, value in node.items() if FETCHING.fullmatch(key) and value]:
+        raise DataError(f"the argument {fetching[0]!r} would read or download another file, which is not done")
+    for key, value in node.items():
+        find_part(value) if key == "_target_" else check(value)
+
+
 def build(node: Any) -> Any:
     """What a description says: parts of the list for dicts with a `_target_`; containers and plain values as they are.
 
-    Raises:
-        DataError: see `model_from_checkpoint`.
+    The description was checked.
     """
-    if isinstance(node, str) and not TEXT.fullmatch(node):
-        raise DataError(f"{node!r} is no plain word; addresses and paths are not followed")
     if isinstance(node, list):
         return [build(child) for child in node]
     if not isinstance(node, dict):
         return node
-    fetching = [key for key, value in node.items() if FETCHING.fullmatch(key) and value]
-    if fetching:
-        raise DataError(f"the argument {fetching[0]!r} would read or download another file, which is not done")
     part = find_part(node["_target_"]) if "_target_" in node else dict
     return part(**{key: build(value) for key, value in node.items() if key != "_target_"})
 

@@ -3,13 +3,18 @@ import os
 import pytest
 import torch
 
-from dino.files import DataError, free_name, message_of, resolve_inside, write_whole
+from dino.files import DataError, counted, free_name, message_of, resolve_inside, write_whole
 
 
 def test_names_inside_the_folder(tmp_path):
     assert resolve_inside(tmp_path, "a.jpg") == tmp_path / "a.jpg"
     assert resolve_inside(tmp_path, "deep/er/a..b.jpg") == tmp_path / "deep/er/a..b.jpg"
     assert resolve_inside(str(tmp_path), "./a.jpg") == tmp_path / "a.jpg"
+
+
+def test_one_is_no_plural():
+    assert [counted(n, "picture") for n in (0, 1, 2000)] == ["0 pictures", "1 picture", "2,000 pictures"]
+    assert [counted(n, "box", "boxes") for n in (1, 2)] == ["1 box", "2 boxes"]
 
 
 OUTSIDE = [

@@ -1,3 +1,4 @@
+import functools
 import gc
 import json
 import os
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.backends.registry import lookup_backend
 
 from dino.files import DataError
 from dino.images import list_images, read_image
@@ -56,10 +58,10 @@ def checkpoint(tmp_path_factory):
     return path
 
 
-def tiny(**options):
+def tiny(make=tiny_network, **options):
     """A predictor with three convolutions for a backbone, always with the same weights."""
     torch.manual_seed(0)
-    return Predictor(stirred(tiny_network()), ["red", "green", "blue"], SMALL, **{"score_thresh": 0, **options})
+    return Predictor(stirred(make()), ["red", "green", "blue"], SMALL, **{"score_thresh": 0, **options})
 
 
 def picture(height=72, width=100, seed=0):
@@ -320,14 +322,32 @@ def test_half_precision(checkpoint, dtype):
     assert torch.allclose(found.scores, exact.scores, atol=0.05)
 
 
-@pytest.mark.slow
-def test_compiled():
-    predictor = tiny()
-    expected = predictor(picture()), predictor(picture(90, 64))
-    predictor.compile(backend="eager", dynamic=True)
-    for one, other in zip((predictor(picture()), predictor(picture(90, 64))), expected, strict=True):
+def compiled(backend, model, pictures, **options):
+    """How many graphs are compiled for these pictures, which must find what the network finds as it is."""
+    graphs = []
+
+    def compile_graph(graph, inputs):
+        graphs.append(graph)
+        return lookup_backend(backend)(graph, inputs)
+
+    expected = [tiny(model)(p) for p in pictures]
+    predictor = tiny(model).compile(backend=compile_graph, fullgraph=True, **options)
+    for one, other in zip(map(predictor, pictures), expected, strict=True):
         assert torch.allclose(one.scores, other.scores, atol=1e-5)
         assert torch.allclose(one.boxes, other.boxes, atol=1e-3)
+    return len(graphs)
+
+
+def test_compiled():
+    """Traced whole, and run as the traced operators."""
+    small = functools.partial(tiny_network, num_levels=2, num_layers=1)
+    assert compiled("aot_eager", small, [picture(), picture(seed=1)], dynamic=False) == 1
+
+
+@pytest.mark.slow
+def test_compiled_for_any_size():
+    """As `dino predict --compile` does: one graph."""
+    assert compiled("inductor", tiny_network, [picture(), picture(90, 64)], dynamic=True) == 1
 
 
 def test_no_detectron2_is_needed(checkpoint, tmp_path):

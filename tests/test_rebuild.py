@@ -38,8 +38,8 @@ def write_content(path, description=None, **content):
 
 
 def write(path, description=None, **content):
-    """A checkpoint of the small network with random weights, or with other content."""
-    model = randomise(rebuild.build_network({"network": network()})).eval()
+    """A checkpoint of the small, or the described, network with random weights, or with other content."""
+    model = randomise(rebuild.build_network({"network": description or network()})).eval()
     write_content(path, description, **{"model": model.state_dict(), **content})
     return model
 
@@ -118,7 +118,7 @@ def test_descriptions_are_json_and_nothing_else(tmp_path, monkeypatch, text):
 )
 def test_files_without_a_description(tmp_path, content):
     write_content(tmp_path / "model.pth", **content)
-    with pytest.raises(DataError, match=r"model\.pth does not say how to build its model.*convert_weights"):
+    with pytest.raises(DataError, match=r"model\.pth does not say how to build its model.*dino convert"):
         model_from_checkpoint(tmp_path / "model.pth")
 
 

@@ -27,14 +27,15 @@ class TinyBackbone(nn.Module):
         return maps
 
 
-def tiny_network(*, num_classes=3, num_queries=12, num_denoising=6, num_layers=2, embed_dim=32):
-    sizes = {"embed_dim": embed_dim, "num_heads": 4, "num_levels": 4, "num_points": 2, "hidden_dim": 16}
+def tiny_network(*, num_classes=3, num_queries=12, num_denoising=6, num_layers=2, embed_dim=32, num_levels=4):
+    """The last level is made by the neck, those before it are the backbone's last ones."""
+    sizes = {"embed_dim": embed_dim, "num_heads": 4, "num_levels": num_levels, "num_points": 2, "hidden_dim": 16}
     return DINO(
         neck=ChannelMapper(
             backbone=TinyBackbone(),
-            in_features=["res3", "res4", "res5"],
+            in_features=["res3", "res4", "res5"][4 - num_levels :],
             out_channels=embed_dim,
-            num_levels=4,
+            num_levels=num_levels,
             norm_groups=8,
         ),
         position_encoding=SinePositionEncoding(embed_dim),

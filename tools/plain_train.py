@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from dino.coco import CocoImages, collate, evaluate, to_results
+from dino.coco import CocoImages, ShortSide, collate, evaluate, to_results
 from dino.files import DataError, free_name, message_of, write_whole
 from dino.layers import HungarianMatcher, NonFiniteCostError, SetCriterion, Target, detections
 from dino.memory import keep_freed_memory
@@ -61,7 +61,7 @@ def transforms(args, training):
     flips["both"] = [*flips["horizontal"], v2.RandomVerticalFlip()]
     clean = [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1)]
     tensors = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-    resize = v2.Resize(args.size, max_size=2 * args.size)
+    resize = ShortSide(args.size, 2 * args.size)
     return v2.Compose([*flips[args.flips if training else "none"], resize, *clean, *tensors])
 
 

@@ -60,8 +60,14 @@ def find_faults(data: dict[str, Any], folder: str | Path) -> tuple[list[Fault], 
     if objects:
         for index, entry in enumerate(data["categories"]):
             if isinstance(entry, dict) and find(categories, entry.get("id")) is entry and entry["id"] not in used:
-                faults.append(Fault("unused", "categories", index, f"class {entry['name']!r}"))
+                kind = "supercategory" if is_parent(entry, categories) else "unused"
+                faults.append(Fault(kind, "categories", index, f"class {entry['name']!r}"))
     return faults, Contents(images, categories, objects)
+
+
+def is_parent(entry: dict, categories: dict[int, dict]) -> bool:
+    """Whether other categories name this one as theirs: some annotation tools list a group of classes as a class."""
+    return any(c.get("supercategory") == entry["name"] for c in categories.values() if c is not entry)
 
 
 def read_categories(entries: list) -> tuple[dict[int, dict], list[Fault]]:

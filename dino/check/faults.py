@@ -36,7 +36,9 @@ KINDS = {
     "image_id": Kind("error", "image ids that occur twice", "Number the images uniquely over the whole file", "drop"),
     "file_twice": Kind("error", "files listed twice", "List each image once, with all of its objects", "drop"),
     "path": Kind("error", "file names that leave the folder", "Write them relative to the image folder", "drop"),
-    "missing": Kind("error", "missing files", "Check the image folder and the file names", "drop"),
+    "missing": Kind(
+        "error", "missing files", "Check the file names and the image folder; --val takes a folder of its own", "drop"
+    ),
     "unreadable": Kind("error", "unreadable files", "Replace the files, or leave their images out", "drop"),
     "size": Kind("error", "sizes that disagree with the file", "Export the annotations again for these files", "drop"),
     "exif": Kind(
@@ -70,6 +72,9 @@ KINDS = {
     ),
     "tiny": Kind("warning", "objects of less than 8 pixels after resizing", "Train at a larger size, or with tiles"),
     "crowded": Kind("warning", "images with more than 100 objects", "COCO's AP counts 100 detections of an image"),
+    "supercategory": Kind(
+        "warning", "super-categories listed as classes", "Remove them, in training and validation data", "drop"
+    ),
     "unused": Kind("warning", "classes without objects", "Remove them, or expect no AP for them"),
     "turned": Kind("warning", "pictures with an EXIF orientation", "DINO turns them; make sure that the boxes fit"),
     "same_picture": Kind("warning", "pictures that are in the set twice", "Keep one of them"),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dino.coco import check_lists, load_json
-from dino.files import DataError, write_whole
+from dino.files import DataError, counted, write_whole
 
 from .annotations import Contents, find_faults
 from .faults import KINDS, Fault, count_errors
@@ -144,7 +144,8 @@ def report(checked: Checked, show: int) -> None:
     print("\n".join([*describe(checked), *list_faults(checked.faults, show)]))
     errors = count_errors(checked.faults)
     warnings = len(checked.faults) - errors
-    print(f"{checked.path}: {errors:,} errors, {warnings:,} warnings\n" if checked.faults else "nothing wrong\n")
+    found = f"{checked.path}: {counted(errors, 'error')}, {counted(warnings, 'warning')}\n"
+    print(found if checked.faults else "nothing wrong\n")
 
 
 def note_unlisted(sets: list[Checked]) -> None:
@@ -184,5 +185,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.fix:
         fixed, changes = repair(sets[0].data, sets[0].split.contents, sets[0].faults)
         write_whole(args.fix, lambda part: part.write_text(json.dumps(fixed), encoding="utf-8"))
-        print(f"cleaned copy written to {args.fix}: {', '.join(changes)}")
+        print(f"cleaned copy written to {args.fix}: {', '.join(changes) or 'nothing was to be changed'}")
     return 1 if any(count_errors(checked.faults) for checked in sets) else 0

@@ -6,7 +6,7 @@ from collections import defaultdict
 from typing import Any
 
 from dino.coco import usable_box
-from dino.files import DataError
+from dino.files import DataError, counted
 
 from .annotations import Contents, from_corners
 from .faults import KINDS, Fault
@@ -15,8 +15,9 @@ from .faults import KINDS, Fault
 def repair(data: dict[str, Any], contents: Contents, faults: list[Fault]) -> tuple[dict[str, Any], list[str]]:
     """A copy of the data without the faults, and lines that say what was changed.
 
-    An image is left out together with its objects. Object boxes are converted from corners, clipped or left out, and
-    ids of annotations are given anew where one was faulty. Nothing else changes, and the data itself stays as it is.
+    An image is left out together with its objects, and a super-category that has none is no class. Object boxes are
+    converted from corners, clipped or left out, and ids of annotations are given anew where one was faulty. Nothing
+    else changes, and the data itself stays as it is.
 
     Args:
         data: parsed annotations. contents, faults: as found in them; further faults of the same entries may be added.
@@ -46,13 +47,17 @@ def repair(data: dict[str, Any], contents: Contents, faults: list[Fault]) -> tup
         annotations.append(entry)
     if places(faults, "renumber")["annotations"]:
         annotations = [{**entry, "id": number} for number, entry in enumerate(annotations, 1)]
+    categories = [entry for index, entry in enumerate(data["categories"]) if index not in dropped["categories"]]
     changes = [
-        f"{len(data['images']) - len(images)} images left out",
-        f"{len(data['annotations']) - len(annotations)} objects left out",
-        f"{len(corners - dropped['annotations'])} boxes converted from corners",
-        f"{len(clipped - dropped['annotations'])} boxes clipped",
+        (len(data["images"]) - len(images), "image", "images", "left out"),
+        (len(data["annotations"]) - len(annotations), "object", "objects", "left out"),
+        (len(corners - dropped["annotations"]), "box", "boxes", "converted from corners"),
+        (len(clipped - dropped["annotations"]), "box", "boxes", "clipped"),
+        (len(data["categories"]) - len(categories), "class", "classes", "left out"),
     ]
-    return {**data, "images": images, "annotations": annotations}, changes
+    told = [f"{counted(number, one, many)} {what}" for number, one, many, what in changes if number]
+    fixed = {**data, "images": images, "annotations": annotations, "categories": categories}
+    return fixed, told
 
 
 def places(faults: list[Fault], cure: str) -> dict[str, set[int]]:

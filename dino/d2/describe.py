@@ -1,18 +1,24 @@
-"""What a checkpoint says about its model, so that `dino.rebuild` can build it from the file alone."""
+"""What a checkpoint says about its model, so that it can be built from the file alone; and the recipe made of that."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+from detectron2.config import LazyCall, LazyConfig
 from detectron2.modeling import FPN, MViT, SimpleFeaturePyramid, SwinTransformer
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.utils.registry import _convert_target_to_string as name_of
 from omegaconf import DictConfig, OmegaConf
 
-from dino.rebuild import Preprocessing
+from dino.rebuild import Preprocessing, read_description
+from dino.recipes import find_recipe
+from dino.weights import read_content
 
 from .backbones import AsBackbone, regnet, vitdet
+from .data import ShortSide
+from .detector import DINODetector
 
 # Parts with Detectron2's code, which a checkpoint may ask for where it is installed; see `dino.rebuild.PARTS`.
 OF_DETECTRON2 = (FPN, LastLevelMaxPool, LastLevelP6P7, MViT, SimpleFeaturePyramid, SwinTransformer)
@@ -29,6 +35,28 @@ def describe(cfg: DictConfig) -> dict[str, Any]:
         "config": json.dumps(plain(OmegaConf.to_container(cfg.model, resolve=True))),
         "preprocessing": Preprocessing(**model, **size)._asdict(),
     }
+
+
+def recipe_of(path: str | Path) -> DictConfig:
+    """A recipe to evaluate a checkpoint with: COCO's, with the model of the file and what that expects of images.
+
+    Raises:
+        DataError: the file is missing, broken or unsafe, or does not describe its model.
+    """
+    config, names, preprocessing = read_description(read_content(path), path)
+    cfg = LazyConfig.load(str(find_recipe("dino_r50_4scale_12ep")))
+    cfg.model = LazyCall(DINODetector)(
+        network=config["network"],
+        criterion=None,
+        num_classes=len(names),
+        pixel_mean=list(preprocessing.pixel_mean),
+        pixel_std=list(preprocessing.pixel_std),
+        max_detections=preprocessing.max_detections,
+    )
+    resize = LazyCall(ShortSide)(sizes=[preprocessing.short_side], max_size=preprocessing.max_size)
+    cfg.dataloader.test.mapper.augmentations = [resize]
+    cfg.train.init_checkpoint = str(path)
+    return cfg
 
 
 def plain(node: Any) -> Any:

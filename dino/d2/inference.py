@@ -16,7 +16,7 @@ from dino.coco import load_json
 from dino.files import DataError, make_folder, write_whole
 from dino.memory import keep_freed_memory
 
-from . import engine, recipe
+from . import describe, engine, recipe
 from .program import launch
 
 
@@ -38,7 +38,7 @@ def detect(args: argparse.Namespace, folder: Path) -> Detected:
 
     Args:
         args: as of `recipe.argument_parser`, and two of which each may be None: `weights`, a path, and `dataset`, the
-            name of a registered set.
+            name of a registered set. Without `config_file`, the model is the one that the checkpoint describes.
         folder: a new folder for log, config and detections.
 
     Raises:
@@ -64,8 +64,13 @@ def detect(args: argparse.Namespace, folder: Path) -> Detected:
         data=annotations_of(name, folder),
         files={entry["image_id"]: Path(entry["file_name"]) for entry in DatasetCatalog.get(name)},
         results=folder / "inference/coco_instances_results.json",
-        details={"Data": source or name, "Weights": weights, "Recipe": Path(args.config_file).stem},
+        details={"Data": source or name, "Weights": weights, **recipe_name(args)},
     )
+
+
+def recipe_name(args: argparse.Namespace) -> dict[str, str]:
+    """For the head of a report; nothing where the checkpoint itself said what its model is."""
+    return {"Recipe": Path(args.config_file).stem} if args.config_file else {}
 
 
 def add_annotations(path: Path, folder: Path) -> str:
@@ -80,11 +85,30 @@ def add_annotations(path: Path, folder: Path) -> str:
 
 
 def load(args: argparse.Namespace) -> DictConfig:
-    """The recipe, set to the data and the folder of the arguments."""
-    cfg = recipe.load_recipe(args)
+    """The recipe, or the one that the weights describe, set to the data and the folder of the arguments."""
+    if args.config_file:
+        cfg = recipe.load_recipe(args)
+    elif args.weights:
+        cfg = load_described(args)
+    else:
+        raise DataError("give the weights: --weights PATH")
     cfg.train.output_dir = args.output
     if args.weights:
         cfg.train.init_checkpoint = args.weights
+    return cfg
+
+
+def load_described(args: argparse.Namespace) -> DictConfig:
+    """The recipe of a checkpoint that describes its model.
+
+    Raises:
+        DataError: it does not, or the data has another number of classes.
+    """
+    cfg = describe.recipe_of(args.weights)
+    classes = cfg.model.num_classes
+    cfg = recipe.complete(cfg, args)
+    if cfg.model.num_classes != classes:
+        raise DataError(f"{args.weights} has {classes} classes, the data has {cfg.model.num_classes}")
     return cfg
 
 

@@ -55,7 +55,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_recipe(args: argparse.Namespace) -> DictConfig:
-    """Read the recipe, apply the overrides and the data of the command line, and fill in what follows from the data.
+    """Read the recipe, and complete it.
 
     Raises:
         DataError: a file is missing, a key is unknown, or what was asked for makes no sense; says what to do.
@@ -63,6 +63,15 @@ def load_recipe(args: argparse.Namespace) -> DictConfig:
     args.config_file = str(find_recipe(args.config_file))
     cfg = LazyConfig.load(args.config_file)
     check_recipe(cfg, args.config_file)
+    return complete(cfg, args)
+
+
+def complete(cfg: DictConfig, args: argparse.Namespace) -> DictConfig:
+    """Apply the data and the overrides of the command line to a recipe, and fill in what follows from the data.
+
+    Raises:
+        DataError: see `load_recipe`.
+    """
     use_files(cfg, args)
     if cfg.train.get("reference_batch") is None:
         cfg.train.reference_batch = OmegaConf.select(cfg, BATCH)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torchvision.transforms import v2
 
-from dino.coco import CocoImages, collate
+from dino.coco import CocoImages, ShortSide, collate
 from dino.files import DataError, free_name, make_folder
 from dino.layers import HungarianMatcher, SetCriterion
 from dino.rebuild import Preprocessing, model_from_checkpoint
@@ -46,7 +46,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def read_data(annotations: Path, images: Path, preprocessing: Preprocessing) -> CocoImages:
     """Images as the network expects them."""
     mean, std = ([value / 255 for value in values] for values in preprocessing[:2])
-    resize = v2.Resize(preprocessing.short_side, max_size=preprocessing.max_size)
+    resize = ShortSide(preprocessing.short_side, preprocessing.max_size)
     clean = [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1)]
     return CocoImages(
         annotations,

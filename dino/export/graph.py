@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import dino
+from dino.images import resized_size
 from dino.layers import batch_detections
 from dino.modeling import DINO
 from dino.rebuild import Preprocessing
@@ -90,10 +91,10 @@ def prepare(image: np.ndarray, resize: dict[str, Any]) -> Prepared:
     if "fit" in resize:
         canvas = resize["fit"]
         scale = min(canvas[0] / height, canvas[1] / width)
+        h, w = (max(1, int(side * scale + 0.5)) for side in (height, width))
     else:
-        scale = min(resize["short_side"] / min(height, width), (resize["max_size"] or np.inf) / max(height, width))
-    h, w = (max(1, int(side * scale + 0.5)) for side in (height, width))
+        canvas = h, w = resized_size(height, width, resize["short_side"], resize["max_size"])
     resized = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BILINEAR))
-    images = np.zeros((1, 3, *(canvas if "fit" in resize else (h, w))), np.uint8)
+    images = np.zeros((1, 3, *canvas), np.uint8)
     images[0, :, :h, :w] = resized.transpose(2, 0, 1)
     return Prepared(images, np.array([[h, w]], np.int64))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,9 +17,9 @@ from .results import read_results
 
 EXAMPLE = """
 examples:
-  dino eval --config-file dino_r18_small_data --weights output/mine/model_final.pth \\
-      --val-json val.json --val-images images
-  dino eval --config-file dino_r50_4scale_12ep --weights model.pth --dataset coco_2017_val --num-gpus 2
+  dino eval --weights output/mine/model_final.pth --val-json val.json --val-images images
+  dino eval --weights model.pth --dataset coco_2017_val --num-gpus 2
+  dino eval --weights checkpoint0011_4scale.pth --config-file dino_r50_4scale_12ep   (a file of another program)
   dino eval --results detections.json --val-json val.json --val-images images     (of any program, no model)
 Data without annotations gives a page of predictions. A recipe is a program: run only recipes that you trust.
 """
@@ -29,7 +30,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="dino eval", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", default="", help="recipe, by name or file")
+    parser.add_argument("--config-file", default="", help="recipe, by name or file (default: what the checkpoint says)")
     parser.add_argument("--weights", help="checkpoint")
     parser.add_argument(
         "--results", type=Path, help="detections in COCO's results format, instead of recipe and weights"
@@ -38,10 +39,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--val-images", help="folder of their images")
     parser.add_argument("--train-json", help="not used: `dino eval` takes the data arguments of `dino train`")
     parser.add_argument("--train-images", help="not used")
-    parser.add_argument("--dataset", help="name of a registered data set, instead of the recipe's data")
+    parser.add_argument("--dataset", help="name of a data set that Detectron2 knows, instead of the recipe's data")
     parser.add_argument("--output", type=Path, help="folder for the report (default: a new one, output/evaluation)")
     parser.add_argument("--shown", type=int, default=24, help="how many images to draw (default %(default)s)")
-    parser.add_argument("--num-gpus", type=int, default=1, help="processes, one per GPU (default %(default)s)")
+    parser.add_argument(
+        "--num-gpus",
+        type=int,
+        default=1,
+        help="processes, one per GPU or, without one, on the CPU (default %(default)s)",
+    )
     parser.add_argument("opts", nargs="*", help="overrides of the recipe, key=value")
     parser.set_defaults(num_machines=1, machine_rank=0, dist_url="auto")
     args = parser.parse_intermixed_args(argv)
@@ -49,6 +55,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--dataset and --val-json exclude each other")
     if args.results and not (args.val_json and args.val_images):
         parser.error("--results needs --val-json and --val-images")
+    if not args.results and not args.config_file and not (args.val_json or args.dataset):
+        parser.error("without --config-file, say which data: --val-json and --val-images, or --dataset")
     if args.shown < 0:
         parser.error("--shown can't be negative")
     return args
@@ -89,6 +97,8 @@ def write_metrics(path: Path, analysis: Analysis) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The verb."""
     args = parse_arguments(argv)
+    if "LOCAL_RANK" in os.environ:
+        raise DataError("`dino eval` starts its processes itself: write --num-gpus N instead of torchrun")
     folder = choose_folder(args.output)
     if args.results:
         data = read_images(args.val_json, args.val_images)

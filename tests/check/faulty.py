@@ -80,6 +80,14 @@ def annotation_id_zero(field):
     return Planted("zero_id", "annotation id 0")
 
 
+def group_as_class(field):
+    """Roboflow lists the name of the data set, as class 0, the parent of all others."""
+    for category in field.content["categories"]:
+        category["supercategory"] = "cells"
+    field.content["categories"].insert(0, {"id": 0, "name": "cells", "supercategory": "none"})
+    return Planted("supercategory", "class 'cells'")
+
+
 def object_twice(field):
     a = field.object()
     field.content["annotations"].append({**a, "id": 1000})
@@ -163,6 +171,7 @@ PLANTERS = {
     "list as image": change_object("reference", image_id=[1]),
     "annotation id twice": annotation_id_twice,
     "annotation id 0": annotation_id_zero,
+    "group as class": group_as_class,
     "object twice": object_twice,
     "image id twice": image_id_twice,
     "file twice": file_twice,

@@ -45,7 +45,9 @@ def assert_found_and_repaired(names, seed):
         fixed, _ = repair(checked.data, checked.split.contents, checked.faults)
         assert_kept(clean["annotations"], checked.data["annotations"], fixed)
         files.write(fixed)
-        assert not count_errors(check(files).faults)
+        rest = check(files).faults
+        assert not count_errors(rest)
+        assert "supercategory" not in {f.kind for f in rest}
 
 
 @pytest.mark.parametrize("name", PLANTERS)
@@ -68,7 +70,7 @@ def test_a_clean_set_has_no_faults(seed, counts):
         assert {f.kind for f in checked.faults} <= {"unused"}
         fixed, changes = repair(checked.data, checked.split.contents, checked.faults)
         assert fixed == files.read()
-        assert all(change.startswith("0 ") for change in changes)
+        assert changes == []
 
 
 def test_every_kind_of_fault_is_planted_somewhere(tmp_path):

@@ -69,7 +69,7 @@ def test_fix_writes_a_cleaned_copy(files, capsys, tmp_path):
     files.change(spoil)
     before = contents(tmp_path)
     assert check(*files, "--fix", tmp_path / "fixed.json") == 1
-    assert "1 objects left out, 0 boxes converted from corners, 1 boxes clipped" in capsys.readouterr().out
+    assert "1 object left out, 1 box clipped" in capsys.readouterr().out
     fixed = json.loads((tmp_path / "fixed.json").read_text())
     assert fixed["annotations"][0]["bbox"] == [60, 1, 12, 20]
     assert [a["id"] for a in fixed["annotations"]] == list(range(1, 9))

@@ -12,6 +12,7 @@ from detectron2.data import MetadataCatalog
 from dino import cli
 from dino.d2 import recipe
 from dino.d2.checkpoint import Checkpointer
+from dino.d2.describe import describe
 
 from ..coco_files import write_coco
 from ..tools.programs import run_verb
@@ -24,7 +25,7 @@ def save_model(folder, names, *arguments):
     """A checkpoint of random weights for data of these classes; returns its path."""
     cfg = recipe.load_recipe(parse("--eval-only", *arguments, *SHRINK))
     model = instantiate(cfg.model)
-    Checkpointer(model, str(folder), names=names).save("model")
+    Checkpointer(model, str(folder), names=names, about=describe(cfg)).save("model")
     return folder / "model.pth"
 
 
@@ -89,11 +90,51 @@ def test_a_registered_set(tmp_path):
     assert "data:image/jpeg" in page
 
 
+def results_of(folder):
+    return json.loads((folder / "inference/coco_instances_results.json").read_text())
+
+
+def test_a_checkpoint_needs_no_recipe(trained):
+    """It says what its model is and how large its images are: the same boxes, to the last bit."""
+    folder, files, weights = trained
+    words = ["--output", folder / "alone", *file_arguments(val=files), "dataloader.test.num_workers=0"]
+    assert cli.main(["eval", "--weights", *map(str, [weights, *words])]) == 0
+    if not (folder / "out put").exists():
+        evaluate(folder, files, weights, "--output", "out put")
+    assert results_of(folder / "alone") == results_of(folder / "out put")
+    assert (folder / "alone/metrics.json").read_text() == (folder / "out put/metrics.json").read_text()
+    assert "Recipe" not in (folder / "alone/report.html").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_same(trained):
+    folder, files, weights = trained
+    for number in (1, 2):
+        words = ["--output", f"with {number}", "--num-gpus", number, "dataloader.test.num_workers=0"]
+        result = run_verb("eval", "--weights", weights, *file_arguments(val=files), *words, folder=folder)
+        assert result.returncode == 0, result.stderr
+    assert results_of(folder / "with 2") == results_of(folder / "with 1")
+    assert (folder / "with 2/metrics.json").read_text() == (folder / "with 1/metrics.json").read_text()
+
+
+def test_what_the_checkpoint_says_must_fit(trained, tmp_path, capsys, monkeypatch):
+    _, _, weights = trained
+    data = file_arguments(val=write_coco(tmp_path / "other", category_ids=(1, 2)))
+    (tmp_path / "bare.pth").write_bytes(b"")
+    for path, message in ((tmp_path / "bare.pth", "bare.pth"), (weights, "has 3 classes, the data has 2")):
+        assert cli.main(["eval", "--weights", str(path), "--output", str(tmp_path / "out"), *data]) == 1
+        assert message in capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert cli.main(["eval", "--weights", str(weights), "--output", str(tmp_path / "out"), *data]) == 1
+    assert "write --num-gpus N instead of torchrun" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 MISSING = {
     "weights": ([*RECIPE, "--weights", "absent.pth"], "weights not found: absent.pth"),
     "no weights": (RECIPE, "give the weights: --weights PATH"),
     "recipe": (["--config-file", "dino_r51", "--weights", "x"], "recipe not found: 'dino_r51'"),
-    "no recipe": (["--weights", "x"], "recipe not found: ''"),
+    "no recipe": (["--weights", "absent.pth"], "weights not found: absent.pth"),
 }
 
 

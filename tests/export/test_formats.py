@@ -39,7 +39,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def detector():
     torch.manual_seed(0)
-    return Detector(randomise(tiny_network()), PREPROCESSING).eval()
+    return Detector(randomise(tiny_network(num_levels=2)), PREPROCESSING).eval()
 
 
 @pytest.fixture(scope="module")

@@ -11,20 +11,31 @@ from dino.export import program
 from dino.export.formats import FORMATS, Format
 from dino.export.verify import Comparison, Limits, match
 from dino.layers import Detections
+from dino.rebuild import PARTS
 
 from ..coco_files import NAMES, write_coco
 from ..test_rebuild import network, write, write_content
+from ..tiny import TinyBackbone
+
+
+@pytest.fixture(autouse=True)
+def small_backbone(monkeypatch):
+    """Three convolutions instead of a ResNet, to save time."""
+    monkeypatch.setitem(PARTS, "dino.modeling.TorchvisionBackbone", lambda **_: TinyBackbone())
+
+
+NETWORK = network(num_levels=2, in_features=["res5"])
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    write(tmp_path / "model.pth", network(), names=list(NAMES), about=about(short_side=96, max_size=160))
+    write(tmp_path / "model.pth", NETWORK, names=list(NAMES), about=about(short_side=96, max_size=160))
     return tmp_path / "model.pth"
 
 
 def about(**sizes):
     preprocessing = {"pixel_mean": [120.0] * 3, "pixel_std": [60.0] * 3, "max_detections": 20, **sizes}
-    return {"config": json.dumps({"network": network()}), "preprocessing": preprocessing}
+    return {"config": json.dumps({"network": NETWORK}), "preprocessing": preprocessing}
 
 
 def pretend(monkeypatch, change=lambda boxes: boxes):
