@@ -12,7 +12,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
 from dino.files import DataError, write_whole
-from dino.weights import MIN_BACKBONE, load_weights, read_content
+from dino.weights import MIN_BACKBONE, load_weights, read_content, same_names
 
 from .parallel import from_main, whole
 from .sources import check_pixels, local_file
@@ -123,7 +123,7 @@ class Checkpointer(DetectionCheckpointer):
             raise DataError(f"can't use the checkpoint {path}: {str(error)[:500]}") from error
         finally:
             self._parsed_url_during_load = None  # where loading failed, Detectron2 leaves it set and refuses to go on
-        if extra.get("names", self.names) != self.names:
+        if "names" in extra and not same_names(extra["names"], self.names):
             logger.warning(f"{path} was trained for the classes {extra['names']}, the data has {self.names}")
         return extra
 
@@ -147,7 +147,9 @@ class Checkpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict) -> None:
         """Own running averages are left to who asked for the file; those of other programs are what they publish."""
         copy = "model" if "ema" in checkpoint else "auto"
-        report = load_weights(self.model, checkpoint, min_backbone=self.min_backbone, copy=copy, name=self.source)
+        report = load_weights(
+            self.model, checkpoint, min_backbone=self.min_backbone, copy=copy, name=self.source, classes=self.names
+        )
         logger.info(f"weights: {report}")
         if report.form == "backbone":
             check_pixels(self.model)

@@ -2,7 +2,7 @@
 
 from .addresses import SCHEMES, cannot_fetch, locate
 from .forms import convert, recognise
-from .loading import MIN_BACKBONE, load_weights
+from .loading import MIN_BACKBONE, load_weights, same_names
 from .names import resnet_to_detectron2, resnet_to_torchvision
 from .reading import read_content, weights_of
 from .report import Report
@@ -19,5 +19,6 @@ __all__ = [
     "recognise",
     "resnet_to_detectron2",
     "resnet_to_torchvision",
+    "same_names",
     "weights_of",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import torch
 
@@ -184,8 +185,14 @@ def add_second_names(state_dict: StateDict) -> StateDict:
 
 def coco_to_contiguous(own: StateDict) -> StateDict:
     """Own form with 91 classes, the raw ids of COCO -> with its 80 classes in their order; other rows are left out."""
-    state = {key: value for key, value in own.items() if key != UNUSED_LABELS}
-    return {key: value[list(COCO_IDS)] if CLASS_KEYS.fullmatch(key) else value for key, value in state.items()}
+    return select_classes({key: value for key, value in own.items() if key != UNUSED_LABELS}, COCO_IDS)
+
+
+def select_classes(own: StateDict, rows: Sequence[int]) -> StateDict:
+    """Own form -> with these of its classes, in this order. (A head of one class for all objects stays.)"""
+    total = len(own["decoder.class_heads.0.bias"])
+    wanted = {key for key, value in own.items() if CLASS_KEYS.fullmatch(key) and len(value) == total}
+    return {key: value[list(rows)] if key in wanted else value for key, value in own.items()}
 
 
 READ = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from .forms import (
     coco_to_contiguous,
     convert,
     recognise,
+    select_classes,
     strip_wrappers,
 )
 from .imagenet import ADDED, fit_backbone
@@ -61,6 +62,7 @@ def load_weights(
     min_backbone: float = MIN_BACKBONE,
     copy: str = "auto",
     name: str = "the state dict",
+    classes: Sequence[str] | None = None,
 ) -> Report:
     """Load the weights of any known program into a model, as far as they fit.
 
@@ -75,6 +77,7 @@ def load_weights(
         min_backbone: least share of the backbone's tensors that must be loaded; 0 lets another backbone stay as it was.
         copy: "model", "ema" (the running average), or "auto": the running average where the file has one.
         name: what messages call a source that is no file.
+        classes: names of the model's classes. A file that has the same names in another order is put into this one.
 
     Raises:
         DataError: the file is missing, broken, unsafe or of another model; the model is unchanged.
@@ -84,7 +87,7 @@ def load_weights(
         source, name = read_content(source), str(source)
     report = Report(name, "")
     try:
-        chosen = choose(network, source, report, min_backbone, copy)
+        chosen = choose(network, source, report, min_backbone, copy, classes)
     except ValueError as error:  # a DataError, too
         raise DataError(f"can't use the weights {name}: {error}") from error
     network.load_state_dict(chosen, strict=False)
@@ -99,7 +102,9 @@ def find_network(model: nn.Module) -> DINO:
     return network
 
 
-def choose(network: DINO, content: Mapping, report: Report, min_backbone: float, copy: str) -> StateDict:
+def choose(
+    network: DINO, content: Mapping, report: Report, min_backbone: float, copy: str, classes: Sequence[str] | None
+) -> StateDict:
     """The tensors of a file's content that fit the network, by its names; fills in the report."""
     state, average = strip_wrappers(weights_of(content)), average_of(content)
     if copy == "ema" and average is None:
@@ -118,7 +123,7 @@ def choose(network: DINO, content: Mapping, report: Report, min_backbone: float,
             report.notes.append("taken: the running average (EMA) of the weights")
         if report.form == "detrex":
             report.notes.append(DETREX_NOTE)
-        own = fit_classes(own, target, report)
+        own = order_classes(fit_classes(own, target, report), content.get("names"), classes, report)
         sizes = Sizes.of(own)
         own, partial = fit_levels(own, network)
         own = rename_backbone(own, network)
@@ -136,6 +141,19 @@ def fit_classes(own: StateDict, target: StateDict, report: Report) -> StateDict:
         report.notes.append("91 raw category ids of COCO became its 80 classes; the rows of the other 11 are left out")
         own = coco_to_contiguous(own)
     return {key: value for key, value in own.items() if key != UNUSED_LABELS}
+
+
+def order_classes(own: StateDict, theirs: object, ours: Sequence[str] | None, report: Report) -> StateDict:
+    """With the classes in the order of `ours`, where a file's `names` are the same in another order."""
+    if not ours or theirs == list(ours) or not same_names(theirs, ours):
+        return own
+    report.notes.append("the same classes in another order: put into that of the data")
+    return select_classes(own, [theirs.index(name) for name in ours])
+
+
+def same_names(theirs: object, ours: Sequence[str]) -> bool:
+    """Whether what a file says of its classes are these, in any order."""
+    return isinstance(theirs, list) and len(theirs) == len(ours) and all(theirs.count(name) == 1 for name in ours)
 
 
 def rename_backbone(own: StateDict, network: DINO) -> StateDict:

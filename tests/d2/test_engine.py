@@ -293,6 +293,15 @@ def test_other_names_are_told(tmp_path, caplog):
     assert "was trained for the classes ['cat', 'dog', 'cow'], the data has ['red', 'green', 'blue']" in caplog.text
 
 
+def test_the_same_names_in_another_order_are_put_right(tmp_path, caplog):
+    model, path = save(tmp_path, names=["blue", "red", "green"])
+    other = tiny_detector()
+    Checkpointer(other, names=NAMES).load(str(path))
+    heads = [x.network.decoder.class_heads[0].weight for x in (model, other)]
+    assert torch.equal(heads[0][[1, 2, 0]], heads[1])
+    assert "was trained for the classes" not in caplog.text
+
+
 def test_no_folder_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Checkpointer(tiny_detector(), names=NAMES).save("model")

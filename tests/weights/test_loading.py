@@ -64,6 +64,26 @@ def test_another_number_of_classes():
     assert "re-initialised, 3 classes instead of 5: " in str(report)
 
 
+@torch.no_grad()
+def test_the_same_classes_in_another_order():
+    source, target = randomise(tiny_network()).eval(), tiny_network().eval()
+    content = {"model": source.state_dict(), "names": ["cat", "dog", "cow"]}
+    report = load_weights(target, content, classes=["cow", "cat", "dog"])
+    assert "the same classes in another order" in str(report)
+    batch = random_batch(2)
+    torch.testing.assert_close(target(*batch).decoder.logits, source(*batch).decoder.logits[..., [2, 0, 1]])
+    assert torch.equal(target.denoising.label_embed.weight, source.denoising.label_embed.weight[[2, 0, 1]])
+
+
+@pytest.mark.parametrize(
+    "names", [["cat", "dog", "hen"], ["cat", "cat", "cow"], ["cat", "dog"], [1, {}, None], "cat", 7]
+)
+def test_other_names_leave_the_classes_where_they_are(names):
+    source, target = randomise(tiny_network()), tiny_network()
+    load_weights(target, {"model": source.state_dict(), "names": names}, classes=["cow", "cat", "dog"])
+    assert equal(source.state_dict(), target.state_dict())
+
+
 def test_another_number_of_queries():
     source, target = randomise(tiny_network(num_queries=12)), tiny_network(num_queries=20)
     report = load_weights(target, source.state_dict())
