@@ -167,12 +167,12 @@ class QuerySelection(nn.Module):
     def forward(self, memory: Tokens) -> tuple[Queries, Predictions]:
         """Memory -> Q queries, and the encoder's own predictions for the selected tokens (N = 1)."""
         anchors, usable = self.anchors(memory)
-        features = self.project(memory.features.masked_fill(~usable[..., None], 0))  # (B, S, E)
-        logits = self.class_head(features)  # (B, S, C)
-        best = self.select(logits, usable, memory.padding)  # (B, Q)
-        features = rows(features, best)  # (B, Q, E)
+        tokens = memory.features.masked_fill(~usable[..., None], 0)  # (B, S, E)
+        best = self.select(self.class_head(self.project(tokens)), usable, memory.padding)  # (B, Q)
+        features = self.project(rows(tokens, best))  # (B, Q, E); again, so that nothing of the other tokens is kept
+        logits = self.class_head(features)  # (B, Q, C)
         box_logits = rows(anchors, best) + widened(self.box_head(features))  # (B, Q, 4)
-        proposals = Predictions(rows(logits, best)[None], box_logits.sigmoid()[None])
+        proposals = Predictions(logits[None], box_logits.sigmoid()[None])
         return Queries(self.contents(features), box_logits.detach()), proposals
 
     def contents(self, features: Tensor) -> Tensor:
