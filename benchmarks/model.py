@@ -152,15 +152,14 @@ def ours(device, state_dict=None):
 
 
 def build(name, options, device):
-    """A contender; all have the same weights."""
+    """A contender; all have the same weights. Ours reads them from a file, to carry nothing of the other program."""
     torch.manual_seed(0)
-    if not options.against:
-        return ours(device)
-    folder = Path(options.against).resolve()
-    adapter, _ = PROGRAMS[recognise(folder)]
-    other = adapter(folder, device)
+    if name not in PROGRAMS:
+        return ours(device, torch.load(options.weights, mmap=True) if options.weights else None)
+    adapter, _ = PROGRAMS[name]
+    other = adapter(Path(options.against).resolve(), device)
     stir(other.model)
-    return other if name in PROGRAMS else ours(device, other.model.state_dict())
+    return other
 
 
 def work_of(case, contender, device):
@@ -250,23 +249,30 @@ def serve(case, name, options, device):
     with deform_attn_implementation("reference") if name == "reference" else contextlib.nullcontext():
         for line in sys.stdin:
             request, _, path = line.strip().partition(" ")
-            answer = None
-            if request == "output":
-                with Selections() as selections:
-                    torch.save([work(), selections.indices], path)
-            elif request == "output_for_tokens_of":
-                answer = gaps(output_for_tokens(contender.model, work, torch.load(path)[1]), torch.load(path)[0])
-            elif request == "time":
-                start = clock(device)
-                work()
-                answer = [end - begin for begin, end in zip(start, clock(device), strict=True)]
-            elif request == "stages":
-                answer = shares(contender, work, device)
-            elif request == "peak":
-                answer = peak_memory(work, device)[1]
-            elif request == "waits" and device.type == "cuda":
-                answer = waits(work)
-            print(json.dumps(answer), flush=True)
+            print(json.dumps(answer(request, path, contender, work, device)), flush=True)
+
+
+def answer(request, path, contender, work, device):
+    """What is asked for; None where a file is the answer, or there is none."""
+    if request == "weights":
+        torch.save(contender.model.state_dict(), path)
+    elif request == "output":
+        with Selections() as selections:
+            torch.save([work(), selections.indices], path)
+    elif request == "output_for_tokens_of":
+        theirs, tokens = torch.load(path)
+        return gaps(output_for_tokens(contender.model, work, tokens), theirs)
+    elif request == "time":
+        start = clock(device)
+        work()
+        return [end - begin for begin, end in zip(start, clock(device), strict=True)]
+    elif request == "stages":
+        return shares(contender, work, device)
+    elif request == "peak":
+        return peak_memory(work, device)[1]
+    elif request == "waits" and device.type == "cuda":
+        return waits(work)
+    return None
 
 
 def output_for_tokens(model, work, tokens):
@@ -286,10 +292,11 @@ def gaps(ours, theirs):
 class Worker:
     """A process with one contender, so that programs share neither memory nor settings."""
 
-    def __init__(self, case, name, options):
+    def __init__(self, case, name, options, weights=None):
         command = [sys.executable, __file__, "--serve", name, "--cases", f"^{re.escape(str(case))}$"]
         command += ["--device", options.device, "--threads", str(options.threads), "--dtypes", options.dtypes]
-        command += ["--against", options.against] if options.against else []
+        command += ["--weights", weights] if weights else []
+        command += ["--against", options.against] if name in PROGRAMS else []
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, request):
@@ -307,8 +314,12 @@ class Worker:
 
 def measure(case, names, options):
     """One row for each contender."""
-    workers = {name: Worker(case, name, options) for name in names}
     with tempfile.TemporaryDirectory() as folder:
+        other = Worker(case, names[-1], options)
+        if options.against:
+            other.ask(f"weights {folder}/weights")
+        weights = f"{folder}/weights" if options.against else None
+        workers = {"dino": Worker(case, "dino", options, weights), names[-1]: other}
         for name, worker in workers.items():  # also warms up
             worker.ask(f"output {folder}/{name}")
         outputs = {name: torch.load(f"{folder}/{name}") for name in names}
@@ -366,6 +377,7 @@ def parse_arguments():
     parser.add_argument("--dtypes", default="float32,bfloat16", help="comma-separated")
     parser.add_argument("--against", help="checkout of the official program or of detrex")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--weights", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
