@@ -144,8 +144,8 @@ GROWTH_HEADER = ["curve", "work", "from, to", "time", "multiply-adds", "memory",
 REASONS = {
     "image size": "everything but the decoder works on cells, whose number grows with the area",
     "queries": "self-attention grows with their square, the rest of the decoder with their number; the cells stay",
-    "boxes per image": "the slots of denoising are bounded by its budget: 200, however many boxes there are; beyond 100 "
-    "boxes the matcher's assignment shows, which grows faster than their number",
+    "boxes per image": "the slots of denoising are bounded by its budget: 200, however many boxes there are; "
+    "beyond 100 the matcher's assignment shows, which grows faster than their number",
     "batch": "each image is work of its own",
     "levels": "the fifth level is a finer one: it has three times the cells of the other four together",
 }
