@@ -9,6 +9,7 @@
 #   DINO_AGAINST=FOLDER   checkout of a public CUDA kernel of the original design, built in place, to be measured in the
 #                         same run
 #   DINO_OFFICIAL=FOLDER  checkout of the official program, for the benchmark of the whole model (with torchvision)
+#   DINO_DETREX=FOLDER    checkout of detrex, for the same
 # Ends with status 1 if a step failed. All steps together stay under 8 minutes: one that would not is cut off, and
 # counts as failed.
 
@@ -102,12 +103,13 @@ step benchmark 150 "$python" "${benchmark[@]}"
 
 if "$python" -c "import torchvision" 2> /dev/null; then
   model=(benchmarks/model.py --device cuda --results "$results")
-  if [[ -n ${DINO_OFFICIAL:-} ]]; then
-    model+=(--against "$DINO_OFFICIAL")
-  else
-    say "official program: not measured, DINO_OFFICIAL is not set"
-  fi
-  step model 120 "$python" "${model[@]}"
+  others=()
+  [[ -n ${DINO_OFFICIAL:-} ]] && others+=("$DINO_OFFICIAL")
+  [[ -n ${DINO_DETREX:-} ]] && others+=("$DINO_DETREX")
+  ((${#others[@]})) || say "other programs: not measured, neither DINO_OFFICIAL nor DINO_DETREX is set"
+  for folder in "${others[@]:-}"; do
+    step "model${folder:+ against ${folder##*/}}" 300 "$python" "${model[@]}" ${folder:+--against "$folder"}
+  done
 else
   say "model: not measured, there is no torchvision"
 fi
