@@ -6,7 +6,7 @@ Published for this setting: 49.0 AP on COCO val2017, by the authors of the paper
 run in two things: the classes are the 80 of the data, not 91 raw ids, and every decoder layer has its own pair of
 heads, not one pair for all. The learning rate falls after 11 epochs. Not trained here.
 
-47,650,316 parameters, 274.9 G multiply-adds at 800x1280; memory: not measured.
+47,650,316 parameters, 275.0 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .common.data import dataloader

@@ -6,7 +6,7 @@ Published for this setting: 49.4 AP on COCO val2017, by the authors of the paper
 run in two things: the classes are the 80 of the data, not 91 raw ids, and every decoder layer has its own pair of
 heads, not one pair for all. The learning rate falls after 11 epochs. Not trained here.
 
-48,012,940 parameters, 823.7 G multiply-adds at 800x1280; memory: not measured.
+48,012,940 parameters, 823.8 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .dino_r50_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train

@@ -7,7 +7,7 @@ run in two things: the classes are the 80 of the data, not 91 raw ids, and every
 heads, not one pair for all. The learning rate falls after 30 epochs. The epoch of the drop is from
 memory: no program publishes its configuration. Not trained here.
 
-48,012,940 parameters, 823.7 G multiply-adds at 800x1280; memory: not measured.
+48,012,940 parameters, 823.8 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .dino_r50_5scale_12ep import dataloader, lr_multiplier, model, optimizer, train

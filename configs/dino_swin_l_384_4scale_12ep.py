@@ -9,7 +9,7 @@ its own pair of heads, not one pair for all. The weights are ImageNet-22k's of 3
 computed twice, as in the official program (train.activation_checkpointing). The learning rate falls after 11 epochs.
 Not trained here.
 
-217,987,200 parameters, 978.5 G multiply-adds at 800x1280; memory: not measured.
+217,987,200 parameters, 978.6 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .common.data import dataloader

@@ -8,7 +8,7 @@ Differs from that run in two things: the classes are the 80 of the data, not 91 
 its own pair of heads, not one pair for all. The weights are ImageNet-22k's of 384 pixels. The learning rate falls
 after 30 epochs. The epoch of the drop is from memory: no program publishes its configuration. Not trained here.
 
-217,987,200 parameters, 978.5 G multiply-adds at 800x1280; memory: not measured.
+217,987,200 parameters, 978.6 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .dino_swin_l_384_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train

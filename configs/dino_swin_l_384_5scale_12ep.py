@@ -8,7 +8,7 @@ Differs from that run in two things: the classes are the 80 of the data, not 91 
 its own pair of heads, not one pair for all. The weights are ImageNet-22k's of 384 pixels. The learning rate falls
 after 11 epochs. Not trained here.
 
-218,333,824 parameters, 1526.2 G multiply-adds at 800x1280; memory: not measured.
+218,333,824 parameters, 1526.3 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .dino_swin_l_384_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train

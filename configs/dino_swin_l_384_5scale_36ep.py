@@ -8,7 +8,7 @@ detrex. Differs from that run in two things: the classes are the 80 of the data,
 layer has its own pair of heads, not one pair for all. The weights are ImageNet-22k's of 384 pixels. The learning rate
 falls after 30 epochs. The epoch of the drop is from memory: no program publishes its configuration. Not trained here.
 
-218,333,824 parameters, 1526.2 G multiply-adds at 800x1280; memory: not measured.
+218,333,824 parameters, 1526.3 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .dino_swin_l_384_5scale_12ep import dataloader, lr_multiplier, model, optimizer, train

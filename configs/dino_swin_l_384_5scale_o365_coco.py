@@ -11,7 +11,7 @@ Known from the sources: the backbone and the data. From memory of the paper, not
 the size. Unknown, and chosen here as for COCO: 5 scales, batch, learning rates, the epoch of their drop (15), 900
 queries, 100 denoising pairs, how test-time augmentation joined its views. Not trained here.
 
-218,333,824 parameters, 1526.2 G multiply-adds at 800x1280; memory: not measured.
+218,333,824 parameters, 1526.3 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .dino_swin_l_384_5scale_12ep import dataloader, lr_multiplier, model, optimizer, train

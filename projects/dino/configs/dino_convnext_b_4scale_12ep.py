@@ -9,7 +9,7 @@ program. There each map has a norm behind it and the depth is not random; here t
 From ImageNet-22k weights, 55.1: they are timm's, through L(TimmBackbone)(name="convnext_base.fb_in22k_ft_in1k_384").
 Not trained here.
 
-108,941,772 parameters, 502.4 G multiply-adds at 800x1280; memory: not measured.
+108,941,772 parameters, 502.5 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .dino_convnext_t_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train

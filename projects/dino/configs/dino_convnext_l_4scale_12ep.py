@@ -9,7 +9,7 @@ program. There each map has a norm behind it and the depth is not random; here t
 From ImageNet-22k weights, 55.5: they are timm's, through L(TimmBackbone)(name="convnext_large.fb_in22k_ft_in1k_384").
 Not trained here.
 
-219,013,644 parameters, 891.5 G multiply-adds at 800x1280; memory: not measured.
+219,013,644 parameters, 891.6 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .dino_convnext_t_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train

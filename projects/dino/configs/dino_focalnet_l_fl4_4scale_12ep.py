@@ -8,7 +8,7 @@ temperature 20 and no offset, norms have weight decay, epochs are counted, not 7
 program. There the backbone is that of FocalNet's authors; here it is timm's, with the same blocks, and no norm behind
 each map. The file is timm's. Not trained here.
 
-228,527,556 parameters, 919.5 G multiply-adds at 800x1280; memory: not measured.
+228,527,556 parameters, 919.6 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .dino_focalnet_l_fl3_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train

@@ -7,7 +7,7 @@ Published for this setting: 50.0 AP on COCO val2017, by detrex. Differs from tha
 temperature 20 and no offset, norms have weight decay, epochs are counted, not 7,500 iterations, as in the official
 program. The file is torchvision's ResNet-101. Not trained here.
 
-66,590,220 parameters, 350.7 G multiply-adds at 800x1280; memory: not measured.
+66,590,220 parameters, 350.8 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from ....configs.dino_r50_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train

@@ -7,7 +7,7 @@ losses weigh twice but not those of denoising, the learning rate is 2e-4 with a 
 offsets, positions are encoded with temperature 10000 and offset -0.5. Its trainer reads these rates from no
 configuration file: they stand in its code. Epochs have 7,500 iterations there, 7,393 here. Not trained here.
 
-47,650,316 parameters, 274.9 G multiply-adds at 800x1280; memory: not measured.
+47,650,316 parameters, 275.0 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from detectron2.config import LazyCall as L

@@ -6,7 +6,7 @@
 Published for this setting: 50.0 AP on COCO val2017, by detrex. Otherwise as dino_r50_4scale_12ep_tuned.py. Not
 trained here.
 
-47,650,316 parameters, 274.9 G multiply-adds at 800x1280; memory: not measured.
+47,650,316 parameters, 275.0 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .dino_r50_4scale_12ep_tuned import dataloader, lr_multiplier, model, optimizer, train

@@ -7,7 +7,7 @@ Published for this setting: 55.8 AP on COCO val2017, by detrex. Differs from tha
 temperature 20 and no offset, norms have weight decay, epochs are counted, not 7,500 iterations, as in the official
 program. From ImageNet-22k weights finetuned on 1k, of 384 pixels. Not trained here.
 
-108,257,476 parameters, 546.8 G multiply-adds at 800x1280; memory: not measured.
+108,257,476 parameters, 546.9 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from ....configs.dino_swin_l_384_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train

@@ -7,7 +7,7 @@ Published for this setting: 51.3 AP on COCO val2017, by detrex. Differs from tha
 temperature 20 and no offset, norms have weight decay, epochs are counted, not 7,500 iterations, as in the official
 program. That is from ImageNet-1k; from ImageNet-22k weights finetuned on 1k, 52.5. Not trained here.
 
-48,193,350 parameters, 284.0 G multiply-adds at 800x1280; memory: not measured.
+48,193,350 parameters, 284.1 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from ....configs.dino_swin_l_384_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train

@@ -7,7 +7,7 @@ Published for this setting: 50.2 AP on COCO val2017, by detrex. Differs from tha
 temperature 20 and no offset, norms have weight decay, epochs are counted, not 7,500 iterations, as in the official
 program. The weights are MAE's. Not trained here.
 
-108,154,572 parameters, 675.1 G multiply-adds at 800x1280; memory: not measured.
+108,154,572 parameters, 675.2 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from ....configs.common.data import dataloader

@@ -8,7 +8,7 @@ temperature 20 and no offset, norms have weight decay, epochs are counted, not 7
 program. The weights are MAE's. The rate falls after 11 epochs here, after four fifths of the way and behind a warm-up
 of 250 iterations there. Not trained here.
 
-326,779,724 parameters, 1656.0 G multiply-adds at 800x1280; memory: not measured.
+326,779,724 parameters, 1656.1 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .dino_vitdet_b_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train

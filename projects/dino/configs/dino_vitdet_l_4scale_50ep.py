@@ -7,7 +7,7 @@ Published for this setting: 57.5 AP on COCO val2017, by detrex. Differs from tha
 temperature 20 and no offset, norms have weight decay, epochs are counted, not 7,500 iterations, as in the official
 program. The weights are MAE's. The rate rises over 250 iterations and falls after 40 epochs. Not trained here.
 
-326,779,724 parameters, 1656.0 G multiply-adds at 800x1280; memory: not measured.
+326,779,724 parameters, 1656.1 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from detectron2.config import LazyCall as L
