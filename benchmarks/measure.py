@@ -46,11 +46,12 @@ def peak_memory(run, device):
 
 
 def hardware(device):
-    """Names of processor and GPU, cores, threads."""
+    """Names of processor and GPU, cores, threads, and the processor's instructions for bfloat16."""
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = re.search(r"model name\s*: (.+)", text)
     found = {
         "cpu": model.group(1) if model else platform.processor(),
+        "bfloat16": sorted(set(re.findall(r"\b\w+_bf16\b", text))),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }

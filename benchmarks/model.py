@@ -12,7 +12,7 @@ tensors). Shares of stages come from one further run.
 
 contenders: `dino` is this project as users get it, beside the `official` program or `detrex`; without a checkout of
 these, beside `reference`, the same network with the attention in plain PyTorch. In bfloat16 and float16 the networks
-run under autocast.
+run under autocast, but for inference by this project, whose predictor casts the network.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from dino.layers import (  # noqa: E402
     deform_attn_implementation,
 )
 from dino.memory import keep_freed_memory  # noqa: E402
-from dino.modeling import TorchvisionBackbone, build_dino, fold_norms, share_heads  # noqa: E402
+from dino.modeling import TorchvisionBackbone, build_dino, fold_norms, share_heads, use_onednn  # noqa: E402
 from dino.weights import load_weights  # noqa: E402
 from dino.weights import recognise as recognise_weights  # noqa: E402
 
@@ -168,8 +168,10 @@ def work_of(case, contender, device):
     if case.work == "criterion":
         outputs = make_outputs(case, targets, device)
         return lambda: charge(contender, outputs, targets)
-    images = make_images(case, device)
-    autocast = torch.autocast(device.type, DTYPES[case.dtype], enabled=case.dtype != "float32")
+    weight = next(contender.model.parameters())  # not float32 where `prepare` made it so
+    images = make_images(case, device).to(weight.dtype)
+    half = case.dtype != "float32" and weight.dtype == torch.float32
+    autocast = torch.autocast(device.type, DTYPES[case.dtype], enabled=half)
 
     def inference():
         with torch.inference_mode(), autocast:
@@ -238,13 +240,20 @@ class Selections(TorchFunctionMode):
         return result
 
 
+def prepare(model, case):
+    """What `dino.Predictor` does."""
+    fold_norms(model.eval())
+    model.to(DTYPES[case.dtype])
+    use_onednn(model)
+
+
 def serve(case, name, options, device):
     """Do what is asked for on standard input, a line each; answers are lines of JSON."""
     contender = build(name, options, device)
     if name not in PROGRAMS:  # as our programs do
         keep_freed_memory()
         if case.work == "inference":
-            fold_norms(contender.model.eval())
+            prepare(contender.model, case)
     work = work_of(case, contender, device)
     with deform_attn_implementation("reference") if name == "reference" else contextlib.nullcontext():
         for line in sys.stdin:
@@ -370,6 +379,7 @@ def matrix_product(dtype, device):
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", default=ROOT / "benchmarks/results", type=Path, help="folder of the JSON file")
+    parser.add_argument("--suffix", default="", help="of the file's name, for another machine: _amx")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", default=torch.get_num_threads(), type=int)
     parser.add_argument("--rounds", default=5, type=int)
@@ -401,7 +411,7 @@ def compare(cases, options, device):
     other = recognise(Path(options.against)) if options.against else "reference"
     names = ["dino", other]
     options.results.mkdir(parents=True, exist_ok=True)
-    path = options.results / f"model_{device.type}_{options.threads}threads_{other}.json"
+    path = options.results / f"model_{device.type}_{options.threads}threads_{other}{options.suffix}.json"
     for case in cases:
         report["rows"] += measure(case, names, options)
         path.write_text(json.dumps(report, indent=1) + "\n")

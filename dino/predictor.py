@@ -27,7 +27,7 @@ from .drawing import draw_detections
 from .files import DataError
 from .images import list_images, read_image, resized_size, to_rgb
 from .layers.postprocess import Detections, detections
-from .modeling import DINO, fold_norms
+from .modeling import DINO, fold_norms, use_onednn
 from .rebuild import Preprocessing, model_from_checkpoint
 from .tiling import View, merge, suppress, take, views
 
@@ -140,8 +140,9 @@ class Predictor:
         """
         network, names, preprocessing = model_from_checkpoint(path, copy=copy)
         fold_norms(network)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(network.to(device, dtype), names, preprocessing, **options)
+        network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)
+        use_onednn(network)
+        return cls(network, names, preprocessing, **options)
 
     def compile(self, **options: Any) -> Predictor:
         """Let PyTorch compile the network when it first runs; `options` of `torch.compile`. Returns itself."""

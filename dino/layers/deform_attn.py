@@ -166,7 +166,7 @@ class MultiScaleDeformableAttention(nn.Module):
             (B, Q, E).
         """
         samples = (*query.shape[:2], self.num_heads, self.num_levels, self.num_points)  # (B, Q, M, L, P)
-        value = self.value_proj(value).masked_fill(padding[..., None], 0).unflatten(-1, (self.num_heads, -1))
+        value = self.value_proj(value).masked_fill_(padding[..., None], 0).unflatten(-1, (self.num_heads, -1))
         logits = self.attention_weights(query).view(*samples[:3], -1)  # (B, Q, M, L*P)
         offsets = self.sampling_offsets(query).view(*samples, 2)
         if use_compiled(value.device):

@@ -5,6 +5,7 @@ from .build import build_dino
 from .folding import fold_norms
 from .neck import ChannelMapper
 from .network import DINO
+from .onednn import use_onednn
 from .transformer import Decoder, Encoder, QuerySelection, share_heads
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "build_dino",
     "fold_norms",
     "share_heads",
+    "use_onednn",
 ]

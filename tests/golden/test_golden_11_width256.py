@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 import torch
 
+from dino.modeling import use_onednn
 from dino.weights import load_weights
 
 from .golden import FOLDER, GoldenFile
@@ -49,6 +50,12 @@ def test_evaluation(model):
     features = model.query_selection.project(memory.features.masked_fill(~usable[..., None], 0))
     logits = model.query_selection.class_head(features)
     golden.check("eval/topk_indices", model.query_selection.select(logits, usable, memory.padding))
+    check_outputs(golden, "eval", model(IMAGES, PADDING))
+
+
+@torch.no_grad()
+def test_evaluation_in_operators_of_onednn(model):
+    assert use_onednn(model)
     check_outputs(golden, "eval", model(IMAGES, PADDING))
 
 
