@@ -167,10 +167,11 @@ def budget_line(results):
         if results[data]:
             budget = results[data][0]["budget"]
             commits = sorted({r["commit"][:10] + " with changes" * r["changed_since_commit"] for r in results[data]})
+            processors = sorted({r["hardware"]["cpu"].replace("(R)", "") for r in results[data]})
             lines.append(
                 f"{name} (annotations {results[data][0]['fingerprint']}): {budget['iterations']} iterations of "
                 f"{budget['batch']} images, {budget['epochs']:g} epochs; {len(results[data])} cells, commit "
-                f"{', '.join(commits)}"
+                f"{', '.join(commits)}, one thread of {' or '.join(processors)}"
             )
         else:
             lines.append(f"{name}: {NOT_RUN}")
