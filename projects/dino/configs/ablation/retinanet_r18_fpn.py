@@ -1,6 +1,6 @@
-"""Detectron2's RetinaNet with ResNet-18 and FPN, on the data, the norm and the budget of the ablations.
+"""Detectron2's RetinaNet with ResNet-18 and FPN, on the ablations' data, norm, optimiser and budget.
 
-The optimiser is its own: as for Faster R-CNN, with a rate of 0.01 for 16 images. Anchors are half as large as usual.
+Anchors are half as large as usual.
 """
 
 from detectron2 import model_zoo
@@ -17,5 +17,3 @@ model.anchor_generator.sizes = [[x, x * 2 ** (1 / 3), x * 2 ** (2 / 3)] for x in
 model.pixel_mean, model.pixel_std = faster_rcnn.pixel_mean, faster_rcnn.pixel_std
 model.input_format = "RGB"
 del body, faster_rcnn
-
-optimizer.lr = 0.01 * dataloader.train.total_batch_size / 16
