@@ -6,17 +6,22 @@ PyTorch brings the operators for its compiler. They have no gradients; their res
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .folding import RESNET
 from .transformer import FeedForward
 
 PART = 4096  # tokens that a feed-forward network takes at a time, so that its hidden state needs little memory
-OPERATORS = ("_linear_pointwise", "_convolution_pointwise")
-SUPPORT = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+SUPPORT = {  # whether the processor has instructions for a type
+    torch.float32: lambda: True,
+    torch.bfloat16: lambda: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    torch.float16: lambda: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+}
 SIMPLE = (nn.Conv2d, nn.Identity, nn.ReLU, nn.Sequential)  # parts of a residual block whose norms are folded
 
 
@@ -24,7 +29,7 @@ def use_onednn(model: nn.Module) -> int:
     """Let linear layers, feed-forward networks and residual blocks of torchvision run in oneDNN's operators; in place.
 
     They do so where no gradients are asked for. Parameters, their names and what `torch.compile` sees stay the same.
-    Nothing happens where this PyTorch has no oneDNN, the model is not on a CPU, or oneDNN does not know its type there.
+    Nothing happens where the model is not on a CPU, or oneDNN can't do its type there.
 
     Args:
         model: in its final type and place, after `fold_norms`: blocks with norms stay as they are.
@@ -32,7 +37,7 @@ def use_onednn(model: nn.Module) -> int:
     Returns:
         how many modules were changed.
     """
-    if not all(can_run(parameter) for parameter in model.parameters()):
+    if not all(parameter.device.type == "cpu" and works(parameter.dtype) for parameter in model.parameters()):
         return 0
     found = {module: fused for module in model.modules() if (fused := fused_forward(module))}
     for module, fused in found.items():
@@ -40,16 +45,30 @@ def use_onednn(model: nn.Module) -> int:
     return len(found)
 
 
-def can_run(parameter: Tensor) -> bool:
-    """Whether oneDNN's operators are here, and fast for tensors of this type."""
-    if parameter.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+@functools.cache
+def works(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's operators are in this PyTorch, fast for tensors of this type here, and right in a trial."""
+    try:
+        return torch.backends.mkldnn.is_available() and SUPPORT[dtype]() and trial(dtype)
+    except (AttributeError, KeyError, NotImplementedError, RuntimeError):
         return False
-    if not all(hasattr(torch.ops.mkldnn, name) for name in OPERATORS):
-        return False
-    if parameter.dtype == torch.float32:
-        return True
-    question = getattr(torch.ops.mkldnn, SUPPORT.get(parameter.dtype, ""), None)
-    return question is not None and question()
+
+
+@torch.no_grad()
+def trial(dtype: torch.dtype) -> bool:
+    """Whether a feed-forward network and a residual block of a few numbers come out as without oneDNN's operators."""
+    with torch.random.fork_rng(devices=[]):
+        network = FeedForward(4, 8).to(dtype)
+        block = nn.Sequential(
+            OrderedDict(conv1=nn.Conv2d(8, 8, 1), relu=nn.ReLU(), conv2=nn.Conv2d(8, 8, 3, padding=1))
+        )
+    block.downsample = None
+    tokens, maps = (torch.linspace(-1, 1, 64, dtype=dtype).view(shape) for shape in ((2, 8, 4), (1, 8, 2, 4)))
+    pairs = [
+        (feed_forward(network, tokens), network(tokens)),
+        (residual_block(block.to(dtype), maps), F.relu(block(maps) + maps)),
+    ]
+    return all(torch.allclose(x, y, rtol=0.05, atol=0.05) for x, y in pairs)
 
 
 def fused_forward(module: nn.Module) -> Callable[[nn.Module, Tensor], Tensor] | None:
