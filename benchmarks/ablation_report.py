@@ -175,7 +175,8 @@ def budget_line(results):
             )
         else:
             lines.append(f"{name}: {NOT_RUN}")
-    return ". ".join(lines) + "."
+    hours = sum(r["processor_seconds"] for cells in results.values() for r in cells) / 3600
+    return ". ".join(lines) + f". All cells took {hours:.1f} processor hours."
 
 
 def sections(results):

@@ -186,7 +186,8 @@ def test_table_and_pictures_from_planted_results(tmp_path, monkeypatch):
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "older" not in text
-    assert "commit 0123456789, one thread of Maker 0 or Maker 1." in text
+    assert "commit 0123456789, one thread of Maker 0 or Maker 1. BCCD: not run." in text
+    assert "All cells took 0.1 processor hours." in text
     row = next(line for line in text.splitlines() if "chain_1_static" in line)
     assert row.split(" | ")[1:4] == ["12.0 ± 2.8 (2)", "24.0 ± 5.7 (2)", "no such objects"]
     assert next(line for line in text.splitlines() if "chain_2" in line).count("not run") == 6
