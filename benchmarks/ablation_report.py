@@ -96,13 +96,24 @@ def as_table(header, rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def gains(results, recipe, before):
+    """By how much AP a recipe exceeds the one before it, seed by seed."""
+    base = {result["seed"]: result["AP"] for result in of_recipe(results, before)}
+    return [{"AP": r["AP"] - base[r["seed"]]} for r in of_recipe(results, recipe) if r["seed"] in base]
+
+
 def chain_table(results):
     """results: data set -> its results"""
-    header = ["", *(f"{DATA[data]}: {key}" for data in DATA for key in ("AP", "AP50", "APs"))]
+    columns = ("AP", "gain", "AP50", "APs")
+    header = ["", *(f"{DATA[data]}: {column}" for data in DATA for column in columns)]
     rows = []
-    for recipe, name in CHAIN.items():
-        cells = [spread(of_recipe(results[data], recipe), key) for data in DATA for key in ("AP", "AP50", "APs")]
-        rows.append([f"[{name}](configs/ablation/{recipe}.py)", *cells])
+    for before, (recipe, name) in zip(["", *CHAIN], CHAIN.items(), strict=False):
+        row = [f"[{name}](configs/ablation/{recipe}.py)"]
+        for data in DATA:
+            found = of_recipe(results[data], recipe)
+            gain = spread(gains(results[data], recipe, before)) if before else ""
+            row += [spread(found), gain, spread(found, "AP50"), spread(found, "APs")]
+        rows.append(row)
     return as_table(header, rows)
 
 
@@ -184,7 +195,8 @@ def sections(results):
     beside = {**ANCESTORS, "chain_5_twice": "DINO"}
     return [
         f"{budget_line(results)}\n",
-        "Mean ± sample standard deviation (number of seeds) of the last evaluation, in percent.\n",
+        "Mean ± sample standard deviation (number of seeds) of the last evaluation, in percent. *Gain*: AP over the "
+        "row above, seed by seed.\n",
         chain_table(results),
         "![AP against iterations: the chain](ablation_chain.svg)\n",
         PUBLISHED,
