@@ -78,7 +78,7 @@ def stand_in_source(folder):
     launch = "kernel<<<static_cast<unsigned>(blocks), threads, shared, stream>>>(arguments...);"
     text = replace(text, launch, "cuda_on_cpu::run(blocks, threads, shared, [&] { kernel(arguments...); });")
     text = replace(text, "STD_CUDA_KERNEL_LAUNCH_CHECK();", "")
-    text = re.sub(r"  STABLE_TORCH_ERROR_CODE_CHECK\(aoti_torch_get_current_cuda_stream.*\n", "", text)
+    text = replace(text, "aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream)", "0")
     text = re.sub(r"  const torch::stable::accelerator::DeviceGuard .*\n", "", text)
     text = replace(text, "kEntriesAtATime = int64_t{1} << 22;", "kEntriesAtATime = 5000;")  # small cases, several parts
     operators = re.findall(r'm\.impl\("(\w+)"', text)

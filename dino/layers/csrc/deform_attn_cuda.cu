@@ -77,7 +77,8 @@ A* pointer(const Tensor& x) {
 
 cudaStream_t current_stream(const Tensor& x) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  const auto error = aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream);
+  require(error == 0, "CUDA device ", x.get_device_index(), " has no current stream");
   return static_cast<cudaStream_t>(stream);
 }
 
