@@ -20,7 +20,7 @@ STAND_IN = Path(__file__).parent / "cuda_on_cpu"
 TORCH = Path(torch.__file__).parent
 ARCHITECTURES = ["75", "80", "90", "100", "120"]
 FLAGS = ["-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL", f"-I{TORCH}/include"]
-FAST = re.compile(r"(forward|backward|sum_lists)_packets")
+FAST = re.compile(r"(forward|backward|sum_lists)_packets|backward_tiles")
 
 
 def tool(name):
@@ -71,13 +71,21 @@ def stand_in_source(folder):
         text = path.read_text().replace(
             "extern __shared__ float4 kept_by_slots[];", "float4* const kept_by_slots = cuda_on_cpu::dynamic_shared;"
         )
-        text = text.replace("kManyLists = 1 << 16;", "kManyLists = 100;")  # small cases, several lists a warp
+        text = text.replace(
+            "extern __shared__ float4 tile_samples[];", "float4* const tile_samples = cuda_on_cpu::dynamic_shared;"
+        )
+        text = text.replace("kManyCells = 1 << 16;", "kManyCells = 100;")  # small cases, several cells a warp
         (folder / path.name).write_text("#include <cuda_runtime.h>\n" + text)
     shutil.copy(SOURCES / "deform_attn.h", folder)
     text = (SOURCES / "deform_attn_cuda.cu").read_text()
     launch = "kernel<<<static_cast<unsigned>(blocks), threads, shared, stream>>>(arguments...);"
     text = replace(text, launch, "cuda_on_cpu::run(blocks, threads, shared, [&] { kernel(arguments...); });")
     text = replace(text, "STD_CUDA_KERNEL_LAUNCH_CHECK();", "")
+    text = replace(text, "cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)", "bytes = 0, 0")
+    text = text.replace("bytes = 0, 0", "(bytes = 96 << 10, 0)")
+    memset = "cudaMemsetAsync(pointer<A>(sums), 0, sums.numel() * sizeof(A), stream)"
+    text = replace(text, memset, "(memset(pointer<A>(sums), 0, sums.numel() * sizeof(A)), 0)")
+    text = replace(text, "cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)", "0")
     text = replace(text, "aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream)", "0")
     text = re.sub(r"  const torch::stable::accelerator::DeviceGuard .*\n", "", text)
     text = replace(text, "kEntriesAtATime = int64_t{1} << 22;", "kEntriesAtATime = 5000;")  # small cases, several parts

@@ -11,26 +11,31 @@
 #include <algorithm>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "deform_attn.h"
 #include "deform_attn_backward.cuh"
+#include "deform_attn_deterministic.cuh"
 #include "deform_attn_forward.cuh"
+#include "deform_attn_tiles.cuh"
 
 namespace {
 
 using namespace dino;
 
-// A tile of queries where they are the cells of the pyramid: 16 x 8. Twice as many would be read from the nearest cache
-// a little more often, but the last blocks of a launch would leave more of the device idle.
-constexpr int kTileColumnsLog2 = 4, kTileRowsLog2 = 3;
+// Tiles of queries where they are the cells of the pyramid. Forward reads tokens in the nearest cache, which holds what
+// a few small tiles read; backward sorts the samples of a tile, which pays the more there are.
+constexpr int kForwardColumnsLog2 = 3, kForwardRowsLog2 = 3, kTileColumnsLog2 = 4, kTileRowsLog2 = 3;
 
-// Lists pay where they are long: below this number of samples for each list, adding atomically moves less memory.
-constexpr int64_t kSamplesPerList = 4;
-
-// Lists are made for as many images at a time as have this many samples together (16 bytes each, 64 MiB), so that
-// they, the gradient rows and the sums of these images can stay in the second-level cache.
+// Lists are made for as many images at a time as have this many samples together (20 bytes each, 80 MiB).
 constexpr int64_t kEntriesAtATime = int64_t{1} << 22;
+
+// A list should not be shorter than this: it is counted and placed, too.
+constexpr int64_t kSamplesOfList = 4;
+
+// Shared memory that a kernel gets without asking.
+constexpr size_t kSharedBytes = 48 << 10;
 
 // Shared memory for what backward keeps of all samples of a slot in the fused form; 8 KiB are left for the rest.
 constexpr size_t kKeptBytes = 40 << 10;
@@ -42,6 +47,12 @@ Tensor dense(const Tensor& x) {
   const Tensor y = torch::stable::contiguous(x);
   return reinterpret_cast<uintptr_t>(y.const_data_ptr()) % 16 ? torch::stable::clone(y) : y;
 }
+
+template <typename T> constexpr Kind kind_of();
+template <> constexpr Kind kind_of<float>() { return Kind::kFloat; }
+template <> constexpr Kind kind_of<double>() { return Kind::kDouble; }
+template <> constexpr Kind kind_of<__half>() { return Kind::kHalf; }
+template <> constexpr Kind kind_of<__nv_bfloat16>() { return Kind::kBFloat16; }
 
 size_t size_of(Kind kind) { return kind == Kind::kDouble ? 8 : kind == Kind::kFloat ? 4 : 2; }
 
@@ -88,6 +99,11 @@ template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared, cudaStream_t stream,
             const Arguments&... arguments) {
   require(blocks < int64_t{1} << 31, "too much work for one launch: split the batch");
+  if (shared > kSharedBytes) {
+    const int bytes = static_cast<int>(shared);
+    require(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) == 0,
+            "a kernel can't have ", bytes, " bytes of shared memory");
+  }
   kernel<<<static_cast<unsigned>(blocks), threads, shared, stream>>>(arguments...);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -107,13 +123,29 @@ void with_type_of(const Tensor& value, const Function& function) {
 template <typename T, typename Function>
 bool with_packets(int dim, const Function& function) {
   if constexpr (sizeof(T) <= sizeof(float)) {
+    if (dim == 16) return function(std::integral_constant<int, 16>{}), true;
     if (dim == 32) return function(std::integral_constant<int, 32>{}), true;
     if (dim == 64) return function(std::integral_constant<int, 64>{}), true;
+    if (dim == 128) return function(std::integral_constant<int, 128>{}), true;
   }
   return false;
 }
 
 // ---- The problem
+
+Division division_by(int64_t x) {
+  int bits = 0;
+  while (int64_t{1} << bits < x) ++bits;
+  if (bits == 0) return {0, 0};
+  return {static_cast<unsigned>((int64_t{1} << (31 + bits)) / x + 1), bits - 1};
+}
+
+// As many lists for a cell as keep them short, if the samples lie evenly.
+int copies_log2(int64_t samples, int64_t cells) {
+  int log2 = 0;
+  while (1 << log2 < kMaxCopies && samples >= cells * kSamplesOfList << (log2 + 1)) ++log2;
+  return log2;
+}
 
 Problem problem_of(const Sizes& sizes, const std::vector<int64_t>& shapes, const Tensor& places, const Tensor& weights,
                    const std::optional<Tensor>& reference) {
@@ -123,50 +155,65 @@ Problem problem_of(const Sizes& sizes, const std::vector<int64_t>& shapes, const
   Problem p{};
   p.batch = sizes.batch, p.tokens = sizes.tokens, p.heads = sizes.heads, p.dim = sizes.dim;
   p.queries = sizes.queries, p.levels = sizes.levels, p.points = sizes.points, p.samples = samples, p.box = sizes.box;
-  if (p.points > 1) p.reciprocal = ((int64_t{1} << 32) + p.points - 1) / p.points;
+  p.by_points = division_by(p.points), p.by_samples = division_by(samples);
+  p.by_heads = division_by(p.heads), p.by_queries = division_by(p.queries);
   p.places = numbers_of(places), p.weights = numbers_of(weights);
   if (reference) p.reference = numbers_of(*reference);
   int64_t start = 0, lists = 0;
   for (int l = 0; l < p.levels; ++l) {
     const int64_t height = shapes[2 * l], width = shapes[2 * l + 1];
-    p.level[l] = {static_cast<int>(height), static_cast<int>(width), static_cast<int>(start), static_cast<int>(lists)};
-    start += height * width, lists += (height + 1) * (width + 1);
+    const int64_t cells = (height + 1) * (width + 1);
+    const int copies = copies_log2(sizes.queries * sizes.points, cells);
+    p.level[l] = {static_cast<int>(height), static_cast<int>(width), static_cast<int>(start), static_cast<int>(lists),
+                  copies};
+    start += height * width, lists += blocks_for(cells << copies, kMaxCopies) * kMaxCopies;
     require(lists * std::max<int64_t>(sizes.heads, 1) < int64_t{1} << 31, "the levels have too many cells");
   }
   p.lists = lists;
   return p;
 }
 
+// Rectangles of the pyramid, whose cells the queries are.
+void cut_into_rectangles(Problem& p, int columns_log2, int rows_log2) {
+  p.pyramid = true;
+  p.tile_columns_log2 = columns_log2, p.tile_rows_log2 = rows_log2, p.tiles = 0;
+  for (int l = 0; l < p.levels; ++l) {
+    const Level& level = p.level[l];
+    p.tiles += blocks_for(level.height, 1 << rows_log2) * blocks_for(level.width, 1 << columns_log2);
+  }
+}
+
 // Rectangles where queries are the cells of the pyramid, otherwise as many consecutive queries as a block has slots.
 void cut_into_tiles(Problem& p, int slots) {
-  p.pyramid = p.queries == p.tokens;
-  p.tile_columns_log2 = kTileColumnsLog2, p.tile_rows_log2 = kTileRowsLog2;
-  if (p.pyramid) {
-    p.tiles = 0;
-    for (int l = 0; l < p.levels; ++l) {
-      const Level& level = p.level[l];
-      p.tiles += blocks_for(level.height, 1 << kTileRowsLog2) * blocks_for(level.width, 1 << kTileColumnsLog2);
-    }
-  } else {
-    p.tile_rows_log2 = p.tile_columns_log2 = 0;
-    while (1 << p.tile_columns_log2 < slots) ++p.tile_columns_log2;
-    p.tiles = blocks_for(p.queries, slots);
-  }
+  if (p.queries == p.tokens) return cut_into_rectangles(p, kForwardColumnsLog2, kForwardRowsLog2);
+  p.pyramid = false;
+  p.tile_rows_log2 = p.tile_columns_log2 = 0;
+  while (1 << p.tile_columns_log2 < slots) ++p.tile_columns_log2;
+  p.tiles = blocks_for(p.queries, slots);
 }
 
 int64_t slots_of(const Problem& p) { return static_cast<int64_t>(p.batch) * p.queries * p.heads; }
 
 // ---- Forward
 
+// Log2 of the heads whose rows of some bytes lie in one line of a cache, 128 bytes.
+int heads_of_line(int heads, size_t bytes) {
+  int log2 = 0;
+  while (bytes << (log2 + 1) <= 128 && heads % (1 << (log2 + 1)) == 0) ++log2;
+  return log2;
+}
+
 template <typename T>
 void forward_of_type(const Tensor& value, Problem p, const Tensor& output, cudaStream_t stream) {
   const T* from = pointer<const T>(value);
   T* to = pointer<T>(output);
+  p.uniform = p.places.kind == kind_of<T>() && p.weights.kind == kind_of<T>();
   const bool done = with_packets<T>(p.dim, [&](auto dim) {
     if constexpr (sizeof(T) <= sizeof(float)) {
       constexpr int kDim = decltype(dim)::value;
-      cut_into_tiles(p, kForwardThreads * Packet<T>::kSize / kDim);
-      const int64_t blocks = static_cast<int64_t>(p.batch) * p.heads * p.tiles;
+      p.heads_log2 = heads_of_line(p.heads, kDim * sizeof(T));
+      cut_into_tiles(p, (kForwardThreads * Packet<T>::kSize / kDim) >> p.heads_log2);
+      const int64_t blocks = static_cast<int64_t>(p.batch) * (p.heads >> p.heads_log2) * p.tiles;
       if (p.box) {
         launch(forward_packets<T, kDim, true>, blocks, kForwardThreads, 0, stream, p, from, to);
       } else {
@@ -208,7 +255,7 @@ struct Backward {
   Gradients<A> gradients;
   A* sums;
   T* result;
-  bool listed, deterministic;
+  bool tiled, packets, deterministic;
   const Tensor& like;
   cudaStream_t stream;
 
@@ -232,33 +279,32 @@ struct Backward {
   }
 
   void run() const {
+    if (tiled) {
+      by_tiles();
+    } else {
+      by_queries();
+    }
+    if (!deterministic) return;
     const int64_t samples = static_cast<int64_t>(p.queries) * p.heads * p.samples;  // of an image
-    const int at_a_time = listed ? std::clamp<int64_t>(kEntriesAtATime / samples, 1, p.batch) : p.batch;
+    const int at_a_time = std::clamp<int64_t>(kEntriesAtATime / samples, 1, p.batch);
     for (int image = 0; image < p.batch; image += at_a_time) {
-      const Backward some = part(image, std::min(at_a_time, p.batch - image));
-      if (listed) {
-        some.by_lists();
-      } else {
-        some.by_queries({});
-      }
+      part(image, std::min(at_a_time, p.batch - image)).by_lists();
     }
   }
 
+  // The gradient of the values, from lists of all samples that are in the same order in each run.
   void by_lists() const {
     const int64_t samples = slots_of(p) * p.samples, number = static_cast<int64_t>(p.batch) * p.heads * p.lists;
-    require(number < (int64_t{1} << 31) - 1, "the levels have too many cells");
-    const Tensor count = torch::stable::new_zeros(like, std::vector<int64_t>{number + 1}, ScalarType::Int);
-    const Tensor end = torch::stable::new_empty(like, std::vector<int64_t>{number}, ScalarType::Int);
+    require(number < (int64_t{1} << 31) - kListThreads, "the levels have too many cells");
+    const Tensor counted = torch::stable::new_zeros(like, std::vector<int64_t>{number + 1}, ScalarType::Int);
+    const Tensor placed = torch::stable::new_empty(like, std::vector<int64_t>{number + samples}, ScalarType::Int);
     const Tensor entries = scratch<A>(like, 4 * samples);
-    const Lists<A> lists{pointer<int>(count), pointer<int>(end), pointer<Entry<A>>(entries)};
-    launch(count_samples<A>, blocks_for(samples, kListThreads), kListThreads, 0, stream, p, lists.count);
-    launch(place_lists, blocks_for(number, kListThreads), kListThreads, 0, stream, lists.count,
-           static_cast<int>(number), lists.end, lists.count + number);
-    by_queries(lists);
-    if (deterministic) {
-      launch(sort_lists<A>, blocks_for(number, kWarpsOfLists), kListThreads, 0, stream, lists,
-             static_cast<int>(number));
-    }
+    int *const count = pointer<int>(counted), *const end = pointer<int>(placed);
+    const Lists<A> lists{count, end, count + number, end + number, pointer<Entry<A>>(entries)};
+    launch(rank_samples<A>, blocks_for(samples, kListThreads * kRankedByThread), kListThreads, 0, stream, p, lists);
+    launch(place_lists<A>, blocks_for(number, kListThreads), kListThreads, 0, stream, lists, static_cast<int>(number));
+    launch(write_entries<A>, blocks_for(slots_of(p), kListThreads / kSlotLanes), kListThreads, 0, stream, p, lists);
+    launch(sort_lists<A>, blocks_for(number, kWarpsOfLists), kListThreads, 0, stream, lists, static_cast<int>(number));
     for (int odd = 0; odd < 4; ++odd) sum_lists(lists, odd / 2, odd % 2);
   }
 
@@ -267,10 +313,10 @@ struct Backward {
     for (int l = 0; l < p.levels; ++l) {
       const int64_t rows = p.batch * p.heads * static_cast<int64_t>(of_parity(p.level[l].height + 1, odd_rows));
       const int64_t columns = of_parity(p.level[l].width + 1, odd_columns);
-      blocks += rows * blocks_for(columns, kWarpsOfLists * lists_of_warp(rows * columns));
+      blocks += rows * blocks_for(columns, kWarpsOfLists * cells_of_warp(rows * columns));
     }
-    const bool done = with_packets<T>(p.dim, [&](auto dim) {
-      if constexpr (sizeof(T) <= sizeof(float)) {
+    const bool done = sums_packets(p.dim) && with_packets<T>(p.dim, [&](auto dim) {
+      if constexpr (sizeof(T) <= sizeof(float) && decltype(dim)::value > 16) {
         launch(sum_lists_packets<T, decltype(dim)::value>, blocks, kListThreads, 0, stream, p, grad, lists, sums,
                result, odd_rows, odd_columns);
       }
@@ -278,34 +324,52 @@ struct Backward {
     if (!done) launch(sum_lists_any<T>, blocks, kListThreads, 0, stream, p, grad, lists, sums, odd_rows, odd_columns);
   }
 
-  void by_queries(const Lists<A>& lists) const {
+  // Whether sum_lists writes the result itself.
+  static bool sums_packets(int dim) { return dim > 16 && with_packets<T>(dim, [](auto) {}); }
+
+  void by_tiles() const {
+    with_packets<T>(p.dim, [&](auto dim) {
+      if constexpr (sizeof(T) <= sizeof(float)) {
+        constexpr int kDim = decltype(dim)::value;
+        Problem some = p;
+        some.uniform = p.places.kind == kind_of<T>() && p.weights.kind == kind_of<T>();
+        cut_into_rectangles(some, kTileColumnsLog2, tile_rows_log2(p, like.get_device_index()));
+        const size_t bytes = tile_bytes(1 << (some.tile_columns_log2 + some.tile_rows_log2), p.samples, kDim * sizeof(T));
+        const auto run = [&](auto kernel) {
+          launch(kernel, static_cast<int64_t>(p.batch) * p.heads * some.tiles, kTileThreads, bytes, stream, some, grad,
+                 value, gradients, sums);
+        };
+        if (p.box) {
+          deterministic ? run(backward_tiles<T, kDim, true, false>) : run(backward_tiles<T, kDim, true, true>);
+        } else {
+          deterministic ? run(backward_tiles<T, kDim, false, false>) : run(backward_tiles<T, kDim, false, true>);
+        }
+      }
+    });
+  }
+
+  void by_queries() const {
     bool done = false;
-    if (!gradients.scratch) {
+    if (packets && !deterministic) {
       done = with_packets<T>(p.dim, [&](auto dim) {
-        if constexpr (sizeof(T) <= sizeof(float)) by_packets<decltype(dim)::value>(lists);
+        if constexpr (sizeof(T) <= sizeof(float)) by_packets<decltype(dim)::value>();
       });
     }
     if (!done) {
       launch(backward_any<T>, blocks_for(slots_of(p), 4), 4 * kWarp, 0, stream, p, grad, value, gradients,
-             listed ? nullptr : sums, lists);
+             deterministic ? nullptr : sums);
     }
   }
 
   template <int D>
-  void by_packets(const Lists<A>& lists) const {
-    constexpr int kSlots = kBackwardThreads * Packet<T>::kSize / D;
-    Problem tiled = p;
-    cut_into_tiles(tiled, kSlots);
+  void by_packets() const {
+    Problem some = p;
+    cut_into_tiles(some, kBackwardThreads * Packet<T>::kSize / D);
     const auto run = [&](auto kernel, size_t shared) {
-      launch(kernel, static_cast<int64_t>(p.batch) * p.heads * tiled.tiles, kBackwardThreads, shared, stream, tiled,
-             grad, value, gradients, sums, lists);
+      launch(kernel, static_cast<int64_t>(p.batch) * p.heads * some.tiles, kBackwardThreads, shared, stream, some, grad,
+             value, gradients, sums);
     };
-    if (p.box) {
-      const size_t shared = kept_bytes(p);
-      listed ? run(backward_packets<T, D, true, true>, shared) : run(backward_packets<T, D, true, false>, shared);
-    } else {
-      listed ? run(backward_packets<T, D, false, true>, 0) : run(backward_packets<T, D, false, false>, 0);
-    }
+    p.box ? run(backward_packets<T, D, true>, kept_bytes(p)) : run(backward_packets<T, D, false>, 0);
   }
 
   // Shared memory of backward_packets in the fused form.
@@ -316,20 +380,38 @@ struct Backward {
   static bool has_packets(const Problem& p) {
     return with_packets<T>(p.dim, [](auto) {}) && (!p.box || kept_bytes(p) <= kKeptBytes);
   }
+
+  // Rows of the largest tile, at most 8, that backward_tiles has memory for; -1 if there is none.
+  static int tile_rows_log2(const Problem& p, int device) {
+    if (p.queries != p.tokens || !with_packets<T>(p.dim, [](auto) {})) return -1;
+    int bytes = 0, rows = kTileRowsLog2;
+    require(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == 0,
+            "CUDA device ", device, " does not tell its memory");
+    const auto fits = [&] {
+      const int queries = 1 << (kTileColumnsLog2 + rows);
+      return static_cast<int64_t>(queries) * p.samples <= kMostTileSamples &&
+             tile_bytes(queries, p.samples, p.dim * sizeof(T)) <= static_cast<size_t>(bytes);
+    };
+    while (rows >= 0 && !fits()) --rows;
+    return rows;
+  }
 };
 
 template <typename T>
 void backward_of_type(const Tensor& grad, const Tensor& value, const Problem& p, bool deterministic, Results& results,
                       const std::optional<Tensor>& reference) {
   using A = typename Accumulator<T>::type;
-  const int64_t lists = static_cast<int64_t>(p.batch) * p.heads * p.lists, samples = slots_of(p) * p.samples;
-  const bool listed = deterministic || samples >= kSamplesPerList * lists, packets = Backward<T>::has_packets(p);
+  const bool tiled = Backward<T>::tile_rows_log2(p, value.get_device_index()) >= 0;
+  const bool packets = tiled || Backward<T>::has_packets(p);
   constexpr bool kHalf = sizeof(T) < sizeof(float);
   const ScalarType type = sizeof(A) == sizeof(double) ? ScalarType::Double : ScalarType::Float;
   // Sums of a half type are kept in float. Only sum_lists_packets writes the result itself.
-  const bool separate = kHalf && listed && with_packets<T>(p.dim, [](auto) {});
-  const Tensor sums = listed ? torch::stable::new_empty(value, sizes_of(value), type)
-                             : torch::stable::new_zeros(value, sizes_of(value), type);
+  const bool separate = kHalf && deterministic && Backward<T>::sums_packets(p.dim);
+  const Tensor sums = torch::stable::new_empty(value, sizes_of(value), type);
+  const cudaStream_t stream = current_stream(value);
+  if (!deterministic) {  // a third faster than a tensor of zeros
+    require(cudaMemsetAsync(pointer<A>(sums), 0, sums.numel() * sizeof(A), stream) == 0, "memory can't be cleared");
+  }
   const Tensor result = separate ? torch::stable::new_empty(value, sizes_of(value)) : sums;
 
   Gradients<A> gradients{numbers_of(results.places), numbers_of(results.weights), nullptr, nullptr};
@@ -337,14 +419,13 @@ void backward_of_type(const Tensor& grad, const Tensor& value, const Problem& p,
   if (reference) {
     by_heads = scratch<A>(value, slots_of(p) * p.levels * 4);
     gradients.reference = pointer<A>(*by_heads);
-    if (!packets) {
-      weight_gradients = scratch<A>(value, samples);
-      gradients.scratch = pointer<A>(*weight_gradients);
-    }
   }
-  const cudaStream_t stream = current_stream(value);
-  const Backward<T> backward{p,      pointer<const T>(grad), pointer<const T>(value), gradients,     pointer<A>(sums),
-                             pointer<T>(result), listed,     deterministic,           value,         stream};
+  if (p.box && (!packets || (deterministic && !tiled))) {  // for backward_any
+    weight_gradients = scratch<A>(value, slots_of(p) * p.samples);
+    gradients.scratch = pointer<A>(*weight_gradients);
+  }
+  const Backward<T> backward{p,      pointer<const T>(grad), pointer<const T>(value), gradients, pointer<A>(sums),
+                             pointer<T>(result), tiled,      packets,                 deterministic, value, stream};
   backward.run();
   results.value = kHalf && !separate ? torch::stable::to(sums, value.scalar_type()) : result;
   if (reference) {

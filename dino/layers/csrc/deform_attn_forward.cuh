@@ -7,7 +7,16 @@
 namespace dino {
 
 constexpr int kForwardThreads = 256;
-constexpr int kForwardBlocks = 3;  // at least so many on a multiprocessor: up to 80 registers a thread, none spilled
+constexpr int kForwardBlocks = 4;  // at least so many on a multiprocessor: up to 64 registers a thread
+
+// Shared memory of a block: of each slot, the samples that are prepared at a time.
+template <typename T, int D>
+struct ForwardMemory {
+  static constexpr int kLanes = D / Packet<T>::kSize, kSlots = kForwardThreads / kLanes;
+  static constexpr int kChunk = kLanes < 8 ? 2 * kLanes : kLanes < 16 ? 16 : kLanes;
+  int4 offsets[kSlots][kChunk + 1];  // one more than needed: slots lie in different banks
+  float4 parts[kSlots][kChunk + 1];
+};
 
 // Head dimensions of 64, 128 or 256 bytes, values aligned to 16 bytes.
 //
@@ -15,27 +24,27 @@ constexpr int kForwardBlocks = 3;  // at least so many on a multiprocessor: up t
 // channels have in common is done once per sample: each lane prepares other samples and leaves offsets and shares in
 // shared memory, from where all lanes of the slot read them. A slot never leaves its warp, so no barrier of the block
 // is needed. Samples outside the image are left out.
-template <typename T, int D, bool FUSED>
-__global__ void __launch_bounds__(kForwardThreads, kForwardBlocks)
-    forward_packets(const __grid_constant__ Problem problem, const T* __restrict__ value, T* __restrict__ output) {
+template <typename T, int D, bool FUSED, typename Access>
+__device__ __forceinline__ void forward_tile(const Problem& problem, const T* __restrict__ value,
+                                             T* __restrict__ output, ForwardMemory<T, D>& memory) {
   constexpr int kSize = Packet<T>::kSize, kLanes = D / kSize, kSlots = kForwardThreads / kLanes;
-  constexpr int kChunk = kLanes < 8 ? 2 * kLanes : 16;  // samples of a slot that are prepared at a time
-  __shared__ int4 offsets[kSlots][kChunk + 1];  // one more than needed: slots lie in different banks
-  __shared__ float4 parts[kSlots][kChunk + 1];
+  constexpr int kChunk = ForwardMemory<T, D>::kChunk;
   const int lane = threadIdx.x % kLanes, slot = threadIdx.x / kLanes;
   const int first_lane = (threadIdx.x % kWarp) / kLanes * kLanes;  // of the slot, in the warp
   const Tile tile = tile_of_block(problem);
-  const int stride = problem.heads * D, channel = tile.head * D + lane * kSize;
+  // Slots next to each other are the same query in the heads of a block, which share the lines of the nearest cache.
+  const int head = tile.head + (slot & ((1 << problem.heads_log2) - 1));
+  const int stride = problem.heads * D, channel = head * D + lane * kSize;
   const T* source = settled(value + static_cast<size_t>(tile.image) * problem.tokens * stride + channel);
-  const int tile_size = 1 << (problem.tile_columns_log2 + problem.tile_rows_log2);
+  const int tile_size = 1 << (problem.tile_columns_log2 + problem.tile_rows_log2 + problem.heads_log2);
 
   for (int i = slot; i < tile_size; i += kSlots) {  // slots divide the size of a tile: no lane leaves the loop early
-    const int query = query_of_tile(problem, tile, i);
+    const int query = query_of_tile(problem, tile, i >> problem.heads_log2);
     const bool active = query >= 0;
     const int row = tile.image * problem.queries + query;
-    const int first = (row * problem.heads + tile.head) * problem.samples;
+    const int first = (row * problem.heads + head) * problem.samples;
     Softmax<float> soft;
-    if (FUSED) soft = softmax<kLanes, float>(problem, first, lane, active);
+    if (FUSED && problem.samples > kChunk) soft = softmax<kLanes, float>(problem, first, lane, active);
     float sum[kSize] = {};
     for (int chunk = 0; chunk < problem.samples; chunk += kChunk) {
       int count = 0;
@@ -46,9 +55,12 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardBlocks)
       for (int k = 0; k < kChunk / kLanes; ++k) {  // all loads first: they are waited for together
         const int s = chunk + k * kLanes + lane;
         if (active && s < problem.samples) {
-          place[k] = read_pair<float>(problem.places, first + s);
-          weight[k] = read<float>(problem.weights, first + s);
+          place[k] = Access::read_pair(problem.places, first + s);
+          weight[k] = Access::read(problem.weights, first + s);
         }
+      }
+      if (FUSED && problem.samples <= kChunk) {
+        soft = softmax_of<kLanes>(weight, active ? problem.samples - lane : 0);
       }
 #pragma unroll
       for (int k = 0; k < kChunk / kLanes; ++k) {
@@ -65,19 +77,19 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardBlocks)
           offset = neighbours(sample, level, stride);
           shares(sample, level, weight[k], part);
         }
-        const unsigned votes = (__ballot_sync(kAllLanes, inside) >> first_lane) & ((1u << kLanes) - 1);
+        const unsigned votes = (__ballot_sync(kAllLanes, inside) >> first_lane) & (kAllLanes >> (kWarp - kLanes));
         if (inside) {
           const int position = count + __popc(votes & ((1u << lane) - 1));
-          offsets[slot][position] = offset;
-          parts[slot][position] = make_float4(part[0], part[1], part[2], part[3]);
+          memory.offsets[slot][position] = offset;
+          memory.parts[slot][position] = make_float4(part[0], part[1], part[2], part[3]);
         }
         count += __popc(votes);
       }
       __syncwarp();
-#pragma unroll 2
+#pragma unroll 1
       for (int s = 0; s < count; ++s) {
-        const int4 offset = offsets[slot][s];
-        const float4 part = parts[slot][s];
+        const int4 offset = memory.offsets[slot][s];
+        const float4 part = memory.parts[slot][s];
         float a[kSize], b[kSize], c[kSize], d[kSize];
         Packet<T>::load(source + offset.x, a);
         Packet<T>::load(source + offset.y, b);
@@ -93,6 +105,17 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardBlocks)
       }
     }
     if (active) Packet<T>::store(output + static_cast<size_t>(row) * stride + channel, sum);
+  }
+}
+
+template <typename T, int D, bool FUSED>
+__global__ void __launch_bounds__(kForwardThreads, kForwardBlocks)
+    forward_packets(const __grid_constant__ Problem problem, const T* __restrict__ value, T* __restrict__ output) {
+  __shared__ ForwardMemory<T, D> memory;
+  if (problem.uniform) {
+    forward_tile<T, D, FUSED, Uniform<T>>(problem, value, output, memory);
+  } else {
+    forward_tile<T, D, FUSED, Mixed>(problem, value, output, memory);
   }
 }
 

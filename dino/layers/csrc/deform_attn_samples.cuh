@@ -39,37 +39,57 @@ struct Pair {
   A x, y;
 };
 
-// Numbers 2 * pair and 2 * pair + 1, in one load.
+// Two numbers in one load, and in one store.
+__device__ __forceinline__ float2 load_pair(const float* from) { return __ldg(reinterpret_cast<const float2*>(from)); }
+__device__ __forceinline__ double2 load_pair(const double* from) {
+  return __ldg(reinterpret_cast<const double2*>(from));
+}
+__device__ __forceinline__ float2 load_pair(const __half* from) {
+  return __half22float2(__ldg(reinterpret_cast<const __half2*>(from)));
+}
+__device__ __forceinline__ float2 load_pair(const __nv_bfloat16* from) {
+  return __bfloat1622float2(__ldg(reinterpret_cast<const __nv_bfloat162*>(from)));
+}
+__device__ __forceinline__ void store_pair(float* to, float2 x) { *reinterpret_cast<float2*>(to) = x; }
+__device__ __forceinline__ void store_pair(__half* to, float2 x) {
+  *reinterpret_cast<__half2*>(to) = __float22half2_rn(x);
+}
+__device__ __forceinline__ void store_pair(__nv_bfloat16* to, float2 x) {
+  *reinterpret_cast<__nv_bfloat162*>(to) = __float22bfloat162_rn(x);
+}
+
+template <typename A, typename T>
+__device__ __forceinline__ Pair<A> read_pair_of(const void* data, int pair) {
+  const auto x = load_pair(static_cast<const T*>(data) + 2 * static_cast<long long>(pair));
+  return {static_cast<A>(x.x), static_cast<A>(x.y)};
+}
+
+// Numbers 2 * pair and 2 * pair + 1.
 template <typename A>
 __device__ __forceinline__ Pair<A> read_pair(const Numbers& numbers, int pair) {
   switch (numbers.kind) {
-    case Kind::kFloat: {
-      const float2 x = __ldg(static_cast<const float2*>(numbers.data) + pair);
-      return {static_cast<A>(x.x), static_cast<A>(x.y)};
-    }
-    case Kind::kDouble: {
-      const double2 x = __ldg(static_cast<const double2*>(numbers.data) + pair);
-      return {static_cast<A>(x.x), static_cast<A>(x.y)};
-    }
-    case Kind::kHalf: {
-      const float2 x = __half22float2(__ldg(static_cast<const __half2*>(numbers.data) + pair));
-      return {static_cast<A>(x.x), static_cast<A>(x.y)};
-    }
-    default: {
-      const float2 x = __bfloat1622float2(__ldg(static_cast<const __nv_bfloat162*>(numbers.data) + pair));
-      return {static_cast<A>(x.x), static_cast<A>(x.y)};
-    }
+    case Kind::kFloat: return read_pair_of<A, float>(numbers.data, pair);
+    case Kind::kDouble: return read_pair_of<A, double>(numbers.data, pair);
+    case Kind::kHalf: return read_pair_of<A, __half>(numbers.data, pair);
+    default: return read_pair_of<A, __nv_bfloat16>(numbers.data, pair);
   }
+}
+
+// References are float or double.
+template <typename A>
+__device__ __forceinline__ Pair<A> read_reference(const Numbers& numbers, int pair) {
+  return numbers.kind == Kind::kDouble ? read_pair_of<A, double>(numbers.data, pair)
+                                       : read_pair_of<A, float>(numbers.data, pair);
 }
 
 template <typename A>
 __device__ __forceinline__ void write_pair(const Numbers& numbers, int pair, A x, A y) {
   const float2 narrow = make_float2(static_cast<float>(x), static_cast<float>(y));
   switch (numbers.kind) {
-    case Kind::kFloat: static_cast<float2*>(numbers.data)[pair] = narrow; break;
+    case Kind::kFloat: store_pair(static_cast<float*>(numbers.data) + 2 * static_cast<long long>(pair), narrow); break;
     case Kind::kDouble: static_cast<double2*>(numbers.data)[pair] = make_double2(x, y); break;
-    case Kind::kHalf: static_cast<__half2*>(numbers.data)[pair] = __float22half2_rn(narrow); break;
-    default: static_cast<__nv_bfloat162*>(numbers.data)[pair] = __float22bfloat162_rn(narrow);
+    case Kind::kHalf: store_pair(static_cast<__half*>(numbers.data) + 2 * static_cast<long long>(pair), narrow); break;
+    default: store_pair(static_cast<__nv_bfloat16*>(numbers.data) + 2 * static_cast<long long>(pair), narrow);
   }
 }
 
@@ -99,6 +119,32 @@ template <> __device__ __forceinline__ __half narrow<__half>(float x) { return _
 template <> __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 template <typename T> __device__ __forceinline__ T narrow(double x) { return static_cast<T>(x); }
 
+// How kernels read and write places and weights: of any types, or, with a fraction of the instructions, all of type T.
+struct Mixed {
+  static __device__ __forceinline__ float read(const Numbers& x, int i) { return dino::read<float>(x, i); }
+  static __device__ __forceinline__ Pair<float> read_pair(const Numbers& x, int i) { return dino::read_pair<float>(x, i); }
+  static __device__ __forceinline__ void write(const Numbers& to, int i, float x) { dino::write<float>(to, i, x); }
+  static __device__ __forceinline__ void write_pair(const Numbers& to, int i, float x, float y) {
+    dino::write_pair<float>(to, i, x, y);
+  }
+};
+
+template <typename T>
+struct Uniform {
+  static __device__ __forceinline__ float read(const Numbers& x, int i) {
+    return widen(__ldg(static_cast<const T*>(x.data) + i));
+  }
+  static __device__ __forceinline__ Pair<float> read_pair(const Numbers& x, int i) {
+    return read_pair_of<float, T>(x.data, i);
+  }
+  static __device__ __forceinline__ void write(const Numbers& to, int i, float x) {
+    static_cast<T*>(to.data)[i] = narrow<T>(x);
+  }
+  static __device__ __forceinline__ void write_pair(const Numbers& to, int i, float x, float y) {
+    store_pair(static_cast<T*>(to.data) + 2 * static_cast<long long>(i), make_float2(x, y));
+  }
+};
+
 // Sixteen bytes of values: the widest load there is on every architecture.
 template <typename T> struct Packet;
 
@@ -116,7 +162,9 @@ template <> struct Packet<float> {
 template <> struct Packet<__half> {
   static constexpr int kSize = 8;
   static __device__ __forceinline__ void load(const __half* from, float (&x)[8]) {
-    const uint4 bits = __ldg(reinterpret_cast<const uint4*>(from));
+    unpack(__ldg(reinterpret_cast<const uint4*>(from)), x);
+  }
+  static __device__ __forceinline__ void unpack(uint4 bits, float (&x)[8]) {
     const unsigned words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -138,7 +186,9 @@ template <> struct Packet<__half> {
 template <> struct Packet<__nv_bfloat16> {
   static constexpr int kSize = 8;
   static __device__ __forceinline__ void load(const __nv_bfloat16* from, float (&x)[8]) {
-    const uint4 bits = __ldg(reinterpret_cast<const uint4*>(from));
+    unpack(__ldg(reinterpret_cast<const uint4*>(from)), x);
+  }
+  static __device__ __forceinline__ void unpack(uint4 bits, float (&x)[8]) {
     const unsigned words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // bfloat16 is the upper half of a float
@@ -169,19 +219,32 @@ __device__ __forceinline__ P* settled(P* pointer) {
 
 // ---- The problem
 
+// Exact division of numbers below 2^31 by a number that is known when the program runs, as a product.
+struct Division {
+  unsigned multiplier;  // 0: by one
+  int shift;
+};
+
+__device__ __forceinline__ int divide(int x, const Division& by) {
+  return by.multiplier ? static_cast<int>(__umulhi(static_cast<unsigned>(x), by.multiplier) >> by.shift) : x;
+}
+
 struct Level {
   int height, width;
-  int start;  // its first token
-  int lists;  // its first list: see deform_attn_backward.cuh
+  int start;        // its first token
+  int lists;        // its first list: see deform_attn_lists.cuh
+  int copies_log2;  // lists of a cell
 };
 
 struct Problem {
   int batch, tokens, heads, dim, queries, levels, points, samples;  // samples = levels * points
   int box;              // coordinates of a reference, 2 or 4; 0: places are locations, not offsets
   int lists;            // of one head of one image
-  unsigned reciprocal;  // of points: see level_of
+  Division by_points, by_samples, by_heads, by_queries;
   int tiles;            // of one head of one image
   int tile_columns_log2, tile_rows_log2;
+  int heads_log2;  // heads that a block of forward works on
+  bool uniform;    // places and weights are of the type of the values
   bool pyramid;    // queries are the cells of the pyramid, so tiles are rectangles of it
   Numbers places;  // (B, Q, M, L, P, 2): locations as fractions of a level, or raw offsets
   Numbers weights;  // (B, Q, M, L, P): as they are, or logits where places are offsets
@@ -189,9 +252,8 @@ struct Problem {
   Level level[kMaxLevels];
 };
 
-// sample / points without a division; exact while samples * points < 2^32.
 __device__ __forceinline__ int level_of(const Problem& problem, int sample) {
-  return problem.points == 1 ? sample : static_cast<int>(__umulhi(sample, problem.reciprocal));
+  return divide(sample, problem.by_points);
 }
 
 __device__ __forceinline__ float fused_multiply_add(float x, float y, float z) { return fmaf(x, y, z); }
@@ -215,26 +277,33 @@ struct Sample {
   __device__ __forceinline__ bool has_bottom(const Level& level) const { return y + 1 < level.height; }
 };
 
+// Cells that one unit of `places` is worth. `row` is image * Q + query.
+template <typename A>
+__device__ __forceinline__ Pair<A> unit_of(const Problem& problem, const Level& level, int l, int row) {
+  if (problem.box == 2) return {static_cast<A>(1), static_cast<A>(1)};
+  Pair<A> unit{static_cast<A>(level.width), static_cast<A>(level.height)};
+  if (problem.box) {
+    const Pair<A> size = read_reference<A>(problem.reference, (row * problem.levels + l) * 2 + 1);
+    const A half = static_cast<A>(0.5) / static_cast<A>(problem.points);
+    unit.x *= size.x * half, unit.y *= size.y * half;
+  }
+  return unit;
+}
+
 // Where `place`, a location or an offset, lies. `row` is image * Q + query.
 //
-// Kernels that count, list and weigh samples must agree to the last bit on the cell, so no sum of products is left for
+// Kernels that rank, list and weigh samples must agree to the last bit on the cell, so no sum of products is left for
 // the compiler to contract in one kernel and not in another.
 template <typename A>
 __device__ __forceinline__ Sample<A> locate(const Problem& problem, const Level& level, int l, int row, Pair<A> place) {
   Sample<A> s;
-  s.unit_x = static_cast<A>(level.width), s.unit_y = static_cast<A>(level.height);
+  const Pair<A> unit = unit_of<A>(problem, level, l, row);
+  s.unit_x = unit.x, s.unit_y = unit.y;
   Pair<A> zero{static_cast<A>(-0.5), static_cast<A>(-0.5)};  // centres of cells have whole coordinates
   if (problem.box) {
-    const int reference = (row * problem.levels + l) * (problem.box / 2);
-    const Pair<A> centre = read_pair<A>(problem.reference, reference);
-    zero.x = fused_multiply_add(centre.x, s.unit_x, zero.x), zero.y = fused_multiply_add(centre.y, s.unit_y, zero.y);
-    if (problem.box == 2) {
-      s.unit_x = s.unit_y = static_cast<A>(1);
-    } else {
-      const Pair<A> size = read_pair<A>(problem.reference, reference + 1);
-      const A half = static_cast<A>(0.5) / static_cast<A>(problem.points);
-      s.unit_x *= size.x * half, s.unit_y *= size.y * half;
-    }
+    const Pair<A> centre = read_reference<A>(problem.reference, (row * problem.levels + l) * (problem.box / 2));
+    zero.x = fused_multiply_add(centre.x, static_cast<A>(level.width), zero.x);
+    zero.y = fused_multiply_add(centre.y, static_cast<A>(level.height), zero.y);
   }
   const A x = fused_multiply_add(place.x, s.unit_x, zero.x), y = fused_multiply_add(place.y, s.unit_y, zero.y);
   s.inside = x > -1 && y > -1 && x < static_cast<A>(level.width) && y < static_cast<A>(level.height);
@@ -264,6 +333,53 @@ __device__ __forceinline__ void shares(const Sample<A>& s, const Level& level, A
   share[0] = top * left, share[1] = top * right, share[2] = bottom * left, share[3] = bottom * right;
 }
 
+// Where gradients go.
+template <typename A>
+struct Gradients {
+  Numbers places, weights;
+  // Fused form, if wanted: (B, Q, M, L, 4), before the sum over heads: d/dx, d/dy, then times the offset in x, in y.
+  A* reference;
+  A* scratch;  // fused form of backward_any: (B, Q, M, L * P)
+};
+
+// Where a slot, one query and head, lies in (B, Q, M).
+struct Slot {
+  int row, image, head, query;  // row: image * Q + query
+
+  __device__ __forceinline__ Slot(const Problem& problem, int slot) {
+    row = divide(slot, problem.by_heads), head = slot - row * problem.heads;
+    image = divide(row, problem.by_queries), query = row - image * problem.queries;
+  }
+};
+
+// result[index] += x, 16 bytes in one reduction where the architecture has it
+__device__ __forceinline__ void add_atomically(float* to, float4 x) {
+#if __CUDA_ARCH__ >= 900
+  atomicAdd(reinterpret_cast<float4*>(to), x);
+#else
+  atomicAdd(to, x.x), atomicAdd(to + 1, x.y), atomicAdd(to + 2, x.z), atomicAdd(to + 3, x.w);
+#endif
+}
+
+constexpr int kSlotLanes = 16;  // that work on a slot where lanes stand for samples, not for channels
+
+// The gradient of the reference in the fused form, before the sum over heads, from samples {weight, d/dweight, d/dx,
+// d/dy} with x and y in cells, by LANES lanes.
+template <int LANES>
+__device__ __forceinline__ void write_reference(const Problem& problem, const Gradients<float>& gradients,
+                                                const float4* samples, int slot, int lane) {
+  for (int l = lane; l < problem.levels; l += LANES) {
+    const float width = problem.level[l].width, height = problem.level[l].height;
+    float4 sum = make_float4(0, 0, 0, 0);
+    for (int s = l * problem.points; s < (l + 1) * problem.points; ++s) {
+      const Pair<float> offset = read_pair<float>(problem.places, slot * problem.samples + s);
+      const float x = samples[s].z * width, y = samples[s].w * height;
+      sum.x += x, sum.y += y, sum.z = fmaf(x, offset.x, sum.z), sum.w = fmaf(y, offset.y, sum.w);
+    }
+    reinterpret_cast<float4*>(gradients.reference)[slot * problem.levels + l] = sum;
+  }
+}
+
 // ---- Reductions among groups of SIZE neighbouring lanes; all lanes of the warp take part.
 
 template <int SIZE, typename A>
@@ -278,6 +394,21 @@ __device__ __forceinline__ A max_lanes(A x) {
 #pragma unroll
   for (int bit = SIZE / 2; bit > 0; bit /= 2) x = largest(x, __shfl_xor_sync(kAllLanes, x, bit));
   return x;
+}
+
+// Halves a list of numbers among lanes: every step keeps one half and gives the other to the partner `bit` lanes away.
+// After the last, the numbers of all partners are summed, each lane holding another part.
+template <int SIZE, int BIT, int LAST>
+__device__ __forceinline__ void share_out(float* x, int lane) {
+  if constexpr (BIT >= LAST) {
+    const bool upper = lane & BIT;
+#pragma unroll
+    for (int i = 0; i < SIZE / 2; ++i) {
+      const float keep = upper ? x[i + SIZE / 2] : x[i], give = upper ? x[i] : x[i + SIZE / 2];
+      x[i] = keep + __shfl_xor_sync(kAllLanes, give, BIT);
+    }
+    share_out<SIZE / 2, BIT / 2, LAST>(x, lane);
+  }
 }
 
 // Softmax over the samples of one query and head, by SIZE lanes: exponential(logit - top) * scale is a weight.
@@ -296,6 +427,18 @@ __device__ __forceinline__ Softmax<A> softmax(const Problem& problem, int first,
   return {top, 1 / sum_lanes<SIZE>(sum)};
 }
 
+// The same from logits in registers, of which this lane has those that are SIZE * k < left.
+template <int SIZE, int COUNT>
+__device__ __forceinline__ Softmax<float> softmax_of(const float (&logit)[COUNT], int left) {
+  float top = -INFINITY, sum = 0;
+#pragma unroll
+  for (int k = 0; k < COUNT; ++k) top = k * SIZE < left ? fmaxf(top, logit[k]) : top;
+  top = max_lanes<SIZE>(top);
+#pragma unroll
+  for (int k = 0; k < COUNT; ++k) sum += k * SIZE < left ? expf(logit[k] - top) : 0;
+  return {top, 1 / sum_lanes<SIZE>(sum)};
+}
+
 // ---- Who computes what: a block works on a tile of queries for one head of one image. Neighbouring queries read
 // neighbouring cells, so a rectangle of queries finds most of what it reads in the nearest cache; a row, or all heads
 // of a few queries, doesn't.
@@ -310,7 +453,8 @@ __device__ __forceinline__ Tile tile_of_block(const Problem& problem) {
   Tile tile;
   int number = blockIdx.x % problem.tiles;
   const int image_and_head = blockIdx.x / problem.tiles;
-  tile.head = image_and_head % problem.heads, tile.image = image_and_head / problem.heads;
+  const int groups = problem.heads >> problem.heads_log2;
+  tile.head = (image_and_head % groups) << problem.heads_log2, tile.image = image_and_head / groups;
   tile.start = 0, tile.height = 1, tile.width = problem.queries;
   int columns = problem.tiles;
   for (int l = 0; problem.pyramid; ++l) {

@@ -184,6 +184,11 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
   return votes;
 }
 
+inline bool __any_sync(unsigned, bool vote) {
+  const uint64_t* all = cuda_on_cpu::meet(3, vote);
+  return std::any_of(all, all + cuda_on_cpu::kWarp, [](uint64_t x) { return x != 0; });
+}
+
 inline void __syncwarp() { cuda_on_cpu::meet(2, 0); }
 
 inline void __syncthreads() {
