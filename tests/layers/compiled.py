@@ -23,12 +23,16 @@ def folder_of_operator(temporary):
     if (operator.FOLDER / operator.FILES["cpu"]).exists():
         return operator.FOLDER
     try:
-        build.find_compiler()
+        build.find_compilers()
     except build.BuildError as reason:
         pytest.skip(f"the compiled operator is not built, and can't be: {reason}")
-    result = build.build_cpu(temporary)
-    assert result.state == "built", result
+    build_for_cpu(temporary)
     return temporary
+
+
+def build_for_cpu(folder):
+    (result,) = build.build(folder, ["cpu"])
+    assert result.state == "built", result
 
 
 def build_variant(folder, monkeypatch, vectors, flags=()):
@@ -36,7 +40,7 @@ def build_variant(folder, monkeypatch, vectors, flags=()):
     chosen = {name: flags_ if name == vectors else [] for name, flags_ in build.VECTORS.items()}
     monkeypatch.setattr(build, "VECTORS", chosen)
     monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, *flags])
-    assert build.build_cpu(folder).state == "built"
+    build_for_cpu(folder)
 
 
 def run_tests(folder, *arguments, **environment):

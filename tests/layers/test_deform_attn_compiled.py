@@ -499,7 +499,7 @@ def test_a_binary_that_cannot_be_loaded(tmp_path):
 def test_a_binary_that_computes_something_else(tmp_path, monkeypatch):
     """Samples half a cell beside where they should be."""
     try:
-        build.find_compiler()
+        build.find_compilers()
     except build.BuildError as reason:
         pytest.skip(str(reason))
     sources = tmp_path / "csrc"
@@ -540,8 +540,8 @@ def test_sanitizers_find_nothing(vectors, tmp_path, monkeypatch):
         pytest.skip(f"this processor has no {vectors}")
     flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g", "-fno-omit-frame-pointer"]
     compiled.build_variant(tmp_path, monkeypatch, vectors, flags)
-    compiler = build.find_compiler()
-    libraries = [build.run([*compiler, f"-print-file-name={name}"]).strip() for name in ("libasan.so", "libubsan.so")]
+    command = build.find_compilers()[0].command
+    libraries = [build.run([*command, f"-print-file-name={name}"]).strip() for name in ("libasan.so", "libubsan.so")]
     done = compiled.run_tests(
         tmp_path,
         *("-m", "not slow", "-k", "not binary and not compiles and not exports", "-p", "no:faulthandler"),
