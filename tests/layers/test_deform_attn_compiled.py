@@ -21,11 +21,9 @@ from dino.layers import (
 from tests.golden.golden import GoldenFile
 
 from . import compiled
-from .compiled import fused_inputs, plain_inputs, random_sizes, with_gradients, worst
+from .compiled import BOUND, PLACE_BOUND, fused_inputs, fused_oracle, plain_inputs, random_sizes, with_gradients, worst
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-BOUND = {F16: 1e-3, BF16: 8e-3, F32: 1e-5, F64: 1e-13}  # of output and value gradient
-PLACE_BOUND = {F16: 2e-3, BF16: 1.6e-2, F32: 5e-5, F64: 1e-12}  # of the other gradients
 SHAPES = [(9, 18), (5, 9), (3, 4), (1, 1)]
 SIZES = [(SHAPES, 2, 3, 2, 32, 4), (SHAPES, 2, 207, 2, 32, 4)]  # rows are read where they are; from a copy
 
@@ -49,17 +47,6 @@ def plain(shapes):
 def fused(shapes):
     sizes = [size for shape in shapes for size in shape]
     return lambda value, *rest: torch.ops.dino.deform_attn_fused_forward(value, sizes, *rest)
-
-
-def fused_oracle(shapes):
-    """The module's arithmetic around the plain reference."""
-
-    def function(value, offsets, logits, reference):
-        module = MultiScaleDeformableAttention(4, 1, len(shapes), offsets.shape[-2])
-        locations = module.sampling_locations(reference[:, :, None, :, None], offsets, shapes)
-        return deform_attn_reference(value, shapes, locations, logits.softmax(-1).view(offsets.shape[:-1]))
-
-    return function
 
 
 def compare(actual_function, expected_function, inputs):
