@@ -71,13 +71,16 @@ class BuildOperator(build_ext):
 
 def extensions():
     """Something to build, so that the wheel is marked as made for this platform; nothing where that can't succeed."""
-    try:
-        build.find_torch()
-        build.find_compiler()
-    except build.BuildError as reason:
-        print(f"the compiled attention operator is left out: {reason}")
-        return []
-    return [Extension("dino.layers._deform_attn_cpu", sources=[])]
+    reasons = []
+    for plan in build.PLANS.values():
+        try:
+            plan()
+        except (build.BuildError, build.LeftOut) as reason:
+            reasons.append(str(reason))
+        else:
+            return [Extension("dino.layers._deform_attn", sources=[])]
+    print(f"the compiled attention operator is left out: {'; '.join(reasons)}")
+    return []
 
 
 setup(

@@ -45,12 +45,13 @@ dino.layers.reweighting:Reweighting
 dino.modeling.variants:LearnedQueries,PatternSelection,LearnedPositionEncoding"""  # that the recipe does not name
 VARIABLES = {
     "CUDA_HOME": "`python -m dino.build`: where CUDA's compiler is, if not in `PATH`",
-    "CXX": "`python -m dino.build`: the C++ compiler",
+    "CXX": "`python -m dino.build`: the only C++ compiler to try, such as `g++-12` (default: those that are there)",
     "DETECTRON2_DATASETS": "the folder that holds COCO and the other sets that Detectron2 knows (default `datasets`)",
     "DINO_BCCD": "tests: the folder of the BCCD photographs",
     "DINO_DEFORM_ATTN": "attention operator: `auto` (default), `reference` (plain PyTorch) or `compiled` (or an error)",
     "DINO_GOLDEN": "tests: the folder of the official program's numbers",
     "DINO_TEST_DEVICE": "tests: run those that can on this device",
+    "DINO_TORCH_HEADERS": "tests: the folder of other torch versions' headers (default `output/torch_headers`)",
     "FORCE_CUDA": "`python -m dino.build`: 1 to compile for CUDA where no GPU is seen",
     "FVCORE_CACHE": "where downloaded weights are kept (default `~/.torch/iopath_cache`)",
     "TORCH_CUDA_ARCH_LIST": "`python -m dino.build`: the GPUs to compile for, for example `8.0;9.0+PTX`",

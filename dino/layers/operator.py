@@ -24,6 +24,7 @@ PLAIN = ("reference", "gather")  # forms in plain PyTorch
 VARIABLE = "DINO_DEFORM_ATTN"
 FOLDER = Path(__file__).parent  # of the shared objects
 FILES = {"cpu": "_deform_attn_cpu.so", "cuda": "_deform_attn_cuda.so"}
+SCHEMA = "_deform_attn_schema.so"  # the operators' names and arguments; the other files register kernels for them
 HINT = "`python -m dino.build` builds it"
 
 _override: ContextVar[str | None] = ContextVar(VARIABLE, default=None)
@@ -127,16 +128,18 @@ def _first_line(error: Exception) -> str:
 
 
 def load(device_type: str) -> None:
-    """Load the shared object for a type of device, after that of the CPU, which has the schema; repeating is harmless.
+    """Load the shared object for a type of device, after that with the schema; repeating is harmless.
 
     Raises:
-        OSError: the shared object is absent or does not fit this machine or this torch.
+        OSError: a shared object is absent or does not fit this machine or this torch.
     """
     if not hasattr(torch.ops.dino, "deform_attn_fused_backward"):
-        torch.ops.load_library(FOLDER / FILES["cpu"])
+        # A part for the CPU that was built before there was a schema of its own brings it along.
+        torch.ops.load_library(FOLDER / (SCHEMA if (FOLDER / SCHEMA).exists() else FILES["cpu"]))
+        if not hasattr(torch.ops.dino, "deform_attn_fused_backward"):
+            raise OSError(f"{SCHEMA} is absent")
         _register()
-    if device_type != "cpu":
-        torch.ops.load_library(FOLDER / FILES[device_type])
+    torch.ops.load_library(FOLDER / FILES[device_type])
 
 
 def cpu_kernels() -> str:

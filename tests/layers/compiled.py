@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from dino import build
-from dino.layers import operator
+from dino.layers import MultiScaleDeformableAttention, deform_attn_reference, operator
 
 ROOT = Path(__file__).parents[2]
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+BOUND = {F16: 1e-3, BF16: 8e-3, F32: 1e-5, F64: 1e-13}  # of output and value gradient
+PLACE_BOUND = {F16: 2e-3, BF16: 1.6e-2, F32: 5e-5, F64: 1e-12}  # of the other gradients
 VARIABLE = "DINO_TEST_OPERATOR"  # a folder with the build that a test run is to use, set by the tests that start one
 
 
@@ -23,12 +26,16 @@ def folder_of_operator(temporary):
     if (operator.FOLDER / operator.FILES["cpu"]).exists():
         return operator.FOLDER
     try:
-        build.find_compiler()
+        build.find_compilers()
     except build.BuildError as reason:
         pytest.skip(f"the compiled operator is not built, and can't be: {reason}")
-    result = build.build_cpu(temporary)
-    assert result.state == "built", result
+    build_for_cpu(temporary)
     return temporary
+
+
+def build_for_cpu(folder):
+    (result,) = build.build(folder, ["cpu"])
+    assert result.state == "built", result
 
 
 def build_variant(folder, monkeypatch, vectors, flags=()):
@@ -36,7 +43,7 @@ def build_variant(folder, monkeypatch, vectors, flags=()):
     chosen = {name: flags_ if name == vectors else [] for name, flags_ in build.VECTORS.items()}
     monkeypatch.setattr(build, "VECTORS", chosen)
     monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, *flags])
-    assert build.build_cpu(folder).state == "built"
+    build_for_cpu(folder)
 
 
 def run_tests(folder, *arguments, **environment):
@@ -91,6 +98,17 @@ def fused_inputs(shapes, batch, queries, heads, dim, points, coordinates, dtype=
     sides = torch.randint(0, 2, centres.shape) * 2 + 1  # in units of 2 * points cells: an offset counts 1 or 3
     reference = torch.cat([centres, sides * 2 * points / size], -1)[..., :coordinates]
     return value, offsets.to(dtype), logits, reference
+
+
+def fused_oracle(shapes):
+    """The module's arithmetic around the plain reference."""
+
+    def function(value, offsets, logits, reference):
+        module = MultiScaleDeformableAttention(4, 1, len(shapes), offsets.shape[-2])
+        locations = module.sampling_locations(reference[:, :, None, :, None], offsets, shapes)
+        return deform_attn_reference(value, shapes, locations, logits.softmax(-1).view(offsets.shape[:-1]))
+
+    return function
 
 
 def with_gradients(function, inputs, grad):

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -21,11 +22,9 @@ from dino.layers import (
 from tests.golden.golden import GoldenFile
 
 from . import compiled
-from .compiled import fused_inputs, plain_inputs, random_sizes, with_gradients, worst
+from .compiled import BOUND, PLACE_BOUND, fused_inputs, fused_oracle, plain_inputs, random_sizes, with_gradients, worst
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-BOUND = {F16: 1e-3, BF16: 8e-3, F32: 1e-5, F64: 1e-13}  # of output and value gradient
-PLACE_BOUND = {F16: 2e-3, BF16: 1.6e-2, F32: 5e-5, F64: 1e-12}  # of the other gradients
 SHAPES = [(9, 18), (5, 9), (3, 4), (1, 1)]
 SIZES = [(SHAPES, 2, 3, 2, 32, 4), (SHAPES, 2, 207, 2, 32, 4)]  # rows are read where they are; from a copy
 
@@ -49,17 +48,6 @@ def plain(shapes):
 def fused(shapes):
     sizes = [size for shape in shapes for size in shape]
     return lambda value, *rest: torch.ops.dino.deform_attn_fused_forward(value, sizes, *rest)
-
-
-def fused_oracle(shapes):
-    """The module's arithmetic around the plain reference."""
-
-    def function(value, offsets, logits, reference):
-        module = MultiScaleDeformableAttention(4, 1, len(shapes), offsets.shape[-2])
-        locations = module.sampling_locations(reference[:, :, None, :, None], offsets, shapes)
-        return deform_attn_reference(value, shapes, locations, logits.softmax(-1).view(offsets.shape[:-1]))
-
-    return function
 
 
 def compare(actual_function, expected_function, inputs):
@@ -129,6 +117,23 @@ def test_far_places(sizes):
         inputs = (value, torch.full_like(locations, far), weights)
         results = with_gradients(plain(SHAPES), inputs, torch.ones(2, sizes[2], 64))
         assert not any(x.any() for x in results), far
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_offsets_that_are_no_numbers(sizes):
+    """They do what far ones do."""
+    value, offsets, logits, reference = fused_inputs(*sizes, 2)
+    some = torch.rand(offsets.shape) < 0.2
+    far, *others = (
+        with_gradients(
+            fused(SHAPES),
+            (value, torch.where(some, torch.full_like(offsets, place), offsets), logits, reference),
+            torch.ones(2, sizes[2], 64),
+        )
+        for place in (3e4, float("nan"), float("inf"), float("-inf"))
+    )
+    for results in others:
+        assert all(map(torch.equal, results, far))
 
 
 def test_softmax_of_extreme_logits():
@@ -476,9 +481,9 @@ print(result.item(), [str(w.message) for w in caught if w.category is RuntimeWar
 """
 
 
-def run_with_binary(folder):
+def run_with_binary(folder, program=PROGRAM):
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(folder)],
+        [sys.executable, "-c", program, str(folder)],
         cwd=compiled.ROOT,
         env={**os.environ, operator.VARIABLE: "auto"},
         capture_output=True,
@@ -496,10 +501,51 @@ def test_a_binary_that_cannot_be_loaded(tmp_path):
     assert output.count("plain PyTorch") == 1
 
 
+def test_a_binary_without_the_schema(tmp_path):
+    shutil.copy(operator.FOLDER / operator.FILES["cpu"], tmp_path)
+    output = run_with_binary(tmp_path)
+    assert "_deform_attn_cpu.so can't be loaded (`python -m dino.build` builds it again): " in output
+    assert f"{operator.SCHEMA} is absent" in output
+
+
+CUDA_ALONE = """
+import sys
+from pathlib import Path
+import torch
+from dino.layers import operator
+operator.FOLDER = Path(sys.argv[1])
+operator.load("cuda")
+places, ones = torch.full((1, 1, 1, 1, 1, 2), 0.5), torch.ones(1, 1, 1, 1, 1)
+print(torch.ops.dino.deform_attn_forward(ones[0], [1, 1], places, ones[0, None]).item())
+"""
+
+
+def test_a_part_needs_the_schema_but_no_other_part(tmp_path):
+    """The part for the CPU stands in for that for CUDA, under its name."""
+    shutil.copy(operator.FOLDER / operator.SCHEMA, tmp_path)
+    shutil.copy(operator.FOLDER / operator.FILES["cpu"], tmp_path / operator.FILES["cuda"])
+    assert run_with_binary(tmp_path, CUDA_ALONE).strip() == "1.0"
+
+
+def test_a_binary_of_before_the_schema_was_apart(tmp_path):
+    """It holds a schema of its own, and serves until it is built again."""
+    try:
+        compiler = build.find_compilers()[0]
+    except build.BuildError as reason:
+        pytest.skip(str(reason))
+    target = tmp_path / operator.FILES["cpu"]
+    compile_, link = build.cpu_commands(compiler, build.find_torch(), target)
+    (schema,), _ = build.schema_commands(compiler, build.find_torch(), tmp_path / "schema.so")
+    for command in [*compile_, schema]:
+        build.run([*command, "-O0"], build.SOURCES)
+    build.run([*link, tmp_path / "schema.o"])
+    assert run_with_binary(tmp_path) == "1.0 []\n"
+
+
 def test_a_binary_that_computes_something_else(tmp_path, monkeypatch):
     """Samples half a cell beside where they should be."""
     try:
-        build.find_compiler()
+        build.find_compilers()
     except build.BuildError as reason:
         pytest.skip(str(reason))
     sources = tmp_path / "csrc"
@@ -533,6 +579,19 @@ def test_every_vector_unit(vectors, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("compiler", ["g++-10", "g++-11", "g++-12", "clang++-14", "g++ -march=native"])
+def test_every_compiler(compiler, tmp_path, monkeypatch):
+    if not shutil.which(compiler.split()[0]):
+        pytest.skip(f"no {compiler}")
+    monkeypatch.setenv("CXX", compiler)
+    compiled.build_for_cpu(tmp_path)
+    assert build.read_record("cpu", tmp_path)["compiler"].startswith(f"{compiler} ")
+    done = compiled.run_tests(tmp_path, "-m", "not slow", "-k", "not binary and not compiles and not exports")
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("vectors", build.VECTORS)
 def test_sanitizers_find_nothing(vectors, tmp_path, monkeypatch):
     """AddressSanitizer and UndefinedBehaviorSanitizer over the tests above."""
@@ -540,8 +599,8 @@ def test_sanitizers_find_nothing(vectors, tmp_path, monkeypatch):
         pytest.skip(f"this processor has no {vectors}")
     flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g", "-fno-omit-frame-pointer"]
     compiled.build_variant(tmp_path, monkeypatch, vectors, flags)
-    compiler = build.find_compiler()
-    libraries = [build.run([*compiler, f"-print-file-name={name}"]).strip() for name in ("libasan.so", "libubsan.so")]
+    command = build.find_compilers()[0].command
+    libraries = [build.run([*command, f"-print-file-name={name}"]).strip() for name in ("libasan.so", "libubsan.so")]
     done = compiled.run_tests(
         tmp_path,
         *("-m", "not slow", "-k", "not binary and not compiles and not exports", "-p", "no:faulthandler"),

@@ -1,7 +1,11 @@
-// Schema of the operators, and their CPU part: checks, scratch memory, and cutting the work over PyTorch's threads.
+// The CPU part of the operators: checks, scratch memory, and cutting the work over PyTorch's threads.
 // Built against LibTorch's stable ABI: one binary serves every Python and every torch from 2.10 on.
 
 #include "deform_attn.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <new>
 #include <tuple>
@@ -16,6 +20,14 @@ using torch::stable::new_empty;
 using torch::stable::new_zeros;
 using torch::stable::parallel_for;
 
+#if defined(__x86_64__)
+// GCC 10 and Clang 14 can't ask for this feature by name. Whether the system keeps the registers, AVX2 tells.
+bool has_f16c() {
+  unsigned a, b, c = 0, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 const Kernels& kernels() {
   static const Kernels* const best = [] {
 #if defined(__x86_64__)
@@ -23,8 +35,7 @@ const Kernels& kernels() {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (avx512 && kernels_avx512()) return kernels_avx512();
-    const bool avx2 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     if (avx2 && kernels_avx2()) return kernels_avx2();
 #endif
     return kernels_generic();
@@ -212,25 +223,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_backward(const Tensor& grad, co
 
 // Which table of kernels runs on this processor; read by dino/layers/operator.py.
 extern "C" __attribute__((visibility("default"))) const char* dino_deform_attn_cpu() { return dino::kernels().name; }
-
-STABLE_TORCH_LIBRARY(dino, m) {
-  m.def("deform_attn_forward(Tensor value, SymInt[] shapes, Tensor locations, Tensor weights) -> Tensor");
-  m.def(
-      "deform_attn_backward(Tensor grad, Tensor value, SymInt[] shapes, Tensor locations, Tensor weights)"
-      " -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "deform_attn_backward_deterministic(Tensor grad, Tensor value, SymInt[] shapes, Tensor locations, Tensor weights)"
-      " -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "deform_attn_fused_forward(Tensor value, SymInt[] shapes, Tensor offsets, Tensor logits, Tensor reference)"
-      " -> Tensor");
-  m.def(
-      "deform_attn_fused_backward(Tensor grad, Tensor value, SymInt[] shapes, Tensor offsets, Tensor logits,"
-      " Tensor reference) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "deform_attn_fused_backward_deterministic(Tensor grad, Tensor value, SymInt[] shapes, Tensor offsets,"
-      " Tensor logits, Tensor reference) -> (Tensor, Tensor, Tensor, Tensor)");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(dino, CPU, m) {
   m.impl("deform_attn_forward", TORCH_BOX(&dino::plain_forward));

@@ -10,7 +10,7 @@
 
 #include <math.h>
 #include <string.h>
-#if defined(__F16C__) || defined(__AVX512F__)
+#if defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -74,6 +74,7 @@ DINO_INLINE V all(T x) {
   return V{} + x;
 }
 
+// `a` where either is no number.
 template <class V>
 DINO_INLINE V largest(V a, V b) {
   return a < b ? b : a;
@@ -84,32 +85,43 @@ DINO_INLINE V smallest(V a, V b) {
   return b < a ? b : a;
 }
 
+// The lanes with these numbers; those of b are counted on from those of a. GCC has Clang's builtin since version 12.
+template <int... Number, class V>
+DINO_INLINE V pick(V a, V b) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, Number...);
+#else
+  using Mask = decltype(a < b);
+  return __builtin_shuffle(a, b, Mask{Number...});
+#endif
+}
+
 template <class V, int... I>
 DINO_INLINE V even(V a, V b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, (2 * I)...);
+  return pick<(2 * I)...>(a, b);
 }
 template <class V, int... I>
 DINO_INLINE V odd(V a, V b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, (2 * I + 1)...);
+  return pick<(2 * I + 1)...>(a, b);
 }
 template <int Half, class V, int... I>
 DINO_INLINE V interleave(V a, V b, std::integer_sequence<int, I...>) {
   constexpr int kWidth = sizeof...(I);
-  return __builtin_shufflevector(a, b, (Half * kWidth / 2 + I / 2 + (I % 2) * kWidth)...);
+  return pick<(Half * kWidth / 2 + I / 2 + (I % 2) * kWidth)...>(a, b);
 }
 
 // Lanes whose number has the bit `Step` come from b, the others from a; every lane is the sum of two that differ in it.
 template <int Step, class V, int... I>
 DINO_INLINE V add_pairs(V a, V b, std::integer_sequence<int, I...>) {
   constexpr int kWidth = sizeof...(I);
-  V straight = __builtin_shufflevector(a, b, ((I & Step) ? kWidth + I : I)...);
-  V crossed = __builtin_shufflevector(a, b, ((I & Step) ? kWidth + I - Step : I + Step)...);
+  V straight = pick<((I & Step) ? kWidth + I : I)...>(a, b);
+  V crossed = pick<((I & Step) ? kWidth + I - Step : I + Step)...>(a, b);
   return straight + crossed;
 }
 
 template <int Step, class V, int... I>
 DINO_INLINE V swap_lanes(V a, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, a, (I ^ Step)...);
+  return pick<(I ^ Step)...>(a, a);
 }
 
 // All lanes joined by an operation on two vectors that may take them in any order.
@@ -217,9 +229,9 @@ template <class A>
 DINO_INLINE Vector<A> load_row(const Half* from) {
   using S = Simd<A>;
   auto bits = load<typename S::HalfVector>(from);
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && DINO_VECTOR_BYTES == 64
   return reinterpret<Vector<A>>(_mm512_cvtph_ps(reinterpret<__m256i>(bits)));
-#elif defined(__F16C__)
+#elif defined(__F16C__) && DINO_VECTOR_BYTES == 32
   return reinterpret<Vector<A>>(_mm256_cvtph_ps(reinterpret<__m128i>(bits)));
 #else
   return widen_half<Vector<A>>(__builtin_convertvector(bits, typename S::UnsignedVector));
@@ -361,7 +373,8 @@ DINO_INLINE Axis<A> locate(Vector<A> u, Vector<A> scale, Vector<A> shift, IntVec
   using V = Vector<A>;
   using I = IntVector<A>;
   using U = typename Simd<A>::UnsignedVector;
-  V x = smallest<V>(largest<V>(u * scale + shift, all<V>(A(-2))), scale + A(1));  // beyond that, both cells are outside
+  // Beyond these limits, both cells are outside. No-number becomes -2: what it would be as an integer, no rule says.
+  V x = smallest<V>(largest<V>(all<V>(A(-2)), u * scale + shift), scale + A(1));
   I cell = __builtin_convertvector(x, I);
   cell += __builtin_convertvector(cell, V) > x;  // truncated to floor: a true lane is -1
   Axis<A> axis;
@@ -467,11 +480,12 @@ struct Slot {
   const A* softmax(const A* logits, int64_t n);
 };
 
-// e^x for x <= 0; below the smallest normal number it stays there.
+// e^x for x <= 0; below the smallest normal number it stays there. No-number remains so, but is not made an integer.
 DINO_INLINE Vector<float> exponential(Vector<float> x) {
   using V = Vector<float>;
   x = x < -87.0f ? all<V>(-87.0f) : x;
-  IntVector<float> power = __builtin_convertvector(x * 1.44269504f - 0.5f, IntVector<float>);
+  const V bounded = x < 0.0f ? x : V{};
+  IntVector<float> power = __builtin_convertvector(bounded * 1.44269504f - 0.5f, IntVector<float>);
   V whole = __builtin_convertvector(power, V);
   V rest = x - whole * 0.693359375f;  // ln 2 in two parts; the first has few digits, so that the product is exact
   rest = rest + whole * 2.12194440e-4f;
