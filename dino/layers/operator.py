@@ -87,8 +87,9 @@ def use_compiled(device: torch.device) -> bool:
     if choice == "compiled":
         raise RuntimeError(f"the compiled deform_attn was asked for, but {found.reason}")
     if found.broken and _first_time(device, found.final):
-        this_time = "" if found.final else " this time"
-        warnings.warn(f"deform_attn runs as plain PyTorch{this_time}: {found.reason}", RuntimeWarning, stacklevel=3)
+        always = f"deform_attn runs as plain PyTorch: {found.reason}"
+        now = f"deform_attn runs as plain PyTorch this time: {found.reason}"
+        warnings.warn(always if found.final else now, RuntimeWarning, stacklevel=3)
     return False
 
 

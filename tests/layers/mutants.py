@@ -187,7 +187,7 @@ MUTANTS = {
         "like_the_reference",
     ),
     "launch: less shared memory than samples need": Mutant(
-        LAUNCHES, "const size_t shared = kept_bytes(p);", "kept_bytes(p)", "kept_bytes(p) - 16", "like_the_reference"
+        LAUNCHES, "const size_t shared = kept_bytes(p);", "kept_bytes(p)", "kept_bytes(p) - 16", "cells"
     ),
     # ---- first, last, and parities
     "lists: the second parity believes to be the first": Mutant(
@@ -201,10 +201,10 @@ MUTANTS = {
         BACKWARD, "last = odd_rows && odd_columns;", "odd_rows && odd_columns", "odd_rows", "cells"
     ),
     "lists: an empty list of the first parity writes no zeros": Mutant(
-        BACKWARD, "size == 0 && !first && !(last", "!first", "true", "like_the_reference"
+        BACKWARD, "size == 0 && !first && !(last", "!first", "true", "odd_sizes"
     ),
     "lists: an empty list of the last parity writes no result": Mutant(
-        BACKWARD, "!(last && sizeof(T) < sizeof(float))", "last", "false", "like_the_reference"
+        BACKWARD, "!(last && sizeof(T) < sizeof(float))", "last", "false", "odd_sizes"
     ),
     "lists, any width: every parity believes to be the first": Mutant(
         BACKWARD, "*to = first ? sum[c]", "first", "true", "odd_sizes"
