@@ -1,4 +1,4 @@
-"""The compiled form of the deformable attention operator: loading, registration, self-test, and the choice to use it.
+"""The compiled form of the deformable attention operator: loading, registration, and the choice to use it.
 
 `torch.ops.dino.deform_attn_forward` takes locations and weights; `torch.ops.dino.deform_attn_fused_forward` takes raw
 offsets, logits and reference boxes, as `MultiScaleDeformableAttention` has them. Nothing here is loaded before the
@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -17,7 +18,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 CHOICES = ("auto", "reference", "gather", "compiled")
 PLAIN = ("reference", "gather")  # forms in plain PyTorch
@@ -28,8 +28,9 @@ SCHEMA = "_deform_attn_schema.so"  # the operators' names and arguments; the oth
 HINT = "`python -m dino.build` builds it"
 
 _override: ContextVar[str | None] = ContextVar(VARIABLE, default=None)
-_verdicts: dict[torch.device, "Verdict"] = {}
-_warned: set[torch.device] = set()
+_verdicts: dict[torch.device, "Verdict"] = {}  # those that are final
+_warned: set[tuple[torch.device, bool]] = set()  # (device, whether the verdict was final)
+_lock = threading.RLock()  # may be taken again by the same thread: by a finalizer, for example
 
 
 class Verdict(NamedTuple):
@@ -38,6 +39,7 @@ class Verdict(NamedTuple):
     usable: bool
     broken: bool  # a shared object is there, but can't be used
     reason: str
+    final: bool = True  # False: it could not be found out now; the next call tries again
 
 
 @contextlib.contextmanager
@@ -74,7 +76,7 @@ def use_compiled(device: torch.device) -> bool:
     """Whether the compiled operator is to run on `device`. Compiled graphs keep the answer they were traced with.
 
     Raises:
-        RuntimeError: it was asked for, and is not built or fails its self-test.
+        RuntimeError: it was asked for, and is not built, fails its self-test, or could not be tried now.
         ValueError: DINO_DEFORM_ATTN holds an unknown word.
     """
     choice = requested()
@@ -85,10 +87,18 @@ def use_compiled(device: torch.device) -> bool:
         return True
     if choice == "compiled":
         raise RuntimeError(f"the compiled deform_attn was asked for, but {found.reason}")
-    if found.broken and device not in _warned:
-        _warned.add(device)
-        warnings.warn(f"deform_attn runs as plain PyTorch: {found.reason}", RuntimeWarning, stacklevel=3)
+    if found.broken and _first_time(device, found.final):
+        always = f"deform_attn runs as plain PyTorch: {found.reason}"
+        now = f"deform_attn runs as plain PyTorch this time: {found.reason}"
+        warnings.warn(always if found.final else now, RuntimeWarning, stacklevel=3)
     return False
+
+
+def _first_time(device: torch.device, final: bool) -> bool:
+    with _lock:
+        before = len(_warned)
+        _warned.add((device, final))
+        return len(_warned) > before
 
 
 @torch.compiler.assume_constant_result
@@ -98,10 +108,38 @@ def use_gather() -> bool:
 
 
 def verdict(device: torch.device) -> Verdict:
-    """Load the operator for `device` and try it there, once."""
-    if device not in _verdicts:
-        _verdicts[device] = _find_out(device)
-    return _verdicts[device]
+    """Load the operator for `device` and try it there, once. Other threads that ask meanwhile wait for the answer.
+
+    Only a wrong number and a shared object that can't be loaded are remembered. Where the self-test could not run, for
+    want of memory or because a CUDA graph is captured, the verdict is not final, and the next call tries again.
+    """
+    device = _with_index(device)
+    found = _verdicts.get(device)
+    if found is None and _is_capturing(device):
+        found = Verdict(False, True, CAPTURING.format(device=device), final=False)
+    if found is None:
+        with _lock:
+            found = _verdicts.get(device) or _find_out(device)
+            if found.final:
+                _verdicts[device] = found
+    return found
+
+
+CAPTURING = (
+    "its self-test on {device} has not run yet, and can't while a CUDA graph is captured: "
+    "use the operator once before the capture"
+)
+
+
+def _with_index(device: torch.device) -> torch.device:
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        return torch.device(device.type, torch.cuda.current_device())
+    return device
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether the current stream is recorded. Asking must not initialize CUDA: nothing can be captured before that."""
+    return device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _find_out(device: torch.device) -> Verdict:
@@ -115,11 +153,30 @@ def _find_out(device: torch.device) -> Verdict:
     except (OSError, RuntimeError) as error:
         return Verdict(False, True, f"{file.name} can't be loaded ({HINT} again): {_first_line(error)}")
     try:
-        with _plain_mode(device):
-            _self_test(device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        _self_test(device)
+    except (AssertionError, NotImplementedError) as error:
         return Verdict(False, True, f"its self-test on {device} failed ({HINT} again): {_first_line(error)}")
+    except (RuntimeError, MemoryError) as error:
+        return _could_not_run(device, error)
     return Verdict(True, False, "it is built and agrees with the reference")
+
+
+def _could_not_run(device: torch.device, error: Exception) -> Verdict:
+    """Code that does not fit the device will not fit it later; whatever else stops a self-test may be gone then."""
+    reason = _first_line(error)
+    if any(text in reason for text in UNFIT):
+        return Verdict(False, True, f"it is not built for {device} ({HINT} again): {reason}")
+    return Verdict(False, True, f"its self-test on {device} can't run now (the next call tries again): {reason}", False)
+
+
+# What CUDA says of code for other architectures, or from a newer toolkit.
+UNFIT = ("no kernel image", "device kernel image is invalid", "unsupported toolchain", "invalid device function")
+
+
+def _self_test(device: torch.device) -> None:
+    from . import self_test  # it imports the reference, whose module imports this one
+
+    self_test.run(torch.ops.dino, device)
 
 
 def _first_line(error: Exception) -> str:
@@ -216,52 +273,3 @@ def _register() -> None:
         for device_type in FILES:
             rule = functools.partial(_autocast_forward, operator, device_type)
             _library().impl(f"{form}_forward", rule, f"Autocast{device_type.upper()}")
-
-
-# ---- self-test -----------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _plain_mode(device: torch.device) -> Iterator[None]:
-    """Real tensors, in float32, with gradients, whatever surrounds the first use: tracing, autocast, inference mode."""
-    with (
-        _disable_current_modes(),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast(device.type, enabled=False),
-        deform_attn_implementation("reference"),
-    ):
-        yield
-
-
-def _self_test(device: torch.device) -> None:
-    """Both forms, forward and backward, against the reference on a case of a few samples. Raises AssertionError."""
-    from .deform_attn import deform_attn_reference
-
-    shapes, heads, points, queries, dim = [(3, 4), (2, 1)], 2, 2, 3, 8
-    flat = [size for shape in shapes for size in shape]
-
-    def wave(*sizes: int, step: float) -> Tensor:
-        """Numbers in [-1, 1] that don't touch the state of the random generator."""
-        count = torch.Size(sizes).numel()
-        return torch.arange(count, dtype=torch.float32, device=device).mul(step).sin().view(sizes).requires_grad_()
-
-    value = wave(2, 14, heads, dim, step=1.1)
-    offsets = wave(2, queries, heads, len(shapes), points, 2, step=1.7)
-    logits = wave(2, queries, heads, len(shapes) * points, step=2.3)
-    reference = wave(2, queries, len(shapes), 4, step=0.7)
-    grad = wave(2, queries, heads * dim, step=1.3).detach()
-    boxes = reference[:, :, None, :, None]
-    locations = boxes[..., :2] + offsets / points * boxes[..., 2:] * 0.5
-    weights = logits.softmax(-1).view(offsets.shape[:-1])
-    expected_output = deform_attn_reference(value, shapes, locations, weights)
-    plain = torch.ops.dino.deform_attn_forward(value, flat, locations, weights)
-    fused = torch.ops.dino.deform_attn_fused_forward(value, flat, offsets, logits, reference)
-    inputs = [value, offsets, logits, reference]
-    expected = [expected_output, *torch.autograd.grad(expected_output, inputs, grad, retain_graph=True)]
-    for form, output in (("plain", plain), ("fused", fused)):
-        actual = [output, *torch.autograd.grad(output, inputs, grad, retain_graph=True)]
-        for name, x, y in zip(("output", "value", "offsets", "logits", "reference"), actual, expected, strict=True):
-            difference = (x - y).abs().max().item()
-            if not difference <= 1e-4 * max(1.0, y.abs().max().item()):
-                raise AssertionError(f"{form} form: {name} differs from the reference by {difference:.3g}")

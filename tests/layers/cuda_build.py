@@ -65,19 +65,23 @@ def replace(text, old, new):
     return text.replace(old, new)
 
 
-def stand_in_source(folder):
-    """The operator with launches turned into calls, under the name dino_on_cpu, so that it can stand beside `dino`."""
-    for path in SOURCES.glob("*.cuh"):
-        text = path.read_text().replace(
+def stand_in_source(folder, mutants=()):
+    """The operator with launches turned into calls, under the name dino_on_cpu, so that it can stand beside `dino`.
+
+    Each of the mutants can be switched on in it, see mutants.py.
+    """
+    texts = {path.name: plant(path.name, path.read_text(), mutants) for path in SOURCES.glob("*.cu*")}
+    for name in (name for name in texts if name.endswith(".cuh")):
+        text = texts[name].replace(
             "extern __shared__ float4 kept_by_slots[];", "float4* const kept_by_slots = cuda_on_cpu::dynamic_shared;"
         )
         text = text.replace(
             "extern __shared__ float4 tile_samples[];", "float4* const tile_samples = cuda_on_cpu::dynamic_shared;"
         )
         text = text.replace("kManyCells = 1 << 16;", "kManyCells = 100;")  # small cases, several cells a warp
-        (folder / path.name).write_text("#include <cuda_runtime.h>\n" + text)
+        (folder / name).write_text("#include <cuda_runtime.h>\n" + text)
     shutil.copy(SOURCES / "deform_attn.h", folder)
-    text = (SOURCES / "deform_attn_cuda.cu").read_text()
+    text = texts["deform_attn_cuda.cu"]
     launch = "kernel<<<static_cast<unsigned>(blocks), threads, shared, stream>>>(arguments...);"
     text = replace(text, launch, "cuda_on_cpu::run(blocks, threads, shared, [&] { kernel(arguments...); });")
     text = replace(text, "STD_CUDA_KERNEL_LAUNCH_CHECK();", "")
@@ -97,6 +101,52 @@ def stand_in_source(folder):
     return source
 
 
+class Mutant(NamedTuple):
+    """A fault to plant: `old`, which stands once in `context`, which stands once in `file`, becomes `new`.
+
+    Statements end with a semicolon; everything else is an expression.
+    """
+
+    file: str
+    context: str
+    old: str
+    new: str
+    catcher: str | None  # part of the names of the tests that notice
+    self_test: bool = True  # whether the self-test notices
+
+    def switched(self, text, number):
+        """`text` with a switch that puts `new` in place of it."""
+        if self.old.endswith(";"):
+            return f"if (cuda_on_cpu::planted == {number}) {{ {self.new} }} else {{ {text} }}"
+        return f"(cuda_on_cpu::planted == {number} ? ({self.new}) : ({text}))"
+
+    def place(self, text):
+        """Where `old` begins in the file's text; None where the text has changed and there is no single such place."""
+        if text.count(self.context) != 1 or self.context.count(self.old) != 1:
+            return None
+        return text.index(self.context) + self.context.index(self.old)
+
+
+def lost(mutants):
+    """Those whose place is no longer in the sources."""
+    texts = {path.name: path.read_text() for path in SOURCES.glob("*.cu*")}
+    return [mutant for mutant in mutants if mutant.place(texts[mutant.file]) is None]
+
+
+def plant(name, text, mutants):
+    """The text of a source file with a switch for each of the mutants, which are numbered from 1; lost ones are not."""
+    places = {}
+    for number, mutant in enumerate(mutants, 1):
+        if mutant.file == name and mutant.place(text) is not None:
+            places.setdefault((mutant.place(text), len(mutant.old)), []).append((number, mutant))
+    for start, length in sorted(places, reverse=True):  # from the end, so that places before stay where they are
+        part = text[start : start + length]
+        for number, mutant in places[start, length]:
+            part = mutant.switched(part, number)
+        text = text[:start] + part + text[start + length :]
+    return text
+
+
 def schema(name):
     inputs = ["Tensor value", "int[] shapes", "Tensor places", "Tensor weights"]
     if "fused" in name:
@@ -108,11 +158,25 @@ def schema(name):
     return f"{name}({', '.join(inputs)}) -> ({', '.join(['Tensor'] * results)})"
 
 
-def build_stand_in(folder):
-    """A library that registers the CUDA operators as torch.ops.dino_on_cpu."""
-    target = Path(folder) / "dino_on_cpu.so"
-    command = ["g++", "-O1", *FLAGS[1:], "-w", "-fPIC", "-shared", f"-I{STAND_IN}", "-isystem", toolkit_headers()]
-    run([*command, stand_in_source(Path(folder)), "-o", target, f"-L{TORCH}/lib", "-ltorch_cpu", "-lc10"])
+def build_stand_in(folder, mutants=()):
+    """A library that registers the CUDA operators as torch.ops.dino_on_cpu, watched for races."""
+    folder = Path(folder)
+    target = folder / "dino_on_cpu.so"
+    command = [
+        "g++",
+        "-O1",
+        *FLAGS[1:],
+        "-w",
+        "-fPIC",
+        "-fno-gnu-unique",
+        f"-I{STAND_IN}",
+        "-isystem",
+        toolkit_headers(),
+    ]
+    run([*command, "-fsanitize=thread", "-c", stand_in_source(folder, mutants), "-o", folder / "kernels.o"])
+    run([*command, "-O2", "-c", STAND_IN / "runtime.cpp", "-o", folder / "runtime.o"])
+    libraries = [f"-L{TORCH}/lib", "-ltorch_cpu", "-lc10"]
+    run(["g++", "-shared", "-Wl,-Bsymbolic", folder / "kernels.o", folder / "runtime.o", "-o", target, *libraries])
     return target
 
 

@@ -1,13 +1,17 @@
 """The CUDA kernels: their arithmetic on a CPU stand-in, their machine code and, where there is a GPU, all of it."""
 
+import contextlib
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from dino.layers import deform_attn, deform_attn_reference, operator
+from dino.layers import deform_attn, deform_attn_reference, operator, self_test
 
-from . import cuda_build
+from . import compiled, cuda_build, mutants
 
 SHAPES = [(9, 18), (5, 9), (3, 4), (1, 1)]
 SMALL = [(6, 7), (3, 3)]
@@ -23,22 +27,23 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GP
 
 @pytest.fixture(scope="session")
 def stand_in(tmp_path_factory):
+    """(operators, device, library)"""
     if cuda_build.toolkit_headers() is None or shutil.which("g++") is None:
         pytest.skip("no CUDA headers or no g++")
-    torch.ops.load_library(cuda_build.build_stand_in(tmp_path_factory.mktemp("stand_in")))
-    return torch.ops.dino_on_cpu, torch.device("cpu")
+    path = os.environ.get(mutants.LIBRARY) or mutants.build(tmp_path_factory.mktemp("stand_in"))
+    return torch.ops.dino_on_cpu, torch.device("cpu"), mutants.load(path)
 
 
 @pytest.fixture(scope="session")
 def gpu():
     operator.load("cuda")
-    return torch.ops.dino, torch.device("cuda", torch.cuda.current_device())
+    return torch.ops.dino, torch.device("cuda", torch.cuda.current_device()), None
 
 
 @pytest.fixture(params=["stand_in", pytest.param("gpu", marks=needs_gpu)])
 def backend(request):
     """(operators, device)"""
-    return request.getfixturevalue(request.param)
+    return request.getfixturevalue(request.param)[:2]
 
 
 def flat(shapes):
@@ -88,13 +93,25 @@ def expected_results(case, shapes):
     return [output, *torch.autograd.grad(output, inputs, grad)]
 
 
+@contextlib.contextmanager
+def new_memory_holds_no_numbers():
+    """In this mode, PyTorch fills memory that it hands out, so that reading it before it is written is noticed."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def results(backend, case, shapes, deterministic=False):
     operators, device = backend
     grad, value, *others = (x.to(device) for x in case)
     name = "deform_attn" if len(others) == 2 else "deform_attn_fused"
     backward = getattr(operators, f"{name}_backward" + "_deterministic" * deterministic)
     forward = getattr(operators, f"{name}_forward")
-    return [forward(value, flat(shapes), *others), *backward(grad, value, flat(shapes), *others)]
+    with new_memory_holds_no_numbers():
+        return [forward(value, flat(shapes), *others), *backward(grad, value, flat(shapes), *others)]
 
 
 def check(actual, case, shapes):
@@ -130,11 +147,11 @@ def test_queries_that_are_cells(backend, deterministic, dtype, form):
         assert all(torch.equal(x, y) for x, y in zip(actual, again, strict=True))
 
 
-@pytest.mark.parametrize("dim", [1, 40, 64])
+@pytest.mark.parametrize(("dim", "dtype"), [(1, F32), (40, F32), (64, F32), (64, BF16)], ids=str)
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_odd_sizes(backend, deterministic, dim):
+def test_odd_sizes(backend, deterministic, dim, dtype):
     for form, points, heads in [(PLAIN, 3, 1), (POINTS, 1, 3), (BOXES, 5, 2)]:
-        case = random_case(ODD, form, batch=3, queries=11, heads=heads, dim=dim, points=points)
+        case = random_case(ODD, form, batch=3, queries=11, heads=heads, dim=dim, points=points, dtype=dtype)
         check(results(backend, case, ODD, deterministic), case, ODD)
 
 
@@ -197,6 +214,48 @@ def test_what_is_refused(backend):
     many = random_case([(1, 1)] * 200, PLAIN)
     with pytest.raises(RuntimeError, match="200 levels"):
         results(backend, many, [(1, 1)] * 200)
+
+
+# ---- faults that are planted
+
+
+def test_every_planted_fault_has_its_place():
+    """Where a source has changed, tests/layers/mutants.py must follow."""
+    assert not cuda_build.lost(mutants.MUTANTS.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bfloat16: halves of a word swapped", r"head width 32, bfloat16, queries are cells"),
+        ("lists: the last entry left out", r"backward\w*: value differs .*float32, queries are cells"),
+    ],
+)
+def test_self_test_refuses(stand_in, name, message):
+    operators, device, library = stand_in
+    library.plant(list(mutants.MUTANTS).index(name) + 1)
+    try:
+        with pytest.raises(AssertionError, match=message):
+            self_test.run(operators, device)
+    finally:
+        library.plant(0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_self_test_accepts(stand_in):
+    self_test.run(*stand_in[:2])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_every_planted_fault_is_noticed(stand_in):
+    """By the tests above and by the self-test; or it is known why not."""
+    del stand_in  # skips where it can't be built
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.layers.mutants"], cwd=compiled.ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 
 
 # ---- on a GPU only
