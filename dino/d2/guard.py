@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from dino.files import write_whole
-from dino.layers.matcher import NonFiniteCostError
+from dino.layers.matcher import NonFiniteCostError, Pairs, start_matching
+from dino.layers.structures import Predictions, Target
 
 logger = logging.getLogger("detectron2.dino")
 LONGEST_STREAK = 20  # bad steps in a row that end a training in any case: float16's loss scale has then fallen below 1
@@ -143,11 +145,20 @@ class TolerantMatcher(nn.Module):
         super().__init__()
         self.matcher = matcher
 
-    def forward(self, predictions, targets) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+    def forward(self, predictions: Predictions, targets: list[Target]) -> Pairs:
         """As `HungarianMatcher`, without its error."""
-        try:
-            return self.matcher(predictions, targets)
-        except NonFiniteCostError:
-            layers, _, num_queries, _ = predictions.boxes.shape
-            counts = [np.arange(min(num_queries, len(target.labels))) for target in targets]
-            return [[(count, count) for count in counts] for _ in range(layers)]
+        return self.start(predictions, targets)()
+
+    def start(self, predictions: Predictions, targets: list[Target]) -> Callable[[], Pairs]:
+        """As `HungarianMatcher.start`; the function that it returns has no error."""
+        matching = start_matching(self.matcher, predictions, targets)
+
+        def finish() -> Pairs:
+            try:
+                return matching()
+            except NonFiniteCostError:
+                layers, _, num_queries, _ = predictions.boxes.shape
+                counts = [np.arange(min(num_queries, len(target.labels))) for target in targets]
+                return [[(count, count) for count in counts] for _ in range(layers)]
+
+        return finish
