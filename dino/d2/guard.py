@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from dino.files import write_whole
 from dino.layers.matcher import NonFiniteCostError, Pairs, start_matching
 from dino.layers.structures import Predictions, Target
+from dino.layers.transfer import to_host
 
 logger = logging.getLogger("detectron2.dino")
 LONGEST_STREAK = 20  # bad steps in a row that end a training in any case: float16's loss scale has then fallen below 1
@@ -28,9 +29,8 @@ class Step(NamedTuple):
     iteration: int
     batch: list[dict]
     names: list[str]  # of the losses
-    numbers: (
-        Tensor  # on the host: the losses, the norm of the gradients, non-finite losses anywhere, wish to stop anywhere
-    )
+    # Losses, norm of the gradients, whether any process has non-finite losses, whether any has been asked to stop:
+    numbers: Callable[[], Tensor]
 
 
 class Guard:
@@ -84,13 +84,12 @@ class Guard:
         norm = torch.where(norm.isfinite() & (shared[0] == 0), norm, torch.nan)
         for now, before in zip(self.statistics, self.before, strict=True):
             now.copy_(torch.where(norm.isfinite(), now, before))
-        # Into pinned memory: it can be read after the next transfer for which the host waits, that of the matcher.
-        numbers = torch.cat([values, norm[None], shared]).to("cpu", non_blocking=True)
+        numbers = to_host(torch.cat([values, norm[None], shared]))
         self.pending = Step(iteration, batch, list(losses), numbers)
         return norm, shared[0] == 0
 
     def check(self) -> None:
-        """Look at the last step; the host must have waited for the device since.
+        """Look at the last step. The host waits for its end, unless it has waited since, for the matcher's costs.
 
         Raises:
             FloatingPointError: it was not finite, and that is not to be skipped.
@@ -98,7 +97,7 @@ class Guard:
         step, self.pending = self.pending, None
         if step is None:
             return
-        *values, norm, bad_loss, stop = step.numbers.tolist()
+        *values, norm, bad_loss, stop = step.numbers().tolist()
         self.stop_agreed = self.stop_agreed or stop > 0
         if np.isfinite(norm):
             self.streak = 0

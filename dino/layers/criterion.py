@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .boxes import cxcywh_to_xyxy, generalized_iou, widened
-from .matcher import start_matching
+from .matcher import Pairs, start_matching
 from .structures import Denoised, Outputs, Predictions, Target
 from .transfer import to_device
 
@@ -19,9 +19,7 @@ from .transfer import to_device
 class Matches(NamedTuple):
     """K pairs of a prediction and an object, the same number for every layer, sorted by layer."""
 
-    layer: Tensor  # (K,) int64
-    image: Tensor  # (K,) int64
-    query: Tensor  # (K,) int64
+    query: Tensor  # (K,) int64, index into the queries of all layers and images, one layer and image after the other
     target: Tensor  # (K,) int64, index into the objects of all images, one image after the other
 
 
@@ -72,7 +70,7 @@ class SetCriterion(nn.Module):
             sums = self.denoising_losses(outputs.denoising)
             scale = num_noised * max(1, outputs.denoising.num_groups)
             denoised = self.named(sums, scale, [f"_dn{name}" for name in [*names, ""]])
-        pairs = flatten_matches(matching(), targets, matched.boxes.device)
+        pairs = flatten_matches(matching(), targets, matched)
         suffixes = [*names, "", *["_interm"] * len(outputs.proposals.logits)]
         return self.named(self.losses(matched, negatives, pairs, targets), num_boxes, suffixes) | denoised
 
@@ -81,7 +79,7 @@ class SetCriterion(nn.Module):
         return {
             f"loss_{key}{suffix}": value
             for key, layers in sums.items()
-            for suffix, value in zip(suffixes, (self.weights[key] / num_boxes * layers).unbind(), strict=True)
+            for suffix, value in zip(suffixes, (layers / num_boxes * self.weights[key]).unbind(), strict=True)
         }
 
     def losses(
@@ -96,13 +94,13 @@ class SetCriterion(nn.Module):
         layers = len(logits)
         labels = torch.cat([t.labels for t in targets])[matches.target]  # (K,)
         true_boxes = torch.cat([t.boxes for t in targets]).to(boxes)[matches.target]  # (K, 4)
-        boxes = boxes[matches.layer, matches.image, matches.query]  # (K, 4)
-        true_logits = logits[matches.layer, matches.image, matches.query, labels]  # (K,)
+        boxes = boxes.flatten(0, 2).index_select(0, matches.query)  # (K, 4)
+        true_logits = logits.flatten().gather(0, matches.query * logits.shape[3] + labels)  # (K,)
         giou = generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(true_boxes))  # (K,)
         per_layer = (layers, len(boxes) // layers)
         return {
             "ce": negatives + self.charge_positives(true_logits.view(per_layer)),
-            "bbox": (boxes - true_boxes).abs().sum(-1).view(per_layer).sum(1),
+            "bbox": (boxes - true_boxes).abs().view(*per_layer, 4).sum((1, 2)),
             "giou": (1 - giou).view(per_layer).sum(1),
         }
 
@@ -124,7 +122,7 @@ class SetCriterion(nn.Module):
             return {"ce": logits, "bbox": boxes, "giou": boxes}
         layers, _, slots, _ = predictions.boxes.shape
         known = [known_matches(len(t.labels), num_groups, slots) for t in targets]
-        matches = flatten_matches([known] * layers, targets, predictions.boxes.device)
+        matches = flatten_matches([known] * layers, targets, predictions)
         return self.losses(predictions, self.charge_negatives(predictions.logits), matches, targets)
 
 
@@ -143,17 +141,16 @@ def known_matches(num_objects: int, num_groups: int, num_slots: int) -> tuple[np
     return (starts[:, None] + objects).ravel(), np.tile(objects, num_groups)
 
 
-def flatten_matches(
-    layers: list[list[tuple[np.ndarray, np.ndarray]]], targets: list[Target], device: torch.device
-) -> Matches:
-    """Pairs per layer and image -> one table, moved to the device at once."""
+def flatten_matches(layers: Pairs, targets: list[Target], predictions: Predictions) -> Matches:
+    """Pairs per layer and image -> one table, moved to the device of the predictions at once."""
+    _, images, queries, _ = predictions.boxes.shape
     first = np.cumsum([0] + [len(t.labels) for t in targets])
     rows = [
-        np.stack([np.full_like(query, n), np.full_like(query, b), query, target + first[b]])
-        for n, images in enumerate(layers)
-        for b, (query, target) in enumerate(images)
+        np.stack([(n * images + b) * queries + query, first[b] + target])
+        for n, pairs in enumerate(layers)
+        for b, (query, target) in enumerate(pairs)
     ]
-    return Matches(*to_device(np.concatenate(rows, 1), device, torch.int64))
+    return Matches(*to_device(np.concatenate(rows, 1), predictions.boxes.device, torch.int64))
 
 
 def count(targets: list[Target]) -> int:

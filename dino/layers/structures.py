@@ -76,8 +76,9 @@ class Predictions(NamedTuple):
 
     def split(self, count: int) -> tuple[Predictions, Predictions]:
         """Separate the first `count` queries from the others."""
-        head = Predictions(self.logits[:, :, :count], self.boxes[:, :, :count])
-        return head, Predictions(self.logits[:, :, count:], self.boxes[:, :, count:])
+        parts = [x.split([count, x.shape[2] - count], 2) for x in self]  # whose gradient is one operation
+        head, tail = (Predictions(*pair) for pair in zip(*parts, strict=True))
+        return head, tail
 
 
 class NoisedQueries(NamedTuple):
