@@ -104,7 +104,8 @@ class DINODetector(nn.Module):
         results: list[dict] = [{}] * len(batched_inputs)
         for indices in groups.values():
             group = [batched_inputs[i] for i in indices]
-            predictions = self.network(*self.preprocess(group)).decoder
+            images, _ = self.preprocess(group)
+            predictions = self.network(images, None).decoder
             for i, found in zip(indices, self.to_instances(group, predictions), strict=True):
                 results[i] = {"instances": found}
         return results

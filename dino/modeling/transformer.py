@@ -179,14 +179,16 @@ class QuerySelection(nn.Module):
         """What the queries ask for, given the features (B, Q, E) of their tokens -> (B, Q, E)."""
         return self.content.weight[: features.shape[1]].expand(features.shape[0], -1, -1)
 
-    def select(self, logits: Tensor, usable: Tensor, padding: Tensor) -> Tensor:
+    def select(self, logits: Tensor, usable: Tensor, padding: Tensor | None) -> Tensor:
         """(B, Q) indices of the tokens of highest score over all classes, best first.
 
         Tokens without an anchor come after all others and padded tokens last. (In the official program both compete
         with the logits of a zero vector, and can win.)
         """
         scores = widened(logits.detach()).amax(-1)  # (B, S)
-        scores = scores.masked_fill(~usable, torch.finfo(scores.dtype).min).masked_fill(padding, -math.inf)
+        scores = scores.masked_fill(~usable, torch.finfo(scores.dtype).min)
+        if padding is not None:
+            scores = scores.masked_fill(padding, -math.inf)
         return scores.topk(at_most(self.num_queries, scores.shape[1]), dim=1).indices
 
     def anchors(self, memory: Tokens) -> tuple[Tensor, Tensor]:
@@ -199,7 +201,9 @@ class QuerySelection(nn.Module):
             centers.new_full((h * w, 2), self.anchor_size * 2.0**level) for level, (h, w) in enumerate(memory.shapes)
         ]
         boxes = torch.cat([centers, torch.cat(sizes).expand(centers.shape[0], -1, -1)], -1)  # (B, S, 4)
-        usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1) & ~memory.padding
+        usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1)
+        if memory.padding is not None:
+            usable = usable & ~memory.padding
         return torch.log(boxes / (1 - boxes)).masked_fill(~usable[..., None], math.inf), usable
 
 
