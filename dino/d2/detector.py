@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from dino.layers.boxes import xyxy_to_cxcywh
 from dino.layers.matcher import NonFiniteCostError
-from dino.layers.postprocess import detections
-from dino.layers.structures import Target
+from dino.layers.postprocess import batch_detections
+from dino.layers.structures import Predictions, Target
 from dino.layers.transfer import to_device
 from dino.modeling.network import DINO
 
@@ -104,16 +104,15 @@ class DINODetector(nn.Module):
         results: list[dict] = [{}] * len(batched_inputs)
         for indices in groups.values():
             group = [batched_inputs[i] for i in indices]
-            predictions = self.network(*self.preprocess(group)).decoder
-            for i, x, logits, boxes in zip(indices, group, predictions.logits[-1], predictions.boxes[-1], strict=True):
-                results[i] = {"instances": self.to_instances(x, logits, boxes)}
+            images, _ = self.preprocess(group)
+            predictions = self.network(images, None).decoder
+            for i, found in zip(indices, self.to_instances(group, predictions), strict=True):
+                results[i] = {"instances": found}
         return results
 
     def preprocess(self, batched_inputs: list[dict]) -> tuple[Tensor, Tensor]:
         """-> images (B, 3, H, W), normalised, zero where padded; padding (B, H, W) bool, True where padded."""
-        images = [
-            (x["image"].to(self.device, non_blocking=True) - self.pixel_mean) / self.pixel_std for x in batched_inputs
-        ]
+        images = [(to_device(x["image"], self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
         batch = ImageList.from_tensors([image.to(self.network.level_embed.dtype) for image in images])
         padding = torch.ones(batch.tensor[:, 0].shape, dtype=torch.bool, device=self.device)
         for mask, (height, width) in zip(padding, batch.image_sizes, strict=True):
@@ -132,13 +131,24 @@ class DINODetector(nn.Module):
         boxes = xyxy_to_cxcywh(boxes) / boxes.new_tensor([width, height, width, height])
         return Target(to_device(labels, self.device), to_device(boxes, self.device))
 
-    def to_instances(self, x: dict, logits: Tensor, boxes: Tensor) -> Instances:
-        """(Q, C), (Q, 4) -> detections in pixels of the picture that the image was made from."""
-        size = (x.get("height", x["image"].shape[1]), x.get("width", x["image"].shape[2]))
-        found = detections(logits, boxes, size, self.max_detections)
-        if not (torch.isfinite(found.scores).all() and torch.isfinite(found.boxes).all()):
-            raise FloatingPointError(f"{describe(x)}: the predictions are NaN or infinite, probably so are the weights")
-        return Instances(size, pred_boxes=Boxes(found.boxes), scores=found.scores, pred_classes=found.labels)
+    def to_instances(self, batched_inputs: list[dict], predictions: Predictions) -> list[Instances]:
+        """The last layer's predictions -> detections in pixels of the pictures that the images were made from.
+
+        The host waits for the device once, to see whether they are finite.
+        """
+        sizes = [(x.get("height", x["image"].shape[1]), x.get("width", x["image"].shape[2])) for x in batched_inputs]
+        logits, boxes = predictions.logits[-1], predictions.boxes[-1]  # (B, Q, C), (B, Q, 4)
+        found = batch_detections(logits, boxes, to_device(sizes, self.device), self.max_detections)
+        finite = (found.scores.isfinite() & found.boxes.isfinite().all(-1)).all(-1)  # (B,)
+        for x, good in zip(batched_inputs, finite.tolist(), strict=True):
+            if not good:
+                raise FloatingPointError(
+                    f"{describe(x)}: the predictions are NaN or infinite, probably so are the weights"
+                )
+        return [
+            Instances(size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=labels)
+            for size, boxes, scores, labels in zip(sizes, *found, strict=True)
+        ]
 
 
 def describe(x: dict) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from dino.files import write_whole
-from dino.layers.matcher import NonFiniteCostError
+from dino.layers.matcher import NonFiniteCostError, Pairs, start_matching
+from dino.layers.structures import Predictions, Target
+from dino.layers.transfer import to_host
 
 logger = logging.getLogger("detectron2.dino")
 LONGEST_STREAK = 20  # bad steps in a row that end a training in any case: float16's loss scale has then fallen below 1
@@ -26,9 +29,8 @@ class Step(NamedTuple):
     iteration: int
     batch: list[dict]
     names: list[str]  # of the losses
-    numbers: (
-        Tensor  # on the host: the losses, the norm of the gradients, non-finite losses anywhere, wish to stop anywhere
-    )
+    # Losses, norm of the gradients, whether any process has non-finite losses, whether any has been asked to stop:
+    numbers: Callable[[], Tensor]
 
 
 class Guard:
@@ -82,13 +84,12 @@ class Guard:
         norm = torch.where(norm.isfinite() & (shared[0] == 0), norm, torch.nan)
         for now, before in zip(self.statistics, self.before, strict=True):
             now.copy_(torch.where(norm.isfinite(), now, before))
-        # Into pinned memory: it can be read after the next transfer for which the host waits, that of the matcher.
-        numbers = torch.cat([values, norm[None], shared]).to("cpu", non_blocking=True)
+        numbers = to_host(torch.cat([values, norm[None], shared]))
         self.pending = Step(iteration, batch, list(losses), numbers)
         return norm, shared[0] == 0
 
     def check(self) -> None:
-        """Look at the last step; the host must have waited for the device since.
+        """Look at the last step. The host waits for its end, unless it has waited since, for the matcher's costs.
 
         Raises:
             FloatingPointError: it was not finite, and that is not to be skipped.
@@ -96,7 +97,7 @@ class Guard:
         step, self.pending = self.pending, None
         if step is None:
             return
-        *values, norm, bad_loss, stop = step.numbers.tolist()
+        *values, norm, bad_loss, stop = step.numbers().tolist()
         self.stop_agreed = self.stop_agreed or stop > 0
         if np.isfinite(norm):
             self.streak = 0
@@ -143,11 +144,20 @@ class TolerantMatcher(nn.Module):
         super().__init__()
         self.matcher = matcher
 
-    def forward(self, predictions, targets) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+    def forward(self, predictions: Predictions, targets: list[Target]) -> Pairs:
         """As `HungarianMatcher`, without its error."""
-        try:
-            return self.matcher(predictions, targets)
-        except NonFiniteCostError:
-            layers, _, num_queries, _ = predictions.boxes.shape
-            counts = [np.arange(min(num_queries, len(target.labels))) for target in targets]
-            return [[(count, count) for count in counts] for _ in range(layers)]
+        return self.start(predictions, targets)()
+
+    def start(self, predictions: Predictions, targets: list[Target]) -> Callable[[], Pairs]:
+        """As `HungarianMatcher.start`; the function that it returns has no error."""
+        matching = start_matching(self.matcher, predictions, targets)
+
+        def finish() -> Pairs:
+            try:
+                return matching()
+            except NonFiniteCostError:
+                layers, _, num_queries, _ = predictions.boxes.shape
+                counts = [np.arange(min(num_queries, len(target.labels))) for target in targets]
+                return [[(count, count) for count in counts] for _ in range(layers)]
+
+        return finish

@@ -125,5 +125,6 @@ class TrainLoader:
             total_batch_size=self.total_batch_size // self.parts,
             aspect_ratio_grouping=False,  # it would keep images back, and nobody could tell which
             num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),  # of images; the few numbers in `Instances` stay where they are
         )
         return iter(loader)

@@ -77,7 +77,8 @@ class Trainer(SimpleTrainer):
         self.guard = Guard(unwrapped(model), output_dir, skip=skip_non_finite, scaled=self.scaled)
         self.stop_requested = False  # of this process; see Guard.stop_agreed
         self.batch: list[dict] = []
-        self.sums: dict[str, Tensor] = {}  # of the finite steps since the last log
+        self.names: list[str] = []
+        self.sums: Tensor | None = None  # one for each name, of the finite steps since the last log
         self.start_loader(0)
 
     def start_loader(self, iteration: int) -> None:
@@ -110,17 +111,17 @@ class Trainer(SimpleTrainer):
 
     def accumulate(self, parts: list[list[dict]]) -> dict[str, Tensor]:
         """Gradients of all parts -> the losses, summed over them, detached."""
-        totals: dict[str, Tensor] = {}
+        totals = None
         self.guard.begin()
         with counted_together(unwrapped(self.model), parts):
             for number, part in enumerate(parts, 1):
                 with gradients_shared(self.model, number == len(parts)):
                     losses = self.forward(part)
                     self.guard.check()  # of the step before: the host has just waited for the matcher's costs
-                    self.scaler.scale(sum(losses.values())).backward()
-                for name, loss in losses.items():
-                    totals[name] = totals[name] + loss.detach() if name in totals else loss.detach()
-        return totals
+                    values = torch.stack(list(losses.values()))
+                    self.scaler.scale(values.sum()).backward()
+                totals = values.detach() if totals is None else totals + values.detach()
+        return dict(zip(losses, totals, strict=True))
 
     def forward(self, data: list[dict]) -> dict[str, Tensor]:
         """The losses of a batch; predictions that are NaN or infinite end the training."""
@@ -140,15 +141,22 @@ class Trainer(SimpleTrainer):
         torch._foreach_mul_([local(g) for g in gradients], (self.clip_norm / (norm + 1e-6)).clamp(max=1))
         self.scaler.step(self.optimizer)
         self.scaler.update(None if self.scaled else 1.0)
+        self.add_up(losses, norm, usable)
+
+    def add_up(self, losses: dict[str, Tensor], norm: Tensor, usable: Tensor) -> None:
+        """Add the numbers of a step to those since the last log."""
         finite = norm.isfinite()
-        numbers = {name: torch.where(usable, loss, 0) for name, loss in losses.items()} | {"usable": usable.float()}
-        numbers |= {"grad_norm": torch.where(finite, norm, 0), "finite": finite.float()}
-        self.sums = {name: value + self.sums.get(name, 0) for name, value in numbers.items()}
+        others = {"usable": usable, "grad_norm": torch.where(finite, norm, 0), "finite": finite}
+        values = torch.where(usable, torch.stack(list(losses.values())).float(), 0)
+        numbers = torch.cat([values, torch.stack([x.float() for x in others.values()])])
+        names = [*losses, *others]
+        self.sums = numbers if names != self.names or self.sums is None else self.sums + numbers
+        self.names = names
 
     def log(self, data_time: float) -> None:
         """Write the means since the last log to the event storage; one transfer from the device."""
-        values = dict(zip(self.sums, torch.stack(list(self.sums.values())).cpu(), strict=True))
-        self.sums = {}
+        values = dict(zip(self.names, self.sums.cpu(), strict=True))
+        self.sums = None
         usable, finite, norm = (values.pop(name).item() for name in ("usable", "finite", "grad_norm"))
         if comm.is_main_process():
             storage = get_event_storage()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .boxes import cxcywh_to_xyxy, generalized_iou, widened
+from .matcher import Pairs, start_matching
 from .structures import Denoised, Outputs, Predictions, Target
 from .transfer import to_device
 
@@ -18,9 +19,7 @@ from .transfer import to_device
 class Matches(NamedTuple):
     """K pairs of a prediction and an object, the same number for every layer, sorted by layer."""
 
-    layer: Tensor  # (K,) int64
-    image: Tensor  # (K,) int64
-    query: Tensor  # (K,) int64
+    query: Tensor  # (K,) int64, index into the queries of all layers and images, one layer and image after the other
     target: Tensor  # (K,) int64, index into the objects of all images, one image after the other
 
 
@@ -63,48 +62,57 @@ class SetCriterion(nn.Module):
         num_boxes, num_noised = self.average([count(targets), count(noised)], outputs.decoder.boxes.device)
         names = [f"_{i}" for i in range(len(outputs.decoder.logits) - 1)]
         matched = Predictions(*(torch.cat(pair) for pair in zip(outputs.decoder, outputs.proposals, strict=True)))
-        pairs = flatten_matches(self.matcher(matched, targets), targets, matched.boxes.device)
-        suffixes = [*names, "", *["_interm"] * len(outputs.proposals.logits)]
-        losses = self.named(self.losses(matched, pairs, targets), num_boxes, suffixes)
+        matching = start_matching(self.matcher, matched, targets)
+        # All that needs no matches comes first: the device works on it while the host matches.
+        negatives = self.charge_negatives(matched.logits)
+        denoised = {}
         if outputs.denoising:
             sums = self.denoising_losses(outputs.denoising)
             scale = num_noised * max(1, outputs.denoising.num_groups)
-            losses |= self.named(sums, scale, [f"_dn{name}" for name in [*names, ""]])
-        return losses
+            denoised = self.named(sums, scale, [f"_dn{name}" for name in [*names, ""]])
+        pairs = flatten_matches(matching(), targets, matched)
+        suffixes = [*names, "", *["_interm"] * len(outputs.proposals.logits)]
+        return self.named(self.losses(matched, negatives, pairs, targets), num_boxes, suffixes) | denoised
 
     def named(self, sums: dict[str, Tensor], num_boxes: Tensor, suffixes: list[str]) -> dict[str, Tensor]:
         """{"ce": (N,), …} -> {"loss_ce" + suffix of the layer: weighted scalar, …}."""
         return {
             f"loss_{key}{suffix}": value
             for key, layers in sums.items()
-            for suffix, value in zip(suffixes, (self.weights[key] / num_boxes * layers).unbind(), strict=True)
+            for suffix, value in zip(suffixes, (layers / num_boxes * self.weights[key]).unbind(), strict=True)
         }
 
-    def losses(self, predictions: Predictions, matches: Matches, targets: list[Target]) -> dict[str, Tensor]:
-        """The three losses of N layers, summed over all images and queries -> (N,) each."""
+    def losses(
+        self, predictions: Predictions, negatives: Tensor, matches: Matches, targets: list[Target]
+    ) -> dict[str, Tensor]:
+        """The three losses of N layers, summed over all images and queries -> (N,) each.
+
+        Args:
+            negatives: (N,) of `charge_negatives`.
+        """
         logits, boxes = widened(predictions.logits), widened(predictions.boxes)
         layers = len(logits)
         labels = torch.cat([t.labels for t in targets])[matches.target]  # (K,)
         true_boxes = torch.cat([t.boxes for t in targets]).to(boxes)[matches.target]  # (K, 4)
-        boxes = boxes[matches.layer, matches.image, matches.query]  # (K, 4)
-        true_logits = logits[matches.layer, matches.image, matches.query, labels]  # (K,)
+        boxes = boxes.flatten(0, 2).index_select(0, matches.query)  # (K, 4)
+        true_logits = logits.flatten().gather(0, matches.query * logits.shape[3] + labels)  # (K,)
         giou = generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(true_boxes))  # (K,)
         per_layer = (layers, len(boxes) // layers)
         return {
-            "ce": self.class_loss(logits, true_logits.view(per_layer)),
-            "bbox": (boxes - true_boxes).abs().sum(-1).view(per_layer).sum(1),
+            "ce": negatives + self.charge_positives(true_logits.view(per_layer)),
+            "bbox": (boxes - true_boxes).abs().view(*per_layer, 4).sum((1, 2)),
             "giou": (1 - giou).view(per_layer).sum(1),
         }
 
-    def class_loss(self, logits: Tensor, true_logits: Tensor) -> Tensor:
-        """Focal loss of logits (N, B, Q, C), of which those in (N, K/N) are positive -> (N,).
+    def charge_negatives(self, logits: Tensor) -> Tensor:
+        """Focal loss of logits (N, B, Q, C) if all were negatives -> (N,). Positives are few."""
+        return (1 - self.alpha) * focal_loss(widened(logits), self.gamma).sum((1, 2, 3))
 
-        Positives are few: all logits are charged as negatives, and the positives' share is then put right.
-        """
-        as_negatives = (1 - self.alpha) * focal_loss(logits, self.gamma).sum((1, 2, 3))
+    def charge_positives(self, true_logits: Tensor) -> Tensor:
+        """What must be added for the logits that are positives, (N, K/N) in float32 -> (N,)."""
         negative = (1 - self.alpha) * focal_loss(true_logits, self.gamma)
         positive = self.alpha * focal_loss(-true_logits, self.gamma)
-        return as_negatives + (positive - negative).sum(1)
+        return (positive - negative).sum(1)
 
     def denoising_losses(self, denoising: Denoised) -> dict[str, Tensor]:
         """As `losses`, with pairs known by construction; zero, but part of the graph, where nothing was noised."""
@@ -114,7 +122,8 @@ class SetCriterion(nn.Module):
             return {"ce": logits, "bbox": boxes, "giou": boxes}
         layers, _, slots, _ = predictions.boxes.shape
         known = [known_matches(len(t.labels), num_groups, slots) for t in targets]
-        return self.losses(predictions, flatten_matches([known] * layers, targets, predictions.boxes.device), targets)
+        matches = flatten_matches([known] * layers, targets, predictions)
+        return self.losses(predictions, self.charge_negatives(predictions.logits), matches, targets)
 
 
 def focal_loss(wrong: Tensor, gamma: float) -> Tensor:
@@ -132,17 +141,16 @@ def known_matches(num_objects: int, num_groups: int, num_slots: int) -> tuple[np
     return (starts[:, None] + objects).ravel(), np.tile(objects, num_groups)
 
 
-def flatten_matches(
-    layers: list[list[tuple[np.ndarray, np.ndarray]]], targets: list[Target], device: torch.device
-) -> Matches:
-    """Pairs per layer and image -> one table, moved to the device at once."""
+def flatten_matches(layers: Pairs, targets: list[Target], predictions: Predictions) -> Matches:
+    """Pairs per layer and image -> one table, moved to the device of the predictions at once."""
+    _, images, queries, _ = predictions.boxes.shape
     first = np.cumsum([0] + [len(t.labels) for t in targets])
     rows = [
-        np.stack([np.full_like(query, n), np.full_like(query, b), query, target + first[b]])
-        for n, images in enumerate(layers)
-        for b, (query, target) in enumerate(images)
+        np.stack([(n * images + b) * queries + query, first[b] + target])
+        for n, pairs in enumerate(layers)
+        for b, (query, target) in enumerate(pairs)
     ]
-    return Matches(*to_device(np.concatenate(rows, 1), device, torch.int64))
+    return Matches(*to_device(np.concatenate(rows, 1), predictions.boxes.device, torch.int64))
 
 
 def count(targets: list[Target]) -> int:

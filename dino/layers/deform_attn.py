@@ -152,21 +152,26 @@ class MultiScaleDeformableAttention(nn.Module):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, query: Tensor, reference: Tensor, value: Tensor, padding: Tensor, shapes: Shapes) -> Tensor:
+    def forward(
+        self, query: Tensor, reference: Tensor, value: Tensor, padding: Tensor | None, shapes: Shapes
+    ) -> Tensor:
         """Attend from each query to the pyramid.
 
         Args:
             query: (B, Q, E).
             reference: (B, Q, L, 2) points or (B, Q, L, 4) boxes (cx, cy, w, h), as fractions of each padded level.
             value: (B, S, E).
-            padding: (B, S) bool, True on cells that read as zeros.
+            padding: (B, S) bool, True on cells that read as zeros; None for no such cells.
             shapes: L pairs (H, W).
 
         Returns:
             (B, Q, E).
         """
         samples = (*query.shape[:2], self.num_heads, self.num_levels, self.num_points)  # (B, Q, M, L, P)
-        value = self.value_proj(value).masked_fill_(padding[..., None], 0).unflatten(-1, (self.num_heads, -1))
+        value = self.value_proj(value)
+        if padding is not None:
+            value = value.masked_fill_(padding[..., None], 0)
+        value = value.unflatten(-1, (self.num_heads, -1))  # (B, S, M, D)
         logits = self.attention_weights(query).view(*samples[:3], -1)  # (B, Q, M, L*P)
         offsets = self.sampling_offsets(query).view(*samples, 2)
         if use_compiled(value.device):

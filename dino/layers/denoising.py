@@ -110,8 +110,8 @@ class ContrastiveDenoising(nn.Module):
         repeats, longest = self.KINDS * num_groups, max(counts)
         content = self.label_embed(self.noise_labels(torch.cat([t.labels for t in targets]), noise))  # (R, K, E)
         box_logits = inverse_sigmoid(self.noise_boxes(torch.cat([t.boxes for t in targets]), noise))  # (R, K, 4)
-        image = to_device([i for i, n in enumerate(counts) for _ in range(n)], content.device)  # (K,)
-        place = to_device([g for n in counts for g in range(n)], content.device)  # (K,)
+        places = [[i for i, n in enumerate(counts) for _ in range(n)], [g for n in counts for g in range(n)]]
+        image, place = to_device(places, content.device)  # (K,) each
 
         def to_slots(x: Tensor) -> Tensor:
             slots = x.new_zeros(len(counts), longest, repeats, x.shape[-1])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -9,6 +13,12 @@ from torch import Tensor, nn
 
 from .boxes import cxcywh_to_xyxy, generalized_iou, widened
 from .structures import Predictions, Target
+from .transfer import to_device, to_host
+
+Pairs = list[list[tuple[np.ndarray, np.ndarray]]]  # for each layer, for each image: (query indices, object indices)
+
+MANY = 1000  # objects of all problems together; SciPy takes 5 to 8 microseconds for each, among 900 queries
+THREADS = 4  # for so many objects
 
 
 class NonFiniteCostError(FloatingPointError):
@@ -43,8 +53,7 @@ class HungarianMatcher(nn.Module):
         self.alpha = alpha
         self.gamma = gamma
 
-    @torch.no_grad()
-    def forward(self, predictions: Predictions, targets: list[Target]) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+    def forward(self, predictions: Predictions, targets: list[Target]) -> Pairs:
         """Match N layers of B images.
 
         Returns:
@@ -53,12 +62,19 @@ class HungarianMatcher(nn.Module):
         Raises:
             NonFiniteCostError: a cost is NaN or infinite.
         """
-        cost = self.cost(predictions, targets).cpu().numpy()  # the one transfer to the host of a training step
+        return self.start(predictions, targets)()
+
+    @torch.no_grad()
+    def start(self, predictions: Predictions, targets: list[Target]) -> Callable[[], Pairs]:
+        """Let the device compute the costs.
+
+        Returns:
+            a function that waits for them, matches on the host, and returns or raises what `forward` does. What the
+            device is given before the call runs meanwhile.
+        """
+        costs = to_host(self.cost(predictions, targets))  # the one transfer to the host of a training step
         counts = [len(t.labels) for t in targets]
-        for image, count in enumerate(counts):
-            if not np.isfinite(cost[:, image, :, :count]).all():
-                raise NonFiniteCostError(image)
-        return [[linear_sum_assignment(layer[i, :, :n]) for i, n in enumerate(counts)] for layer in cost]
+        return lambda: assign(costs().numpy(), counts)
 
     def cost(self, predictions: Predictions, targets: list[Target]) -> Tensor:
         """(N, B, Q, G) with G objects in the fullest image; columns past an image's own objects mean nothing."""
@@ -71,11 +87,42 @@ class HungarianMatcher(nn.Module):
         return self.class_cost * class_term + self.l1_cost * l1 - self.giou_cost * giou
 
 
+def start_matching(matcher: nn.Module, predictions: Predictions, targets: list[Target]) -> Callable[[], Pairs]:
+    """`HungarianMatcher.start` of any matcher: one that has no `start` does all its work at the call."""
+    start = getattr(matcher, "start", None)
+    return start(predictions, targets) if start else partial(matcher, predictions, targets)
+
+
+def assign(cost: np.ndarray, counts: list[int]) -> Pairs:
+    """Solve N * B problems, many objects in several threads: SciPy lets them run side by side.
+
+    Args:
+        cost: (N, B, Q, G), in each image's first columns for its own objects.
+        counts: objects of each of B images.
+
+    Raises:
+        NonFiniteCostError: a cost is NaN or infinite.
+    """
+    for image, count in enumerate(counts):
+        if not np.isfinite(cost[:, image, :, :count]).all():
+            raise NonFiniteCostError(image)
+    problems = [layer[image, :, :count] for layer in cost for image, count in enumerate(counts)]
+    if len(cost) * sum(counts) < MANY:
+        pairs = iter([linear_sum_assignment(problem) for problem in problems])
+    else:  # threads end with the block: none is left behind for a process that forks
+        with ThreadPoolExecutor(THREADS) as threads:
+            pairs = threads.map(linear_sum_assignment, problems)
+    return [[next(pairs) for _ in counts] for _ in cost]
+
+
 def pad_targets(targets: list[Target]) -> tuple[Tensor, Tensor]:
-    """-> labels (B, G) and boxes (B, G, 4) with G objects in the fullest image; zeros behind an image's own objects."""
-    labels = nn.utils.rnn.pad_sequence([t.labels for t in targets], batch_first=True)
-    boxes = nn.utils.rnn.pad_sequence([t.boxes for t in targets], batch_first=True)
-    return labels, boxes
+    """-> labels (B, G) and boxes (B, G, 4) with G objects in the fullest image; any object stands behind its own."""
+    counts = [len(t.labels) for t in targets]
+    longest = max(counts)
+    first = np.cumsum([0, *counts[:-1]])[:, None]
+    index = np.minimum(first + np.arange(longest), max(sum(counts) - 1, 0))  # (B, G)
+    index = to_device(index, targets[0].labels.device)
+    return torch.cat([t.labels for t in targets])[index], torch.cat([t.boxes for t in targets])[index]
 
 
 def focal_cost(logits: Tensor, alpha: float, gamma: float) -> Tensor:

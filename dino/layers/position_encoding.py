@@ -20,7 +20,7 @@ def sine_encode(x: Tensor, dim: int, temperature: float) -> Tensor:
 def encode_boxes(boxes: Tensor, dim: int) -> Tensor:
     """(..., 4) boxes cxcywh or (..., 2) points xy in [0,1] -> (..., 4*dim) or (..., 2*dim), in the order y, x, w, h."""
     x, y, *size = (boxes * (2 * math.pi)).unbind(-1)
-    return torch.cat([sine_encode(c, dim, BOX_TEMPERATURE) for c in (y, x, *size)], -1)
+    return sine_encode(torch.stack([y, x, *size], -1), dim, BOX_TEMPERATURE).flatten(-2)
 
 
 class SinePositionEncoding(nn.Module):

@@ -34,7 +34,7 @@ class Tokens(NamedTuple):
 
     features: Tensor  # (B, S, E)
     position: Tensor  # (B, S, E), sine code of the place plus the code of the level
-    padding: Tensor  # (B, S) bool, True on padded cells
+    padding: Tensor | None  # (B, S) bool, True on padded cells; None where no image is padded
     shapes: list[tuple[int, int]]  # L pairs (H, W); Python ints, so that reading them never waits for a device
     valid_sizes: Tensor  # (B, L, 2) float32, width and height of the unpadded part in cells
 
@@ -76,8 +76,9 @@ class Predictions(NamedTuple):
 
     def split(self, count: int) -> tuple[Predictions, Predictions]:
         """Separate the first `count` queries from the others."""
-        head = Predictions(self.logits[:, :, :count], self.boxes[:, :, :count])
-        return head, Predictions(self.logits[:, :, count:], self.boxes[:, :, count:])
+        parts = [x.split([count, x.shape[2] - count], 2) for x in self]  # whose gradient is one operation
+        head, tail = (Predictions(*pair) for pair in zip(*parts, strict=True))
+        return head, tail
 
 
 class NoisedQueries(NamedTuple):

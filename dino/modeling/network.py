@@ -40,12 +40,12 @@ class DINO(nn.Module):
         self.denoising = denoising
         self.decoder = decoder
 
-    def forward(self, images: Tensor, padding: Tensor, targets: list[Target] | None = None) -> Outputs:
+    def forward(self, images: Tensor, padding: Tensor | None, targets: list[Target] | None = None) -> Outputs:
         """Detect; with targets, also denoise them.
 
         Args:
             images: (B, 3, H, W), normalised, zero where padded.
-            padding: (B, H, W) bool, True where padded.
+            padding: (B, H, W) bool, True where padded; None where no image is, which saves work.
             targets: the objects of each image (training), or None (inference).
         """
         memory = self.encoder(self.tokenize(self.neck(images), padding))
@@ -57,9 +57,9 @@ class DINO(nn.Module):
         denoising, decoder = predictions.split(noised.queries.content.shape[1])
         return Outputs(decoder, proposals, Denoised(denoising, noised.targets, noised.num_groups))
 
-    def tokenize(self, maps: list[Tensor], padding: Tensor) -> Tokens:
+    def tokenize(self, maps: list[Tensor], padding: Tensor | None) -> Tokens:
         """L maps (B, E, h, w) and the padding of the images -> one sequence of tokens."""
-        masks = [F.interpolate(padding[None].float(), size=m.shape[-2:])[0].bool() for m in maps]  # (B, h, w)
+        masks = [shrink(padding, m) for m in maps]  # (B, h, w)
         position = [
             self.position_encoding(mask) + code[:, None, None]
             for mask, code in zip(masks, self.level_embed, strict=True)
@@ -68,10 +68,17 @@ class DINO(nn.Module):
         return Tokens(
             features=features,
             position=torch.cat([p.flatten(2).transpose(1, 2) for p in position], 1).to(features.dtype),
-            padding=torch.cat([m.flatten(1) for m in masks], 1),
+            padding=None if padding is None else torch.cat([m.flatten(1) for m in masks], 1),
             shapes=[(m.shape[-2], m.shape[-1]) for m in maps],
             valid_sizes=torch.stack([valid_size(m) for m in masks], 1),
         )
+
+
+def shrink(padding: Tensor | None, features: Tensor) -> Tensor:
+    """The padding (B, H, W) of images, or None, at the size of features (B, E, h, w) -> (B, h, w) bool."""
+    if padding is None:
+        return features.new_zeros((features.shape[0], *features.shape[-2:]), dtype=torch.bool)
+    return F.interpolate(padding[None].float(), size=features.shape[-2:])[0].bool()
 
 
 def valid_size(padding: Tensor) -> Tensor:

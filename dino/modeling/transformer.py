@@ -179,14 +179,16 @@ class QuerySelection(nn.Module):
         """What the queries ask for, given the features (B, Q, E) of their tokens -> (B, Q, E)."""
         return self.content.weight[: features.shape[1]].expand(features.shape[0], -1, -1)
 
-    def select(self, logits: Tensor, usable: Tensor, padding: Tensor) -> Tensor:
+    def select(self, logits: Tensor, usable: Tensor, padding: Tensor | None) -> Tensor:
         """(B, Q) indices of the tokens of highest score over all classes, best first.
 
         Tokens without an anchor come after all others and padded tokens last. (In the official program both compete
         with the logits of a zero vector, and can win.)
         """
         scores = widened(logits.detach()).amax(-1)  # (B, S)
-        scores = scores.masked_fill(~usable, torch.finfo(scores.dtype).min).masked_fill(padding, -math.inf)
+        scores = scores.masked_fill(~usable, torch.finfo(scores.dtype).min)
+        if padding is not None:
+            scores = scores.masked_fill(padding, -math.inf)
         return scores.topk(at_most(self.num_queries, scores.shape[1]), dim=1).indices
 
     def anchors(self, memory: Tokens) -> tuple[Tensor, Tensor]:
@@ -199,8 +201,33 @@ class QuerySelection(nn.Module):
             centers.new_full((h * w, 2), self.anchor_size * 2.0**level) for level, (h, w) in enumerate(memory.shapes)
         ]
         boxes = torch.cat([centers, torch.cat(sizes).expand(centers.shape[0], -1, -1)], -1)  # (B, S, 4)
-        usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1) & ~memory.padding
+        usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1)
+        if memory.padding is not None:
+            usable = usable & ~memory.padding
         return torch.log(boxes / (1 - boxes)).masked_fill(~usable[..., None], math.inf), usable
+
+
+class SelfAttention(nn.MultiheadAttention):
+    """Attention among queries with the parameters of PyTorch's module, in fewer operations.
+
+    Queries and keys come from one matrix product, and nothing is copied to have the queries' dimension in front.
+
+    Args:
+        embed_dim, num_heads: E, M.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int):
+        super().__init__(embed_dim, num_heads, batch_first=True)
+
+    def forward(self, x: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
+        """x and position (B, Q, E), mask (Q, Q) to be added to the scores -> (B, Q, E)."""
+        sizes = (2 * self.embed_dim, self.embed_dim)
+        (weight_qk, weight_v), (bias_qk, bias_v) = self.in_proj_weight.split(sizes), self.in_proj_bias.split(sizes)
+        qk = F.linear(x + position, weight_qk, bias_qk).unflatten(-1, (2, self.num_heads, -1))  # (B, Q, 2, M, D)
+        v = F.linear(x, weight_v, bias_v).unflatten(-1, (self.num_heads, -1))  # (B, Q, M, D)
+        q, k, v = (part.transpose(1, 2) for part in (*qk.unbind(2), v))  # (B, M, Q, D)
+        read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out_proj(read.transpose(1, 2).flatten(2))
 
 
 class DecoderLayer(nn.Module):
@@ -208,20 +235,23 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, embed_dim: int, num_heads: int, num_levels: int, num_points: int, hidden_dim: int):
         super().__init__()
-        self.self_attention = nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)
+        self.self_attention = SelfAttention(embed_dim, num_heads)
         self.self_norm = nn.LayerNorm(embed_dim)
         self.cross_attention = MultiScaleDeformableAttention(embed_dim, num_heads, num_levels, num_points)
         self.cross_norm = nn.LayerNorm(embed_dim)
         self.feed_forward = FeedForward(embed_dim, hidden_dim)
         xavier_(self.self_attention)
 
-    def forward(self, x: Tensor, position: Tensor, reference: Tensor, memory: Tokens, blocked: Tensor | None) -> Tensor:
-        """x and position (B, Q, E), reference (B, Q, L, 4), blocked (Q, Q) bool -> (B, Q, E)."""
-        q = x + position
-        read, _ = self.self_attention(q, q, x, attn_mask=blocked, need_weights=False)
-        x = self.self_norm(x + read)
+    def forward(self, x: Tensor, position: Tensor, reference: Tensor, memory: Tokens, mask: Tensor | None) -> Tensor:
+        """x and position (B, Q, E), reference (B, Q, L, 4), mask (Q, Q) to be added to the scores -> (B, Q, E)."""
+        x = self.self_norm(x + self.self_attention(x, position, mask))
         read = self.cross_attention(x + position, reference, memory.features, memory.padding, memory.shapes)
         return self.feed_forward(self.cross_norm(x + read))
+
+
+def added_mask(blocked: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bool -> minus infinity where True, 0 elsewhere; once for all layers, each of which would do it by itself."""
+    return torch.zeros_like(blocked, dtype=dtype).masked_fill_(blocked, -math.inf)
 
 
 class Decoder(nn.Module):
@@ -270,11 +300,12 @@ class Decoder(nn.Module):
         x, boxes = queries.content, queries.box_logits.sigmoid()
         previous = boxes
         ratios = memory.valid_ratios.repeat(1, 1, 2)[:, None]  # (B, 1, L, 4)
+        mask = None if queries.blocked is None else added_mask(queries.blocked, x.dtype)
         logits, refined = [], []
         for layer, to_class, to_delta in zip(self.layers, self.class_heads, self.box_heads, strict=True):
             reference = boxes[:, :, None] * ratios  # (B, Q, L, 4)
             position = self.position(encode_boxes(reference[:, :, 0], self.embed_dim // 2).to(x.dtype))
-            x = layer(x, position, reference, memory, queries.blocked)
+            x = layer(x, position, reference, memory, mask)
             normed = self.norm(x)
             logits.append(to_class(normed))
             refined.append(refine(previous, to_delta(normed)))

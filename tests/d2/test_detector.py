@@ -11,6 +11,7 @@ from torch import nn
 from dino.d2 import DINODetector
 from dino.modeling.backbones import Padding
 
+from ..modeling.test_transfers import Waits
 from .tiny import random_input, tiny_detector
 
 SETS = ("", "_0", "_interm", "_dn", "_dn_0")  # of predictions, with two decoder layers
@@ -140,6 +141,26 @@ def test_detection_with_broken_weights_names_the_file():
     nn.init.constant_(model.network.decoder.norm.weight, float("nan"))
     with pytest.raises(FloatingPointError, match=r"photo\.png: the predictions are NaN or infinite"):
         model([random_input("photo.png")])
+
+
+def test_detection_names_the_image_of_a_batch():
+    inputs = [random_input(name) for name in ("good.png", "bad.png", "fine.png")]
+    inputs[1]["image"] = torch.full((3, 64, 80), float("nan"))
+    with pytest.raises(FloatingPointError, match=r"^bad\.png: the predictions"):
+        tiny_detector().eval()(inputs)
+
+
+def test_detection_reads_back_once_per_batch(monkeypatch):
+    """Whether all is finite, in one transfer: elsewhere, no number is asked for."""
+    asked, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: (asked.append(x.shape), tolist(x))[1])
+    model, inputs = tiny_detector().eval(), [random_input(f"{n}.png") for n in range(3)]
+    predictions = model.network(*model.preprocess(inputs)).decoder
+    with Waits() as waits:
+        found = model.to_instances(inputs, predictions)
+    assert len(found) == 3
+    assert waits.seen == []
+    assert asked == [(3,)]
 
 
 def test_images_without_file_name_are_called_by_their_id():

@@ -7,9 +7,13 @@ from itertools import islice
 
 import numpy as np
 import torch
+from torch.utils.data._utils.pin_memory import pin_memory
 
+from dino.d2 import sampler
 from dino.d2.sampler import TrainLoader, seed_random
 from dino.files import DataError
+
+from .tiny import random_input
 
 IMAGES = [{"image_id": n, "annotations": [{"category_id": int(n == 0)}]} for n in range(10)]
 
@@ -41,6 +45,27 @@ def test_a_start_in_the_middle_sees_what_an_unbroken_run_sees():
     assert batches(3, start=3) == whole[3:]
     assert batches(3, start=3, num_workers=2) == whole[3:]
     assert batches(6, seed=4) != whole
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_images_are_pinned_where_there_is_a_gpu(monkeypatch, gpu):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(sampler, "build_detection_train_loader", lambda *_, **kwargs: [asked.append(kwargs)])
+    iter(loader())
+    assert [kwargs["pin_memory"] for kwargs in asked] == [gpu]
+
+
+def test_pinning_leaves_instances_whole(monkeypatch):
+    """PyTorch's thread pins tensors in lists and dicts, and passes on what it does not know."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: (pinned.append(x), x.clone())[1])
+    image = random_input("a.png")
+    (found,) = pin_memory([image])
+    assert found["instances"] is image["instances"]
+    assert found["image"] is not image["image"]
+    assert torch.equal(found["image"], image["image"])
+    assert [x is image["image"] for x in pinned] == [True]
 
 
 def test_augmentation_differs_between_epochs():

@@ -73,6 +73,39 @@ def test_the_trainer_reads_nothing_back_in_an_iteration_that_does_not_log(tmp_pa
     assert trainer.guard.pending is None
 
 
+class Operations(TorchDispatchMode):
+    """Counts operations, each of which a GPU is told by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_many_losses_take_no_more_operations_than_few(tmp_path):
+    """Besides those that the criterion itself spends on them."""
+
+    class Losses(torch.nn.Module):
+        def __init__(self, count):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(count))
+
+        def forward(self, batch):
+            return {f"loss_{n}": x for n, x in enumerate(self.weight.unbind())}
+
+    counts = []
+    for losses in (3, 39):
+        trainer = make(tmp_path, Losses(losses), log_period=100)
+        run(trainer, 0, 2)  # what happens in the first iterations only
+        with Operations() as operations:
+            run(trainer, 2, 3)
+        counts.append(operations.count)
+    assert counts[0] == counts[1]
+
+
 def test_logged_losses_are_means_since_the_last_log(tmp_path):
     every = run(make_seeded(tmp_path, log_period=1), 0, 4)
     third = run(make_seeded(tmp_path, log_period=2), 0, 4)

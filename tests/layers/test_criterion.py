@@ -129,7 +129,7 @@ def test_class_loss_of_confident_logits():
     """Nothing is lost where a positive is charged as a negative first."""
     criterion = SetCriterion(matcher=HungarianMatcher())
     logits = torch.tensor([12.0, -12.0, 0.0, 30.0, -30.0, -3.0]).view(1, 1, 2, 3).requires_grad_()
-    loss = criterion.class_loss(logits, logits[0, 0, [0, 1], [0, 1]].view(1, 2))
+    loss = criterion.charge_negatives(logits) + criterion.charge_positives(logits[0, 0, [0, 1], [0, 1]].view(1, 2))
     x, positive = logits.double(), torch.tensor([1.0, 0, 0, 0, 1, 0]).view(1, 1, 2, 3).double()
     entropy = torch.nn.functional.binary_cross_entropy_with_logits(x, positive, reduction="none")
     p = torch.where(positive > 0, x.sigmoid(), 1 - x.sigmoid())
@@ -233,3 +233,32 @@ def test_counts_are_averaged_over_workers(monkeypatch):
 
 def test_counts_of_one_worker_are_at_least_one():
     assert average_over_workers([0, 4], torch.device("cpu")).tolist() == [1.0, 4.0]
+
+
+def test_the_device_has_the_losses_that_need_no_matches_before_the_host_matches():
+    """Of a matcher that can start before it matches; results are those of one that can't."""
+    targets, order = random_targets(2, 1), []
+    outputs = random_outputs(targets, num_groups=2)
+
+    class Noting(HungarianMatcher):
+        def start(self, predictions, targets):
+            order.append("start")
+            matching = super().start(predictions, targets)
+            return lambda: (order.append("match"), matching())[1]
+
+    class NotingCriterion(SetCriterion):
+        def charge_negatives(self, logits):
+            order.append("negatives")
+            return super().charge_negatives(logits)
+
+        def denoising_losses(self, denoising):
+            order.append("denoising")
+            return super().denoising_losses(denoising)
+
+    class Whole(torch.nn.Module):
+        def forward(self, predictions, targets):
+            return HungarianMatcher()(predictions, targets)
+
+    losses = NotingCriterion(matcher=Noting())(outputs, targets)
+    assert order == ["start", "negatives", "denoising", "negatives", "match"]
+    assert losses == SetCriterion(matcher=Whole())(outputs, targets)

@@ -1,10 +1,14 @@
 import itertools
 import math
+import threading
 
+import numpy as np
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 
 from dino.layers import HungarianMatcher, NonFiniteCostError, Predictions, Target, cxcywh_to_xyxy
+from dino.layers.matcher import assign, start_matching
 
 from ..tiny import random_boxes, random_targets
 from .test_boxes import giou_by_hand
@@ -114,3 +118,45 @@ def test_half_predictions_are_widened(dtype):
 def test_one_class():
     matches = HungarianMatcher()(random_predictions(1, 1, 4, classes=1), random_targets(3, num_classes=1))
     assert len(matches[0][0][0]) == 3
+
+
+def test_many_objects_are_matched_as_few_are(monkeypatch):
+    """In threads, the results in their order; faults are named as ever, and no thread stays."""
+    cost, counts = np.random.default_rng(0).random((3, 4, 30, 20)), [20, 0, 7, 20]
+    expected = [[linear_sum_assignment(layer[i, :, :n]) for i, n in enumerate(counts)] for layer in cost]
+    before = threading.active_count()
+    used = set()
+
+    def note(problem):
+        used.add(threading.current_thread())
+        return linear_sum_assignment(problem)
+
+    monkeypatch.setattr("dino.layers.matcher.linear_sum_assignment", note)
+    few = assign(cost, counts)
+    assert used == {threading.current_thread()}
+    used.clear()
+    monkeypatch.setattr("dino.layers.matcher.MANY", 3 * sum(counts))
+    many = assign(cost, counts)
+    assert threading.current_thread() not in used
+    assert str(few) == str(many) == str(expected)
+    cost[1, 2, 3, 4] = np.inf
+    with pytest.raises(NonFiniteCostError, match="image 2"):
+        assign(cost, counts)
+    assert threading.active_count() == before
+
+
+def test_a_started_matching_is_that_of_its_start():
+    """And its fault comes at the end, when other work has been handed out."""
+    predictions, targets = random_predictions(2, 2, 5), random_targets(2, 3)
+    expected = HungarianMatcher()(predictions, targets)
+    matching = HungarianMatcher().start(predictions, targets)
+    broken = Predictions(predictions.logits, predictions.boxes * math.nan)
+    failing = HungarianMatcher().start(broken, targets)
+    predictions.boxes.zero_()
+    assert str(matching()) == str(expected)
+    with pytest.raises(NonFiniteCostError, match="image 0"):
+        failing()
+
+
+def test_a_matcher_without_a_start_is_called():
+    assert start_matching(lambda *args: args, "predictions", "targets")() == ("predictions", "targets")

@@ -41,6 +41,17 @@ def test_training_moves_every_parameter():
     assert not idle
 
 
+@torch.no_grad()
+def test_no_padding_is_padding_without_a_cell():
+    """To the bit, and no operation is spent on it."""
+    network = tiny_network()
+    images, _ = random_batch(2)
+    nowhere = torch.zeros(images[:, 0].shape, dtype=torch.bool)
+    for left, right in zip(network(images, None)[:2], network(images, nowhere)[:2], strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(left, right, strict=True))
+    assert network.tokenize(network.neck(images), None).padding is None
+
+
 def test_shapes():
     outputs, _ = train_step(tiny_network(num_layers=3), (2, 3))
     assert outputs.decoder.logits.shape == (3, 2, 12, 3)
