@@ -16,6 +16,7 @@ from dino.layers.matcher import NonFiniteCostError
 from dino.layers.postprocess import detections
 from dino.layers.structures import Target
 from dino.layers.transfer import to_device
+from dino.modeling.cuda_graphs import CudaGraphs
 from dino.modeling.network import DINO
 
 from .config import parts_from_config
@@ -49,6 +50,7 @@ class DINODetector(nn.Module):
         self.criterion = criterion
         self.num_classes = num_classes
         self.max_detections = max_detections
+        self.graphs: CudaGraphs | None = None  # if set, they run the network in evaluation
         self.register_buffer("pixel_mean", torch.tensor(list(pixel_mean)).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(list(pixel_std)).view(-1, 1, 1), persistent=False)
 
@@ -102,9 +104,10 @@ class DINODetector(nn.Module):
         for index, x in enumerate(batched_inputs):
             groups[x["image"].shape].append(index)
         results: list[dict] = [{}] * len(batched_inputs)
+        network = self.graphs or self.network
         for indices in groups.values():
             group = [batched_inputs[i] for i in indices]
-            predictions = self.network(*self.preprocess(group)).decoder
+            predictions = network(*self.preprocess(group)).decoder
             for i, x, logits, boxes in zip(indices, group, predictions.logits[-1], predictions.boxes[-1], strict=True):
                 results[i] = {"instances": self.to_instances(x, logits, boxes)}
         return results

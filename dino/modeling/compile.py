@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from .network import DINO
 
 PARTS = ("neck", "position_encoding", "encoder", "query_selection", "decoder")
 MOST_GRAPHS = 64  # of one function; PyTorch's 8 are soon used up by training, inference and levels of one cell
+
+# Without it, PyTorch 2.12 and later fix the sizes of maps where a convolution has a gradient: a graph for every size.
+NECK_OPTIONS = {"force_layout_optimization": True}
 
 
 def compile_network(network: DINO, **options: Any) -> DINO:
@@ -27,9 +28,12 @@ def compile_network(network: DINO, **options: Any) -> DINO:
     Returns:
         `network` itself.
     """
-    import torch._dynamo  # it takes seconds
+    import torch._dynamo  # here, because it takes seconds
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
+    options = {"dynamic": True, **options}
+    tuned = options.keys() & {"backend", "mode", "options"}
     for part in PARTS:
-        getattr(network, part).compile(**{"dynamic": True, **options})
+        more = {"options": NECK_OPTIONS} if part == "neck" and not tuned else {}
+        getattr(network, part).compile(**options, **more)
     return network

@@ -21,6 +21,7 @@ from dino.layers.operator import autocast_dtype, requested
 
 from .precision import float32_precision
 
+MOST = 8  # graphs of one network
 REMEMBERED = 1000  # sizes that were seen but not recorded
 
 
@@ -50,7 +51,7 @@ class CudaRecorder:
         return images.is_cuda and not torch.cuda.is_current_stream_capturing()
 
     def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """As of `Recorder`. Work runs once before, on the same stream: libraries set themselves up at the first call."""
+        """As of `Recorder`. Runs `function` once before, on the same stream, where libraries then set themselves up."""
         if self.stream is None:
             self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         self.stream.wait_stream(torch.cuda.current_stream())
@@ -126,7 +127,7 @@ class CudaGraphs:
         ValueError: `most` is less than 1.
     """
 
-    def __init__(self, network: nn.Module, *, most: int = 16, recorder: Recorder | None = None):
+    def __init__(self, network: nn.Module, *, most: int = MOST, recorder: Recorder | None = None):
         if most < 1:
             raise ValueError(f"at least one graph must be kept, not {most}")
         self.network = network
@@ -137,6 +138,14 @@ class CudaGraphs:
         self.seen: OrderedDict[tuple, None] = OrderedDict()
         self.graphs: OrderedDict[tuple, Recorded] = OrderedDict()
         self.failure = ""  # why nothing is recorded any more
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies, and those in other processes, record graphs of their own."""
+        return {"network": self.network, "most": self.most}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Begin without graphs."""
+        self.__init__(**state)
 
     def __call__(self, images: Tensor, padding: Tensor) -> Any:
         """What `network(images, padding)` returns."""
