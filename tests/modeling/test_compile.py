@@ -55,6 +55,7 @@ class Counted:
 def fresh():
     """Nothing that was compiled before is used, and the limits are those of a new process."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     limit = torch._dynamo.config.recompile_limit
     yield
     torch._dynamo.config.recompile_limit = limit
@@ -88,27 +89,32 @@ def assert_same_steps(compiled, plain, sizes, **tolerances):
                 torch.testing.assert_close(ours[name], value, msg=name, **tolerances)
 
 
+SIZES = ((136, 200), (200, 136), (264, 328), (140, 250))
+
+
 def test_a_compiled_network_trains_as_it_is(fresh):
-    """Sizes and numbers of objects make no new graphs."""
+    """Sizes and numbers of objects make no new graphs. (PyTorch can begin a part twice.)"""
     plain = stirred_network(num_levels=2)
     compiled, backend = copy.deepcopy(plain), Counted("aot_eager")
     assert compile_network(compiled, backend=backend, fullgraph=True) is compiled
-    assert_same_steps(compiled, plain, ((72, 104), (104, 72), (136, 168), (80, 130)), rtol=1e-4, atol=1e-6)
-    assert backend.graphs == len(PARTS)
+    assert_same_steps(compiled, plain, SIZES[:1], rtol=1e-4, atol=1e-6)
+    graphs = backend.graphs
+    assert_same_steps(compiled, plain, SIZES[1:], rtol=1e-4, atol=1e-6)
+    assert len(PARTS) <= graphs == backend.graphs <= 2 * len(PARTS)
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     assert copy.deepcopy(compiled).decoder._compiled_call_impl is None
 
 
 @pytest.mark.slow
 def test_compiled_code_trains_as_the_network(fresh):
-    """PyTorch's own compiler, on the CPU; nothing is compiled for another size."""
+    """PyTorch's own compiler, on the CPU."""
     plain = stirred_network()
     compiled = compile_network(copy.deepcopy(plain), fullgraph=True)
     graphs = []
-    for sizes in (((136, 200), (200, 136)), ((264, 328), (200, 136), (140, 250))):
+    for sizes in (SIZES[:1], SIZES[1:]):
         assert_same_steps(compiled, plain, sizes, rtol=1e-3, atol=1e-5)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert graphs[0] == graphs[1] == len(PARTS)
+    assert graphs == [len(PARTS)] * 2
 
 
 def test_the_limit_of_graphs_is_raised_never_lowered(fresh, monkeypatch):
