@@ -20,6 +20,8 @@ from .files import DataError, counted, free_name, make_folder, write_whole
 from .images import list_images
 from .layers import detections, one_label_detections
 from .memory import keep_freed_memory
+from .modeling.cuda_graphs import MOST
+from .modeling.precision import PRECISIONS
 from .predictor import Prediction, Predictor
 from .video import VIDEO_SUFFIXES, VideoReader, VideoWriter
 
@@ -67,7 +69,20 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=1, help="pictures that run together (default %(default)s)")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the network (default %(default)s)")
+    parser.add_argument(
+        "--float32-precision",
+        choices=PRECISIONS,
+        default="high",
+        help="of products in fp32 on a GPU; highest: no TensorFloat-32 (default %(default)s)",
+    )
     parser.add_argument("--compile", action="store_true", help="compile the network: a slow start, then faster")
+    parser.add_argument(
+        "--cuda-graphs",
+        type=int,
+        default=MOST,
+        metavar="N",
+        help="on a GPU, sizes of pictures whose kernels are recorded; 0 for none (default %(default)s)",
+    )
     return parser.parse_args(argv)
 
 
@@ -90,6 +105,7 @@ def make_predictor(args: argparse.Namespace) -> Predictor:
             args.checkpoint,
             device=args.device,
             dtype=DTYPES[args.dtype],
+            float32_precision=args.float32_precision,
             score_thresh=args.score_thresh,
             max_detections=args.max_detections,
             nms=args.nms,
@@ -97,12 +113,13 @@ def make_predictor(args: argparse.Namespace) -> Predictor:
             tile=args.tile,
             overlap=args.overlap,
             batch_size=args.batch_size,
+            cuda_graphs=args.cuda_graphs,
         )
     except (ValueError, RuntimeError, AssertionError) as error:  # a number out of its range, a device that is not there
         raise DataError(str(error).partition("\n")[0]) from error
     if predictor.network.level_embed.device.type == "cpu":
         keep_freed_memory()
-    return predictor.compile(dynamic=True) if args.compile else predictor
+    return predictor.compile() if args.compile else predictor
 
 
 def plan(inputs: Sequence[str], folder: Path) -> list[Job]:

@@ -27,7 +27,8 @@ from .drawing import draw_detections
 from .files import DataError
 from .images import list_images, read_image, resized_size, to_rgb
 from .layers.postprocess import Detections, detections
-from .modeling import DINO, fold_norms, use_onednn
+from .modeling import DINO, CudaGraphs, compile_network, fold_norms, use_float32_precision, use_onednn
+from .modeling.cuda_graphs import MOST
 from .rebuild import Preprocessing, model_from_checkpoint
 from .tiling import View, merge, suppress, take, views
 
@@ -86,6 +87,8 @@ class Predictor:
         tile: side in pixels of the tiles in which larger pictures are looked at, next to the whole; None for no tiles.
         overlap: of neighbouring tiles, as a fraction in [0, 1). Objects up to this size are whole in one of them.
         batch_size: how many pictures, or tiles, run together. More than 1 pays on a GPU.
+        cuda_graphs: so many sizes that come again are recorded as CUDA graphs, see `dino.modeling.CudaGraphs`: faster,
+            for the memory of one forward pass. 0 for none; nothing else happens on a CPU.
 
     Raises:
         ValueError: a number is out of its range.
@@ -104,6 +107,7 @@ class Predictor:
         tile: int | None = None,
         overlap: float = 0.2,
         batch_size: int = 1,
+        cuda_graphs: int = MOST,
     ):
         self.network = network
         self.names = list(names)
@@ -116,6 +120,7 @@ class Predictor:
         self.tile = None if tile is None else within("tile", tile, 32)
         self.overlap = within("overlap", overlap, 0, 0.9)
         self.batch_size = within("batch_size", batch_size, 1)
+        self.graphs = CudaGraphs(network, most=cuda_graphs) if within("cuda_graphs", cuda_graphs, 0) else None
 
     @classmethod
     def from_checkpoint(
@@ -124,6 +129,7 @@ class Predictor:
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
+        float32_precision: str = "",
         copy: str = "auto",
         **options: Any,
     ) -> Predictor:
@@ -132,12 +138,15 @@ class Predictor:
         Args:
             device: a GPU where there is one, unless given.
             dtype: torch.bfloat16 and torch.float16 halve the memory; boxes and scores stay float32.
+            float32_precision: "highest", "high" (TensorFloat-32 on a GPU: faster), or "" for what the process has; for
+                the whole process, see `dino.modeling.use_float32_precision`.
             copy: "model", "ema" or "auto", see `dino.weights.load_weights`.
             options: arguments of `Predictor`.
 
         Raises:
             DataError: the file can't be used, see `dino.rebuild.model_from_checkpoint`.
         """
+        use_float32_precision(float32_precision)
         network, names, preprocessing = model_from_checkpoint(path, copy=copy)
         fold_norms(network)
         network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)
@@ -145,8 +154,11 @@ class Predictor:
         return cls(network, names, preprocessing, **options)
 
     def compile(self, **options: Any) -> Predictor:
-        """Let PyTorch compile the network when it first runs; `options` of `torch.compile`. Returns itself."""
-        self.network.compile(**options)
+        """Let PyTorch compile the network when it first runs, for any size; `options` of `torch.compile`.
+
+        On a GPU, `cuda_graphs` record the compiled code. Returns itself.
+        """
+        compile_network(self.network, **options)
         return self
 
     def __call__(self, images: Any, channels: str = "RGB") -> Prediction | list[Prediction]:
@@ -221,11 +233,12 @@ class Predictor:
             size = resized_size(*crop.shape[:2], self.preprocessing.short_side, self.preprocessing.max_size)
             groups[size].append(index)
         found: dict[int, Detections] = {}
+        network = self.graphs or self.network
         for size, group in groups.items():
             for start in range(0, len(group), self.batch_size):
                 indices = group[start : start + self.batch_size]
                 images = torch.stack([self.prepare(crops[i], size) for i in indices])  # (B, 3, h, w)
-                predictions = self.network(images, torch.zeros_like(images[:, 0], dtype=torch.bool)).decoder
+                predictions = network(images, torch.zeros_like(images[:, 0], dtype=torch.bool)).decoder
                 for i, logits, boxes in zip(indices, predictions.logits[-1], predictions.boxes[-1], strict=True):
                     best = self.select(logits, boxes, crops[i].shape[:2], self.max_detections)
                     found[i] = Detections(*(values.cpu() for values in best))

@@ -16,11 +16,13 @@ from torch._dynamo.backends.registry import lookup_backend
 from dino.files import DataError
 from dino.images import list_images, read_image
 from dino.layers import Detections, one_label_detections
+from dino.modeling.compile import PARTS
 from dino.predictor import Prediction, Predictor
 from dino.rebuild import Preprocessing, build_network
 from dino.tiling import suppress
 
 from .coco_files import write_coco
+from .modeling.test_cuda_graphs import FakeRecorder
 from .test_rebuild import RESNET, network
 from .tiny import tiny_network
 
@@ -342,23 +344,23 @@ def compiled(backend, model, pictures, preprocessing=SMALL, **options):
 def test_compiled():
     """Traced whole, and run as the traced operators."""
     small = functools.partial(tiny_network, num_levels=2, num_layers=1)
-    assert compiled("aot_eager", small, [picture(), picture(seed=1)], dynamic=False) == [1, 1]
+    first, second = compiled("aot_eager", small, [picture(), picture(seed=1)], dynamic=False)
+    assert first == second == len(PARTS) + 1  # the position encoding is called for each of two levels
 
 
 @pytest.mark.slow
 def test_compiled_for_any_size():
     """As `dino predict --compile` does: nothing is compiled for a second size.
 
-    All levels have several cells: inductor compiles those of one cell by themselves. It can begin the first one twice.
+    All levels have several cells: inductor compiles those of one cell by themselves. It can begin a part twice.
     """
     first, second = compiled(
         "inductor",
         tiny_network,
         [picture(130, 200), picture(210, 170)],
         SMALL._replace(short_side=160, max_size=320),
-        dynamic=True,
     )
-    assert 1 <= first == second <= 2
+    assert len(PARTS) <= first == second <= 2 * len(PARTS)
 
 
 def test_no_detectron2_is_needed(checkpoint, tmp_path):
@@ -433,3 +435,15 @@ def test_photographs(checkpoint):
     for path, found in zip(files, predictor(files), strict=True):
         assert found.image_size == read_image(path).shape[:2]
         assert len(found) == 10
+
+
+def test_cuda_graphs_find_the_same():
+    """With a recorder that only pretends; on a CPU the network runs as ever."""
+    plain, replayed = tiny(cuda_graphs=0), tiny(cuda_graphs=2)
+    assert plain.graphs is None
+    replayed.graphs.recorder = FakeRecorder()
+    for number, size in enumerate(((72, 100), (72, 100), (100, 72), (72, 100))):
+        assert equal(replayed(picture(*size, seed=number)), plain(picture(*size, seed=number)))
+    assert (replayed.graphs.recorder.recorded, replayed.graphs.recorder.replayed) == (1, 2)
+    with pytest.raises(ValueError, match="cuda_graphs"):
+        tiny(cuda_graphs=-1)

@@ -25,6 +25,8 @@ from dino.coco import CocoImages, ShortSide, collate, evaluate, to_results
 from dino.files import DataError, free_name, message_of, write_whole
 from dino.layers import HungarianMatcher, NonFiniteCostError, SetCriterion, Target, detections
 from dino.memory import keep_freed_memory
+from dino.modeling import CudaGraphs, compile_network, use_float32_precision
+from dino.modeling.precision import PRECISIONS
 from dino.rebuild import Preprocessing, build_network
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
@@ -40,6 +42,16 @@ def parse_arguments(argv=None):
     parser.add_argument("--eval-only", action="store_true", help="evaluate --weights, train nothing")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, …")
     parser.add_argument("--bf16", action="store_true", help="run the network under bfloat16 autocast")
+    parser.add_argument(
+        "--float32-precision",
+        choices=PRECISIONS,
+        default="high",
+        help="of products in float32 on a GPU; highest: no TensorFloat-32",
+    )
+    parser.add_argument("--compile", action="store_true", help="compile the network: a slow start, then faster")
+    parser.add_argument(
+        "--cuda-graphs", type=int, default=0, metavar="N", help="evaluate so many sizes of images by CUDA graphs"
+    )
     parser.add_argument("--backbone", default="resnet18", help="any of TorchvisionBackbone")
     parser.add_argument("--size", type=int, default=240, help="short side of the images in pixels")
     parser.add_argument(
@@ -73,12 +85,13 @@ def autocast(args):
 def predict(model, data, args):
     """Every image by itself, so that none is padded -> entries of COCO's results format."""
     model.eval()
+    run = CudaGraphs(model, most=args.cuda_graphs) if args.cuda_graphs else model
     results = []
     for images, padding, _, (entry,) in tqdm(
         DataLoader(data, collate_fn=collate, num_workers=args.workers), desc="evaluate", disable=None
     ):
         with autocast(args):
-            predictions = model(images.to(args.device), padding.to(args.device)).decoder
+            predictions = run(images.to(args.device), padding.to(args.device)).decoder
         size = entry["height"], entry["width"]
         found = detections(predictions.logits[-1, 0], predictions.boxes[-1, 0], size, max_detections=100)
         results += to_results(found, entry["id"], data.category_ids)
@@ -163,6 +176,7 @@ def load(model, path, names):
 def main(argv=None):
     args = parse_arguments(argv)
     keep_freed_memory()
+    use_float32_precision(args.float32_precision)
     random.seed(args.seed)
     torch.manual_seed(args.seed)
     if not args.val_json or not args.val_images or not (args.eval_only or (args.train_json and args.train_images)):
@@ -177,6 +191,8 @@ def main(argv=None):
     model = build(args, len(val.names))
     if args.weights:
         load(model, args.weights, val.names)
+    if args.compile:
+        compile_network(model)
     args.output.mkdir(parents=True, exist_ok=True)
     seconds = 0.0
     if not args.eval_only:

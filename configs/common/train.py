@@ -18,6 +18,10 @@ train = dict(
         dtype="bfloat16",  # or float16, whose loss is scaled
         evaluation=False,  # evaluate in that precision too
     ),
+    float32_precision="high",  # on a GPU: high uses TF32 for float32 products and convolutions, highest does not
+    compile=False,  # let PyTorch compile the network: minutes at the start, then fewer and larger kernels
+    cuda_graphs=0,  # in evaluation on a GPU, so many sizes of images are recorded as CUDA graphs: faster, more memory
+    cudnn_benchmark=False,  # try which convolution is fastest for each new size; for images of one size, or a few
     activation_checkpointing=[],  # any of backbone, encoder, decoder: less memory, about a third more time
     ema=dict(
         enabled=False,  # keep a running average of the weights, evaluate and store it too

@@ -16,6 +16,7 @@ from dino.layers.matcher import NonFiniteCostError
 from dino.layers.postprocess import batch_detections
 from dino.layers.structures import Predictions, Target
 from dino.layers.transfer import to_device
+from dino.modeling.cuda_graphs import CudaGraphs
 from dino.modeling.network import DINO
 
 from .config import parts_from_config
@@ -49,6 +50,7 @@ class DINODetector(nn.Module):
         self.criterion = criterion
         self.num_classes = num_classes
         self.max_detections = max_detections
+        self.graphs: CudaGraphs | None = None  # if set, they run the network in evaluation
         self.register_buffer("pixel_mean", torch.tensor(list(pixel_mean)).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(list(pixel_std)).view(-1, 1, 1), persistent=False)
 
@@ -102,10 +104,11 @@ class DINODetector(nn.Module):
         for index, x in enumerate(batched_inputs):
             groups[x["image"].shape].append(index)
         results: list[dict] = [{}] * len(batched_inputs)
+        network = self.graphs or self.network
         for indices in groups.values():
             group = [batched_inputs[i] for i in indices]
             images, _ = self.preprocess(group)
-            predictions = self.network(images, None).decoder
+            predictions = network(images, None).decoder
             for i, found in zip(indices, self.to_instances(group, predictions), strict=True):
                 results[i] = {"instances": found}
         return results

@@ -30,6 +30,7 @@ from .parallel import drop_shards, from_main, gather_shards, note_start, share, 
 from .pictures import MOST_IMAGES, FirstBatch, draw_predictions
 from .recipe import names_of, use_epochs
 from .sampler import seed_random
+from .speed import compile_if_wanted, replayed, use_precision
 from .summary import describe_run, summarise_data, summarise_plan
 from .trainer import EndOfTraining, Trainer
 from .writers import ConsoleWriter, WandbWriter, draw_curves, forget_metrics
@@ -44,6 +45,7 @@ def train(cfg: DictConfig, resume: bool) -> dict:
         the metrics of the last evaluation; those of averaged weights under "ema".
     """
     use_determinism(cfg)
+    use_precision(cfg)
     images = instantiate(cfg.dataloader.train.dataset)
     summarise_data(cfg, images)
     use_epochs(cfg, len(images))
@@ -115,6 +117,7 @@ def start_weights(cfg: DictConfig, checkpointer: Checkpointer, resume: bool) -> 
 def build_trainer(cfg: DictConfig, model: nn.Module, about: dict) -> tuple[Trainer, Ema | None]:
     """The trainer of a model that has its weights, and their average if the recipe wants it."""
     checkpoint_activations(model, cfg.train.activation_checkpointing)
+    compile_if_wanted(cfg, model)
     shared = share(model, cfg)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
@@ -221,7 +224,8 @@ def evaluate_weights(cfg: DictConfig, model: nn.Module, kind: str, folder: str =
         evaluator.output_dir = os.path.join(cfg.dataloader.evaluator.output_dir, folder)
     amp = cfg.train.amp
     low = amp.enabled and amp.evaluation
-    with torch.autocast(torch.device(cfg.train.device).type, getattr(torch, amp.dtype)) if low else nullcontext():
+    autocast = torch.autocast(torch.device(cfg.train.device).type, getattr(torch, amp.dtype)) if low else nullcontext()
+    with autocast, replayed(model, cfg.train.cuda_graphs):
         result = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(evaluator))
     if comm.is_main_process():
         print_csv_format(result)
@@ -252,7 +256,9 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
     Raises:
         DataError: the file does not fit the recipe.
     """
+    use_precision(cfg)
     model = build_model(cfg).eval()
+    compile_if_wanted(cfg, model)
     checkpointer = Checkpointer(model, names=names_of(cfg.dataloader.test.dataset))
     content = checkpointer.load_whole(cfg.train.init_checkpoint)
     if content.get("weights"):

@@ -20,6 +20,7 @@ from torch import nn
 import dino
 from dino.env import operator_lines
 from dino.files import DataError
+from dino.modeling import float32_precision
 
 from .recipe import names_of
 
@@ -105,7 +106,9 @@ def summarise_plan(cfg: DictConfig, model: nn.Module, optimizer: torch.optim.Opt
                 f"{train.checkpointer.period}",
                 "  learning rates: " + ", ".join(f"{rate:.2e} for {n / 1e6:.2f} M" for rate, n in rates.most_common()),
                 f"  parameters: {total / 1e6:.2f} M, {trained / 1e6:.2f} M of them trained",
-                f"  precision: {train.amp.dtype if train.amp.enabled else 'float32'}; activations computed twice in: "
+                f"  precision: {train.amp.dtype if train.amp.enabled else 'float32'}; of float32 on a GPU: "
+                f"{float32_precision()}",
+                f"  compiled: {train.compile}; activations computed twice in: "
                 f"{', '.join(train.activation_checkpointing) or 'none'}; averaged weights: {train.ema.enabled}",
                 *(f"  {line.strip()}" for line in operator_lines()),
                 *(f"  {key}: {value}" for key, value in about.items()),

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .transfer import to_device
+from .transfer import recording, to_device
 
 
 class Target(NamedTuple):
@@ -48,9 +48,9 @@ def extents(shapes: list[tuple[int, int]], like: torch.Tensor) -> torch.Tensor:
     """L pairs (H, W) -> (L, 2), widths and heights as numbers of the dtype and on the device of `like`.
 
     In a compiled or exported graph they are made of single numbers, which it may leave open; those of a list would be
-    fixed, and a compiled graph would be made anew for every size.
+    fixed, and a compiled graph would be made anew for every size. In a CUDA graph they are made on the device.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or recording(like.device):
         return torch.stack([like.new_full((), side) for h, w in shapes for side in (w, h)]).view(-1, 2)
     return to_device([(w, h) for h, w in shapes], like.device, like.dtype)
 

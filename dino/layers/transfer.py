@@ -10,6 +10,11 @@ from torch import Tensor
 STAGED = 2**16  # bytes that CUDA's driver takes over at once; for more it may wait for the stream
 
 
+def recording(device: torch.device) -> bool:
+    """Whether a CUDA graph is being recorded on `device`, where nothing can be copied from the host."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def to_device(values: Tensor | Sequence, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor, or numbers, of the host -> a tensor on `device`, without waiting for what the device does.
 

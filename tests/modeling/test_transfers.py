@@ -1,6 +1,7 @@
 """A training step waits for the device once: when the matcher fetches its costs."""
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -72,6 +73,17 @@ def test_nothing_is_moved_to_the_device_in_a_way_that_waits(monkeypatch):
         train(model, criterion, batch, targets)
     assert copies.seen == [True] * len(copies.seen)
     assert len(copies.seen) > 3
+
+
+@pytest.mark.parametrize("recording", [False, True])
+def test_inference_moves_nothing_to_the_device_while_a_cuda_graph_is_recorded(monkeypatch, recording):
+    names = MultiScaleDeformableAttention.forward.__globals__
+    monkeypatch.setitem(names, "deform_attn", attention_without_content)
+    monkeypatch.setattr("dino.layers.structures.recording", lambda device: recording)
+    model, batch = tiny_network().eval().to("meta"), [x.to("meta") for x in random_batch(2)]
+    with Copies() as copies, torch.no_grad(), deform_attn_implementation("reference"):
+        model(*batch)
+    assert (len(copies.seen) == 0) == recording
 
 
 class Copies(TorchDispatchMode):
