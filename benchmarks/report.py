@@ -1,13 +1,24 @@
-"""`python benchmarks/report.py`: tables and plots of docs/performance.md, from what the other programs here wrote."""
+"""Tables and plots of docs/performance.md and docs/performance_cuda.md, from what the other programs here wrote.
+
+python benchmarks/report.py           write both pages anew, from benchmarks/results
+python benchmarks/report.py RESULTS   print what a folder of `tools/gpu_suite.sh` holds
+"""
 
 import json
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import report_cuda  # noqa: E402
+
 RESULTS = ROOT / "benchmarks/results"
 PAGE = ROOT / "docs/performance.md"
+PAGE_CUDA = ROOT / "docs/performance_cuda.md"
 BEGIN, END = "<!-- begin: made by benchmarks/report.py -->", "<!-- end -->"
 BEGIN_MODEL, END_MODEL = "<!-- begin: the model, made by benchmarks/report.py -->", "<!-- end of the model -->"
+BEGIN_CUDA, END_CUDA = "<!-- begin: measured, made by benchmarks/report.py -->", "<!-- end of what was measured -->"
 BEGIN_GROWTH, END_GROWTH = "<!-- begin: growth, made by benchmarks/report.py -->", "<!-- end of growth -->"
 COLOURS = {"reference": "#9aa5b1", "compiled": "#2f6fb5", "fused": "#e08e2b", "public": "#5c9e5c"}
 HEADER = ["case", "pass", "contender", "time", "ratio", "processor time", "its ratio", "memory", "error"]
@@ -255,6 +266,11 @@ def replaced(page, begin, end, sections):
 
 
 def main():
+    if len(sys.argv) > 1:
+        print(report_cuda.page(sys.argv[1]))
+        return
+    measured = [report_cuda.page(folder) for folder in sorted(RESULTS.glob("cuda*/"))] or [report_cuda.NOTHING]
+    PAGE_CUDA.write_text(replaced(PAGE_CUDA.read_text(), BEGIN_CUDA, END_CUDA, measured))
     page = PAGE.read_text()
     page = replaced(page, BEGIN, END, [section(path) for path in sorted(RESULTS.glob("deform_attn_*.json"))])
     models = [model_section(path) for path in sorted(RESULTS.glob("model_*.json"))]

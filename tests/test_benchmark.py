@@ -47,6 +47,9 @@ def test_benchmark_and_report(monkeypatch, tmp_path):
     marks = f"{report.BEGIN}\nolder\n{report.END}\nbetween\n{report.BEGIN_MODEL}\nolder\n{report.END_MODEL}"
     marks += f"\n{report.BEGIN_GROWTH}\nolder\n{report.END_GROWTH}"
     report.PAGE.write_text(f"before\n{marks}\nafter\n")
+    monkeypatch.setattr("sys.argv", ["report.py"])
+    monkeypatch.setattr(report, "PAGE_CUDA", tmp_path / "performance_cuda.md")
+    report.PAGE_CUDA.write_text(f"before\n{report.BEGIN_CUDA}\nolder\n{report.END_CUDA}\nafter\n")
     for _ in range(2):
         report.main()
     text = report.PAGE.read_text()
@@ -55,6 +58,7 @@ def test_benchmark_and_report(monkeypatch, tmp_path):
     assert text.count("| encoder, batch 1, float32 | forward |") == 3
     assert "not measured against one" in text
     assert (tmp_path / "deform_attn_cpu_1threads.svg").read_text().endswith("</svg>\n")
+    assert re.fullmatch(r"before\n.*No GPU has been measured yet.*after\n", report.PAGE_CUDA.read_text(), re.DOTALL)
 
 
 def test_model_benchmark_and_report(monkeypatch, tmp_path):
@@ -385,3 +389,59 @@ def test_hardware_counters(monkeypatch):
     )
     with pytest.raises(SystemExit, match="no permission"):
         counters.read_counters("ncu", ["program"])
+
+
+def write_results(folder):
+    """A folder as the GPU suite leaves it, with one step of each kind."""
+    (folder / "data").mkdir()
+    hardware = {"gpu": "NVIDIA H100", "capability": "9.0", "cores": 16, "cpu": "Xeon", "driver_version": "580.1"}
+    device = {"hardware": hardware, "versions": {"torch": "2.11.0", "triton": None}, "commit": "c" * 40}
+    case = {"name": "encoder", "queries": 54, "batch": 2, "dtype": "float32", "pass": "forward"}
+    errors, kernel = {"output": 2e-7}, {"kernel": "forward_packets<float>", "launches": 4, "seconds": 0.0002}
+    times = [("compiled", 0.0002), ("reference", 0.006), ("original", 0.0009)]
+    timed = [{**case, "contender": c, "seconds": t, "extra_bytes": 2**20, "errors": errors} for c, t in times]
+    traced = [{**case, "contender": c, "kernels": [kernel]} for c in ("fused", "reference")]
+    counted = [{"range": "encoder batch 2", "kernel": "forward_packets<float>", "L1 hits %": 81.234, "blocks": 7.0}]
+    step = {"work": "training", "batch": 2, "host_seconds": 0.05, "busy_seconds": 0.06, "kernels": 2000, "waits": 3}
+    step |= {"peak_bytes": 2**30, "precision": "float32"}
+    networks = [
+        {**step, "contender": c, "seconds": t, "seconds_in_a_row": t} for c, t in [("dino", 0.1), ("reference", 0.4)]
+    ]
+    networks.append(
+        {"work": "training", "batch": 16, "precision": "tf32", "contender": "dino", "error": "out of memory"}
+    )
+    found = {"kernels": timed, "trace": traced, "counters": counted, "training": networks}
+    for name, rows in found.items():
+        (folder / f"data/{name}.json").write_text(json.dumps({"rows": rows}))
+    (folder / "data/device.json").write_text(json.dumps({**device, "date": "2026-11-27"}))
+    record = {"step": "kernels", "what": "times", "state": "passed", "seconds": 41.2, "text": "a | b", "when": "2026"}
+    (folder / "kernels.json").write_text(json.dumps(record))
+
+
+def test_page_of_a_gpu(tmp_path, monkeypatch, capsys):
+    write_results(tmp_path)
+    monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path)])
+    program("report").main()
+    text = capsys.readouterr().out
+    assert (
+        "### NVIDIA H100\n\n2026-11-27, compute capability 9.0, driver 580.1; torch 2.11.0; commit cccccccccc; " in text
+    )
+    row = "| encoder, batch 2, float32 | forward | compiled | 200.0 us | 30.00 | 4.50 | 1 MiB | output 2e-07 |"
+    assert row in text
+    assert "| encoder, batch 2, float32 | fused | forward | `forward_packets<float>` | 4 | 200.0 us |" in text
+    assert "| reference | forward | `forward_packets" not in text
+    assert (
+        "| pass | kernel | L1 hits % |\n| --- | --- | --- |\n| encoder batch 2 | `forward_packets<float>` | 81.23 |"
+        in text
+    )
+    assert (
+        "| training, batch 2 | float32 | dino | 100.0 ms | 4.00 | 20.0 | 100.0 ms | 50.0 ms | 60.0 ms | 2000 |" in text
+    )
+    assert "| training, batch 16 | tf32 | dino | out of memory |" in text
+    assert "| kernels | times | passed | 41 s | a / b |" in text
+    widths = {block.count("|") for block in text.splitlines() if block.startswith("| training")}
+    assert len(widths) == 1
+
+
+def test_page_of_a_gpu_without_results(tmp_path):
+    assert "No GPU has been measured yet" in program("report_cuda").page(tmp_path)

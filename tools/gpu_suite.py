@@ -8,7 +8,7 @@
 
 Installs nothing and needs no network: only this Python's torch, numpy, scipy, pytest, hypothesis and safetensors, and
 torchvision for the whole network. RESULTS gets NAME.json for each step (state, command, hardware, versions, commit),
-its output NAME.log, what it measured in data/NAME.json, and summary.txt.
+its output NAME.log and what it measured in data/NAME.json; summary.txt and report.md tell of all of them.
 
 variables, all of them optional:
     DINO_GOLDEN=FOLDER    golden arrays (a failure if there are none)
@@ -30,6 +30,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -234,6 +235,7 @@ def other_steps(data: Path, environment: Mapping[str, str]) -> list[Step]:
         needs = (folder(variable, file, environment), module("torchvision"), *needs)
         against = ("--against", environment.get(variable, ""))
         command = (sys.executable, "benchmarks/model.py", "--device", "cuda", "--rounds", "5", "--results", str(data))
+        command += ("--dtypes", "float32", "--cases", "inference|training .* batch 2|criterion")
         check = (sys.executable, "benchmarks/model.py", "--help")
         steps.append(Step(name, f"the network beside the program of {variable}", 150, 480, (*command, *against), check,
                           needs=needs))  # fmt: skip
@@ -321,7 +323,7 @@ class Suite:
 
     Args:
         results: the folder, with a folder `data` in it.
-        key: what must be the same for a step that passed to count as done.
+        key: sources and options; with another key nothing counts as done.
         deadline: of the clock `time.monotonic`, or None; no step runs beyond it.
     """
 
@@ -335,8 +337,19 @@ class Suite:
         except (OSError, ValueError):
             return {}
 
-    def key_of(self, step: Step) -> dict:
-        return {**self.key, "command": [part.replace(str(self.results), "RESULTS") for part in step.command]}
+    def command_of(self, step: Step) -> str:
+        """The command without the places of this machine."""
+        places = {str(self.results): "RESULTS", sys.executable: "python3"}
+        places |= {value: f"${name}" for name, value in self.key.items() if name.startswith("DINO_") and value}
+        text = shlex.join(step.command)
+        for place in sorted(places, key=len, reverse=True):
+            text = text.replace(place, places[place])
+        return text
+
+    def key_of(self, step: Step) -> str:
+        """What must be the same for a step that passed to count as done."""
+        text = json.dumps([self.key, self.command_of(step)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def is_done(self, step: Step) -> bool:
         before = self.record(step)
@@ -363,7 +376,7 @@ class Suite:
         """Write the record of a step and say it; what was measured earlier stays where nothing was run now."""
         if state != LEFT or not self.record(step):
             record = {"step": step.name, "what": step.what, "state": state, "text": text, "seconds": round(seconds, 1)}
-            record |= {"command": list(step.command), "limit": step.limit, "estimate": step.estimate}
+            record |= {"command": self.command_of(step), "limit": step.limit, "estimate": step.estimate}
             record |= {"when": datetime.now().isoformat(timespec="seconds"), "key": self.key_of(step), **self.origin()}
             (self.results / f"{step.name}.json").write_text(json.dumps(record, indent=1) + "\n")
         print(f"{step.name}: {state}, {seconds:.0f} s: {text}", flush=True)
@@ -492,7 +505,15 @@ def main(arguments: list[str] | None = None) -> int:
     suite = Suite(results, key=key, deadline=None if options.budget is None else begin + options.budget)
     states = run_steps(steps, suite, options.skip_done)
     (results / "summary.txt").write_text(summarize(everything, suite))
+    write_report(results)
     return conclude(states, steps, time.monotonic() - begin)
+
+
+def write_report(results: Path) -> None:
+    """The tables of all that was found so far, by this and earlier calls."""
+    command = [sys.executable, "benchmarks/report.py", str(results)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    (results / "report.md").write_text(done.stdout or done.stderr)
 
 
 def conclude(states: Mapping[str, str], steps: list[Step], seconds: float) -> int:
