@@ -250,7 +250,7 @@ def kernels_of(events):
     """name -> seconds of each run of what ran on the device."""
     found = {}
     for event in events:
-        if event.device_type == DeviceType.CUDA and not event.name.startswith("ProfilerStep"):
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
             found.setdefault(short(event.name), []).append(event.time_range.elapsed_us() / 1e6)
     return found
 

@@ -6,10 +6,11 @@
 R50, 4 scales, images of 800 x 1333 pixels, random weights. All cases run in one process, one after the other, each
 with a network of its own. A training step is that of a recipe: losses and their gradients, clipping, AdamW.
 
-contenders: `dino` is this project as users get it, `compiled` the same by `torch.compile`; `reference` is the same
-network with the attention in plain PyTorch. precisions: `float32` without TensorFloat-32, `tf32` with it, and
-`bfloat16`: autocast with float32 weights, but a cast network for inference, as the predictor does. `tf32` holds for
-what stays in float32 there, too.
+contenders: `dino` is this project's network, `compiled` the same by `torch.compile`, `graphs` replays CUDA graphs, and
+`compiled-graphs` does both; `reference` is the same network with the attention in plain PyTorch.
+
+precisions: `float32` without TensorFloat-32, `tf32` with it, and `bfloat16`: autocast with float32 weights, but a cast
+network for inference, as the predictor does; what stays in float32 there may use TensorFloat-32.
 
 `seconds` is the median of single steps, each waited for; `seconds_in_a_row` is that of steps that are not waited for;
 `host_seconds` how long the host was busy with one of those before it was free for the next. `busy_seconds` is what the
@@ -38,10 +39,12 @@ import model  # noqa: E402
 from kernels import kernels_of  # noqa: E402
 from measure import MIB, clock, origin, peak_memory  # noqa: E402
 
+from dino import modeling  # noqa: E402
 from dino.layers import deform_attn_implementation  # noqa: E402
 
 HEIGHT, WIDTH, BOXES = 800, 1333, 10
 LAUNCH = re.compile(r"^cu(da)?(LaunchKernel|GraphLaunch)")
+SPEED = {"compiled": "compile_network", "graphs": "CudaGraphs"}  # words of contenders: what they need of dino.modeling
 TOP = 25  # kernels that are named
 
 
@@ -49,7 +52,7 @@ class Case(NamedTuple):
     work: str  # inference or training
     batch: int
     precision: str  # float32, tf32 or bfloat16
-    contender: str  # reference, dino or compiled
+    contender: str  # reference, dino, graphs, compiled or compiled-graphs
 
     def __str__(self):
         return f"{self.work} batch {self.batch} {self.precision} {self.contender}"
@@ -68,7 +71,11 @@ CASES = [
         )
     ),
     *(Case(work, 2, precision, "compiled") for work in ("training",) for precision in ("tf32", "bfloat16")),
-    *(Case("inference", 1, precision, "compiled") for precision in ("tf32", "bfloat16")),
+    *(
+        Case("inference", 1, precision, contender)
+        for contender in ("graphs", "compiled", "compiled-graphs")
+        for precision in ("tf32", "bfloat16")
+    ),
     *(
         Case(work, batch, precision, "dino")
         for batch in (1, 2, 8, 16)
@@ -100,14 +107,33 @@ def as_of_model(case):
     return model.Case(case.work, HEIGHT, WIDTH, case.batch, boxes, dtype)
 
 
+def possible(case):
+    """Whether this tree has what the contender needs."""
+    return all(hasattr(modeling, need) for word, need in SPEED.items() if word in case.contender)
+
+
+def sped_up(contender, case):
+    """The contender with what its name asks for: compiled code, CUDA graphs."""
+    if "compiled" in case.contender:
+        modeling.compile_network(contender.model)
+    if "graphs" not in case.contender:
+        return contender
+    run = modeling.CudaGraphs(contender.model)
+
+    def detect(images):
+        found = run(images, torch.zeros(images[:, 0].shape, dtype=torch.bool, device=images.device)).decoder
+        return found.logits[-1], found.boxes[-1]
+
+    return contender._replace(detect=detect)
+
+
 def step_of(case, device):
     """(the contender, a function that does one step)"""
     torch.manual_seed(0)
     contender, same = model.ours(device), as_of_model(case)
     if case.work == "inference":
         model.prepare(contender.model, same)
-    if case.contender == "compiled":
-        contender.model.compile(dynamic=False)
+    contender = sped_up(contender, case)
     work = model.work_of(same, contender, device)
     if case.work == "inference":
         return contender, work
@@ -178,7 +204,7 @@ def measure(case, repeats, device):
         row["peak_bytes"] = peak_memory(step, device)[1]
         if device.type == "cuda":
             row["waits"] = model.waits(step)
-        if case.contender != "compiled":
+        if case.contender in ("dino", "reference"):
             row["stages"] = model.shares(contender, step, device)
         return row
 
@@ -192,7 +218,7 @@ def attempt(case, repeats, device):
     except Exception as error:  # one contender that fails must not hide the others
         return {**case._asdict(), "error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"}
     finally:
-        if case.contender == "compiled":
+        if "compiled" in case.contender:
             torch.compiler.reset()
         gc.collect()
         if device.type == "cuda":
@@ -219,7 +245,7 @@ def main():
     parser.add_argument("--repeats", default=20, type=int)
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     options = parser.parse_args()
-    cases = [case for case in CASES if re.search(options.cases, str(case))]
+    cases = [case for case in CASES if re.search(options.cases, str(case)) and possible(case)]
     if not cases:
         sys.exit(f"no case fits {options.cases!r}")
     if options.list:

@@ -142,20 +142,25 @@ def first_steps(data: Path) -> list[Step]:
     ]  # fmt: skip
 
 
+def test_files(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for p in patterns for path in ROOT.glob(f"tests/layers/{p}.py"))
+
+
 def test_steps(golden: Callable) -> list[Step]:
-    files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/layers/test_deform_attn*.py"))
-    files += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/layers/test_operator*.py"))
+    kernels = test_files("test_deform_attn_cuda", "test_operator*", "test_self_test*")
+    others = [file for file in test_files("test_deform_attn*") if file not in kernels]
     network = ("tests/modeling/test_transformer.py", "tests/modeling/test_network.py")
     without = "not stand_in and not spilled and not wide and not compiles"
     return [
-        Step("operator", "tests of the operator, those on the GPU among them", 150, 420,
-             **tests(*files, "-m", "not slow", "-k", without), check_says=("gpu", "float16", "cells", "strided")),
+        Step("operator", "tests of the operator on the GPU", 90, 400,
+             **tests(*kernels, "-m", "not slow", "-k", without), check_says=("gpu", "float16", "cells", "strided")),
         Step("golden", "all golden groups on the GPU, in float32", 60, 300,
              **tests("-p", "tests.on_device", "tests/golden", "-m", "not slow"), needs=(golden, module("torchvision")),
              check_says=("golden_01", "golden_07", "golden_11")),
         Step("network", "tests of the network on the GPU", 60, 240,
              **tests("-p", "tests.on_device", *network, "-m", "not slow", "-k", "not published"),
              check_says=("test_network",)),
+        Step("operator_cpu", "the other tests of the operator", 100, 400, **tests(*others, "-m", "not slow")),
     ]  # fmt: skip
 
 
@@ -172,13 +177,8 @@ def kernel_steps(data: Path, beside: tuple[str, ...]) -> list[Step]:
 
 def more_kernel_steps(data: Path, beside: tuple[str, ...]) -> list[Step]:
     rest = ("--cases", "decoder|encoder batch [18]|float16", "--repeats", "30")
-    decoder = (
-        "--cases",
-        "decoder 1100 batch 2 (float32|bfloat16)",
-        "--trace",
-        "--contenders",
-        "compiled|fused|original",
-    )
+    forms = ("--contenders", "compiled|fused|original")
+    decoder = ("--cases", "decoder 1100 batch 2 (float32|bfloat16)", "--trace", *forms)
     return [
         Step("kernels_all", "times of all other shapes and types", 120, 400,
              **benchmark("kernels", data / "kernels_all.json", *rest, *beside)),
@@ -213,7 +213,7 @@ def model_steps(data: Path) -> list[Step]:
         found = benchmark("model_cuda", data / f"{name}.json", "--cases", cases, *more)
         return Step(name, what, estimate, limit, **found, needs=(module("torchvision"),))
 
-    plain = "(dino|reference)$"
+    plain = " (dino|reference|graphs)$"
     return [
         step("inference", "the network at 800x1333, batch 1", 60, 300, f"inference batch 1 .*{plain}"),
         step("training", "its training step, batch 2", 90, 360, f"training batch 2 .*{plain}"),
@@ -250,13 +250,14 @@ def all_steps(results: Path, environment: Mapping[str, str]) -> list[Step]:
     )
     beside = ("--original", original) if original else ()
     beside += ("--triton", environment["DINO_TRITON"]) if environment.get("DINO_TRITON") else ()
-    operator, golden, network = test_steps(folder("DINO_GOLDEN", "01_*.safetensors", environment))
+    operator, golden, network, operator_cpu = test_steps(folder("DINO_GOLDEN", "01_*.safetensors", environment))
     memcheck, racecheck, *other_checks = sanitizer_steps(data)
     inference, training, *other_models = model_steps(data)
     kernels_all, trace_decoder, counters = more_kernel_steps(data, beside)
     return [
         *first_steps(data), operator, *kernel_steps(data, beside), golden, network, inference, training, memcheck,
-        racecheck, counters, trace_decoder, kernels_all, *other_checks, *other_models, *other_steps(data, environment),
+        racecheck, counters, trace_decoder, kernels_all, *other_checks, *other_models, operator_cpu,
+        *other_steps(data, environment),
     ]  # fmt: skip
 
 
