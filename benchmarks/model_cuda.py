@@ -216,7 +216,7 @@ def attempt(case, repeats, device):
     except torch.cuda.OutOfMemoryError:
         return {**case._asdict(), "error": "out of memory"}
     except Exception as error:  # one contender that fails must not hide the others
-        return {**case._asdict(), "error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"}
+        return {**case._asdict(), "error": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}
     finally:
         if "compiled" in case.contender:
             torch.compiler.reset()

@@ -20,7 +20,7 @@ BEGIN, END = "<!-- begin: made by benchmarks/report.py -->", "<!-- end -->"
 BEGIN_MODEL, END_MODEL = "<!-- begin: the model, made by benchmarks/report.py -->", "<!-- end of the model -->"
 BEGIN_CUDA, END_CUDA = "<!-- begin: measured, made by benchmarks/report.py -->", "<!-- end of what was measured -->"
 BEGIN_GROWTH, END_GROWTH = "<!-- begin: growth, made by benchmarks/report.py -->", "<!-- end of growth -->"
-COLOURS = {"reference": "#9aa5b1", "compiled": "#2f6fb5", "fused": "#e08e2b", "public": "#5c9e5c"}
+COLOURS = {"reference": "#9aa5b1", "compiled": "#2f6fb5", "fused": "#e08e2b"}
 HEADER = ["case", "pass", "contender", "time", "ratio", "processor time", "its ratio", "memory", "error"]
 
 
@@ -92,16 +92,15 @@ def section(path):
     """What the page says about one file of results."""
     report = json.loads(path.read_text())
     hardware, build = report["hardware"], report["build"] or {}
-    device = hardware.get("gpu", f"{hardware['cpu']}, {report['kernels']} kernels")
+    device = f"{hardware['cpu']}, {report['kernels']} kernels"
     commit = report["commit"][:10] + (" with changes" if report["changed_since_commit"] else "")
     load = report["load_before"][0]
     picture = PAGE.parent / f"{path.stem}.svg"
     picture.write_text(plot(report))
-    against = "" if report["against"] else " No public CUDA kernel was at hand: not measured against one."
     return (
         f"### {device}, {hardware['threads']} of {hardware['cores']} threads\n\n"
         f"{report['date']}, torch {report['versions']['torch']}, {build.get('compiler', 'unknown compiler')}, commit "
-        f"{commit}, medians of {report['rounds']} rounds; load of the machine before: {load:.1f}.{against}\n\n"
+        f"{commit}, medians of {report['rounds']} rounds; load of the machine before: {load:.1f}.\n\n"
         f"![ratios]({picture.name})\n\n{table(report)}\n"
     )
 

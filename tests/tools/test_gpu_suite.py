@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -213,16 +214,44 @@ BARE = (
 )
 
 
+BUILD = """
+import pathlib, sys
+from dino import build
+from dino.layers import operator
+operator.FOLDER = pathlib.Path(sys.argv[1])
+print(*build.build(operator.FOLDER), sep="\\n")
+operator.load("cuda")
+"""
+
+
+def bare_python(folder):
+    """A Python with the packages of a bare GPU machine: one that DINO_BARE_PYTHON names, or a new one. Or skips."""
+    if named := os.environ.get("DINO_BARE_PYTHON"):
+        return named
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    install = [str(folder / "bin/python"), "-m", "pip", "install", "-q", "--no-compile", *BARE]
+    done = subprocess.run(install, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"the packages can't be installed: {done.stderr.strip().splitlines()[-1]}")
+    return folder / "bin/python"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_on_a_bare_machine(tmp_path):
-    """The build for a GPU, and the check of every step, where only the packages of a bare GPU machine are installed."""
-    python = tmp_path / "bare/bin/python"
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "bare")], check=True)
-    install = [str(python), "-m", "pip", "install", "-q", "--no-compile", *BARE]
-    installed = subprocess.run(install, capture_output=True, text=True)
-    if installed.returncode:
-        pytest.skip(f"the packages can't be installed: {installed.stderr.strip().splitlines()[-1]}")
+    """Build for a GPU, loading of what was built, and the check of every step, with these packages and no others."""
+    python = bare_python(tmp_path / "bare")
+    environment = {"PYTHONPATH": str(ROOT), "FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
+    if shutil.which("nvcc"):
+        built = subprocess.run(
+            [python, "-c", BUILD, str(tmp_path)],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+        )
+        assert "deform_attn for cuda: built: for 9.0" in built.stdout, built.stdout + built.stderr
+        assert built.returncode == 0, built.stderr
     done = dry(python, tmp_path / "results", PYTHONPATH="")
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 broken" in done.stdout
