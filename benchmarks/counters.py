@@ -61,7 +61,7 @@ def find_ncu():
 
 
 def command_of(ncu, counters, target):
-    options = ["--csv", "--page", "raw", "--print-units", "base", "--print-details", "all"]
+    options = ["--csv", "--page", "raw", "--print-units", "base"]
     options += ["--profile-from-start", "off", "--nvtx", "--target-processes", "all"]
     options += ["--clock-control", "none", "--cache-control", "none"]  # the caches as the kernel before left them
     return [ncu, *options, "--metrics", ",".join(counters.values()), *target]
@@ -122,7 +122,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="the JSON file")
     parser.add_argument("--cases", default="encoder batch 2 (float32|bfloat16)", help="as of kernels.py")
-    parser.add_argument("--contenders", default="compiled|fused", help="as of kernels.py")
+    parser.add_argument("--contenders", default="compiled|fused|original", help="as of kernels.py")
     parser.add_argument("--original", help="as of kernels.py")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     options = parser.parse_args()

@@ -86,7 +86,6 @@ def make_inputs(case, device):
     offsets = torch.randn(case.batch, case.queries, HEADS, levels, POINTS, 2, dtype=wide) * OFFSET
     cells = reference[:, :, None, :, None] * sizes[:, None] + offsets - 0.5
     cells = cells.floor() + (cells - cells.floor()).clamp(0.02, 0.98)
-    offsets = cells + 0.5 - reference[:, :, None, :, None] * sizes[:, None]
     logits = torch.randn(case.batch, case.queries, HEADS, levels * POINTS)
     inputs = Inputs(
         torch.randn(case.batch, TOKENS, HEADS, DIM).to(dtype),

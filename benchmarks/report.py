@@ -264,11 +264,17 @@ def replaced(page, begin, end, sections):
     return "\n".join([f"{before}{begin}\n", *sections, f"{end}{after}"])
 
 
+def gpu_page(folder):
+    """What the GPU suite found, with the network beside other programs."""
+    others = sorted(Path(folder).glob("data/model_cuda_*.json"))
+    return "\n".join([report_cuda.page(folder), *map(model_section, others)])
+
+
 def main():
     if len(sys.argv) > 1:
-        print(report_cuda.page(sys.argv[1]))
+        print(gpu_page(sys.argv[1]))
         return
-    measured = [report_cuda.page(folder) for folder in sorted(RESULTS.glob("cuda*/"))] or [report_cuda.NOTHING]
+    measured = [gpu_page(folder) for folder in sorted(RESULTS.glob("cuda*/"))] or [report_cuda.NOTHING]
     PAGE_CUDA.write_text(replaced(PAGE_CUDA.read_text(), BEGIN_CUDA, END_CUDA, measured))
     page = PAGE.read_text()
     page = replaced(page, BEGIN, END, [section(path) for path in sorted(RESULTS.glob("deform_attn_*.json"))])

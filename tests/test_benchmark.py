@@ -212,6 +212,9 @@ def test_times_of_the_operator(kernels, monkeypatch, tmp_path, capsys):
     (compiled,) = [r for r in rows if (r["contender"], r["pass"], r["dtype"]) == ("compiled", "forward", "float32")]
     assert set(compiled["errors"]) == {"output", "value", "locations", "weights"}
     assert max(compiled["errors"].values()) < 5e-6
+    (fused,) = [r for r in rows if (r["contender"], r["pass"], r["dtype"]) == ("fused", "forward", "bfloat16")]
+    assert set(fused["errors"]) == {"output", "value", "logits"}
+    assert max(fused["errors"].values()) < 1e-2
     assert "commit" in report
     assert "encoder batch 2 float32 fused backward" in capsys.readouterr().out
 

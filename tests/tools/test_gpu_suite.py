@@ -123,6 +123,20 @@ def test_needs(tmp_path):
     assert suite.program(lambda: None, "ncu")() == ("skipped", "no ncu")
 
 
+def test_tests_that_are_all_skipped_are_a_failure(tmp_path):
+    (tmp_path / "test_it.py").write_text("import pytest\n@pytest.mark.skip\ndef test_it(): pass\n")
+    given = suite.tests(str(tmp_path / "test_it.py"))
+    steps = [suite.Step("tests", "", 1, 60, **given)]
+    assert suite.run_steps(steps, suite_in(tmp_path), skip_done=False) == {"tests": "failed"}
+    (tmp_path / "test_it.py").write_text("def test_it(): pass\n")
+    assert suite.run_steps(steps, suite_in(tmp_path), skip_done=False) == {"tests": "passed"}
+
+
+def test_folders_are_made_absolute(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert suite.absolute({"DINO_GOLDEN": "golden", "DINO_TRITON": ""}) == {"DINO_GOLDEN": str(tmp_path / "golden")}
+
+
 def test_output_must_say_what_it_should(tmp_path):
     steps = [step("one", "print('cuda:0 runs plain PyTorch')", says="runs the compiled operator")]
     assert suite.run_steps(steps, suite_in(tmp_path), skip_done=False) == {"one": "failed"}
