@@ -45,7 +45,7 @@ from dino.layers import deform_attn_reference, operator  # noqa: E402
 
 PLACES = ("value", "locations", "weights")
 RAW = ("value", "offsets", "logits", "reference")
-BOUNDS = {"float32": 1e-4, "float64": 1e-10, "bfloat16": 2e-2, "float16": 4e-3}
+BOUNDS = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 2e-3}
 CASES = [
     Case(name, queries, batch, dtype)
     for name, queries in (("encoder", deform_attn.TOKENS), ("decoder 900", 900), ("decoder 1100", 1100))

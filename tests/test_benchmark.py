@@ -308,6 +308,25 @@ def test_original_kernels_get_what_they_need(tmp_path, monkeypatch):
         kernels.forward(value.bfloat16(), locations, weights)
 
 
+def test_extension_of_another_program(tmp_path, monkeypatch):
+    """Its own where it is built, else one of the same functions from the kernels in its checkout."""
+    original, others = program("original"), program("others")
+    built = type("Extension", (), {"ms_deform_attn_forward": None})
+    assert others.extension_of(tmp_path, torch.device("cpu"), built) is built
+    monkeypatch.setattr(original, "build", lambda folder, device: "x.so")
+    monkeypatch.setattr(original.ctypes, "CDLL", lambda path: None)
+    monkeypatch.setattr(original.Original, "call", lambda self, name, sizes, *tensors: tensors[-1].fill_(3))
+    monkeypatch.setattr(others, "as_extension", original.as_extension)
+    made = others.extension_of(tmp_path, torch.device("cpu"), object())
+    value, locations, weights = torch.rand(1, 54, 8, 32), torch.rand(1, 9, 8, 2, 4, 2), torch.rand(1, 9, 8, 2, 4)
+    inputs = (value, torch.tensor(SMALL["SHAPES"]), torch.tensor([0, 42]), locations, weights)
+    output = made.ms_deform_attn_forward(*inputs, 64)
+    assert (output.shape, output.unique().tolist()) == ((1, 9, 256), [3.0])
+    gradients = made.ms_deform_attn_backward(*inputs, torch.rand(1, 9, 256), 64)
+    assert [x.shape for x in gradients] == [value.shape, locations.shape, weights.shape]
+    assert gradients[2].unique().tolist() == [3.0]
+
+
 def test_the_network_on_a_gpu(monkeypatch, tmp_path):
     """Its program, on the CPU, with a tiny network."""
     cuda, base = program("model_cuda"), program("model")
