@@ -93,7 +93,7 @@ def settings_of(case):
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = case.precision != "float32"
     try:
-        with deform_attn_implementation("reference" if case.contender == "reference" else "auto"):
+        with deform_attn_implementation("reference" if case.contender == "reference" else "compiled"):
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

@@ -476,9 +476,10 @@ def names_of(text: str, steps: list[Step]) -> set[str]:
 
 
 def choose(steps: list[Step], only: str, skip: str) -> list[Step]:
-    """The steps that are asked for, in the order of their worth."""
+    """The steps that are asked for, in the order of their worth, and the first: all records name the machine."""
     wanted, unwanted = names_of(only, steps), names_of(skip, steps)
-    return [step for step in steps if (not wanted or step.name in wanted) and step.name not in unwanted]
+    wanted |= {steps[0].name} if wanted else {step.name for step in steps}
+    return [step for step in steps if step.name in wanted - unwanted]
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
