@@ -20,7 +20,13 @@ BEGIN, END = "<!-- begin: made by benchmarks/report.py -->", "<!-- end -->"
 BEGIN_MODEL, END_MODEL = "<!-- begin: the model, made by benchmarks/report.py -->", "<!-- end of the model -->"
 BEGIN_CUDA, END_CUDA = "<!-- begin: measured, made by benchmarks/report.py -->", "<!-- end of what was measured -->"
 BEGIN_GROWTH, END_GROWTH = "<!-- begin: growth, made by benchmarks/report.py -->", "<!-- end of growth -->"
-COLOURS = {"reference": "#9aa5b1", "compiled": "#2f6fb5", "fused": "#e08e2b"}
+COLOURS = {
+    "reference": "#9aa5b1",
+    "compiled": "#2f6fb5",
+    "fused": "#e08e2b",
+    "original": "#5c9e5c",
+    "triton": "#8a63b5",
+}
 HEADER = ["case", "pass", "contender", "time", "ratio", "processor time", "its ratio", "memory", "error"]
 
 
@@ -270,11 +276,22 @@ def gpu_page(folder):
     return "\n".join([report_cuda.page(folder), *map(model_section, others)])
 
 
+def gpu_picture(folder):
+    """A picture of the headline case beside the page."""
+    rows = report_cuda.rows_of(folder, "kernels")
+    if not rows:
+        return ""
+    picture = PAGE_CUDA.parent / f"{folder.name}.svg"
+    picture.write_text(plot({"rows": rows}))
+    return f"\n![encoder, batch 2: times faster than plain PyTorch]({picture.name})\n"
+
+
 def main():
     if len(sys.argv) > 1:
         print(gpu_page(sys.argv[1]))
         return
-    measured = [gpu_page(folder) for folder in sorted(RESULTS.glob("cuda*/"))] or [report_cuda.NOTHING]
+    measured = [gpu_page(folder) + gpu_picture(folder) for folder in sorted(RESULTS.glob("cuda*/"))]
+    measured = measured or [report_cuda.NOTHING]
     PAGE_CUDA.write_text(replaced(PAGE_CUDA.read_text(), BEGIN_CUDA, END_CUDA, measured))
     page = PAGE.read_text()
     page = replaced(page, BEGIN, END, [section(path) for path in sorted(RESULTS.glob("deform_attn_*.json"))])

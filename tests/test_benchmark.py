@@ -466,5 +466,17 @@ def test_page_of_a_gpu(tmp_path, monkeypatch, capsys):
     assert len(widths) == 1
 
 
+def test_picture_of_a_gpu(tmp_path, monkeypatch):
+    report = program("report")
+    monkeypatch.setattr(report, "PAGE_CUDA", tmp_path / "page.md")
+    folder = tmp_path / "cuda_h100"
+    folder.mkdir()
+    assert report.gpu_picture(folder) == ""
+    write_results(folder)
+    assert "](cuda_h100.svg)" in report.gpu_picture(folder)
+    shown = ["".join(x.itertext()) for x in ElementTree.parse(tmp_path / "cuda_h100.svg").iter() if "text" in x.tag]
+    assert [text for text in shown if "original" in text] == ["6.7 original"]
+
+
 def test_page_of_a_gpu_without_results(tmp_path):
     assert "No GPU has been measured yet" in program("report_cuda").page(tmp_path)
