@@ -37,6 +37,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -343,18 +344,17 @@ class Suite:
         except (OSError, ValueError):
             return {}
 
-    def command_of(self, step: Step) -> str:
-        """The command without the places of this machine."""
-        places = {str(self.results): "RESULTS", sys.executable: "python3"}
+    def portable(self, text: str) -> str:
+        """The text without the places of this machine."""
+        places = {str(self.results): "RESULTS", sys.executable: "python3", f"{ROOT}/": ""}
         places |= {value: f"${name}" for name, value in self.key.items() if name.startswith("DINO_") and value}
-        text = shlex.join(step.command)
         for place in sorted(places, key=len, reverse=True):
             text = text.replace(place, places[place])
         return text
 
     def key_of(self, step: Step) -> str:
         """What must be the same for a step that passed to count as done."""
-        text = json.dumps([self.key, self.command_of(step)], sort_keys=True)
+        text = json.dumps([self.key, self.portable(shlex.join(step.command))], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def is_done(self, step: Step) -> bool:
@@ -381,8 +381,13 @@ class Suite:
     def keep(self, step: Step, state: str, text: str, seconds: float) -> str:
         """Write the record of a step and say it; what was measured earlier stays where nothing was run now."""
         if state != LEFT or not self.record(step):
-            record = {"step": step.name, "what": step.what, "state": state, "text": text, "seconds": round(seconds, 1)}
-            record |= {"command": self.command_of(step), "limit": step.limit, "estimate": step.estimate}
+            record = {"step": step.name, "what": step.what, "state": state, "text": self.portable(text)}
+            record |= {
+                "seconds": round(seconds, 1),
+                "command": self.portable(shlex.join(step.command)),
+                "limit": step.limit,
+                "estimate": step.estimate,
+            }
             record |= {"when": datetime.now().isoformat(timespec="seconds"), "key": self.key_of(step), **self.origin()}
             (self.results / f"{step.name}.json").write_text(json.dumps(record, indent=1) + "\n")
         print(f"{step.name}: {state}, {seconds:.0f} s: {text}", flush=True)
@@ -439,8 +444,9 @@ def check_step(step: Step, log: Path) -> list[str]:
 def dry_run(steps: list[Step], results: Path) -> int:
     """Check each step and say what it would do; the number of those that are broken."""
     broken = 0
-    for step in steps:
-        wrong = check_step(step, results / f"{step.name}.dry.log")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(lambda step: check_step(step, results / f"{step.name}.dry.log"), steps)
+    for step, wrong in zip(steps, found, strict=True):
         for need in step.needs:
             if trouble := need():
                 print(f"{step.name}: would be {trouble[0]} here: {trouble[1]}")

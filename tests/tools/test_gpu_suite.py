@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -135,6 +136,15 @@ def test_tests_that_are_all_skipped_are_a_failure(tmp_path):
 def test_folders_are_made_absolute(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert suite.absolute({"DINO_GOLDEN": "golden", "DINO_TRITON": ""}) == {"DINO_GOLDEN": str(tmp_path / "golden")}
+
+
+def test_records_do_not_name_places_of_the_machine(tmp_path):
+    code = f"print('{ROOT}/tests/test_it.py in {tmp_path}, /checkout/of/another'); raise SystemExit(1)"
+    runner = suite_in(tmp_path, DINO_TRITON="/checkout/of/another")
+    suite.run_steps([step("one", code)], runner, skip_done=False)
+    found = record(tmp_path, "one")
+    assert found["text"] == "status 1: tests/test_it.py in RESULTS, $DINO_TRITON"
+    assert not {sys.executable, str(ROOT), str(tmp_path)} & set(re.findall(r"/[\w/.-]+", found["command"]))
 
 
 def test_output_must_say_what_it_should(tmp_path):
