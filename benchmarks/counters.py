@@ -11,7 +11,6 @@ import csv
 import io
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,13 +50,6 @@ COUNTERS = {  # what the report calls them: ncu's name
 }
 UNKNOWN = re.compile(r"Failed to find metric (?:regex:)?[\"']?\^?\(?([\w.]+)")
 ATTEMPTS = 4  # with fewer counters each, where some are unknown
-
-
-def find_ncu():
-    """Its path, or None."""
-    installed = sorted(Path("/opt/nvidia/nsight-compute").glob("*/ncu"))
-    beside = Path("/usr/local/cuda/bin/ncu")
-    return shutil.which("ncu") or next((str(p) for p in [beside, *reversed(installed)] if p.exists()), None)
 
 
 def command_of(ncu, counters, target):
@@ -124,17 +116,15 @@ def main():
     parser.add_argument("--cases", default="encoder batch 2 (float32|bfloat16)", help="as of kernels.py")
     parser.add_argument("--contenders", default="compiled|fused|original", help="as of kernels.py")
     parser.add_argument("--original", help="as of kernels.py")
+    parser.add_argument("--ncu", default="ncu", help="the program")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     options = parser.parse_args()
     if options.list:
         print(f"{len(COUNTERS)} counters of {sum(bool(re.search(options.cases, str(c))) for c in CASES)} cases")
         return
-    ncu = find_ncu()
-    if ncu is None:
-        sys.exit("there is no ncu")
     target = [sys.executable, "benchmarks/kernels.py", "--once", "--cases", options.cases]
     target += ["--contenders", options.contenders, *(["--original", options.original] if options.original else [])]
-    text, missing = read_counters(ncu, target)
+    text, missing = read_counters(options.ncu, target)
     report = {**origin(torch.device("cuda")), "unknown_counters": missing, "rows": parse(text)}
     if options.output:
         options.output.write_text(json.dumps(report, indent=1) + "\n")

@@ -103,9 +103,6 @@ def sanitizer() -> str | None:
 
 
 def ncu() -> str | None:
-    spec = importlib.util.find_spec("torch")  # counters.py imports it
-    if spec is None:
-        return None
     beside = [Path("/usr/local/cuda/bin/ncu"), *Path("/opt/nvidia/nsight-compute").glob("*/ncu")]
     return shutil.which("ncu") or next((str(path) for path in beside if path.exists()), None)
 
@@ -179,6 +176,7 @@ def kernel_steps(data: Path, beside: tuple[str, ...]) -> list[Step]:
 
 def more_kernel_steps(data: Path, beside: tuple[str, ...]) -> list[Step]:
     rest = ("--cases", "decoder|encoder batch [18]|float16", "--repeats", "30")
+    original = beside[:2] if beside[:1] == ("--original",) else ()
     forms = ("--contenders", "compiled|fused|original")
     decoder = ("--cases", "decoder 1100 batch 2 (float32|bfloat16)", "--trace", *forms)
     return [
@@ -187,7 +185,7 @@ def more_kernel_steps(data: Path, beside: tuple[str, ...]) -> list[Step]:
         Step("trace_decoder", "the decoder kernel by kernel", 25, 180,
              **benchmark("kernels", data / "trace_decoder.json", *decoder, *beside), check_says=("2 cases",)),
         Step("counters", "hardware counters by ncu: conflicts, hits, atomics, occupancy", 90, 360,
-             **benchmark("counters", data / "counters.json", *beside[:2] if beside[:1] == ("--original",) else ()),
+             **benchmark("counters", data / "counters.json", "--ncu", ncu() or "ncu", *original),
              needs=(program(ncu, "ncu"),)),
     ]  # fmt: skip
 
