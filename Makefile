@@ -1,7 +1,8 @@
 # make demo       set up, train a small DINO on synthetic shapes, evaluate, leave a picture in output/demo
 # make test       set up, then the ordinary tests (under 12 minutes on 2 cores)
 # make test-slow  the long tests
-# make gpu RESULTS=folder  build, test and measure on a machine with a CUDA GPU; installs nothing
+# make gpu RESULTS=folder STEPS="--only build,kernels"  build, test and measure on a machine with a CUDA GPU;
+#                          installs nothing; tools/gpu_suite.py says what STEPS may hold
 # make soak       kill trainings at random moments and compare their ends with unbroken ones (about 15 minutes)
 # make pictures   train a small model and draw the pictures of docs/how_it_works.md and docs/method.md again
 # make lint       ruff
@@ -26,7 +27,7 @@ test-slow:
 	$(RUN) -m pytest -m slow
 
 gpu:
-	@bash tools/gpu_suite.sh $(or $(RESULTS),output/gpu)
+	@bash tools/gpu_suite.sh $(or $(RESULTS),output/gpu) $(STEPS)
 
 soak:
 	@tools/setup_env.sh test

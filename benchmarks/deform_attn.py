@@ -1,4 +1,4 @@
-"""Time, memory and error of the deformable attention operator: `python benchmarks/deform_attn.py --results FOLDER`.
+"""Time, memory and error of the attention operator on a CPU: `python benchmarks/deform_attn.py --results FOLDER`.
 
 Every round runs each contender, forward and then forward and backward, so that a disturbance of the machine meets
 all of them; medians are over rounds. A call that is not measured comes before each measured one, so that the caches
@@ -8,12 +8,11 @@ too. Memory is what the process needs at most beyond inputs, output and gradient
 the reference in float64, over the largest magnitude.
 
 contenders: `reference` and `compiled` take locations and weights; `fused` takes offsets and logits, as the module calls
-it, and so does more; `public` is a CUDA kernel of the original design, with `--against`.
+it, and so does more. kernels.py measures the operator on a GPU.
 """
 
 import argparse
 import functools
-import importlib
 import json
 import re
 import statistics
@@ -35,6 +34,7 @@ SHAPES = [(100, 167), (50, 84), (25, 42), (13, 21)]
 FLAT = [size for shape in SHAPES for size in shape]
 TOKENS = sum(h * w for h, w in SHAPES)
 HEADS, DIM, POINTS = 8, 32, 4
+CPU = torch.device("cpu")
 OFFSET = 3.0  # standard deviation, in cells
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -99,40 +99,15 @@ def make_inputs(case, device):
     return Inputs(*(x.to(device) for x in inputs))
 
 
-def contenders(against, device):
+def contenders():
     """name -> (function, names of its differentiable inputs)"""
     places = ("value", "locations", "weights")
     forward, fused = torch.ops.dino.deform_attn_forward, torch.ops.dino.deform_attn_fused_forward
-    found = {
+    return {
         "reference": (lambda v, p, w: deform_attn_reference(v, SHAPES, p, w), places),
         "compiled": (lambda v, p, w: forward(v, FLAT, p, w), places),
         "fused": (lambda v, *rest: fused(v, FLAT, *rest), ("value", "offsets", "logits", "reference")),
     }
-    if against:
-        found["public"] = (public_kernel(against, device), places)
-    return found
-
-
-def public_kernel(folder, device):
-    """The extension MultiScaleDeformableAttention of a checkout, built there with `setup.py build_ext --inplace`."""
-    for path in (Path(folder), *Path(folder).glob("**/ops")):
-        sys.path.insert(0, str(path))
-    extension = importlib.import_module("MultiScaleDeformableAttention")
-    sizes = torch.tensor(SHAPES, device=device)
-    starts = torch.cat([sizes.new_zeros(1), sizes.prod(1).cumsum(0)[:-1]])
-
-    class Public(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, value, locations, weights):
-            ctx.save_for_backward(value, locations, weights)
-            return extension.ms_deform_attn_forward(value, sizes, starts, locations, weights, 64)
-
-        @staticmethod
-        def backward(ctx, grad):
-            value, *rest = ctx.saved_tensors
-            return extension.ms_deform_attn_backward(value, sizes, starts, *rest, grad.contiguous(), 64)
-
-    return Public.apply
 
 
 def leaves_of(inputs, names):
@@ -153,9 +128,9 @@ def both_of(function, inputs, names):
 PASSES = {"forward": forward_of, "forward+backward": both_of}
 
 
-def extra_memory(run, device):
+def extra_memory(run):
     """Bytes at most in use beyond what is there before and after `run`; None where that can't be told."""
-    before, peak, results = peak_memory(run, device)
+    before, peak, results = peak_memory(run, CPU)
     return None if peak is None else peak - before - sum(x.nbytes for x in results)
 
 
@@ -167,34 +142,30 @@ def errors_of(results, inputs, names, oracle):
     return {name: ((x.double() - y).abs().max() / y.abs().max()).item() for name, x, y in pairs}
 
 
-def measure(case, rounds, against, device):
+def measure(case, rounds):
     """One row for each contender and pass."""
-    inputs = make_inputs(case, device)
+    inputs = make_inputs(case, CPU)
     names = ("value", "locations", "weights")
     wide = Inputs(*(x.double() for x in inputs))
     oracle = both_of(lambda v, p, w: deform_attn_reference(v, SHAPES, p, w), wide, names)
     del wide
     rows = {}
-    for name, (function, arguments) in contenders(against, device).items():
-        if name == "public" and case.dtype not in ("float32", "float64"):
-            continue
+    for name, (function, arguments) in contenders().items():
         for kind, run in PASSES.items():
-            memory = extra_memory(lambda f=function, a=arguments, r=run: r(f, inputs, a), device)  # also warms up
+            memory = extra_memory(lambda f=function, a=arguments, r=run: r(f, inputs, a))  # also warms up
             rows[name, kind] = {**case._asdict(), "contender": name, "pass": kind, "extra_bytes": memory, "times": []}
         results = both_of(function, inputs, arguments)
         rows[name, "forward+backward"]["errors"] = errors_of(results, inputs, arguments, oracle)
         del results
     del oracle
-    everyone = contenders(against, device)
-    repeats = 20 if device.type == "cuda" else 1  # so that a GPU has the next call while it works on one
+    everyone = contenders()
     for _ in range(rounds):
         for (name, kind), row in rows.items():
             run = functools.partial(PASSES[kind], everyone[name][0], inputs, everyone[name][1])
             run()
-            start = clock(device)
-            for _ in range(repeats):
-                run()
-            row["times"].append([(end - begin) / repeats for begin, end in zip(start, clock(device), strict=True)])
+            start = clock(CPU)
+            run()
+            row["times"].append([end - begin for begin, end in zip(start, clock(CPU), strict=True)])
     for row in rows.values():
         wall, cpu = zip(*row.pop("times"), strict=True)
         row |= {"seconds": statistics.median(wall), "best_seconds": min(wall), "cpu_seconds": statistics.median(cpu)}
@@ -204,30 +175,26 @@ def measure(case, rounds, against, device):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", default=ROOT / "benchmarks/results", type=Path, help="folder of the JSON file")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", default=torch.get_num_threads(), type=int)
     parser.add_argument("--rounds", default=5, type=int)
     parser.add_argument("--cases", default="", help="regular expression, such as 'encoder batch 1 float32'")
-    parser.add_argument("--against", help="checkout of a CUDA kernel of the original design, built in place")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    verdict = operator.verdict(device)
+    verdict = operator.verdict(CPU)
     if not verdict.usable:
-        sys.exit(f"nothing to measure on {device}: {verdict.reason}")
+        sys.exit(f"nothing to measure: {verdict.reason}")
     report = {
-        **origin(device),
-        "build": build.read_record(device.type, operator.FOLDER),
-        "kernels": operator.cpu_kernels() if device.type == "cpu" else None,
+        **origin(CPU),
+        "build": build.read_record(CPU.type, operator.FOLDER),
+        "kernels": operator.cpu_kernels(),
         "rounds": options.rounds,
-        "against": "public" if options.against else None,
         "rows": [],
     }
     options.results.mkdir(parents=True, exist_ok=True)
-    path = options.results / f"deform_attn_{device.type}_{options.threads}threads.json"
+    path = options.results / f"deform_attn_cpu_{options.threads}threads.json"
     for case in CASES:
         if re.search(options.cases, str(case)):
-            report["rows"] += measure(case, options.rounds, options.against, device)
+            report["rows"] += measure(case, options.rounds)
             path.write_text(json.dumps(report, indent=1) + "\n")
             shown = {
                 (r["contender"], r["pass"]): f"{1e3 * r['seconds']:.2f} ms"

@@ -1,12 +1,20 @@
-"""What the benchmark programs share: clocks, memory, and what a result must say of its origin."""
+"""What the benchmark programs share: clocks, memory, and what a result must say of its origin.
 
+`python benchmarks/measure.py --output FILE` writes the origin of results on this machine's CUDA GPU.
+"""
+
+import argparse
 import ctypes
 import datetime
 import gc
+import importlib.metadata
+import json
 import os
 import platform
 import re
+import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -55,24 +63,85 @@ def hardware(device):
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
-    if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-    return found
+    return found | (gpu_facts(device) if device.type == "cuda" else {})
+
+
+def gpu_facts(device):
+    """Name, compute capability, memory, driver and clocks of a GPU; the last two where nvidia-smi tells them."""
+    properties = torch.cuda.get_device_properties(device)
+    found = {
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "gpu_bytes": properties.total_memory,
+    }
+    queries = ["driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu"]
+    said = answer_of("nvidia-smi", f"--query-gpu={','.join(queries)}", "--format=csv,noheader")
+    values = (said or "").splitlines()[:1]
+    return found | (dict(zip(queries, values[0].split(", "), strict=False)) if values else {})
+
+
+def answer_of(*command, folder=ROOT):
+    """The standard output of a command, or None where it is absent or fails."""
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def git(*arguments, folder=ROOT):
     """What git answers, or None."""
-    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
+    return answer_of("git", *arguments, folder=folder)
+
+
+def versions(device):
+    """Of torch and Python; on a GPU also of CUDA, nvcc and triton."""
+    found = {"torch": torch.__version__, "python": platform.python_version()}
+    if device.type != "cuda":
+        return found
+    nvcc = shutil.which("nvcc", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
+    release = re.search(r"release (\S+),", (nvcc and answer_of(nvcc, "--version")) or "")
+    return found | {
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "nvcc": release.group(1) if release else None,
+        "triton": version_of("triton"),
+    }
+
+
+def version_of(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def origin(device):
-    """Hardware, versions, commit, date and load of the machine."""
+    """Hardware, versions, commit, date and load of the machine.
+
+    A copy of the sources without their repository is told its commit by the variable DINO_COMMIT.
+    """
     return {
         "hardware": hardware(device),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "commit": git("rev-parse", "HEAD"),
+        "versions": versions(device),
+        "commit": git("rev-parse", "HEAD") or os.environ.get("DINO_COMMIT", "unknown"),
         "changed_since_commit": bool(git("status", "--porcelain", "--untracked-files=no")),
         "date": datetime.date.today().isoformat(),
         "load_before": os.getloadavg(),
     }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[2])
+    parser.add_argument("--output", type=Path, required=True, help="the JSON file")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("torch sees no CUDA GPU")
+    found = origin(torch.device("cuda"))
+    options.output.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{found['hardware']['gpu']}, {', '.join(f'{k} {v}' for k, v in found['versions'].items())}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """Adapters that run other DINO programs from a checkout: the same images, targets and weights as ours.
 
 The checkouts are read where they lie and are not part of this project. Where a checkout's CUDA extension is not built,
-its own fallback in plain PyTorch is used, as its authors wrote it.
+its kernels are built aside for a GPU; on a CPU its own fallback in plain PyTorch is used, as its authors wrote it.
 """
 
 import importlib
@@ -18,6 +18,10 @@ from unittest.mock import MagicMock
 import torch
 import torchvision
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from original import as_extension
 
 from dino.layers import Outputs
 from dino.layers.boxes import cxcywh_to_xyxy
@@ -46,7 +50,7 @@ def recognise(folder: Path) -> str:
 def official(folder: Path, device: torch.device) -> Contender:
     """IDEA-Research/DINO, R50, 4 scales, with random weights."""
     sys.path.insert(0, str(folder))
-    replace_extension(device)
+    replace_extension(folder, device)
     if device.type == "cpu":
         stay_on_cpu()
     args = {"device": str(device), "backbone_dir": None, **config_of(folder / "config/DINO/DINO_4scale.py")}
@@ -107,7 +111,9 @@ def detrex(folder: Path, device: torch.device) -> Contender:
     module = importlib.import_module("detrex.layers.multi_scale_deform_attn")
     if device.type == "cpu":
         stay_on_cpu()
-    if not hasattr(sys.modules["detrex._C"], "ms_deform_attn_forward"):
+    if device.type == "cuda":
+        module._C = extension_of(folder, device, sys.modules["detrex._C"])
+    elif not hasattr(sys.modules["detrex._C"], "ms_deform_attn_forward"):
         module.MultiScaleDeformableAttnFunction = plain_function(module.multi_scale_deformable_attn_pytorch)
     model = detrex_model(folder / PROGRAMS["detrex"][1], device)
 
@@ -196,14 +202,22 @@ def config_of(path: Path) -> dict:
     return found | {key: value for key, value in values.items() if not key.startswith("_")}
 
 
-def replace_extension(device: torch.device) -> None:
-    """Let the official operator run in the plain PyTorch that lies beside it, where its extension is not built."""
+def extension_of(folder: Path, device: torch.device, extension):
+    """The extension of a program if it is built, else one made of the kernels in its checkout."""
+    return extension if hasattr(extension, "ms_deform_attn_forward") else as_extension(folder, device)
+
+
+def replace_extension(folder: Path, device: torch.device) -> None:
+    """Where the official extension is not built: its kernels, built aside, for a GPU; for a CPU the plain PyTorch."""
+    name = "MultiScaleDeformableAttention"
     try:
-        importlib.import_module("MultiScaleDeformableAttention")
-        if device.type == "cuda":
-            return
+        extension = importlib.import_module(name)
     except ImportError:
-        sys.modules["MultiScaleDeformableAttention"] = types.ModuleType("MultiScaleDeformableAttention")
+        extension = types.ModuleType(name)
+    sys.modules[name] = extension
+    if device.type == "cuda":
+        sys.modules[name] = extension_of(folder, device, extension)
+        return
     functions = importlib.import_module("models.dino.ops.functions")
     plain = importlib.import_module("models.dino.ops.functions.ms_deform_attn_func").ms_deform_attn_core_pytorch
     module = importlib.import_module("models.dino.ops.modules.ms_deform_attn")

@@ -1,15 +1,32 @@
-"""`python benchmarks/report.py`: tables and plots of docs/performance.md, from what the other programs here wrote."""
+"""Tables and plots of docs/performance.md and docs/performance_cuda.md, from what the other programs here wrote.
+
+python benchmarks/report.py           write both pages anew, from benchmarks/results
+python benchmarks/report.py RESULTS   print what a folder of `tools/gpu_suite.sh` holds
+"""
 
 import json
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import report_cuda  # noqa: E402
+
 RESULTS = ROOT / "benchmarks/results"
 PAGE = ROOT / "docs/performance.md"
+PAGE_CUDA = ROOT / "docs/performance_cuda.md"
 BEGIN, END = "<!-- begin: made by benchmarks/report.py -->", "<!-- end -->"
 BEGIN_MODEL, END_MODEL = "<!-- begin: the model, made by benchmarks/report.py -->", "<!-- end of the model -->"
+BEGIN_CUDA, END_CUDA = "<!-- begin: measured, made by benchmarks/report.py -->", "<!-- end of what was measured -->"
 BEGIN_GROWTH, END_GROWTH = "<!-- begin: growth, made by benchmarks/report.py -->", "<!-- end of growth -->"
-COLOURS = {"reference": "#9aa5b1", "compiled": "#2f6fb5", "fused": "#e08e2b", "public": "#5c9e5c"}
+COLOURS = {
+    "reference": "#9aa5b1",
+    "compiled": "#2f6fb5",
+    "fused": "#e08e2b",
+    "original": "#5c9e5c",
+    "triton": "#8a63b5",
+}
 HEADER = ["case", "pass", "contender", "time", "ratio", "processor time", "its ratio", "memory", "error"]
 
 
@@ -81,16 +98,15 @@ def section(path):
     """What the page says about one file of results."""
     report = json.loads(path.read_text())
     hardware, build = report["hardware"], report["build"] or {}
-    device = hardware.get("gpu", f"{hardware['cpu']}, {report['kernels']} kernels")
+    device = f"{hardware['cpu']}, {report['kernels']} kernels"
     commit = report["commit"][:10] + (" with changes" if report["changed_since_commit"] else "")
     load = report["load_before"][0]
     picture = PAGE.parent / f"{path.stem}.svg"
     picture.write_text(plot(report))
-    against = "" if report["against"] else " No public CUDA kernel was at hand: not measured against one."
     return (
         f"### {device}, {hardware['threads']} of {hardware['cores']} threads\n\n"
         f"{report['date']}, torch {report['versions']['torch']}, {build.get('compiler', 'unknown compiler')}, commit "
-        f"{commit}, medians of {report['rounds']} rounds; load of the machine before: {load:.1f}.{against}\n\n"
+        f"{commit}, medians of {report['rounds']} rounds; load of the machine before: {load:.1f}.\n\n"
         f"![ratios]({picture.name})\n\n{table(report)}\n"
     )
 
@@ -254,7 +270,29 @@ def replaced(page, begin, end, sections):
     return "\n".join([f"{before}{begin}\n", *sections, f"{end}{after}"])
 
 
+def gpu_page(folder):
+    """What the GPU suite found, with the network beside other programs."""
+    others = sorted(Path(folder).glob("data/model_cuda_*.json"))
+    return "\n".join([report_cuda.page(folder), *map(model_section, others)])
+
+
+def gpu_picture(folder):
+    """A picture of the headline case beside the page."""
+    rows = report_cuda.rows_of(folder, "kernels")
+    if not rows:
+        return ""
+    picture = PAGE_CUDA.parent / f"{folder.name}.svg"
+    picture.write_text(plot({"rows": rows}))
+    return f"\n![encoder, batch 2: times faster than plain PyTorch]({picture.name})\n"
+
+
 def main():
+    if len(sys.argv) > 1:
+        print(gpu_page(sys.argv[1]))
+        return
+    measured = [gpu_page(folder) + gpu_picture(folder) for folder in sorted(RESULTS.glob("cuda*/"))]
+    measured = measured or [report_cuda.NOTHING]
+    PAGE_CUDA.write_text(replaced(PAGE_CUDA.read_text(), BEGIN_CUDA, END_CUDA, measured))
     page = PAGE.read_text()
     page = replaced(page, BEGIN, END, [section(path) for path in sorted(RESULTS.glob("deform_attn_*.json"))])
     models = [model_section(path) for path in sorted(RESULTS.glob("model_*.json"))]
