@@ -36,6 +36,8 @@ SCHEMA_FLAGS = ["-std=c++17", "-O2", TORCH_TARGET]
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fvisibility=hidden", TORCH_TARGET]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+# What a compiler links in statically, as some do with the library of C++, must not mix with torch's copy of it.
+PRIVATE = "--exclude-libs=ALL"
 VECTORS = {"generic": [], "avx2": AVX2, "avx512": AVX512}
 CUDA_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC", "-DUSE_CUDA", TORCH_TARGET]
 CUDA_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX"]
@@ -156,6 +158,7 @@ def schema_commands(compiler: Compiler, torch: Torch, target: Path) -> tuple[lis
     object_file = target.with_suffix(".o")
     source = ["-isystem", torch.folder / "include", "-c", "deform_attn_schema.cpp", "-o", object_file]
     libraries = [*(["-cudart", "none"] if nvcc else []), "-L", torch.folder / "lib", "-ltorch_cpu"]
+    libraries += ["-Xlinker", PRIVATE] if nvcc else [f"-Wl,{PRIVATE}"]
     compile_ = [*compiler.command, *SCHEMA_FLAGS, *flags, *source]
     return [compile_], [*compiler.command, "-shared", object_file, "-o", target, *libraries]
 
@@ -170,8 +173,8 @@ def cpu_commands(compiler: Compiler, torch: Torch, target: Path) -> tuple[list[l
         for name, extra in flags.items()
     ]
     objects = [command[-1] for command in compile_]
-    link = [*compiler.command, "-shared", *objects, "-o", target, "-L", torch.folder / "lib", "-ltorch_cpu"]
-    return compile_, link
+    libraries = ["-L", torch.folder / "lib", "-ltorch_cpu", f"-Wl,{PRIVATE}"]
+    return compile_, [*compiler.command, "-shared", *objects, "-o", target, *libraries]
 
 
 def cuda_commands(nvcc: Compiler, torch: Torch, architectures: list[str], target: Path) -> tuple[list[list], list]:
@@ -185,7 +188,7 @@ def cuda_commands(nvcc: Compiler, torch: Torch, architectures: list[str], target
     object_file = target.parent / "deform_attn_cuda.o"
     source = ["-isystem", torch.folder / "include", "-c", "deform_attn_cuda.cu", "-o", object_file]
     threads = ["--threads", str(os.cpu_count() or 1)]
-    libraries = ["-cudart", "static", "-L", torch.folder / "lib", "-ltorch_cpu", "-ltorch_cuda"]
+    libraries = ["-cudart", "static", "-L", torch.folder / "lib", "-ltorch_cpu", "-ltorch_cuda", "-Xlinker", PRIVATE]
     compile_ = [*nvcc.command, *CUDA_FLAGS, *codes, *threads, *source]
     return [compile_], [*nvcc.command, "-shared", object_file, "-o", target, *libraries]
 

@@ -219,6 +219,11 @@ def _fake_backward(grad: Tensor, value: Tensor, shapes: list[int], *others: Tens
     return tuple(x.new_empty(x.shape) for x in (value, *others))
 
 
+def _fake_fused_backward(grad, value, shapes, offsets, logits, reference, by_reference=True) -> tuple[Tensor, ...]:
+    results = tuple(x.new_empty(x.shape) for x in (value, offsets, logits))
+    return *results, reference.new_empty(reference.shape if by_reference else (0,))
+
+
 def _remember(ctx, inputs: tuple, output: Tensor) -> None:
     value, ctx.shapes, *others = inputs
     ctx.save_for_backward(value, *others)
@@ -228,8 +233,13 @@ def _gradient(form: str, ctx, grad: Tensor) -> tuple:
     """The stable ABI can't read torch's deterministic mode, so it is read here and chooses between two operators."""
     suffix = "_deterministic" if torch.are_deterministic_algorithms_enabled() else ""
     value, *others = ctx.saved_tensors
-    by_value, *rest = getattr(torch.ops.dino, f"{form}_backward{suffix}")(grad, value, ctx.shapes, *others)
-    return by_value, None, *rest
+    backward = getattr(torch.ops.dino, f"{form}_backward{suffix}")
+    if len(others) == 2:
+        by_value, *rest = backward(grad, value, ctx.shapes, *others)
+        return by_value, None, *rest
+    by_reference = ctx.needs_input_grad[-1]
+    by_value, by_offsets, by_logits, *rest = backward(grad, value, ctx.shapes, *others, by_reference)
+    return by_value, None, by_offsets, by_logits, rest[0] if by_reference else None
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -265,7 +275,7 @@ def _register() -> None:
         forward, backward = f"dino::{form}_forward", f"dino::{form}_backward"
         torch.library.register_fake(forward, _fake_forward)
         for name in (backward, f"{backward}_deterministic"):
-            torch.library.register_fake(name, _fake_backward)
+            torch.library.register_fake(name, _fake_fused_backward if "fused" in form else _fake_backward)
         torch.library.register_autograd(forward, functools.partial(_gradient, form), setup_context=_remember)
         for name in (forward, backward, f"{backward}_deterministic"):
             torch.library.register_vmap(name, _refuse_vmap)

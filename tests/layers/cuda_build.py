@@ -85,10 +85,8 @@ def stand_in_source(folder, mutants=()):
     launch = "kernel<<<static_cast<unsigned>(blocks), threads, shared, stream>>>(arguments...);"
     text = replace(text, launch, "cuda_on_cpu::run(blocks, threads, shared, [&] { kernel(arguments...); });")
     text = replace(text, "STD_CUDA_KERNEL_LAUNCH_CHECK();", "")
-    text = replace(text, "cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)", "bytes = 0, 0")
-    text = text.replace("bytes = 0, 0", "(bytes = 96 << 10, 0)")
-    memset = "cudaMemsetAsync(pointer<A>(sums), 0, sums.numel() * sizeof(A), stream)"
-    text = replace(text, memset, "(memset(pointer<A>(sums), 0, sums.numel() * sizeof(A)), 0)")
+    limit = "cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)"
+    text = replace(text, limit, "(bytes = 96 << 10, 0)")
     text = replace(text, "cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)", "0")
     text = replace(text, "aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream)", "0")
     text = re.sub(r"  const torch::stable::accelerator::DeviceGuard .*\n", "", text)
@@ -155,6 +153,8 @@ def schema(name):
     if "backward" in name:
         results = len(inputs) - 1
         inputs.insert(0, "Tensor grad")
+    if "fused_backward" in name:
+        inputs.append("bool by_reference=True")
     return f"{name}({', '.join(inputs)}) -> ({', '.join(['Tensor'] * results)})"
 
 

@@ -163,11 +163,11 @@ Sequence sizes_of(const Tensor& x) {
   return sizes;
 }
 
-// Gradients of value, places, weights and, in the fused form, reference; `results` has the last one only then.
+// Gradients of value, places, weights and, if it is wanted, reference.
 std::vector<Tensor> backward(const Sizes& s, const Tensor& grad, const std::vector<int64_t>& shapes, const Tensor& value,
-                             const Tensor& places, const Tensor& weights, const Tensor* reference) {
+                             const Tensor& places, const Tensor& weights, const Tensor* reference, bool by_reference) {
   std::vector<const Tensor*> inputs{&value, &places, &weights};
-  if (reference) inputs.push_back(reference);
+  if (by_reference) inputs.push_back(reference);
   std::vector<Tensor> results;
   if (grad.numel() == 0 || s.levels * s.points == 0) {
     for (const Tensor* x : inputs) results.push_back(new_zeros(*x, sizes_of(*x)));
@@ -179,14 +179,15 @@ std::vector<Tensor> backward(const Sizes& s, const Tensor& grad, const std::vect
   const Tensor contiguous_grad = contiguous(grad);
   const Scratch anchors(call.anchor_bytes());
   call.expand(anchors);
-  const Scratch references(p.batch * p.heads * p.queries * p.levels * p.box * working_bytes(p));
+  const int64_t row = by_reference ? p.levels * p.box : 0;
+  const Scratch references(p.batch * p.heads * p.queries * row * working_bytes(p));
   const Gradients gradients = {array_of(contiguous_grad), array_of(results[0]), array_of(results[1]),
-                               array_of(results[2]), references.data()};
+                               array_of(results[2]), by_reference ? references.data() : nullptr};
   parallel_for(0, p.batch * p.heads, 1, [&](int64_t begin, int64_t end) {
     const Scratch scratch(kernels().scratch_bytes(p, true));
     kernels().backward(p, gradients, scratch.data(), begin, end);
   });
-  if (reference) sum_heads_of(references.data(), p, results[3]);
+  if (by_reference) sum_heads_of(references.data(), p, results[3]);
   return results;
 }
 
@@ -200,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor> plain_backward(const Tensor& grad, const Tens
                                                   const Tensor& weights) {
   const Sizes s = check_plain(value, shapes, locations, weights);
   check_gradient(grad, value, s);
-  const std::vector<Tensor> results = backward(s, grad, shapes, value, locations, weights, nullptr);
+  const std::vector<Tensor> results = backward(s, grad, shapes, value, locations, weights, nullptr, false);
   return {results[0], results[1], results[2]};
 }
 
@@ -211,10 +212,12 @@ Tensor fused_forward(const Tensor& value, const std::vector<int64_t>& shapes, co
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> fused_backward(const Tensor& grad, const Tensor& value,
                                                           const std::vector<int64_t>& shapes, const Tensor& offsets,
-                                                          const Tensor& logits, const Tensor& reference) {
+                                                          const Tensor& logits, const Tensor& reference,
+                                                          bool by_reference) {
   const Sizes s = check_fused(value, shapes, offsets, logits, reference);
   check_gradient(grad, value, s);
-  const std::vector<Tensor> results = backward(s, grad, shapes, value, offsets, logits, &reference);
+  std::vector<Tensor> results = backward(s, grad, shapes, value, offsets, logits, &reference, by_reference);
+  if (!by_reference) results.push_back(new_empty(reference, {0}));
   return {results[0], results[1], results[2], results[3]};
 }
 

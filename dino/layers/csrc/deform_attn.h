@@ -14,8 +14,8 @@
 
 #include <cstdint>
 #include <initializer_list>
-#include <sstream>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 namespace dino {
@@ -28,13 +28,19 @@ struct Sizes {
   int64_t box;  // coordinates of a reference: 2 for points, 4 for boxes; 0 in the plain form
 };
 
+// Text without streams: where a compiler links its library of C++ into each shared object, the locales of streams come
+// from one copy and their code from another, and the process ends.
+inline std::string text(const char* x) { return x; }
+inline std::string text(const std::string& x) { return x; }
+template <class Number>
+inline std::string text(Number x) {
+  return std::to_string(x);
+}
+
 template <class... Parts>
 inline void require(bool holds, const Parts&... parts) {
   if (holds) return;
-  std::ostringstream sentence;
-  sentence << "deform_attn: ";
-  (sentence << ... << parts);
-  throw std::runtime_error(sentence.str());
+  throw std::runtime_error("deform_attn: " + (text(parts) + ...));
 }
 
 // A tensor of a floating type with these sizes, on the device of `value`, with fewer than 2^31 elements. -1 is any size.
@@ -45,15 +51,17 @@ inline void require_tensor(const char* name, const Tensor& x, const Tensor& valu
           name, " must be of type float32, float64, float16 or bfloat16");
   require(x.is_cpu() == value.is_cpu() && x.get_device_index() == value.get_device_index(), name,
           " must be on the same device as value");
-  std::ostringstream wanted;
   bool fits = x.dim() == static_cast<int64_t>(sizes.size());
   int64_t position = 0;
   for (int64_t size : sizes) {
-    wanted << (position ? ", " : "") << size;
     fits = fits && (size < 0 || x.size(position) == size);
     ++position;
   }
-  require(fits, name, " must be of sizes (", wanted.str(), ") to fit the other arguments (-1 stands for any size)");
+  if (!fits) {
+    std::string wanted;
+    for (int64_t size : sizes) wanted += (wanted.empty() ? "" : ", ") + text(size);
+    require(false, name, " must be of sizes (", wanted, ") to fit the other arguments (-1 stands for any size)");
+  }
   require(x.numel() < (int64_t{1} << 31), name, " has ", x.numel(),
           " elements; fewer than 2^31 are supported: split the batch");
 }

@@ -1,4 +1,4 @@
-// Multi-scale deformable attention on CUDA devices: the operators of the library `dino`, which deform_attn.cpp
+// Multi-scale deformable attention on CUDA devices: the operators of the library `dino`, which deform_attn_schema.cpp
 // declares. The kernels are in the .cuh files; this file checks arguments, chooses kernels and launches them.
 
 #include <cuda_runtime.h>
@@ -70,6 +70,8 @@ std::vector<int64_t> sizes_of(const Tensor& x) {
   for (int64_t i = 0; i < x.dim(); ++i) sizes.push_back(x.size(i));
   return sizes;
 }
+
+Tensor nothing_like(const Tensor& x) { return torch::stable::new_empty(x, std::vector<int64_t>{0}); }
 
 Tensor zeros_like(const Tensor& x) { return torch::stable::new_zeros(x, sizes_of(x)); }
 
@@ -398,8 +400,7 @@ struct Backward {
 };
 
 template <typename T>
-void backward_of_type(const Tensor& grad, const Tensor& value, const Problem& p, bool deterministic, Results& results,
-                      const std::optional<Tensor>& reference) {
+void backward_of_type(const Tensor& grad, const Tensor& value, const Problem& p, bool deterministic, Results& results) {
   using A = typename Accumulator<T>::type;
   const bool tiled = Backward<T>::tile_rows_log2(p, value.get_device_index()) >= 0;
   const bool packets = tiled || Backward<T>::has_packets(p);
@@ -407,16 +408,14 @@ void backward_of_type(const Tensor& grad, const Tensor& value, const Problem& p,
   const ScalarType type = sizeof(A) == sizeof(double) ? ScalarType::Double : ScalarType::Float;
   // Sums of a half type are kept in float. Only sum_lists_packets writes the result itself.
   const bool separate = kHalf && deterministic && Backward<T>::sums_packets(p.dim);
-  const Tensor sums = torch::stable::new_empty(value, sizes_of(value), type);
-  const cudaStream_t stream = current_stream(value);
-  if (!deterministic) {  // a third faster than a tensor of zeros
-    require(cudaMemsetAsync(pointer<A>(sums), 0, sums.numel() * sizeof(A), stream) == 0, "memory can't be cleared");
-  }
+  const Tensor sums = deterministic ? torch::stable::new_empty(value, sizes_of(value), type)
+                                    : torch::stable::new_zeros(value, sizes_of(value), type);
   const Tensor result = separate ? torch::stable::new_empty(value, sizes_of(value)) : sums;
 
   Gradients<A> gradients{numbers_of(results.places), numbers_of(results.weights), nullptr, nullptr};
   std::optional<Tensor> by_heads, weight_gradients;
-  if (reference) {
+  const int64_t by_reference = results.reference.numel();
+  if (by_reference) {
     by_heads = scratch<A>(value, slots_of(p) * p.levels * 4);
     gradients.reference = pointer<A>(*by_heads);
   }
@@ -424,23 +423,24 @@ void backward_of_type(const Tensor& grad, const Tensor& value, const Problem& p,
     weight_gradients = scratch<A>(value, slots_of(p) * p.samples);
     gradients.scratch = pointer<A>(*weight_gradients);
   }
+  const cudaStream_t stream = current_stream(value);
   const Backward<T> backward{p,      pointer<const T>(grad), pointer<const T>(value), gradients, pointer<A>(sums),
                              pointer<T>(result), tiled,      packets,                 deterministic, value, stream};
   backward.run();
   results.value = kHalf && !separate ? torch::stable::to(sums, value.scalar_type()) : result;
-  if (reference) {
-    launch(sum_heads<A>, blocks_for(reference->numel(), kListThreads), kListThreads, 0, stream, p,
+  if (by_reference) {
+    launch(sum_heads<A>, blocks_for(by_reference, kListThreads), kListThreads, 0, stream, p,
            static_cast<const A*>(gradients.reference), numbers_of(results.reference));
   }
 }
 
 Results backward(const Sizes& sizes, const Tensor& grad_, const Tensor& value_, const std::vector<int64_t>& shapes,
                  const Tensor& places_, const Tensor& weights_, const std::optional<Tensor>& reference_,
-                 bool deterministic) {
+                 bool by_reference, bool deterministic) {
   check_gradient(grad_, value_, sizes);
   const torch::stable::accelerator::DeviceGuard guard(value_.get_device_index());
   if (grad_.numel() == 0 || places_.numel() == 0) {
-    const Tensor reference = reference_ ? zeros_like(*reference_) : value_;
+    const Tensor reference = by_reference ? zeros_like(*reference_) : nothing_like(value_);
     return {zeros_like(value_), zeros_like(places_), zeros_like(weights_), reference};
   }
   const Tensor grad = dense(grad_), value = dense(value_), places = dense(places_), weights = dense(weights_);
@@ -449,9 +449,10 @@ Results backward(const Sizes& sizes, const Tensor& grad_, const Tensor& value_, 
   const Problem p = problem_of(sizes, shapes, places, weights, reference);
   Results results{value, torch::stable::new_empty(places, sizes_of(places)),
                   torch::stable::new_empty(weights, sizes_of(weights)),
-                  reference ? torch::stable::new_empty(*reference, sizes_of(*reference)) : value};
+                  by_reference ? torch::stable::new_empty(*reference, sizes_of(*reference))
+                               : nothing_like(reference ? *reference : value)};
   with_type_of(value, [&](auto zero) {
-    backward_of_type<decltype(zero)>(grad, value, p, deterministic, results, reference);
+    backward_of_type<decltype(zero)>(grad, value, p, deterministic, results);
   });
   return results;
 }
@@ -468,7 +469,7 @@ template <bool DETERMINISTIC>
 std::tuple<Tensor, Tensor, Tensor> deform_attn_backward(const Tensor& grad, const Tensor& value, const Shapes& shapes,
                                                         const Tensor& locations, const Tensor& weights) {
   const Sizes sizes = check_plain(value, shapes, locations, weights);
-  const Results results = backward(sizes, grad, value, shapes, locations, weights, std::nullopt, DETERMINISTIC);
+  const Results results = backward(sizes, grad, value, shapes, locations, weights, std::nullopt, false, DETERMINISTIC);
   return {results.value, results.places, results.weights};
 }
 
@@ -480,9 +481,11 @@ Tensor deform_attn_fused_forward(const Tensor& value, const Shapes& shapes, cons
 template <bool DETERMINISTIC>
 std::tuple<Tensor, Tensor, Tensor, Tensor> deform_attn_fused_backward(const Tensor& grad, const Tensor& value,
                                                                       const Shapes& shapes, const Tensor& offsets,
-                                                                      const Tensor& logits, const Tensor& reference) {
+                                                                      const Tensor& logits, const Tensor& reference,
+                                                                      bool by_reference) {
   const Sizes sizes = check_fused(value, shapes, offsets, logits, reference);
-  const Results results = backward(sizes, grad, value, shapes, offsets, logits, reference, DETERMINISTIC);
+  const Results results =
+      backward(sizes, grad, value, shapes, offsets, logits, reference, by_reference, DETERMINISTIC);
   return {results.value, results.places, results.weights, results.reference};
 }
 

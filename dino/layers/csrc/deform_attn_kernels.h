@@ -722,6 +722,8 @@ struct Backward {
     }
     if (p.box) {
       differentiate_softmax(n, to_weights);
+    }
+    if (g.reference) {
       differentiate_reference(p, static_cast<A*>(g.reference) +
                                      ((image * p.heads + head) * p.queries + query) * p.levels * p.box);
     }

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+// Without `by_reference`, the last gradient is an empty tensor: in DINO, nobody needs it.
 STABLE_TORCH_LIBRARY(dino, m) {
   m.def("deform_attn_forward(Tensor value, SymInt[] shapes, Tensor locations, Tensor weights) -> Tensor");
   m.def(
@@ -16,8 +17,8 @@ STABLE_TORCH_LIBRARY(dino, m) {
       " -> Tensor");
   m.def(
       "deform_attn_fused_backward(Tensor grad, Tensor value, SymInt[] shapes, Tensor offsets, Tensor logits,"
-      " Tensor reference) -> (Tensor, Tensor, Tensor, Tensor)");
+      " Tensor reference, bool by_reference=True) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "deform_attn_fused_backward_deterministic(Tensor grad, Tensor value, SymInt[] shapes, Tensor offsets,"
-      " Tensor logits, Tensor reference) -> (Tensor, Tensor, Tensor, Tensor)");
+      " Tensor logits, Tensor reference, bool by_reference=True) -> (Tensor, Tensor, Tensor, Tensor)");
 }
