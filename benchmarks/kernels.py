@@ -66,12 +66,13 @@ class Contender(NamedTuple):
 
 
 def own(form, arguments):
-    """The compiled operators called `form`."""
+    """The compiled operators called `form`; without the gradient of the reference, as DINO calls them."""
     forward, backward = (getattr(torch.ops.dino, f"{form}_{name}") for name in ("forward", "backward"))
+    wanted = (False,) if arguments == RAW else ()
     return Contender(
         arguments,
         lambda value, *others: forward(value, deform_attn.FLAT, *others),
-        lambda value, *others: lambda grad: backward(grad, value, deform_attn.FLAT, *others),
+        lambda value, *others: lambda grad: backward(grad, value, deform_attn.FLAT, *others, *wanted),
     )
 
 
