@@ -76,7 +76,9 @@ class FeedForward(nn.Module):
 
     def part(self, x: Tensor) -> Tensor:
         """The same in one go."""
-        return self.norm(x + self.linear2(F.relu(self.linear1(x), inplace=True)))
+        # Not in place where there will be a gradient: that of a view changed in place is copied twice.
+        hidden = F.relu(self.linear1(x), inplace=not torch.is_grad_enabled())
+        return self.norm(x + self.linear2(hidden))
 
 
 class EncoderLayer(nn.Module):

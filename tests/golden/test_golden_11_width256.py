@@ -53,6 +53,7 @@ def test_evaluation(model):
     check_outputs(golden, "eval", model(IMAGES, PADDING))
 
 
+@pytest.mark.skipif(torch.get_default_device().type != "cpu", reason="oneDNN's operators are those of a CPU")
 @torch.no_grad()
 def test_evaluation_in_operators_of_onednn(model):
     assert use_onednn(model)
