@@ -43,6 +43,10 @@ class Tokens(NamedTuple):
         """(B, L, 2): the unpadded fraction of each level's width and height."""
         return self.valid_sizes / extents(self.shapes, self.valid_sizes)
 
+    def with_features(self, features: Tensor) -> Tokens:
+        """The same with other features (B, S, E). (Compiled by PyTorch 2.11, `_replace` gives an empty tuple.)"""
+        return Tokens(features, self.position, self.padding, self.shapes, self.valid_sizes)
+
 
 def extents(shapes: list[tuple[int, int]], like: torch.Tensor) -> torch.Tensor:
     """L pairs (H, W) -> (L, 2), widths and heights as numbers of the dtype and on the device of `like`.

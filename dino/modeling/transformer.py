@@ -138,7 +138,7 @@ class Encoder(nn.Module):
         x = tokens.features
         for layer in self.layers:
             x = layer(x, tokens, reference)
-        return tokens._replace(features=x)
+        return tokens.with_features(x)
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:

@@ -169,7 +169,7 @@ class PlacedEncoder(Encoder):
 
     def forward(self, tokens: Tokens) -> Tokens:
         """Tokens -> the same with new features."""
-        return super().forward(tokens._replace(features=tokens.features + tokens.position))
+        return super().forward(tokens.with_features(tokens.features + tokens.position))
 
 
 class LearnedPositionEncoding(nn.Module):
