@@ -120,12 +120,12 @@ def version_of(package):
 def origin(device):
     """Hardware, versions, commit, date and load of the machine.
 
-    A copy of the sources without their repository is told its commit by the variable DINO_COMMIT.
+    The variable DINO_COMMIT names the commit of a copy of the sources that comes without its repository, or with another.
     """
     return {
         "hardware": hardware(device),
         "versions": versions(device),
-        "commit": git("rev-parse", "HEAD") or os.environ.get("DINO_COMMIT", "unknown"),
+        "commit": os.environ.get("DINO_COMMIT") or git("rev-parse", "HEAD") or "unknown",
         "changed_since_commit": bool(git("status", "--porcelain", "--untracked-files=no")),
         "date": datetime.date.today().isoformat(),
         "load_before": os.getloadavg(),
