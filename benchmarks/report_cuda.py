@@ -117,7 +117,8 @@ def milliseconds(seconds):
 
 def network_section(folder):
     """The whole network; how many times faster than itself with plain attention, in float32 without TensorFloat-32."""
-    rows = rows_of(folder, "inference", "training", "compiled_inference", "compiled_training", "batches")
+    compiled = sorted(path.stem for path in Path(folder, "data").glob("compiled_*.json"))
+    rows = rows_of(folder, "inference", "training", *compiled, "batches")
     if not rows:
         return ""
     plain = {

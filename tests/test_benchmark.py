@@ -344,17 +344,25 @@ def test_the_network_on_a_gpu(monkeypatch, tmp_path):
         return base.Contender(network, detect, losses, None, {"encoder": network.encoder})
 
     monkeypatch.setattr(cuda.model, "ours", ours)
+    compiled = []
     monkeypatch.setattr(cuda.model, "prepare", lambda model, case: model.eval())
+    monkeypatch.setattr(cuda, "compile_network", compiled.append)
     for name, value in {"HEIGHT": 64, "WIDTH": 96, "CASES": [
         cuda.Case("inference", 1, "float32", "reference"), cuda.Case("training", 2, "tf32", "dino"),
+        cuda.Case("inference", 1, "bfloat16", "compiled-graphs"), cuda.Case("training", 2, "bfloat16", "compiled"),
     ]}.items():  # fmt: skip
         monkeypatch.setattr(cuda, name, value)
     output = tmp_path / "training.json"
     run(cuda, monkeypatch, "--device", "cpu", "--repeats", "2", "--output", output)
     rows = json.loads(output.read_text())["rows"]
-    assert [(row["work"], row["contender"]) for row in rows] == [("inference", "reference"), ("training", "dino")]
-    assert all(row["seconds"] > 0 and row["host_seconds"] > 0 and row["stages"]["encoder"] > 0 for row in rows)
-    assert "loss" in rows[1]
+    contenders = ["reference", "dino", "compiled-graphs", "compiled"]
+    assert [(row["work"], row["contender"]) for row in rows] == list(
+        zip(["inference", "training"] * 2, contenders, strict=True)
+    )
+    assert all(row["seconds"] > 0 and row["host_seconds"] > 0 for row in rows)
+    assert all(row["stages"]["encoder"] > 0 for row in rows[:2])
+    assert ["loss" in row for row in rows] == [False, True] * 2
+    assert compiled == [network, network]
 
 
 def test_a_contender_that_fails_hides_no_other(monkeypatch, tmp_path):

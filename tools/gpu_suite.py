@@ -210,6 +210,17 @@ def sanitizer_steps(data: Path) -> list[Step]:
     return steps
 
 
+# Each has a step of its own: PyTorch takes minutes to compile the network.
+COMPILED = (
+    ("inference", "compiled", "bfloat16"),
+    ("training", "compiled", "bfloat16"),
+    ("inference", "compiled_graphs", "bfloat16"),
+    ("training", "compiled", "tf32"),
+    ("inference", "compiled", "tf32"),
+    ("inference", "compiled_graphs", "tf32"),
+)
+
+
 def model_steps(data: Path) -> list[Step]:
     """The whole network; needs torchvision's backbone."""
 
@@ -221,8 +232,9 @@ def model_steps(data: Path) -> list[Step]:
     return [
         step("inference", "the network at 800x1333, batch 1", 60, 300, f"inference batch 1 .*{plain}"),
         step("training", "its training step, batch 2", 90, 360, f"training batch 2 .*{plain}"),
-        step("compiled_inference", "inference by torch.compile", 150, 480, "inference batch 1 .*compiled"),
-        step("compiled_training", "the training step by torch.compile", 240, 520, "training batch 2 .*compiled"),
+        *(step(f"{contender}_{work}_{precision}", f"{work} in {precision} by torch.compile", 200, 480,
+               f"{work} .*{precision} {contender.replace('_', '-')}$")
+          for work, contender, precision in COMPILED),
         step("batches", "other batches: 1, 2, 8, 16", 180, 500,
              "(inference batch (2|8|16)|training batch (1|8|16)) ", "--repeats", "8"),
     ]  # fmt: skip
