@@ -299,8 +299,10 @@ __device__ __forceinline__ void walk_tile(const Problem& problem, const Tile& ti
       dot[0] += __shfl_xor_sync(kAllLanes, dot[0], bit), dot[1] += __shfl_xor_sync(kAllLanes, dot[1], bit);
     }
     const int own = i + lane / kSpare;
-    const unsigned order = memory.order[own < end ? own : 0], right = (order >> kOddAt ^ odd) & 1;
-    const float4 sample = memory.samples[order & kNumber];
+    unsigned order = 0;
+    float4 sample = make_float4(0, 0, 0, 0);
+    if (own < end) order = memory.order[own], sample = memory.samples[order & kNumber];
+    const unsigned right = (order >> kOddAt ^ odd) & 1;
     const unsigned there = order >> kNeighboursAt & (right ? kHasRight : kHasLeft) ? order >> kNeighboursAt : 0;
     const float top = there & kHasTop ? dot[0] : 0, bottom = there & kHasBottom ? dot[1] : 0;
     const float by_y = bottom - top, here = fmaf(sample.y, by_y, top);
