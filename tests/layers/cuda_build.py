@@ -86,7 +86,7 @@ def stand_in_source(folder, mutants=()):
     text = replace(text, launch, "cuda_on_cpu::run(blocks, threads, shared, [&] { kernel(arguments...); });")
     text = replace(text, "STD_CUDA_KERNEL_LAUNCH_CHECK();", "")
     limit = "cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)"
-    text = replace(text, limit, "(bytes = 96 << 10, 0)")
+    text = replace(text, limit, "(bytes = cuda_on_cpu::most_shared, 0)")
     text = replace(text, "cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)", "0")
     text = replace(text, "aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream)", "0")
     text = re.sub(r"  const torch::stable::accelerator::DeviceGuard .*\n", "", text)

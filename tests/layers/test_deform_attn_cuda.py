@@ -127,24 +127,121 @@ def check(actual, case, shapes):
 
 
 @pytest.mark.parametrize("form", [PLAIN, POINTS, BOXES])
-@pytest.mark.parametrize("dim", [32, 64, 5])
+@pytest.mark.parametrize("dim", [16, 32, 64, 128, 5])
 @pytest.mark.parametrize("types", [(F32, F32), (BF16, BF16), (F16, F32), (F64, F64)], ids=str)
 def test_like_the_reference(backend, types, dim, form):
     case = random_case(SMALL, form, dim=dim, dtype=types[0], weight_dtype=types[1])
     check(results(backend, case, SMALL), case, SMALL)
 
 
+def check_both_modes(backend, case, shapes):
+    """Against the reference, and two deterministic runs against each other."""
+    check(results(backend, case, shapes), case, shapes)
+    actual = results(backend, case, shapes, deterministic=True)
+    check(actual, case, shapes)
+    again = results(backend, case, shapes, deterministic=True)
+    assert all(torch.equal(x, y) for x, y in zip(actual, again, strict=True))
+
+
 @pytest.mark.parametrize("form", [PLAIN, BOXES])
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_queries_that_are_cells(backend, deterministic, dtype, form):
-    """Many samples for each cell: gradients of the value are summed by lists, a few images at a time."""
+def test_queries_that_are_cells(backend, dtype, form):
+    """Backward sorts the samples of tiles. Borders cut tiles off on both sides; lists are made for part of the images."""
     case = random_case(SHAPES, form, batch=2, queries=None, dtype=dtype)
-    actual = results(backend, case, SHAPES, deterministic)
-    check(actual, case, SHAPES)
-    if deterministic:
-        again = results(backend, case, SHAPES, deterministic)
-        assert all(torch.equal(x, y) for x, y in zip(actual, again, strict=True))
+    check_both_modes(backend, case, SHAPES)
+
+
+@pytest.mark.parametrize(("dim", "heads"), [(16, 4), (32, 3), (64, 1), (128, 2)])
+@pytest.mark.parametrize(("dtype", "form"), [(F32, POINTS), (BF16, PLAIN), (F16, BOXES)], ids=str)
+def test_tiles_of_every_width(backend, dtype, form, dim, heads):
+    shapes = [(3, 17), (2, 2)]
+    case = random_case(shapes, form, batch=2, queries=None, heads=heads, dim=dim, points=3, dtype=dtype)
+    check_both_modes(backend, case, shapes)
+
+
+# For a tile of 16 x 8 queries: several rounds of 16 lanes. Then smaller tiles, down to 16 x 1, for a tile has at most 4096
+# samples. Then no tile.
+@pytest.mark.parametrize("points", [17, 32, 33, 130, 256, 257])
+@pytest.mark.parametrize("form", [PLAIN, POINTS])
+def test_tiles_of_many_samples(backend, form, points):
+    shapes = [(9, 2)] if points < 100 else [(2, 3)]
+    case = random_case(shapes, form, batch=1, queries=None, heads=1, points=points)
+    check_both_modes(backend, case, shapes)
+
+
+@pytest.mark.parametrize("kilobytes", [64, 36, 24, 16])
+def test_tiles_on_devices_of_less_memory(stand_in, kilobytes):
+    """16 x 8, 16 x 2 and 16 x 1 queries; no tile."""
+    operators, device, library = stand_in
+    library.limit_shared(kilobytes << 10)
+    try:
+        case = random_case([(9, 5)], PLAIN, batch=1, queries=None, points=15)
+        check_both_modes((operators, device), case, [(9, 5)])
+    finally:
+        library.limit_shared(227 << 10)
+
+
+@pytest.mark.parametrize("width", [16, 64])
+def test_all_samples_in_one_cell(backend, width):
+    """4096 samples of one key, the most that 12 bits can number; a corner, an edge, and the inside."""
+    for cell in ((0.3, 0.4), (2.2, 3.3), (1.4, 5.6)):
+        shapes = [(8, width)]
+        case = random_case(shapes, PLAIN, batch=1, queries=None, heads=1, dim=16, points=32)
+        case[2][:] = torch.tensor(cell) / torch.tensor([width, 8])
+        check_both_modes(backend, case, shapes)
+
+
+@pytest.mark.parametrize(
+    "shapes", [[(3, 4)] * 6, [(2, 70)], [(40, 1), (1, 40)], ODD, [(1, 1)] * 160], ids=lambda shapes: str(shapes[:7])
+)
+def test_keys_that_cells_share(backend, shapes):
+    """Levels four apart, and cells 32 apart, have the same keys."""
+    points = 1 if len(shapes) > 100 else 3
+    case = random_case(shapes, BOXES, batch=1, queries=None, heads=1, dim=16, points=points)
+    check_both_modes(backend, case, shapes)
+
+
+@pytest.mark.parametrize("queries", [None, 20])
+@pytest.mark.parametrize(
+    ("dtype", "places", "weights"), [(BF16, F32, F32), (F32, F64, F32), (F16, F16, BF16), (F32, BF16, F32)], ids=str
+)
+def test_mixed_types(backend, dtype, places, weights, queries):
+    for form in (PLAIN, POINTS, BOXES):
+        if form == PLAIN and places in (F16, BF16):
+            continue  # rounding would move the samples onto lines where the gradient jumps
+        grad, value, place, weight, *reference = random_case(SMALL, form, queries=queries, dtype=dtype)
+        reference = [x.double() if places == F64 else x for x in reference]
+        case = [grad, value, place.to(places), weight.to(weights), *reference]
+        check_both_modes(backend, case, SMALL)
+
+
+@pytest.mark.parametrize("dim", [32, 5])
+@pytest.mark.parametrize("queries", [None, 20])
+@pytest.mark.parametrize("form", [POINTS, BOXES])
+def test_reference_without_gradient(backend, form, queries, dim):
+    """The last result is empty, the others are the same to the last bit."""
+    operators, device = backend
+    grad, value, *others = case = [x.to(device) for x in random_case(SMALL, form, queries=queries, dim=dim)]
+    expected = results(backend, case, SMALL, deterministic=True)[1:]
+    backward = operators.deform_attn_fused_backward_deterministic
+    with new_memory_holds_no_numbers():
+        actual = backward(grad, value, flat(SMALL), *others, False)
+        *added, nothing = operators.deform_attn_fused_backward(grad, value, flat(SMALL), *others, False)
+    assert actual[-1].numel() == nothing.numel() == 0
+    assert all(torch.equal(x, y) for x, y in zip(actual[:-1], expected[:-1], strict=True))
+    for x, y in zip(added, expected[:-1], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", [POINTS, BOXES])
+def test_samples_far_outside(backend, form):
+    """One image reads nothing, as where it is padding; queries of the next read far away now and then."""
+    case = random_case(SMALL, form, batch=3, queries=None)
+    case[2][1] = 1e6
+    case[2][2, ::3, :, :, 1] = -1e30
+    actual = results(backend, case, SMALL)
+    assert not any(x[1].any() for x in (actual[0], *actual[1:4]))
+    check_both_modes(backend, case, SMALL)
 
 
 @pytest.mark.parametrize(("dim", "dtype"), [(1, F32), (40, F32), (64, F32), (64, BF16)], ids=str)
