@@ -35,9 +35,10 @@ class Layout(NamedTuple):
     points: int
 
 
-# On CUDA, queries that are cells are cut into tiles of 16 x 8 (here the border cuts some off), and backward works by
-# lists. A few queries for many cells are the decoder's: backward adds. Both fill several blocks, and have more samples
-# than a group of lanes prepares at a time.
+# On CUDA, queries that are cells are cut into tiles, forward of 8 x 8 and backward of 16 x 8; borders cut some of these
+# off here. A few queries for many cells are the decoder's: backward goes from query to query. Both fill several blocks,
+# and have more samples than a group of lanes prepares at a time. The deterministic backward makes lists of samples for
+# both; some cells have several lists.
 LAYOUTS = {
     "queries are cells": Layout([(9, 1), (1, 17), (2, 2)], None, 6),
     "few queries": Layout([(3, 22), (1, 20), (10, 1)], 67, 3),

@@ -22,20 +22,20 @@ from .cuda_build import Mutant
 LIBRARY = "DINO_TEST_STAND_IN"  # a stand-in that is built already, set by the tests that start a test run
 PLANTED = "DINO_TEST_PLANTED"  # the number of the mutant that it is to run, 0: none
 
-FORWARD, BACKWARD, SAMPLES, LAUNCHES = (
-    f"deform_attn_{name}" for name in ("forward.cuh", "backward.cuh", "samples.cuh", "cuda.cu")
+FORWARD, BACKWARD, TILES, LISTS, DETERMINISTIC, SAMPLES, LAUNCHES = (
+    f"deform_attn_{name}"
+    for name in ("forward.cuh", "backward.cuh", "tiles.cuh", "lists.cuh", "deterministic.cuh", "samples.cuh", "cuda.cu")
 )
 SYNC, BLOCK_SYNC = "__syncwarp();", "__syncthreads();"
 
-# A catcher selects tests of test_deform_attn_cuda.py; of two parts with an "and", the second is a parameter. None: the
-# reason stands in INVISIBLE.
+# A catcher selects tests of test_deform_attn_cuda.py by a part of their names. None: the reason stands in INVISIBLE.
 MUTANTS = {
     # ---- barriers, one at a time
     "forward: samples overwritten while they are read": Mutant(
         FORWARD, "__syncwarp();  // the samples before", SYNC, ";", "more_samples"
     ),
     "forward: samples read before they are there": Mutant(
-        FORWARD, "__syncwarp();\n#pragma unroll 2", SYNC, ";", "like_the_reference"
+        FORWARD, "__syncwarp();\n#pragma unroll 1", SYNC, ";", "like_the_reference"
     ),
     "backward: samples overwritten while they are read": Mutant(
         BACKWARD, "__syncwarp();  // the group before", SYNC, ";", "like_the_reference"
@@ -52,45 +52,73 @@ MUTANTS = {
     "backward, any width: scratch read before it is there": Mutant(
         BACKWARD, "__syncwarp();  // scratch is complete", SYNC, ";", "like_the_reference"
     ),
+    "tiles: samples counted before the counts are zero": Mutant(
+        TILES, "memory.keys[i] = 0;\n  __syncthreads();", BLOCK_SYNC, ";", "are_cells"
+    ),
+    "tiles: counts summed before all samples are counted": Mutant(
+        TILES, "__syncthreads();\n  const int inside", BLOCK_SYNC, ";", "are_cells"
+    ),
+    "tiles: sums of warps read before they are there": Mutant(
+        TILES, "warp_sum[warp] = sum;\n  __syncthreads();", BLOCK_SYNC, ";", "are_cells"
+    ),
+    "tiles: first places read before they are there": Mutant(
+        TILES, "__syncthreads();\n  return all;", BLOCK_SYNC, ";", "are_cells"
+    ),
+    "tiles: rows loaded over places that are read": Mutant(
+        TILES, "sort_tile(problem, tile, memory, all);\n  __syncthreads();", BLOCK_SYNC, ";", "are_cells"
+    ),
+    "tiles: rows read before they are there": Mutant(
+        TILES, "__syncthreads();\n  walk_tile", BLOCK_SYNC, ";", "are_cells"
+    ),
+    "tiles: samples overwritten while they are read": Mutant(
+        TILES, "__syncwarp();  // the samples have been read", SYNC, ";", "are_cells"
+    ),
+    "tiles: gradients read before they are there": Mutant(
+        TILES,
+        "walk_tile<T, D, ADD>(problem, tile, memory, inside, value, sums);\n  __syncthreads();",
+        BLOCK_SYNC,
+        ";",
+        "are_cells",
+    ),
     "sort: the next step before this one is done": Mutant(
-        BACKWARD, "__syncwarp();\n    for (int step", SYNC, ";", "long_lists"
+        DETERMINISTIC, "__syncwarp();\n    for (int step", SYNC, ";", "long_lists"
     ),
     "sort: the next half before this one is done": Mutant(
-        BACKWARD, "      }\n      __syncwarp();\n    }", SYNC, ";", "long_lists"
+        DETERMINISTIC, "      }\n      __syncwarp();\n    }", SYNC, ";", "long_lists"
     ),
     "lists: lanes of one warp not gathered before they exchange": Mutant(
-        BACKWARD, "__syncwarp();  // lanes may have", SYNC, ";", None, self_test=False
+        DETERMINISTIC, "__syncwarp();  // lanes may have", SYNC, ";", None, self_test=False
     ),
     "place: sums of warps read before they are there": Mutant(
-        BACKWARD, "warp_sum[warp] = sum;\n  __syncthreads();", BLOCK_SYNC, ";", "long_lists"
+        LISTS, "warp_sum[warp] = sum;\n  __syncthreads();", BLOCK_SYNC, ";", "long_lists"
     ),
     "place: start of the block read before it is there": Mutant(
-        BACKWARD, "__syncthreads();\n  if (i < lists) end[i]", BLOCK_SYNC, ";", "long_lists"
+        LISTS, "__syncthreads();\n  if (i < number) lists.end[i]", BLOCK_SYNC, ";", "long_lists"
     ),
     # ---- atomic additions made plain
-    "count: a plain addition": Mutant(
-        BACKWARD,
-        "atomicAdd(count + list_of(problem, level, row / problem.queries, head, sample.x, sample.y), 1)",
-        "atomicAdd(count + list_of(problem, level, row / problem.queries, head, sample.x, sample.y), 1)",
-        "count[list_of(problem, level, row / problem.queries, head, sample.x, sample.y)]++",
-        "long_lists",
+    "tiles: counts by plain additions": Mutant(
+        TILES,
+        "noted = atomicAdd(memory.keys + place_of(key), 1)",
+        "atomicAdd(memory.keys + place_of(key), 1)",
+        "memory.keys[place_of(key)]++",
+        "are_cells",
     ),
-    "lists: an entry's place by a plain addition": Mutant(
-        BACKWARD,
-        "lists.entries[atomicAdd(lists.end + list, 1)]",
-        "atomicAdd(lists.end + list, 1)",
-        "lists.end[list]++",
+    "rank: a plain addition": Mutant(
+        LISTS,
+        "atomicAdd(lists.count + list[k], 1)",
+        "atomicAdd(lists.count + list[k], 1)",
+        "lists.count[list[k]]++",
         "long_lists",
     ),
     "place: start of a block by a plain addition": Mutant(
-        BACKWARD,
-        "block_start = atomicAdd(used, all)",
-        "atomicAdd(used, all)",
-        "(*used += all) - all",
-        "cells",
+        LISTS,
+        "first_entry = atomicAdd(lists.used, all)",
+        "atomicAdd(lists.used, all)",
+        "(*lists.used += all) - all",
+        "are_cells",
     ),
-    "backward: gradients of values by plain additions": Mutant(
-        BACKWARD, "atomicAdd(to, x.x), ", "atomicAdd(to, x.x)", "to[0] += x.x", "like_the_reference"
+    "gradients of values by plain additions": Mutant(
+        SAMPLES, "atomicAdd(to, x.x), ", "atomicAdd(to, x.x)", "to[0] += x.x", "like_the_reference"
     ),
     "backward, any width: gradients of values by plain additions": Mutant(
         BACKWARD,
@@ -141,35 +169,82 @@ MUTANTS = {
         FORWARD, "if (active) Packet<T>::store", "active", "true", "like_the_reference"
     ),
     "tile: not cut at the right": Mutant(
-        SAMPLES, "return x < tile.width && y < tile.height", "x < tile.width", "true", "cells"
+        SAMPLES, "return x < tile.width && y < tile.height", "x < tile.width", "true", "are_cells"
     ),
     "tile: not cut at the bottom": Mutant(
-        SAMPLES, "return x < tile.width && y < tile.height", "y < tile.height", "true", "cells"
+        SAMPLES, "return x < tile.width && y < tile.height", "y < tile.height", "true", "are_cells"
     ),
-    "count: threads beyond the last sample": Mutant(
-        BACKWARD, "if (i >= total) return;", "i >= total", "false", "cells"
+    "tiles: queries beyond the border are located": Mutant(
+        TILES, "row[k] = query < 0 ? -1", "query < 0", "false", "are_cells"
+    ),
+    "tiles: lanes beyond the last sample read one": Mutant(
+        TILES, "row[k] >= 0 && lane < problem.samples", "lane < problem.samples", "true", None, self_test=False
+    ),
+    "tiles: samples beyond the last are kept": Mutant(
+        TILES, "s < (row[0] < 0 ? 0 : problem.samples)", "problem.samples", "(problem.samples | 15)", "every_width"
+    ),
+    "tiles: queries beyond the border are sorted": Mutant(
+        TILES,
+        "query_of_tile(problem, tile, query) < 0 ? 0 : memory",
+        "query_of_tile(problem, tile, query) < 0",
+        "false",
+        "are_cells",
+    ),
+    "tiles: samples outside are sorted": Mutant(
+        TILES, "if (!(place >> 29)) continue;", "!(place >> 29)", "false", "are_cells"
+    ),
+    "tiles: rows beyond the border are loaded": Mutant(
+        TILES, "if (query < 0) continue;", "query < 0", "false", None, self_test=False
+    ),
+    "tiles: the last group goes beyond the last sample": Mutant(
+        TILES, "end = min(first + steps, all);", "min(first + steps, all)", "(first + steps)", "are_cells"
+    ),
+    "tiles: groups go beyond their part": Mutant(
+        TILES, "if (i + k < end) {", "i + k < end", "i + k < all", "are_cells"
+    ),
+    "tiles: lanes without a sample read one": Mutant(
+        TILES, "if (own < end) order =", "own < end", "own < all", "are_cells"
+    ),
+    "tiles: lanes without a sample write one": Mutant(
+        TILES, "if (own < end && !right", "own < end", "own < all", "are_cells"
+    ),
+    "tiles: queries beyond the border finish": Mutant(
+        TILES, "end = query >= 0 ? problem.samples : 0", "query >= 0", "true", "are_cells"
+    ),
+    "tiles: the reference of queries beyond the border": Mutant(
+        TILES, "gradients.reference && query >= 0", "query >= 0", "true", "are_cells"
+    ),
+    "rank: threads beyond the last sample": Mutant(
+        LISTS, "if (i >= total) continue;", "i >= total", "false", "are_cells"
+    ),
+    "rank: threads beyond the last sample write": Mutant(
+        LISTS, "if (i < total) lists.rank[i]", "i < total", "true", "are_cells"
     ),
     "place: threads beyond the last list read": Mutant(
-        BACKWARD, "i < lists ? count[i] : 0", "i < lists ? count[i] : 0", "count[i]", "cells"
+        LISTS, "i < number ? lists.count[i] : 0", "i < number ? lists.count[i] : 0", "lists.count[i]", "are_cells"
     ),
     "place: threads beyond the last list write": Mutant(
-        BACKWARD, "if (i < lists) end[i]", "i < lists", "true", "cells"
+        LISTS, "if (i < number) lists.end[i]", "i < number", "true", "are_cells"
     ),
+    "entries: threads beyond the last query": Mutant(LISTS, "if (!active) return;", "!active", "false", "are_cells"),
+    "entries: of samples outside": Mutant(LISTS, "if (rank < 0) continue;", "rank < 0", "false", "are_cells"),
     "sort: entries beyond the end": Mutant(
-        BACKWARD, "if (high < size) order(entries, low, high);\n    }", "high < size", "true", "long_lists"
+        DETERMINISTIC, "if (high < size) order(entries, low, high);\n    }", "high < size", "true", "long_lists"
     ),
     "sort: warps beyond the last list": Mutant(
-        BACKWARD, "if (list >= number) return;", "list >= number", "false", "cells"
+        DETERMINISTIC, "if (list >= number) return;", "list >= number", "false", "long_lists"
     ),
     "backward: queries beyond the border finish": Mutant(
-        BACKWARD, "if (active) finish_slot", "active", "true", "cells"
+        BACKWARD, "if (active) finish_slot", "active", "true", "like_the_reference"
     ),
     "lists: cells beyond the right border": Mutant(
-        BACKWARD, "x >= level.width || y >= level.height ? -1", "x >= level.width", "false", "cells"
+        DETERMINISTIC, "x >= level.width || y >= level.height ? -1", "x >= level.width", "false", "are_cells"
     ),
-    "lists: cells beyond the left border": Mutant(BACKWARD, "return x < 0 || y < 0 || x >=", "x < 0", "false", "cells"),
+    "lists: cells beyond the left border": Mutant(
+        DETERMINISTIC, "return x < 0 || y < 0 || x >=", "x < 0", "false", "are_cells"
+    ),
     "lists: lists beyond the row's end": Mutant(
-        BACKWARD, "2 * min(first + span, columns)", "min(first + span, columns)", "(first + span)", "cells"
+        DETERMINISTIC, "2 * min(first + span, columns)", "min(first + span, columns)", "(first + span)", "are_cells"
     ),
     "backward, any width: slots beyond the last": Mutant(
         BACKWARD,
@@ -178,7 +253,8 @@ MUTANTS = {
         "  const int first = slot * problem.samples, stride = problem.heads * problem.dim;\n  const size_t start",
         "slot >= static_cast<long long>(problem.batch) * problem.queries * problem.heads",
         "false",
-        "like_the_reference",
+        "odd_sizes",
+        self_test=False,  # its slots fill all blocks
     ),
     "heads: threads beyond the last number": Mutant(
         BACKWARD,
@@ -187,67 +263,202 @@ MUTANTS = {
         "false",
         "like_the_reference",
     ),
-    "launch: less shared memory than samples need": Mutant(
-        LAUNCHES, "const size_t shared = kept_bytes(p);", "kept_bytes(p)", "kept_bytes(p) - 16", "cells"
+    "launch: less shared memory than kept numbers need": Mutant(
+        LAUNCHES,
+        "run(backward_packets<T, D, true>, kept_bytes(p))",
+        "kept_bytes(p)",
+        "kept_bytes(p) - 16",
+        "like_the_reference",
     ),
-    # ---- first, last, and parities
+    "launch: less shared memory than a tile needs": Mutant(
+        LAUNCHES,
+        "tile_bytes(1 << (some.tile_columns_log2 + some.tile_rows_log2), p.samples, kDim * sizeof(T))",
+        "tile_bytes(1 << (some.tile_columns_log2 + some.tile_rows_log2), p.samples, kDim * sizeof(T))",
+        "tile_bytes(1 << (some.tile_columns_log2 + some.tile_rows_log2), p.samples, kDim * sizeof(T) / 2)",
+        "are_cells",
+    ),
+    "launch: a tile of more samples than 12 bits can number": Mutant(
+        LAUNCHES,
+        "queries) * p.samples <= kMostTileSamples",
+        "kMostTileSamples",
+        "2 * kMostTileSamples",
+        "many_samples",
+        self_test=False,
+    ),
+    # ---- tiles: bits, columns, lanes
+    "tiles: rank cut to 11 bits": Mutant(
+        TILES, "(place & 0xfffu)", "place & 0xfffu", "place & 0x7ffu", "one_cell", False
+    ),
+    "tiles: a key cut to 11 bits": Mutant(
+        TILES, "place_of(place >> 12 & (kKeys - 1))", "kKeys - 1", "kKeys / 2 - 1", "are_cells"
+    ),
+    "tiles: number cut to 11 bits": Mutant(
+        TILES, "= i | (place >> 24", "i", "(i & 0x7ff)", "one_cell", self_test=False
+    ),
+    "tiles: query cut to 6 bits": Mutant(
+        TILES, "static_cast<unsigned>(query) << kQueryAt", "static_cast<unsigned>(query)", "(query & 63u)", "are_cells"
+    ),
+    "tiles: level cut to 2 bits": Mutant(
+        TILES, "level << kLevelAt |", "level", "(level & 3)", "share", self_test=False
+    ),
+    "tiles: neighbours without the upper left bit": Mutant(
+        TILES, "(place >> 24 & 31u)", "place >> 24 & 31u", "place >> 24 & 30u", "are_cells"
+    ),
+    "tiles: all cells of even columns": Mutant(
+        TILES, "(place >> 24 & 31u)", "place >> 24 & 31u", "place >> 24 & 15u", None, self_test=False
+    ),
+    "tiles: keys without rows": Mutant(TILES, "(y & 31) << 5", "(y & 31) << 5", "0", None, self_test=False),
+    "tiles: lanes believe to be left by their number alone": Mutant(
+        TILES, "const unsigned right = (order >> kOddAt ^ odd) & 1;", "order >> kOddAt ^ odd", "odd", "are_cells"
+    ),
+    "tiles: the column to the right is the left one": Mutant(
+        TILES, "static_cast<int>(right) : -1", "static_cast<int>(right)", "0", "are_cells"
+    ),
+    "tiles: a right column at the border is there": Mutant(
+        TILES,
+        "const bool there = order >> kNeighboursAt & (right ? kHasRight : kHasLeft);",
+        "right ? kHasRight : kHasLeft",
+        "kHasLeft | kHasRight",
+        "are_cells",
+    ),
+    "tiles: the lower token is the next one": Mutant(
+        TILES, "? width * stride : 0", "width * stride", "stride", "are_cells"
+    ),
+    "tiles: the lower token is a row below at the border, too": Mutant(
+        TILES, "(vertical & kRows) == kRows ?", "(vertical & kRows) == kRows", "true", "are_cells"
+    ),
+    "tiles: the same column though one of its rows is missing": Mutant(
+        TILES, "|| vertical != column.vertical", "vertical != column.vertical", "false", "share"
+    ),
+    "tiles: a column is left without a word": Mutant(TILES, "leave();\n    token = to", "leave();", ";", "are_cells"),
+    "tiles: the last column is left without a word": Mutant(
+        TILES, "column.leave();", "column.leave();", ";", "are_cells"
+    ),
+    "tiles: sums of the column before go on": Mutant(
+        TILES,
+        "lower);\n#pragma unroll\n    for (int v = 0; v < 8; ++v) upper_sum[v] = lower_sum[v] = 0;",
+        "upper_sum[v] = lower_sum[v] = 0;",
+        ";",
+        "are_cells",
+    ),
+    "tiles: the upper token gets something though it is beyond the border": Mutant(
+        TILES, "if (vertical & kHasTop << kNeighboursAt)", "vertical & kHasTop << kNeighboursAt", "true", "are_cells"
+    ),
+    "tiles: channels of the second half four further": Mutant(
+        TILES, "add_atomically(to + kHalf", "kHalf", "4", "are_cells"
+    ),
+    "tiles: products of another sample": Mutant(
+        TILES, "own = i + lane / kSpare", "lane / kSpare", "lane % kSpare", "are_cells"
+    ),
+    "tiles: spare lanes write, too": Mutant(
+        TILES, "!right && lane % kSpare == 0", "lane % kSpare == 0", "true", "are_cells"
+    ),
+    "tiles: no product with an upper token beyond the border": Mutant(
+        TILES, "there & kHasTop ? dot[0]", "there & kHasTop", "true", "are_cells"
+    ),
+    "tiles: samples of a later query kept in the place of the first": Mutant(
+        TILES, "(from + k * kStep) * problem.samples + s", "k * kStep", "0", "are_cells"
+    ),
+    "tiles: samples beyond the 16th are the first ones": Mutant(
+        TILES, "if (s != lane) {", "s != lane", "false", "many_samples"
+    ),
+    "tiles: softmax over the first 16 samples": Mutant(
+        TILES, "soft = problem.samples <= kSlotLanes ?", "problem.samples <= kSlotLanes", "true", "many_samples"
+    ),
+    "tiles: the token of a cell above the image": Mutant(
+        TILES, "max(sample.y, 0)", "max(sample.y, 0)", "sample.y", "are_cells"
+    ),
+    "tiles: sums of one warp too many": Mutant(TILES, "if (w < warp) start", "w < warp", "w <= warp", "are_cells"),
+    "tiles: softmax backward without the mean": Mutant(TILES, "samples[s].y - weighted", "weighted", "0", "are_cells"),
+    "tiles: gradients of places not scaled": Mutant(TILES, "sample.z * unit.x", "unit.x", "1.0f", "are_cells"),
+    # ---- lists: copies, parities
+    "lists: only the first copy of a cell": Mutant(
+        DETERMINISTIC,
+        "lists.end[list + (1 << level.copies_log2) - 1]",
+        "(1 << level.copies_log2) - 1",
+        "0",
+        "are_cells",
+    ),
+    "lists: cells overlap": Mutant(
+        LISTS, "(cell << level.copies_log2) + copy", "cell << level.copies_log2", "cell", "long_lists"
+    ),
+    "lists: copies of a cell in two blocks": Mutant(
+        LAUNCHES,
+        "lists += blocks_for(cells << copies, kMaxCopies) * kMaxCopies;",
+        "blocks_for(cells << copies, kMaxCopies) * kMaxCopies",
+        "(cells << copies)",
+        "are_cells",
+        self_test=False,
+    ),
+    "lists: sums of an image go to the first one": Mutant(
+        LAUNCHES, "some.sums += image * tokens", "image * tokens", "0", "are_cells", self_test=False
+    ),
     "lists: the second parity believes to be the first": Mutant(
-        BACKWARD,
+        DETERMINISTIC,
         "const bool first = !odd_rows && !odd_columns, last",
         "!odd_rows && !odd_columns",
         "!odd_rows",
-        "cells",
+        "are_cells",
     ),
     "lists: the third parity believes to be the last": Mutant(
-        BACKWARD, "last = odd_rows && odd_columns;", "odd_rows && odd_columns", "odd_rows", "cells"
+        DETERMINISTIC, "last = odd_rows && odd_columns;", "odd_rows && odd_columns", "odd_rows", "are_cells"
     ),
-    "lists: an empty list of the first parity writes no zeros": Mutant(
-        BACKWARD, "size == 0 && !first && !(last", "!first", "true", "odd_sizes"
+    "lists: an empty cell of the first parity writes no zeros": Mutant(
+        DETERMINISTIC, "entries.end && !first && !(last", "!first", "true", "odd_sizes"
     ),
-    "lists: an empty list of the last parity writes no result": Mutant(
-        BACKWARD, "!(last && sizeof(T) < sizeof(float))", "last", "false", "odd_sizes"
+    "lists: an empty cell of the last parity writes no result": Mutant(
+        DETERMINISTIC, "!(last && sizeof(T) < sizeof(float))", "last", "false", "odd_sizes"
     ),
     "lists, any width: every parity believes to be the first": Mutant(
-        BACKWARD, "*to = first ? sum[c]", "first", "true", "odd_sizes"
+        DETERMINISTIC, "*to = first ? sum[c]", "first", "true", "odd_sizes"
     ),
-    "launch: a parity left out": Mutant(LAUNCHES, "odd < 4", "odd < 4", "odd < 3", "cells"),
-    "launch: a parity twice": Mutant(LAUNCHES, "sum_lists(lists, odd / 2, odd % 2)", "odd % 2", "0", "cells"),
+    "launch: a parity left out": Mutant(LAUNCHES, "odd < 4", "odd < 4", "odd < 3", "are_cells"),
+    "launch: a parity twice": Mutant(LAUNCHES, "sum_lists(lists, odd / 2, odd % 2)", "odd % 2", "0", "are_cells"),
     "lists: rows of both parities in one launch": Mutant(
-        BACKWARD, "lists.y = 2 * row + odd_rows - 1", "2 * row + odd_rows - 1", "(int)row - 1", "cells"
+        DETERMINISTIC, "cells.y = 2 * row + odd_rows - 1", "2 * row + odd_rows - 1", "(int)row - 1", "are_cells"
     ),
     # ---- off by one
     "forward: chunks overlap": Mutant(FORWARD, "chunk += kChunk", "kChunk", "kChunk - 1", "more_samples"),
     "forward: the last sample of a chunk left out": Mutant(
         FORWARD, "s < count; ++s", "s < count", "s < count - 1", "like_the_reference"
     ),
-    "backward: groups overlap": Mutant(BACKWARD, "group += kLanes", "kLanes", "kLanes - 1", "cells"),
+    "backward: groups overlap": Mutant(BACKWARD, "group += kLanes", "kLanes", "kLanes - 1", "like_the_reference"),
     "tile: rows and columns of tiles mixed up": Mutant(
-        SAMPLES, "tile.y = (number / columns)", "number / columns", "number % columns", "cells"
+        SAMPLES, "tile.y = (number / columns)", "number / columns", "number % columns", "are_cells"
+    ),
+    "tile: of another head": Mutant(
+        SAMPLES,
+        "(image_and_head % groups) << problem.heads_log2",
+        "(image_and_head % groups) << problem.heads_log2",
+        "(image_and_head % groups)",
+        "every_width",
+        False,
     ),
     "launch: the last tile left out": Mutant(
         LAUNCHES,
         "p.tiles = blocks_for(p.queries, slots)",
         "blocks_for(p.queries, slots)",
-        "max<int>(1, p.queries / slots)",
+        "std::max<int>(1, p.queries / slots)",
         "long_lists",
     ),
     "lists: the first entry left out": Mutant(
-        BACKWARD, "int i = end - size + lane / kLanes", "end - size", "end - size + 1", "cells"
+        DETERMINISTIC, "int i = entries.begin + lane / kLanes", "entries.begin", "entries.begin + 1", "are_cells"
     ),
-    "lists: the last entry left out": Mutant(BACKWARD, "i < end; i += kEntries", "i < end", "i < end - 1", "cells"),
+    "lists: the last entry left out": Mutant(
+        DETERMINISTIC, "i < entries.end; i += kEntries", "i < entries.end", "i < entries.end - 1", "are_cells"
+    ),
     "lists, any width: the first entry left out": Mutant(
-        BACKWARD, "int i = end - size; i < end", "end - size", "end - size + 1", "odd_sizes"
+        DETERMINISTIC, "int i = entries.begin; i < entries.end", "entries.begin", "entries.begin + 1", "odd_sizes"
     ),
     "lists: steps too short": Mutant(
-        BACKWARD,
-        "mine.x += kListStep) {\n    const int list = list_of(problem, level, mine.image, mine.head, mine.x, mine.y);\n"
-        "    const int size = lists.count[list], end = lists.end[list];\n    if (size",
-        "kListStep",
-        "kListStep / 2",
-        "cells",
+        DETERMINISTIC,
+        "mine.x += kCellStep) {\n    const Range entries = entries_of(problem, lists, level, mine);\n    if",
+        "kCellStep",
+        "kCellStep / 2",
+        "are_cells",
     ),
     "sort: only runs of up to a warp": Mutant(
-        BACKWARD, "1 << log < size; ++log", "1 << log < size", "1 << log < min(size, 32)", "long_lists"
+        DETERMINISTIC, "1 << log < size; ++log", "1 << log < size", "1 << log < min(size, 32)", "long_lists", False
     ),
     "heads: the last left out": Mutant(
         BACKWARD,
@@ -256,8 +467,12 @@ MUTANTS = {
         "head < problem.heads - 1",
         "like_the_reference",
     ),
-    "level of a sample: rounded down": Mutant(
-        LAUNCHES, "((int64_t{1} << 32) + p.points - 1) / p.points", "p.points - 1", "0", "odd_sizes"
+    "division: rounded down": Mutant(
+        LAUNCHES,
+        "(int64_t{1} << (31 + bits)) / x + 1",
+        "(int64_t{1} << (31 + bits)) / x + 1",
+        "(int64_t{1} << (31 + bits)) / x",
+        "odd_sizes",
     ),
     # ---- arithmetic, and types
     "float: two channels swapped": Mutant(
@@ -280,11 +495,11 @@ MUTANTS = {
         "__float2bfloat16_rn(__uint_as_float(__float_as_int(x[2 * i]) & 0xfff00000u))",
         "like_the_reference",
     ),
-    "bfloat16: offsets read in one another's place": Mutant(
+    "places read in one another's place": Mutant(
         SAMPLES,
-        "__bfloat1622float2(__ldg(static_cast<const __nv_bfloat162*>(numbers.data) + pair))",
-        "pair",
-        "pair ^ 1",
+        "data) + 2 * static_cast<long long>(pair));",
+        "2 * static_cast<long long>(pair)",
+        "2 * static_cast<long long>(pair ^ 1)",
         "like_the_reference",
     ),
     "neighbours: every level begins at the first token": Mutant(
@@ -295,28 +510,23 @@ MUTANTS = {
         BACKWARD, "s.inside && right && bottom ? dot[3] : 0", "dot[3]", "0", "like_the_reference"
     ),
     "lists: corners mixed up": Mutant(
-        BACKWARD,
+        DETERMINISTIC,
         "upper * entry.x, lower - lower * entry.x",
         "lower - lower * entry.x",
         "lower * entry.x",
-        "cells",
+        "are_cells",
     ),
     "forward: reads of another head": Mutant(
-        FORWARD,
-        "channel = tile.head * D + lane * kSize",
-        "tile.head * D",
-        "(problem.heads - 1 - tile.head) * D",
-        "like_the_reference",
+        FORWARD, "channel = head * D + lane * kSize", "head * D", "(problem.heads - 1 - head) * D", "like_the_reference"
+    ),
+    "forward: all slots for the first head of the block": Mutant(
+        FORWARD, "slot & ((1 << problem.heads_log2) - 1)", "(1 << problem.heads_log2) - 1", "0", "every_width"
     ),
     "backward: writes into another image": Mutant(
         BACKWARD, "sums + image + tile.head * D + lane * 4", "image", "0", "like_the_reference"
     ),
     "boxes: sides not halved": Mutant(
-        SAMPLES,
-        "half = static_cast<A>(0.5) / static_cast<A>(problem.points);\n      s.unit_x",
-        "static_cast<A>(0.5)",
-        "static_cast<A>(1)",
-        "like_the_reference",
+        SAMPLES, "const A half = static_cast<A>(0.5)", "static_cast<A>(0.5)", "static_cast<A>(1)", "like_the_reference"
     ),
     "boxes: gradients of sides not scaled": Mutant(
         BACKWARD, "if (coordinate > 1) sum", "coordinate > 1", "false", "like_the_reference"
@@ -338,6 +548,10 @@ INVISIBLE = {
     "lists: lanes of one warp not gathered before they exchange": "each exchange waits for all lanes itself",
     "forward: samples beyond the last are read": "they belong to the next head or lie in memory that nobody else uses; "
     "what was read is not used",
+    "tiles: lanes beyond the last sample read one": "as in forward",
+    "tiles: rows beyond the border are loaded": "as in forward",
+    "tiles: all cells of even columns": "which half of the lanes has which column matters only for the loads",
+    "tiles: keys without rows": "keys matter for the order alone, and any order gives the same sums",
 }
 
 

@@ -149,16 +149,21 @@ def test_examples_lie_where_they_should():
         assert all(x.any() for x in example.expected.values())
 
 
-def test_layouts_take_both_ways_backward():
-    """By the rule of deform_attn_cuda.cu: listed from four samples for each list on."""
-    listed = []
+def test_layouts_take_all_ways_backward():
+    """By the rules of deform_attn_cuda.cu: tiles where queries are cells; several lists for a cell of many samples."""
+    tiled, copied = [], []
     for layout in self_test.LAYOUTS.values():
         tokens = sum(h * w for h, w in layout.shapes)
-        samples = (layout.queries or tokens) * len(layout.shapes) * layout.points
-        listed.append(samples >= 4 * sum((h + 1) * (w + 1) for h, w in layout.shapes))
-        assert layout.queries != tokens
-        assert len(layout.shapes) * layout.points > 8  # that many are prepared at a time
-    assert listed == [True, False]
+        queries = layout.queries or tokens
+        tiled.append(queries == tokens)
+        copied += [queries * layout.points >= 2 * 4 * (h + 1) * (w + 1) for h, w in layout.shapes]
+        assert len(layout.shapes) * layout.points > 8  # forward and backward_packets prepare that many at a time
+    assert tiled == [True, False]
+    assert {*copied} == {True, False}
+    shapes, _, points = self_test.LAYOUTS["queries are cells"]
+    assert len(shapes) * points > 16  # a lane has several samples of a query
+    assert any(h > 8 for h, _ in shapes)  # a tile ends within a level
+    assert any(w > 16 for _, w in shapes)
 
 
 class Wrong:

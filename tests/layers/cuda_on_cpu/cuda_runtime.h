@@ -50,7 +50,8 @@ struct Position {
 
 extern Position thread_index, block_index, block_size;
 extern float4* const dynamic_shared;
-extern int planted;  // number of the fault that is switched on, 0: none (mutants.py)
+extern int planted;      // number of the fault that is switched on, 0: none (mutants.py)
+extern int most_shared;  // bytes of shared memory that a block can ask for
 
 [[noreturn]] void fail(const char* reason);
 

@@ -14,7 +14,7 @@
 namespace cuda_on_cpu {
 
 Position thread_index, block_index, block_size;
-int planted;
+int planted, most_shared = 227 << 10;  // as compute capability 9.0
 
 namespace {
 
@@ -250,6 +250,7 @@ void run(int64_t blocks, int threads, size_t shared, const std::function<void()>
 extern "C" {
 
 __attribute__((visibility("default"))) void plant(int number) { cuda_on_cpu::planted = number; }
+__attribute__((visibility("default"))) void limit_shared(int bytes) { cuda_on_cpu::most_shared = bytes; }
 
 // What -fsanitize=thread calls.
 #define WATCH(SIZE)                                                                                            \
