@@ -369,7 +369,7 @@ def test_encoder_size(gpu, dtype):
     """The size of an image of 800 x 1333 pixels, against the reference in float64."""
     shapes = [(100, 167), (50, 84), (25, 42), (13, 21)]
     case = random_case(shapes, BOXES, batch=1, queries=None, heads=2, dtype=dtype)
-    check(results(gpu, case, shapes), case, shapes)
+    check(results(gpu[:2], case, shapes), case, shapes)
 
 
 @needs_gpu
@@ -378,7 +378,7 @@ def test_other_streams(gpu):
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10**8)  # the inputs come late; a kernel on another stream would read something else
-        actual = results(gpu, case, SMALL)
+        actual = results(gpu[:2], case, SMALL)
     stream.synchronize()
     check(actual, case, SMALL)
 
