@@ -77,7 +77,7 @@ def plot(report):
     ratios = [found[key(row)]["seconds"] / row["seconds"] for row in rows]
     left, width, line = 290, 420, 16
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 60}" height="{line * len(rows) + 40}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 100}" height="{line * len(rows) + 40}" '
         'font-family="sans-serif" font-size="11">',
         '<rect width="100%" height="100%" fill="white"/>',
         f'<text x="{left}" y="16">times faster than the reference (in grey: 1)</text>',
