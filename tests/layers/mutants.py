@@ -387,7 +387,7 @@ MUTANTS = {
         "lists += blocks_for(cells << copies, kMaxCopies) * kMaxCopies;",
         "blocks_for(cells << copies, kMaxCopies) * kMaxCopies",
         "(cells << copies)",
-        "are_cells",
+        "several_lists",
         self_test=False,
     ),
     "lists: sums of an image go to the first one": Mutant(

@@ -272,13 +272,21 @@ def test_more_samples_than_fit_in_shared_memory(backend, dtype):
 
 
 def test_long_lists_in_one_order(backend):
-    """Every sample in one of six cells; equal samples are found too."""
+    """600 samples in one cell, which has eight lists: 75 in each. Some samples are equal."""
     case = random_case([(2, 3)], PLAIN, batch=1, queries=300, heads=1, points=2)
+    case[2][:] = 0.52 + 0.1 * torch.rand(case[2].shape)
     case[2][0, 100:200] = case[2][0, :100]
     actual = results(backend, case, [(2, 3)], deterministic=True)
     check(actual, case, [(2, 3)])
     again = results(backend, case, [(2, 3)], deterministic=True)
     assert all(torch.equal(x, y) for x, y in zip(actual, again, strict=True))
+
+
+def test_several_lists_of_a_cell(backend):
+    """Level 1 has eight for each cell, and would begin at no multiple of eight, were level 0 not rounded up."""
+    shapes = [(9, 18), (2, 4)]
+    case = random_case(shapes, PLAIN, batch=1, queries=300, heads=2, dim=16, points=2)
+    check(results(backend, case, shapes, deterministic=True), case, shapes)
 
 
 def test_strided_and_unaligned_inputs(backend):
