@@ -29,26 +29,29 @@ __device__ __forceinline__ int key_of(int level, int x, int y) {
 // Where a key's number is. Threads that work on 16 keys each find them in different banks.
 __device__ __forceinline__ int place_of(int key) { return key + (key >> 4); }
 
-constexpr int kKeyNumbers = kKeys + kKeys / 16;
+constexpr int kKeyNumbers = kKeys + kKeys / 16, kTileWarps = kTileThreads / kWarp;
 
 // What `order` says of a sample: its number in the tile, 12 bits; its neighbours, 4; whether its left column is odd, 1;
 // its level, 8; its query in the tile, 7.
 constexpr int kNumber = 0xfff, kNeighboursAt = 12, kOddAt = 16, kLevelAt = 17, kQueryAt = 25;
 static_assert(kMaxLevels <= 1 << (kQueryAt - kLevelAt), "a level has 8 bits");
 
-// Dynamic shared memory of backward_tiles. A sample of the tile is {right, down, weight, token of its cell} until its
-// cell has been visited, then {weight, d/dweight, d/dx, d/dy} with x and y in cells.
+// Shared memory of backward_tiles. All of it is dynamic, so tile_bytes can be compared with what a device has. A sample of
+// the tile is {right, down, weight, token of its cell} until its cell has been visited, then {weight, d/dweight, d/dx,
+// d/dy} with x and y in cells.
 struct TileMemory {
   float4* samples;     // (queries, L * P)
   unsigned* order;     // (queries * L * P), sorted: see below
   int* keys;           // (kKeyNumbers): samples of each key, then where its first one goes
+  int* warp_sum;       // (kTileWarps): for the sums over keys
   unsigned* places;    // (queries * L * P): rank | key << 12 | neighbours << 24 | odd column << 28 | inside << 29
   void* rows;          // (queries, D): gradients of the output, in the place of `places`
 };
 
 __host__ __device__ inline size_t tile_bytes(int queries, int samples, int row_bytes) {
   const size_t all = static_cast<size_t>(queries) * samples, rows = static_cast<size_t>(queries) * row_bytes;
-  return all * (sizeof(float4) + sizeof(int)) + kKeyNumbers * sizeof(int) + (rows > all * sizeof(int) ? rows : all * sizeof(int));
+  const size_t keys = (kKeyNumbers + kTileWarps) * sizeof(int), places = all * sizeof(int);
+  return all * (sizeof(float4) + sizeof(int)) + keys + (rows > places ? rows : places);
 }
 
 __device__ __forceinline__ TileMemory tile_memory(float4* memory, int all) {
@@ -56,7 +59,8 @@ __device__ __forceinline__ TileMemory tile_memory(float4* memory, int all) {
   tile.samples = memory;
   tile.order = reinterpret_cast<unsigned*>(memory + all);
   tile.keys = reinterpret_cast<int*>(tile.order + all);
-  tile.places = reinterpret_cast<unsigned*>(tile.keys + kKeyNumbers);
+  tile.warp_sum = tile.keys + kKeyNumbers;
+  tile.places = reinterpret_cast<unsigned*>(tile.warp_sum + kTileWarps);
   tile.rows = tile.places;
   return tile;
 }
@@ -125,9 +129,8 @@ __device__ __forceinline__ void locate_tile(const Problem& problem, const Tile& 
 }
 
 // Counts become the places of the first samples; returns the number of all.
-__device__ __forceinline__ int sum_keys(int* keys) {
+__device__ __forceinline__ int sum_keys(int* keys, int* warp_sum) {
   constexpr int kMine = kKeys / kTileThreads;
-  __shared__ int warp_sum[kTileThreads / kWarp];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int mine[kMine], sum = 0;
 #pragma unroll
@@ -142,7 +145,7 @@ __device__ __forceinline__ int sum_keys(int* keys) {
   __syncthreads();
   int start = sum - own, all = 0;
 #pragma unroll
-  for (int w = 0; w < kTileThreads / kWarp; ++w) {
+  for (int w = 0; w < kTileWarps; ++w) {
     if (w < warp) start += warp_sum[w];
     all += warp_sum[w];
   }
@@ -363,7 +366,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
     locate_tile<FUSED, Mixed>(problem, tile, memory, queries);
   }
   __syncthreads();
-  const int inside = sum_keys(memory.keys);
+  const int inside = sum_keys(memory.keys, memory.warp_sum);
   sort_tile(problem, tile, memory, all);
   __syncthreads();
   load_rows<T, D>(problem, tile, grad, static_cast<T*>(memory.rows), queries);

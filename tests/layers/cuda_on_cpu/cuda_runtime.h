@@ -1,7 +1,7 @@
-// Stands in for CUDA's header of this name, so that a C++ compiler can build the CUDA kernels and a CPU can run them,
-// one block after the other. It proves the arithmetic, the indices, that lanes meet where they must, and that no two
-// threads touch the same memory without a barrier between them; it proves nothing about speed or alignment in shared
-// memory.
+// Stands in for CUDA's header of this name, so that a C++ compiler can build the CUDA kernels and a CPU can run them, one
+// block after the other in random order. It proves the arithmetic, the indices, that lanes meet where they must, and
+// that no two threads touch the same memory without a barrier between them; it proves nothing about speed or alignment
+// in shared memory.
 //
 // Each thread is a fiber (runtime.cpp). It runs until it waits for others of its warp or block; who runs next is drawn
 // at random. A warp function that lanes reach in different places, or after one of them has left, ends the program with

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <link.h>
+#include <numeric>
 #include <random>
 #include <ucontext.h>
 #include <unordered_map>
@@ -231,7 +232,10 @@ void run(int64_t blocks, int threads, size_t shared, const std::function<void()>
   block_size = {static_cast<unsigned>(threads), 1, 1};
   dynamic_size = shared;
   launch_epoch = ++epoch;
-  for (int64_t block = 0; block < blocks; ++block) {
+  std::vector<int64_t> order(blocks);
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), random);
+  for (int64_t block : order) {
     block_index = {static_cast<unsigned>(block), 0, 0};
     arrived = barriers = 0;
     block_epoch = ++epoch;
