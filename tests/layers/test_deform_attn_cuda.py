@@ -448,7 +448,7 @@ def machine_code(tmp_path_factory):
 SPILL = r"\b(LDL|STL)"
 
 
-def check_stack(kernel):
+def check_stack(kernel, most=8):
     """Nothing is spilled but, in forward, a number or two for each query and head, outside of the loop over samples.
 
     More registers than 64 would leave room for three blocks instead of four, which costs more than it saves.
@@ -456,7 +456,7 @@ def check_stack(kernel):
     if not kernel.name.startswith("forward"):
         assert kernel.stack == 0, kernel.name
         assert not kernel.count(SPILL), kernel.name
-    assert kernel.stack <= 16, kernel.name
+    assert kernel.stack <= most, kernel.name
     assert kernel.count(SPILL) <= 8, kernel.name
     assert not [line for loop in kernel.inner_loops() for line in loop if re.search(SPILL, line)], kernel.name
 
@@ -505,4 +505,4 @@ def test_compiles_for(architecture, tmp_path):
         fast = [kernel for name, kernel in cuda_build.kernels(file).items() if cuda_build.FAST.search(name)]
         assert len(fast) == 3 * (4 * (2 + 2 + 4) + 3)  # as above for four head widths, lists for three
         for kernel in fast:
-            check_stack(kernel)
+            check_stack(kernel, most=16)
