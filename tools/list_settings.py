@@ -33,6 +33,7 @@ TOOLS = (
     "analyze_model",
     "demo",
     "draw_pictures",
+    "gpu_suite",
     "list_settings",
     "make_shapes",
     "plain_train",

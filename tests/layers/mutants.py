@@ -272,9 +272,9 @@ MUTANTS = {
     ),
     "launch: less shared memory than a tile needs": Mutant(
         LAUNCHES,
-        "tile_bytes(1 << (some.tile_columns_log2 + some.tile_rows_log2), p.samples, kDim * sizeof(T))",
-        "tile_bytes(1 << (some.tile_columns_log2 + some.tile_rows_log2), p.samples, kDim * sizeof(T))",
-        "tile_bytes(1 << (some.tile_columns_log2 + some.tile_rows_log2), p.samples, kDim * sizeof(T) / 2)",
+        "tile_bytes(queries, p.samples, kDim * sizeof(T))",
+        "tile_bytes(queries, p.samples, kDim * sizeof(T))",
+        "tile_bytes(queries, p.samples, kDim * sizeof(T) / 2)",
         "are_cells",
     ),
     "launch: a tile of more samples than 12 bits can number": Mutant(

@@ -1,4 +1,4 @@
-// The backward pass from query to query, on CUDA devices: reads what forward read, writes the gradients of locations and
+// The backward pass from query to query, on CUDA devices: reads what forward read, writes the gradients of places and
 // weights (of offsets, logits and reference in the fused form), and adds a share to the gradient of each token that a
 // sample touches, by atomic additions. For queries that are not the cells of the pyramid: see deform_attn_tiles.cuh.
 

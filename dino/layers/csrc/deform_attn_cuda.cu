@@ -336,7 +336,8 @@ struct Backward {
         Problem some = p;
         some.uniform = p.places.kind == kind_of<T>() && p.weights.kind == kind_of<T>();
         cut_into_rectangles(some, kTileColumnsLog2, tile_rows_log2(p, like.get_device_index()));
-        const size_t bytes = tile_bytes(1 << (some.tile_columns_log2 + some.tile_rows_log2), p.samples, kDim * sizeof(T));
+        const int queries = 1 << (some.tile_columns_log2 + some.tile_rows_log2);
+        const size_t bytes = tile_bytes(queries, p.samples, kDim * sizeof(T));
         const auto run = [&](auto kernel) {
           launch(kernel, static_cast<int64_t>(p.batch) * p.heads * some.tiles, kTileThreads, bytes, stream, some, grad,
                  value, gradients, sums);

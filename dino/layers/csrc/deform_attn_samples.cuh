@@ -122,7 +122,9 @@ template <typename T> __device__ __forceinline__ T narrow(double x) { return sta
 // How kernels read and write places and weights: of any types, or, with a fraction of the instructions, all of type T.
 struct Mixed {
   static __device__ __forceinline__ float read(const Numbers& x, int i) { return dino::read<float>(x, i); }
-  static __device__ __forceinline__ Pair<float> read_pair(const Numbers& x, int i) { return dino::read_pair<float>(x, i); }
+  static __device__ __forceinline__ Pair<float> read_pair(const Numbers& x, int i) {
+    return dino::read_pair<float>(x, i);
+  }
   static __device__ __forceinline__ void write(const Numbers& to, int i, float x) { dino::write<float>(to, i, x); }
   static __device__ __forceinline__ void write_pair(const Numbers& to, int i, float x, float y) {
     dino::write_pair<float>(to, i, x, y);

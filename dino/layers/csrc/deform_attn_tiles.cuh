@@ -1,12 +1,12 @@
-// The backward pass from cell to cell of a tile of queries, on CUDA devices, where queries are the cells of the pyramid.
+// The backward pass from cell to cell of a tile of queries, on CUDA devices: where queries are the cells of the pyramid.
 //
 // Queries next to each other read the same tokens, so a block sorts the samples of its tile by the cell that they lie
 // in, and goes from cell to cell. All samples of a cell read the same four tokens: these are loaded once, and their
 // gradients are summed up in registers. The cell to the right has two of these tokens: it takes them over. So both
 // loads and atomic additions are a fraction of what they would be sample by sample.
 //
-// The order does not have to be perfect. Cells are sorted by a key of a few bits, in which cells far from each other may
-// agree; where the cell changes, the sums are written and the next tokens are loaded, however often that happens.
+// The order need not be perfect. Cells are sorted by a key of a few bits, in which cells far from each other may agree;
+// where the cell changes, the sums are written and the next tokens are loaded, however often that happens.
 
 #pragma once
 
@@ -162,12 +162,14 @@ __device__ __forceinline__ void sort_tile(const Problem& problem, const Tile& ti
     if (!(place >> 29)) continue;
     const unsigned level = level_of(problem, i - query * problem.samples);
     const int to = memory.keys[place_of(place >> 12 & (kKeys - 1))] + (place & 0xfffu);
-    memory.order[to] = i | (place >> 24 & 31u) << kNeighboursAt | level << kLevelAt | static_cast<unsigned>(query) << kQueryAt;
+    memory.order[to] = i | (place >> 24 & 31u) << kNeighboursAt | level << kLevelAt |
+                       static_cast<unsigned>(query) << kQueryAt;
   }
 }
 
 template <typename T, int D>
-__device__ __forceinline__ void load_rows(const Problem& problem, const Tile& tile, const T* grad, T* rows, int queries) {
+__device__ __forceinline__ void load_rows(const Problem& problem, const Tile& tile, const T* grad, T* rows,
+                                          int queries) {
   constexpr int kPackets = D * sizeof(T) / sizeof(uint4);
   for (int i = threadIdx.x; i < queries * kPackets; i += kTileThreads) {
     const int query = query_of_tile(problem, tile, i / kPackets);
@@ -187,13 +189,15 @@ struct Channels {
   static constexpr int kLanes = D / 8, kHalf = D / 2;
 
   static __device__ __forceinline__ void load(const float* from, float (&x)[8]) {
-    const float4 a = __ldg(reinterpret_cast<const float4*>(from)), b = __ldg(reinterpret_cast<const float4*>(from + kHalf));
+    const float4 a = __ldg(reinterpret_cast<const float4*>(from));
+    const float4 b = __ldg(reinterpret_cast<const float4*>(from + kHalf));
     x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
   }
 
   template <typename T>
   static __device__ __forceinline__ void load(const T* from, float (&x)[8]) {
-    const uint2 a = __ldg(reinterpret_cast<const uint2*>(from)), b = __ldg(reinterpret_cast<const uint2*>(from + kHalf));
+    const uint2 a = __ldg(reinterpret_cast<const uint2*>(from));
+    const uint2 b = __ldg(reinterpret_cast<const uint2*>(from + kHalf));
     Packet<T>::unpack(make_uint4(a.x, a.y, b.x, b.y), x);
   }
 
