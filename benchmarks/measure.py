@@ -120,7 +120,7 @@ def version_of(package):
 def origin(device):
     """Hardware, versions, commit, date and load of the machine.
 
-    The variable DINO_COMMIT names the commit of a copy of the sources that comes without its repository, or with another.
+    The variable DINO_COMMIT names the commit of a copy of the sources that has no repository, or another one.
     """
     return {
         "hardware": hardware(device),
