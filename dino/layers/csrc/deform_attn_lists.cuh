@@ -85,12 +85,7 @@ __global__ void __launch_bounds__(kListThreads) place_lists(Lists<A> lists, int 
   const long long i = static_cast<long long>(blockIdx.x) * kListThreads + threadIdx.x;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int mine = i < number ? lists.count[i] : 0;
-  int sum = mine;  // of the lanes up to this one
-#pragma unroll
-  for (int distance = 1; distance < kWarp; distance *= 2) {
-    const int before = __shfl_up_sync(kAllLanes, sum, distance);
-    if (lane >= distance) sum += before;
-  }
+  const int sum = sum_up_to(mine, lane);
   if (lane == kWarp - 1) warp_sum[warp] = sum;
   __syncthreads();
   if (threadIdx.x == 0) {

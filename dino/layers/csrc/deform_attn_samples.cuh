@@ -391,6 +391,16 @@ __device__ __forceinline__ A sum_lanes(A x) {
   return x;
 }
 
+// Of the lanes of a warp up to this one.
+__device__ __forceinline__ int sum_up_to(int x, int lane) {
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const int before = __shfl_up_sync(kAllLanes, x, distance);
+    if (lane >= distance) x += before;
+  }
+  return x;
+}
+
 template <int SIZE, typename A>
 __device__ __forceinline__ A max_lanes(A x) {
 #pragma unroll

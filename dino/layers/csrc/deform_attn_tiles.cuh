@@ -136,11 +136,7 @@ __device__ __forceinline__ int sum_keys(int* keys, int* warp_sum) {
 #pragma unroll
   for (int k = 0; k < kMine; ++k) mine[k] = keys[place_of(threadIdx.x * kMine + k)], sum += mine[k];
   const int own = sum;
-#pragma unroll
-  for (int distance = 1; distance < kWarp; distance *= 2) {
-    const int before = __shfl_up_sync(kAllLanes, sum, distance);
-    if (lane >= distance) sum += before;
-  }
+  sum = sum_up_to(own, lane);
   if (lane == kWarp - 1) warp_sum[warp] = sum;
   __syncthreads();
   int start = sum - own, all = 0;
