@@ -1,4 +1,4 @@
-"""Settings of all tests: one thread, where two are no faster on small tensors, and a fixed seed."""
+"""Settings of all tests: one thread, where two are no faster on small tensors, a fixed seed, one float32 precision."""
 
 import pytest
 import torch
@@ -9,3 +9,11 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def float32_precision():
+    """A training allows TensorFloat-32 for the whole process: the next test is to begin as the first one did."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
