@@ -4,6 +4,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+TF32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32  # of products, of convolutions
 
 
 @pytest.fixture(autouse=True)
@@ -13,7 +14,5 @@ def seed():
 
 @pytest.fixture(autouse=True)
 def float32_precision():
-    """A training allows TensorFloat-32 for the whole process: the next test is to begin as the first one did."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    """A training allows TensorFloat-32 for the whole process, also one in a fixture of a whole module."""
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = TF32
