@@ -18,7 +18,7 @@ struct ForwardMemory {
   float4 parts[kSlots][kChunk + 1];
 };
 
-// Head dimensions of 64, 128 or 256 bytes, values aligned to 16 bytes.
+// Head widths of 16, 32, 64 and 128, values aligned to 16 bytes.
 //
 // A slot is one query and head. Its D channels are spread over kLanes lanes, 16 bytes each. The arithmetic that all
 // channels have in common is done once per sample: each lane prepares other samples and leaves offsets and shares in
@@ -38,7 +38,7 @@ __device__ __forceinline__ void forward_tile(const Problem& problem, const T* __
   const T* source = settled(value + static_cast<size_t>(tile.image) * problem.tokens * stride + channel);
   const int tile_size = 1 << (problem.tile_columns_log2 + problem.tile_rows_log2 + problem.heads_log2);
 
-  for (int i = slot; i < tile_size; i += kSlots) {  // slots divide the size of a tile: no lane leaves the loop early
+  for (int i = slot; i < tile_size; i += kSlots) {  // whole warps leave the loop together
     const int query = query_of_tile(problem, tile, i >> problem.heads_log2);
     const bool active = query >= 0;
     const int row = tile.image * problem.queries + query;
