@@ -48,12 +48,6 @@ Tensor dense(const Tensor& x) {
   return reinterpret_cast<uintptr_t>(y.const_data_ptr()) % 16 ? torch::stable::clone(y) : y;
 }
 
-template <typename T> constexpr Kind kind_of();
-template <> constexpr Kind kind_of<float>() { return Kind::kFloat; }
-template <> constexpr Kind kind_of<double>() { return Kind::kDouble; }
-template <> constexpr Kind kind_of<__half>() { return Kind::kHalf; }
-template <> constexpr Kind kind_of<__nv_bfloat16>() { return Kind::kBFloat16; }
-
 size_t size_of(Kind kind) { return kind == Kind::kDouble ? 8 : kind == Kind::kFloat ? 4 : 2; }
 
 Numbers numbers_of(const Tensor& x) {
@@ -149,8 +143,8 @@ int copies_log2(int64_t samples, int64_t cells) {
   return log2;
 }
 
-Problem problem_of(const Sizes& sizes, const std::vector<int64_t>& shapes, const Tensor& places, const Tensor& weights,
-                   const std::optional<Tensor>& reference) {
+Problem problem_of(const Sizes& sizes, const std::vector<int64_t>& shapes, const Tensor& value, const Tensor& places,
+                   const Tensor& weights, const std::optional<Tensor>& reference) {
   require(sizes.levels <= kMaxLevels, "there are ", sizes.levels, " levels; CUDA kernels take at most ", kMaxLevels);
   const int64_t samples = sizes.levels * sizes.points;
   require(samples * std::max<int64_t>(sizes.points, 1) < int64_t{1} << 31, "too many points");
@@ -160,6 +154,7 @@ Problem problem_of(const Sizes& sizes, const std::vector<int64_t>& shapes, const
   p.by_points = division_by(p.points), p.by_samples = division_by(samples);
   p.by_heads = division_by(p.heads), p.by_queries = division_by(p.queries);
   p.places = numbers_of(places), p.weights = numbers_of(weights);
+  p.uniform = p.places.kind == p.weights.kind && p.places.kind == numbers_of(value).kind;
   if (reference) p.reference = numbers_of(*reference);
   int64_t start = 0, lists = 0;
   for (int l = 0; l < p.levels; ++l) {
@@ -209,7 +204,6 @@ template <typename T>
 void forward_of_type(const Tensor& value, Problem p, const Tensor& output, cudaStream_t stream) {
   const T* from = pointer<const T>(value);
   T* to = pointer<T>(output);
-  p.uniform = p.places.kind == kind_of<T>() && p.weights.kind == kind_of<T>();
   const bool done = with_packets<T>(p.dim, [&](auto dim) {
     if constexpr (sizeof(T) <= sizeof(float)) {
       constexpr int kDim = decltype(dim)::value;
@@ -237,7 +231,7 @@ Tensor forward(const Sizes& sizes, const Tensor& value_, const std::vector<int64
   const Tensor value = dense(value_), places = dense(places_), weights = dense(weights_);
   std::optional<Tensor> reference;
   if (reference_) reference = dense(*reference_);
-  const Problem p = problem_of(sizes, shapes, places, weights, reference);
+  const Problem p = problem_of(sizes, shapes, value, places, weights, reference);
   with_type_of(value, [&](auto zero) { forward_of_type<decltype(zero)>(value, p, output, current_stream(value)); });
   return output;
 }
@@ -257,7 +251,8 @@ struct Backward {
   Gradients<A> gradients;
   A* sums;
   T* result;
-  bool tiled, packets, deterministic;
+  int tile_rows;  // log2, for backward_tiles; -1: not by tiles
+  bool packets, deterministic;
   const Tensor& like;
   cudaStream_t stream;
 
@@ -281,7 +276,7 @@ struct Backward {
   }
 
   void run() const {
-    if (tiled) {
+    if (tile_rows >= 0) {
       by_tiles();
     } else {
       by_queries();
@@ -334,8 +329,7 @@ struct Backward {
       if constexpr (sizeof(T) <= sizeof(float)) {
         constexpr int kDim = decltype(dim)::value;
         Problem some = p;
-        some.uniform = p.places.kind == kind_of<T>() && p.weights.kind == kind_of<T>();
-        cut_into_rectangles(some, kTileColumnsLog2, tile_rows_log2(p, like.get_device_index()));
+        cut_into_rectangles(some, kTileColumnsLog2, tile_rows);
         const int queries = 1 << (some.tile_columns_log2 + some.tile_rows_log2);
         const size_t bytes = tile_bytes(queries, p.samples, kDim * sizeof(T));
         const auto run = [&](auto kernel) {
@@ -403,8 +397,8 @@ struct Backward {
 template <typename T>
 void backward_of_type(const Tensor& grad, const Tensor& value, const Problem& p, bool deterministic, Results& results) {
   using A = typename Accumulator<T>::type;
-  const bool tiled = Backward<T>::tile_rows_log2(p, value.get_device_index()) >= 0;
-  const bool packets = tiled || Backward<T>::has_packets(p);
+  const int tile_rows = Backward<T>::tile_rows_log2(p, value.get_device_index());
+  const bool tiled = tile_rows >= 0, packets = tiled || Backward<T>::has_packets(p);
   constexpr bool kHalf = sizeof(T) < sizeof(float);
   const ScalarType type = sizeof(A) == sizeof(double) ? ScalarType::Double : ScalarType::Float;
   // Sums of a half type are kept in float. Only sum_lists_packets writes the result itself.
@@ -426,7 +420,7 @@ void backward_of_type(const Tensor& grad, const Tensor& value, const Problem& p,
   }
   const cudaStream_t stream = current_stream(value);
   const Backward<T> backward{p,      pointer<const T>(grad), pointer<const T>(value), gradients, pointer<A>(sums),
-                             pointer<T>(result), tiled,      packets,                 deterministic, value, stream};
+                             pointer<T>(result), tile_rows,  packets,                 deterministic, value, stream};
   backward.run();
   results.value = kHalf && !separate ? torch::stable::to(sums, value.scalar_type()) : result;
   if (by_reference) {
@@ -447,7 +441,7 @@ Results backward(const Sizes& sizes, const Tensor& grad_, const Tensor& value_, 
   const Tensor grad = dense(grad_), value = dense(value_), places = dense(places_), weights = dense(weights_);
   std::optional<Tensor> reference;
   if (reference_) reference = dense(*reference_);
-  const Problem p = problem_of(sizes, shapes, places, weights, reference);
+  const Problem p = problem_of(sizes, shapes, value, places, weights, reference);
   Results results{value, torch::stable::new_empty(places, sizes_of(places)),
                   torch::stable::new_empty(weights, sizes_of(weights)),
                   by_reference ? torch::stable::new_empty(*reference, sizes_of(*reference))
