@@ -17,8 +17,8 @@ ROOT = Path(__file__).parent
 
 
 def load_build():
-    """dino/build.py, which needs nothing of the package."""
-    spec = importlib.util.spec_from_file_location("dino_build", ROOT / "dino/build.py")
+    """dino/layers/ops/build.py, which needs nothing of the package."""
+    spec = importlib.util.spec_from_file_location("dino_build", ROOT / "dino/layers/ops/build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -28,7 +28,7 @@ build = load_build()
 
 
 class BuildPackage(build_py):
-    """Adds the recipes, which lie beside the package, as data: `dino/recipes.py` finds them by name."""
+    """Adds the recipes, which lie beside the package, as data: `dino/utils/recipes.py` finds them by name."""
 
     FOLDERS = ("configs", "projects/dino/configs")
 
@@ -52,12 +52,12 @@ class BuildPackage(build_py):
 
 
 class BuildOperator(build_ext):
-    """Leaves compiling to dino/build.py, into the sources when these are what will be imported."""
+    """Leaves compiling to dino/layers/ops/build.py, into the sources when these are what will be imported."""
 
     def run(self):
         """Build what can be built."""
         in_sources = self.inplace or self.editable_mode
-        for result in build.build(build.FOLDER if in_sources else Path(self.build_lib).absolute() / "dino/layers"):
+        for result in build.build(build.FOLDER if in_sources else Path(self.build_lib).absolute() / "dino/layers/ops"):
             print(result)
 
     def get_outputs(self):
@@ -78,7 +78,7 @@ def extensions():
         except (build.BuildError, build.LeftOut) as reason:
             reasons.append(str(reason))
         else:
-            return [Extension("dino.layers._deform_attn", sources=[])]
+            return [Extension("dino.layers.ops._deform_attn", sources=[])]
     print(f"the compiled attention operator is left out: {'; '.join(reasons)}")
     return []
 
@@ -92,7 +92,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["dino", "dino.*"]),
-    package_data={"dino.layers": ["csrc/*"], "dino.report": ["templates/*"]},
+    package_data={"dino.layers.ops": ["csrc/*"], "dino.evaluation.report": ["templates/*"]},
     entry_points={"console_scripts": ["dino = dino.cli:main"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildOperator, "build_py": BuildPackage},

@@ -5,7 +5,7 @@ import statistics
 
 from report import ROOT, replaced
 
-from dino.files import DataError, write_whole
+from dino.utils.files import DataError, write_whole
 
 RESULTS = ROOT / "benchmarks/results/ablation"
 PAGE = ROOT / "projects/dino/README.md"

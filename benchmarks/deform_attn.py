@@ -27,8 +27,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from measure import clock, origin, peak_memory  # noqa: E402
 
-from dino import build  # noqa: E402
-from dino.layers import deform_attn_reference, operator  # noqa: E402
+from dino.layers import deform_attn_reference  # noqa: E402
+from dino.layers.ops import (  # noqa: E402
+    build,
+    operator,
+)
 
 SHAPES = [(100, 167), (50, 84), (25, 42), (13, 21)]
 FLAT = [size for shape in SHAPES for size in shape]

@@ -30,13 +30,13 @@ from onnxruntime.quantization import (
     shape_inference,
 )
 
-from dino.coco import evaluate, to_results
-from dino.export.formats import run_onnx, write
-from dino.export.graph import Detector, Fixed, describe, prepare
-from dino.export.program import exportable
+from dino.data.coco import evaluate, to_results
+from dino.export.export_checkpoint import exportable
+from dino.export.export_formats import run_onnx, write
+from dino.export.export_wrapper import Detector, Fixed, describe, prepare
 from dino.export.verify import pictures_of, read_data, run_exported, run_network, to_original
-from dino.files import write_whole
-from dino.rebuild import model_from_checkpoint
+from dino.utils.files import write_whole
+from dino.weights.description import model_from_checkpoint
 
 MATRIX, CONVOLUTION = ["MatMul", "Gemm"], ["Conv"]
 

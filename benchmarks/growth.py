@@ -24,10 +24,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from measure import MIB, clock, origin, peak_memory  # noqa: E402
 
-from dino import analysis  # noqa: E402
+from dino.inference.memory import keep_freed_memory  # noqa: E402
 from dino.layers import HungarianMatcher, SetCriterion  # noqa: E402
-from dino.memory import keep_freed_memory  # noqa: E402
-from dino.modeling import TorchvisionBackbone, build_dino  # noqa: E402
+from dino.modeling import (  # noqa: E402
+    TorchvisionBackbone,
+    build_dino,
+    network_cost,
+)
 
 FEATURES = ["res2", "res3", "res4", "res5"]
 NUM_CLASSES = 80
@@ -71,8 +74,8 @@ def build(point, device):
 
 def layer_bytes(network, point):
     """Float32 tensors of one encoder layer in inference: six of the tokens' size, and the numbers of each sample."""
-    with analysis.nothing_computed(network, training=False):
-        images, padding = analysis.empty_images(network, point.batch, point.height, point.width)
+    with network_cost.nothing_computed(network, training=False):
+        images, padding = network_cost.empty_images(network, point.batch, point.height, point.width)
         batch, tokens, width = network.tokenize(network.neck(images), padding).features.shape
     attention = network.encoder.layers[0].attention
     samples = attention.num_heads * attention.num_levels * attention.num_points
@@ -84,15 +87,15 @@ def measure(curve, point, work, options, device):
     network, size = build(point, device), (point.batch, point.height, point.width)
     row = {"curve": curve, "value": LABELS[curve].format(point), "work": work}
     if work == "inference":
-        run = analysis.inference(network, *size)
-        row["multiply_adds"] = analysis.count_multiply_adds(network, *size)["total"]
+        run = network_cost.inference(network, *size)
+        row["multiply_adds"] = network_cost.count_multiply_adds(network, *size)["total"]
         row["bytes_counted"] = layer_bytes(network, point)
     else:
         criterion = SetCriterion(matcher=HungarianMatcher())
-        targets = analysis.some_targets(point.batch, point.boxes, device)
-        run = analysis.training_step(network, criterion, *size, point.boxes)
-        row["multiply_adds"] = analysis.count_multiply_adds(network, *size, targets)["total"]
-        row["bytes_counted"] = analysis.count_activations(network, *size, targets)
+        targets = network_cost.some_targets(point.batch, point.boxes, device)
+        run = network_cost.training_step(network, criterion, *size, point.boxes)
+        row["multiply_adds"] = network_cost.count_multiply_adds(network, *size, targets)["total"]
+        row["bytes_counted"] = network_cost.count_activations(network, *size, targets)
     network.train(work == "training")
     run()
     times = []

@@ -40,8 +40,11 @@ import original  # noqa: E402
 from deform_attn import Case, make_inputs  # noqa: E402
 from measure import clock, origin, peak_memory  # noqa: E402
 
-from dino import build  # noqa: E402
-from dino.layers import deform_attn_reference, operator  # noqa: E402
+from dino.layers import deform_attn_reference  # noqa: E402
+from dino.layers.ops import (  # noqa: E402
+    build,
+    operator,
+)
 
 PLACES = ("value", "locations", "weights")
 RAW = ("value", "offsets", "logits", "reference")

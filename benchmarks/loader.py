@@ -28,9 +28,9 @@ from detectron2.config import LazyConfig, instantiate  # noqa: E402
 from detectron2.structures import BoxMode, ImageList  # noqa: E402
 from measure import origin  # noqa: E402
 
-from dino.d2 import data as d2_data  # noqa: E402
-from dino.d2.sampler import TrainLoader, seed_random  # noqa: E402
-from dino.images import list_images  # noqa: E402
+from dino.d2 import data_loading as d2_data  # noqa: E402
+from dino.d2.training.sampler import TrainLoader, seed_random  # noqa: E402
+from dino.data.images import list_images  # noqa: E402
 
 OBJECTS = 7  # per image, as in COCO
 STEPS = ("decode", "augment", "to tensor", "boxes and copies", "pad to a batch")

@@ -37,16 +37,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from measure import MIB, clock, git, origin, peak_memory  # noqa: E402
 from others import NUM_CLASSES, PROGRAMS, Contender, recognise  # noqa: E402
 
+from dino.inference.memory import keep_freed_memory  # noqa: E402
 from dino.layers import (  # noqa: E402
-    Denoised,
+    DenoisingOutputs,
     HungarianMatcher,
+    LayerOutputs,
     Outputs,
-    Predictions,
     SetCriterion,
     Target,
     deform_attn_implementation,
 )
-from dino.memory import keep_freed_memory  # noqa: E402
 from dino.modeling import TorchvisionBackbone, build_dino, fold_norms, share_heads, use_onednn  # noqa: E402
 from dino.weights import load_weights  # noqa: E402
 from dino.weights import recognise as recognise_weights  # noqa: E402
@@ -101,10 +101,10 @@ def make_outputs(case, targets, device):
     def predictions(layers, queries):
         logits = torch.randn(layers, case.batch, queries, NUM_CLASSES, generator=draw)
         boxes = torch.rand(layers, case.batch, queries, 4, generator=draw) * 0.5 + 0.2
-        return Predictions(logits.to(device).requires_grad_(), boxes.to(device).requires_grad_())
+        return LayerOutputs(logits.to(device).requires_grad_(), boxes.to(device).requires_grad_())
 
     groups = max(1, 100 // case.boxes)
-    denoised = Denoised(predictions(6, 2 * groups * case.boxes), targets, groups)
+    denoised = DenoisingOutputs(predictions(6, 2 * groups * case.boxes), targets, groups)
     return Outputs(predictions(6, 900), predictions(1, 900), denoised)
 
 

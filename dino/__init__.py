@@ -3,4 +3,8 @@
 The package imports nothing by itself: `dino.layers` and `dino.modeling` need torch only, `dino.d2` needs Detectron2.
 """
 
+from .utils import moved
+
 __version__ = "0.1.0"
+
+moved.install()

@@ -10,7 +10,8 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from dino.layers import Target, operator
+from dino.layers import Target
+from dino.layers.ops import operator
 
 from .tiny import tiny_network
 

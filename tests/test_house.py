@@ -75,8 +75,8 @@ def run_python(code):
 
 
 def test_there_is_something_to_check():
-    assert {"dino", "dino.layers.boxes", "dino.modeling.network", "dino.weights"} <= set(MODULES)
-    assert "dino.layers.structures" in GRAPH["dino.modeling.network"]
+    assert {"dino", "dino.layers.boxes", "dino.modeling.dino", "dino.weights"} <= set(MODULES)
+    assert "dino.structures" in GRAPH["dino.modeling.dino"]
     assert "dino.layers.boxes" in GRAPH["dino.layers.matcher"]
 
 
@@ -121,7 +121,7 @@ def test_imports_go_downwards():
 
 def test_network_is_assembled_elsewhere():
     """Encoder, selection, decoder and denoising are injected."""
-    assert not {m for m in GRAPH["dino.modeling.network"] if m.startswith("dino.modeling")}
+    assert not {m for m in GRAPH["dino.modeling.dino"] if m.startswith("dino.modeling")}
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)

@@ -32,7 +32,7 @@ from typing import IO, NamedTuple
 import torch
 from tqdm import tqdm
 
-from dino.files import DataError, make_folder, write_whole
+from dino.utils.files import DataError, make_folder, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]

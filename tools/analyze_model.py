@@ -7,6 +7,8 @@ import statistics
 import sys
 import warnings
 
+from dino.modeling import network_cost
+
 for message in (".*torch.jit.*is deprecated.*", ".*pkg_resources is deprecated.*", ".*timm.models.layers.*"):
     warnings.filterwarnings("ignore", message=message)  # of Detectron2 itself; must come before its import
 warnings.filterwarnings("ignore", message="torch.meshgrid")
@@ -14,10 +16,9 @@ warnings.filterwarnings("ignore", message="torch.meshgrid")
 import torch  # noqa: E402
 from detectron2.config import LazyConfig, instantiate  # noqa: E402
 
-from dino import analysis  # noqa: E402
 from dino.d2.recipe import check_overrides, check_recipe  # noqa: E402
-from dino.files import DataError, message_of  # noqa: E402
-from dino.layers.operator import use_compiled  # noqa: E402
+from dino.layers.ops.operator import use_compiled  # noqa: E402
+from dino.utils.files import DataError, message_of  # noqa: E402
 
 EXAMPLES = """
 examples:
@@ -59,12 +60,12 @@ def load_model(path, overrides):
 
 
 def print_costs(network, batch, size):
-    parameters = analysis.count_parameters(network)
-    work = analysis.count_multiply_adds(network, batch, *size)
+    parameters = network_cost.count_parameters(network)
+    work = network_cost.count_multiply_adds(network, batch, *size)
     print(f"{'':<16} {'parameters':>12} {'trainable':>12} {'G multiply-adds':>16}")
     for name, (total, trainable) in parameters.items():
         print(f"{name:<16} {total:>12,} {trainable:>12,} {work[name] / 1e9:>16.2f}")
-    kept = analysis.count_activations(network, batch, *size) / 2**20
+    kept = network_cost.count_activations(network, batch, *size) / 2**20
     operator = "compiled operator" if use_compiled(torch.device("cpu")) else "operator in plain PyTorch"
     print(f"kept for the backward pass: {kept:,.0f} MiB (float32, no denoising, {operator})")
 
@@ -72,7 +73,7 @@ def print_costs(network, batch, size):
 def print_measured(what, run, device, batch):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = analysis.measure_seconds(run, device)
+    seconds = network_cost.measure_seconds(run, device)
     middle, least, most = statistics.median(seconds), min(seconds), max(seconds)
     line = f"{what}: {middle * 1e3:.0f} ms ({least * 1e3:.0f} to {most * 1e3:.0f}), {batch / middle:.2f} images/s"
     if device.type == "cuda":
@@ -93,9 +94,9 @@ def main(argv=None):
     device = torch.device(args.device)
     model.to(device)
     if "inference" in args.measure:
-        print_measured("inference", analysis.inference(model.network, args.batch, *args.size), device, args.batch)
+        print_measured("inference", network_cost.inference(model.network, args.batch, *args.size), device, args.batch)
     if "training" in args.measure:
-        step = analysis.training_step(model.network, model.criterion, args.batch, *args.size)
+        step = network_cost.training_step(model.network, model.criterion, args.batch, *args.size)
         print_measured("forward and backward", step, device, args.batch)
 
 

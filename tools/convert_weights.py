@@ -2,8 +2,8 @@
 
 import sys
 
-from dino.files import DataError, message_of
-from dino.weights.program import main
+from dino.utils.files import DataError, message_of
+from dino.weights.conversion import main
 
 if __name__ == "__main__":
     try:

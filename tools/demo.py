@@ -13,11 +13,11 @@ from detectron2.config import LazyConfig, instantiate  # noqa: E402
 
 from dino.d2 import recipe  # noqa: E402
 from dino.d2.checkpoint import Checkpointer, read_names  # noqa: E402
-from dino.d2.describe import describe  # noqa: E402
-from dino.files import DataError, message_of  # noqa: E402
-from dino.predict import plan, predict  # noqa: E402
-from dino.predictor import Predictor  # noqa: E402
-from dino.rebuild import Preprocessing  # noqa: E402
+from dino.d2.recipe_description import describe  # noqa: E402
+from dino.inference.predict_files import plan, predict  # noqa: E402
+from dino.inference.predictor import Predictor  # noqa: E402
+from dino.utils.files import DataError, message_of  # noqa: E402
+from dino.weights.description import Preprocessing  # noqa: E402
 
 EXAMPLE = """
 example:

@@ -128,8 +128,11 @@ def benchmark(name: str, data: Path | None, *arguments: str) -> dict:
 def first_steps(data: Path) -> list[Step]:
     """The machine, the build, and whether the operator runs at all."""
     device = (sys.executable, "benchmarks/measure.py")
-    build, importable = (sys.executable, "-m", "dino.build"), (sys.executable, "-c", "import dino.build")
-    environment = (sys.executable, "-m", "dino.env")
+    build, importable = (
+        (sys.executable, "-m", "dino.layers.ops.build"),
+        (sys.executable, "-c", "import dino.layers.ops.build"),
+    )
+    environment = (sys.executable, "-m", "dino.utils.environment")
     compiled = (("DINO_DEFORM_ATTN", "compiled"),)
     return [
         Step("device", "names the GPU and the versions", 8, 60, (*device, "--output", str(data / "device.json")),
@@ -148,7 +151,7 @@ def test_files(*patterns: str) -> list[str]:
 def test_steps(golden: Callable) -> list[Step]:
     kernels = test_files("test_deform_attn_cuda", "test_operator*", "test_self_test*")
     others = [file for file in test_files("test_deform_attn*") if file not in kernels]
-    network = ("tests/modeling/test_transformer.py", "tests/modeling/test_network.py")
+    network = ("tests/modeling/test_transformer.py", "tests/modeling/test_dino.py")
     without = "not stand_in and not fault and not refuses and not spilled and not wide and not compiles"
     return [
         Step("operator", "tests of the operator on the GPU", 90, 400,
@@ -199,7 +202,7 @@ def sanitizer_steps(data: Path) -> list[Step]:
     found = sanitizer() or "compute-sanitizer"
     steps = []
     for tool, estimate in (("memcheck", 60), ("racecheck", 90), ("synccheck", 60), ("initcheck", 60)):
-        selected = tests("tests/layers/test_deform_attn_cuda.py", "-k", SANITIZED)
+        selected = tests("tests/layers/ops/test_deform_attn_cuda.py", "-k", SANITIZED)
         watch = (found, "--tool", tool, "--error-exitcode", "9")
         steps.append(
             Step(tool, f"compute-sanitizer {tool} on tiled, strided and half cases", estimate, 300,

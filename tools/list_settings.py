@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 from dino import cli  # comes first: silences warnings of Detectron2's import
-from dino.files import DataError, write_whole
+from dino.utils.files import DataError, write_whole
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/settings.md"
@@ -41,21 +41,22 @@ TOOLS = (
     "soak",
 )  # the others are verbs of `dino`
 PARTS = """dino.modeling:TorchvisionBackbone,TimmBackbone dino.d2.backbones:vitdet,regnet,AsBackbone
-dino.d2.data:ShortSide,OneOf dino.d2.optim:layerwise_params dino.d2.tta:AugmentedDetector
-dino.layers.reweighting:Reweighting
+dino.d2.data_loading:ShortSide,OneOf dino.d2.training.optimizer:layerwise_params
+dino.d2.augmented_detector:AugmentedDetector
+dino.layers.loss_scaling:LossScaling
 dino.modeling.variants:LearnedQueries,PatternSelection,LearnedPositionEncoding"""  # that the recipe does not name
 VARIABLES = {
-    "CUDA_HOME": "`python -m dino.build`: where CUDA's compiler is, if not in `PATH`",
-    "CXX": "`python -m dino.build`: the only C++ compiler to try, such as `g++-12` (default: those that are there)",
+    "CUDA_HOME": "`python -m dino.layers.ops.build`: where CUDA's compiler is, if not in `PATH`",
+    "CXX": "`python -m dino.layers.ops.build`: the only C++ compiler to try, such as `g++-12` (default: all)",
     "DETECTRON2_DATASETS": "the folder that holds COCO and the other sets that Detectron2 knows (default `datasets`)",
     "DINO_BCCD": "tests: the folder of the BCCD photographs",
     "DINO_DEFORM_ATTN": "attention operator: `auto` (default), `reference` (plain PyTorch) or `compiled` (or an error)",
     "DINO_GOLDEN": "tests: the folder of the official program's numbers",
     "DINO_TEST_DEVICE": "tests: run those that can on this device",
     "DINO_TORCH_HEADERS": "tests: the folder of other torch versions' headers (default `output/torch_headers`)",
-    "FORCE_CUDA": "`python -m dino.build`: 1 to compile for CUDA where no GPU is seen",
+    "FORCE_CUDA": "`python -m dino.layers.ops.build`: 1 to compile for CUDA where no GPU is seen",
     "FVCORE_CACHE": "where downloaded weights are kept (default `~/.torch/iopath_cache`)",
-    "TORCH_CUDA_ARCH_LIST": "`python -m dino.build`: the GPUs to compile for, for example `8.0;9.0+PTX`",
+    "TORCH_CUDA_ARCH_LIST": "`python -m dino.layers.ops.build`: the GPUs to compile for, for example `8.0;9.0+PTX`",
 }
 OF_THE_MACHINE = {"device": "a GPU where there is one", "dist_url": "a free port of this machine"}  # defaults
 OF_THE_BASE = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
@@ -73,7 +74,7 @@ RECIPES = f"""## Recipes
 
 Values are those of [{RECIPE.stem}](../configs/{RECIPE.name}). A full key can be set on the command line. A bare name
 is an argument that this recipe leaves at its default: set it in a recipe of your own. Of parts of other libraries, only
-what the recipe states is listed. The letters are those of [structures.py](../dino/layers/structures.py).
+what the recipe states is listed. The letters are those of [structures.py](../dino/structures.py).
 """
 
 

@@ -21,13 +21,13 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from dino.coco import CocoImages, ShortSide, collate, evaluate, to_results
-from dino.files import DataError, free_name, message_of, write_whole
+from dino.data.coco import CocoImages, ShortSide, collate, evaluate, to_results
+from dino.inference.memory import keep_freed_memory
 from dino.layers import HungarianMatcher, NonFiniteCostError, SetCriterion, Target, detections
-from dino.memory import keep_freed_memory
 from dino.modeling import CudaGraphs, compile_network, use_float32_precision
 from dino.modeling.precision import PRECISIONS
-from dino.rebuild import Preprocessing, build_network
+from dino.utils.files import DataError, free_name, message_of, write_whole
+from dino.weights.description import Preprocessing, build_network
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
 
@@ -130,7 +130,7 @@ def train(model, data, args):
 
 
 def describe(args, num_classes):
-    """The network in the words of `dino.rebuild`, which the checkpoint carries."""
+    """The network in the words of `dino.weights.description`, which the checkpoint carries."""
     backbone = {"_target_": "dino.modeling.TorchvisionBackbone", "name": args.backbone, "norm": "BN"}
     return {
         "network": {

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from dino.files import free_name
+from dino.utils.files import free_name
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = "projects/dino/configs/dino_r18_shapes.py"

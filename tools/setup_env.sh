@@ -27,7 +27,7 @@ if [ ! -e "$stamp" ]; then
     touch "$stamp"
 fi
 # Compiles what is missing or changed; without it everything works, more slowly. Only a failure is worth a line.
-"$python" -m dino.build > /dev/null || true
+"$python" -m dino.layers.ops.build > /dev/null || true
 
 if ! "$python" -W ignore -c 'import detectron2' 2>/dev/null; then
     if GIT_TERMINAL_PROMPT=0 timeout 60 git ls-remote "$home" HEAD >/dev/null 2>&1 </dev/null; then

@@ -5,8 +5,8 @@ from detectron2.data import build_detection_test_loader
 from detectron2.data import transforms as T
 from omegaconf import OmegaConf
 
-from dino.d2.data import Evaluator, OneOf, ShortSide, TestMapper, TrainMapper, dataset
-from dino.d2.sampler import TrainLoader
+from dino.d2.data_loading import Evaluator, OneOf, ShortSide, TestMapper, TrainMapper, dataset
+from dino.d2.training.sampler import TrainLoader
 
 SIZES = [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
 

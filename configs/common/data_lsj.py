@@ -6,7 +6,7 @@ Crops that are smaller are not filled up: what a batch pads is masked.
 from detectron2.config import LazyCall as L
 from detectron2.data import transforms as T
 
-from dino.d2.data import ShortSide
+from dino.d2.data_loading import ShortSide
 
 from .data import dataloader
 

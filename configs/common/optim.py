@@ -4,7 +4,7 @@ import torch
 from detectron2.config import LazyCall as L
 from detectron2.solver.build import get_default_optimizer_params
 
-from dino.d2.optim import tenth_for_backbone
+from dino.d2.training.optimizer import tenth_for_backbone
 
 optimizer = L(torch.optim.AdamW)(
     params=L(get_default_optimizer_params)(  # which parameters are trained, in groups of one learning rate each

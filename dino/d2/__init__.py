@@ -11,6 +11,6 @@ except ImportError as error:
     ) from error
 
 from .config import add_dino_config, build_adamw
-from .detector import DINODetector
+from .meta_arch import DINODetector
 
 __all__ = ["DINODetector", "add_dino_config", "build_adamw"]

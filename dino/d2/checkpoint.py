@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
-from dino.files import DataError, write_whole
+from dino.d2.training.parallel import from_main, whole
+from dino.utils.files import DataError, write_whole
 from dino.weights import MIN_BACKBONE, load_weights, read_content, same_names
 
-from .parallel import from_main, whole
 from .sources import check_pixels, local_file
 
 logger = logging.getLogger("detectron2.dino")
@@ -26,7 +26,7 @@ class Checkpointer(DetectionCheckpointer):
 
     Args:
         names: class names, stored with every checkpoint.
-        about: plain data on the run, stored too; see `dino.d2.describe`.
+        about: plain data on the run, stored too; see `dino.d2.recipe_description`.
         min_backbone: as of `load_weights`.
     """
 

@@ -15,10 +15,9 @@ from detectron2.modeling import build_backbone
 from detectron2.solver.build import _generate_optimizer_class_with_gradient_clipping, get_default_optimizer_params
 from torch import nn
 
+from dino.d2.training.optimizer import tenth_for_backbone
 from dino.layers import HungarianMatcher, SetCriterion
-from dino.modeling.build import build_dino
-
-from .optim import tenth_for_backbone
+from dino.modeling.assembly import build_dino
 
 
 def add_dino_config(cfg: CfgNode) -> None:

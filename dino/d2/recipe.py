@@ -14,11 +14,11 @@ from detectron2.config import LazyCall, LazyConfig, instantiate
 from detectron2.engine import default_argument_parser
 from omegaconf import DictConfig, OmegaConf
 
-from dino.files import DataError, free_name
-from dino.recipes import find_recipe
+from dino.d2.training.parallel import from_main, restarted, started_by_same
+from dino.utils.files import DataError, free_name
+from dino.utils.recipes import find_recipe
 
-from .data import class_names, dataset
-from .parallel import from_main, restarted, started_by_same
+from .data_loading import class_names, dataset
 
 logger = logging.getLogger("detectron2.dino")
 
@@ -171,7 +171,7 @@ def use_classes(cfg: DictConfig, stated: bool, eval_only: bool) -> None:
 def names_of(node: DictConfig) -> list[str]:
     """Class names of the data set that a recipe's `L(dataset)(…)` describes."""
     if "name" not in node:
-        raise DataError("the recipe's data sets must be written as L(dino.d2.data.dataset)(name=…)")
+        raise DataError("the recipe's data sets must be written as L(dino.d2.data_loading.dataset)(name=…)")
     return class_names(node.name, node.get("annotations"), node.get("images"))
 
 

@@ -10,7 +10,7 @@ from detectron2.utils.file_io import Detectron2Handler, PathManager
 from iopath.common.file_io import get_cache_dir
 from torch import nn
 
-from dino.files import DataError
+from dino.utils.files import DataError
 from dino.weights import SCHEMES, cannot_fetch, locate
 
 

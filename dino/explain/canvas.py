@@ -16,8 +16,8 @@ from matplotlib.patches import Patch, Rectangle
 from PIL import Image, ImageColor
 from torch import Tensor
 
-from dino.files import write_whole
 from dino.layers import Target, cxcywh_to_xyxy
+from dino.utils.files import write_whole
 
 from .record import Record
 

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from dino.layers import (
     ContrastiveDenoising,
+    DenoisingQueries,
     MultiScaleDeformableAttention,
-    NoisedQueries,
     Outputs,
     Queries,
     SetCriterion,
     Target,
     Tokens,
 )
-from dino.layers.structures import concatenate
 from dino.modeling import DINO, Decoder, QuerySelection
 from dino.modeling.variants import LookForwardOnce, PureSelection
+from dino.structures import concatenate
 
 LOOKS = {"once": LookForwardOnce, "twice": Decoder}
 CALLS = 2  # of a box head in its decoder layer: for the predicted box, then for the box that the next layer starts from
@@ -44,7 +44,7 @@ class Record(NamedTuple):
     scores: Tensor  # (B, Q) the highest class score of each of them, in [0, 1]
     anchors: Tensor  # (B, Q, 4) the boxes that stand at these tokens before the network has said anything
     queries: Queries  # what the selection made of them
-    noised: NoisedQueries
+    noised: DenoisingQueries
     noised_labels: Tensor  # (B, T) int64, the classes whose embeddings the denoising queries carry; -1 without object
     samples: list[Samples]  # of each decoder layer
     outputs: Outputs

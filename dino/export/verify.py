@@ -14,13 +14,13 @@ from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_iou
 from tqdm import tqdm
 
-from dino.coco import CocoImages, evaluate, to_results
-from dino.files import DataError
-from dino.images import IMAGE_SUFFIXES, read_image
+from dino.data.coco import CocoImages, evaluate, to_results
+from dino.data.images import IMAGE_SUFFIXES, read_image
 from dino.layers import Detections, detections
+from dino.utils.files import DataError
 
-from .formats import Run
-from .graph import Detector, Fixed, Prepared, prepare
+from .export_formats import Run
+from .export_wrapper import Detector, Fixed, Prepared, prepare
 
 LOWEST_SCORE = 0.05  # of the detections that are compared; AP counts all
 SAME_IOU = 0.9  # above it, two boxes of a label are the same detection

@@ -51,6 +51,6 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     return overlap / (union + IOU_EPS) - (hull - union) / (hull + IOU_EPS)
 
 
-def widened(x: Tensor) -> Tensor:
+def to_float32(x: Tensor) -> Tensor:
     """`x` in float32 or wider: box algebra, matching and losses never run in half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

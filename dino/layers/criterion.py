@@ -10,10 +10,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .boxes import cxcywh_to_xyxy, generalized_iou, widened
+from dino.structures import DenoisingOutputs, LayerOutputs, Outputs, Target
+from dino.utils.device import to_device
+
+from .boxes import cxcywh_to_xyxy, generalized_iou, to_float32
 from .matcher import Pairs, start_matching
-from .structures import Denoised, Outputs, Predictions, Target
-from .transfer import to_device
 
 
 class Matches(NamedTuple):
@@ -30,7 +31,7 @@ class SetCriterion(nn.Module):
     `_interm` for the encoder's proposals, and `_dn`, `_dn_0` … for denoising.
 
     Args:
-        matcher: (Predictions, targets) -> pairs, see `HungarianMatcher`.
+        matcher: (LayerOutputs, targets) -> pairs, see `HungarianMatcher`.
         class_weight, l1_weight, giou_weight: weights of the three losses, equal for all prediction sets.
         alpha, gamma: of the focal loss.
     """
@@ -61,7 +62,7 @@ class SetCriterion(nn.Module):
         noised = outputs.denoising.targets if outputs.denoising else []
         num_boxes, num_noised = self.average([count(targets), count(noised)], outputs.decoder.boxes.device)
         names = [f"_{i}" for i in range(len(outputs.decoder.logits) - 1)]
-        matched = Predictions(*(torch.cat(pair) for pair in zip(outputs.decoder, outputs.proposals, strict=True)))
+        matched = LayerOutputs(*(torch.cat(pair) for pair in zip(outputs.decoder, outputs.proposals, strict=True)))
         matching = start_matching(self.matcher, matched, targets)
         # All that needs no matches comes first: the device works on it while the host matches.
         negatives = self.charge_negatives(matched.logits)
@@ -83,14 +84,14 @@ class SetCriterion(nn.Module):
         }
 
     def losses(
-        self, predictions: Predictions, negatives: Tensor, matches: Matches, targets: list[Target]
+        self, predictions: LayerOutputs, negatives: Tensor, matches: Matches, targets: list[Target]
     ) -> dict[str, Tensor]:
         """The three losses of N layers, summed over all images and queries -> (N,) each.
 
         Args:
             negatives: (N,) of `charge_negatives`.
         """
-        logits, boxes = widened(predictions.logits), widened(predictions.boxes)
+        logits, boxes = to_float32(predictions.logits), to_float32(predictions.boxes)
         layers = len(logits)
         labels = torch.cat([t.labels for t in targets])[matches.target]  # (K,)
         true_boxes = torch.cat([t.boxes for t in targets]).to(boxes)[matches.target]  # (K, 4)
@@ -106,7 +107,7 @@ class SetCriterion(nn.Module):
 
     def charge_negatives(self, logits: Tensor) -> Tensor:
         """Focal loss of logits (N, B, Q, C) if all were negatives -> (N,). Positives are few."""
-        return (1 - self.alpha) * focal_loss(widened(logits), self.gamma).sum((1, 2, 3))
+        return (1 - self.alpha) * focal_loss(to_float32(logits), self.gamma).sum((1, 2, 3))
 
     def charge_positives(self, true_logits: Tensor) -> Tensor:
         """What must be added for the logits that are positives, (N, K/N) in float32 -> (N,)."""
@@ -114,11 +115,11 @@ class SetCriterion(nn.Module):
         positive = self.alpha * focal_loss(-true_logits, self.gamma)
         return (positive - negative).sum(1)
 
-    def denoising_losses(self, denoising: Denoised) -> dict[str, Tensor]:
+    def denoising_losses(self, denoising: DenoisingOutputs) -> dict[str, Tensor]:
         """As `losses`, with pairs known by construction; zero, but part of the graph, where nothing was noised."""
         predictions, targets, num_groups = denoising
         if num_groups == 0:
-            logits, boxes = (widened(x).sum((1, 2, 3)) * 0 for x in predictions)
+            logits, boxes = (to_float32(x).sum((1, 2, 3)) * 0 for x in predictions)
             return {"ce": logits, "bbox": boxes, "giou": boxes}
         layers, _, slots, _ = predictions.boxes.shape
         known = [known_matches(len(t.labels), num_groups, slots) for t in targets]
@@ -141,7 +142,7 @@ def known_matches(num_objects: int, num_groups: int, num_slots: int) -> tuple[np
     return (starts[:, None] + objects).ravel(), np.tile(objects, num_groups)
 
 
-def flatten_matches(layers: Pairs, targets: list[Target], predictions: Predictions) -> Matches:
+def flatten_matches(layers: Pairs, targets: list[Target], predictions: LayerOutputs) -> Matches:
     """Pairs per layer and image -> one table, moved to the device of the predictions at once."""
     _, images, queries, _ = predictions.boxes.shape
     first = np.cumsum([0] + [len(t.labels) for t in targets])

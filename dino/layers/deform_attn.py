@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .operator import autocast_dtype, cast_for_autocast, use_compiled, use_gather
-from .structures import extents
+from dino.layers.ops.operator import autocast_dtype, cast_for_autocast, use_compiled, use_gather
+from dino.structures import extents
 
 Shapes = list[tuple[int, int]]
 
@@ -63,7 +63,7 @@ def check_sizes(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tenso
 def deform_attn_reference(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
     """`deform_attn` in plain PyTorch, on any device: the definition against which faster forms are tested.
 
-    Half types are widened to float32 inside. Arguments and result as in `deform_attn`.
+    Half types are to_float32 to float32 inside. Arguments and result as in `deform_attn`.
     """
     return sum_of_samples(value, shapes, locations, weights, grid_sample)
 

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dino.structures import DenoisingQueries, Queries, Target
+from dino.utils.device import to_device
+
 from .boxes import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
-from .structures import NoisedQueries, Queries, Target
-from .transfer import to_device
 
 
 class Noise(NamedTuple):
@@ -65,7 +66,7 @@ class ContrastiveDenoising(nn.Module):
         self.label_noise = label_noise
         self.box_noise = box_noise
 
-    def forward(self, targets: list[Target], num_queries: int) -> NoisedQueries:
+    def forward(self, targets: list[Target], num_queries: int) -> DenoisingQueries:
         """Noise the objects of B images into T slots that stand in front of `num_queries` matching queries.
 
         T = KINDS * groups * (objects of the fullest image), never more than KINDS * num_denoising.
@@ -100,7 +101,7 @@ class ContrastiveDenoising(nn.Module):
             box_parts=torch.rand((*shape, 4), device=device),
         )
 
-    def build(self, targets: list[Target], num_queries: int, num_groups: int, noise: Noise) -> NoisedQueries:
+    def build(self, targets: list[Target], num_queries: int, num_groups: int, noise: Noise) -> DenoisingQueries:
         """Apply `noise`; object g of an image takes slot r * G + g in repeat r, with G objects in the fullest image.
 
         Slots beyond an image's own objects hold a zero content and the box (0.5, 0.5, 0.5, 0.5). Other slots see them
@@ -119,7 +120,7 @@ class ContrastiveDenoising(nn.Module):
             return slots.transpose(1, 2).flatten(1, 2)  # (B, T, ·)
 
         mask = denoising_mask(num_groups, self.KINDS * longest, num_queries, content.device)
-        return NoisedQueries(Queries(to_slots(content), to_slots(box_logits), mask), targets, num_groups)
+        return DenoisingQueries(Queries(to_slots(content), to_slots(box_logits), mask), targets, num_groups)
 
     def noise_labels(self, labels: Tensor, noise: Noise) -> Tensor:
         """(K,) -> (R, K)."""
@@ -139,9 +140,9 @@ class ContrastiveDenoising(nn.Module):
         negative = (torch.arange(len(noise.box_parts), device=noise.box_parts.device) % self.KINDS)[:, None, None]
         return (noise.box_parts + negative) * (2 * noise.box_signs - 1) * self.box_noise
 
-    def placeholder(self, targets: list[Target], num_queries: int) -> NoisedQueries:
+    def placeholder(self, targets: list[Target], num_queries: int) -> DenoisingQueries:
         """One slot that costs nothing, for a batch without objects: every parameter stays in the graph."""
         content = self.label_embed.weight[0].expand(len(targets), 1, -1)  # (B, 1, E)
         box_logits = targets[0].boxes.new_zeros(len(targets), 1, 4)
         mask = denoising_mask(1, 1, num_queries, content.device)
-        return NoisedQueries(Queries(content, box_logits, mask), targets, num_groups=0)
+        return DenoisingQueries(Queries(content, box_logits, mask), targets, num_groups=0)

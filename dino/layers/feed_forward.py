@@ -11,7 +11,7 @@ PART = 1024  # tokens; the hidden state of so many stays in a processor's caches
 KEPT = 0.5  # of the parts keep their hidden state
 
 
-class FrugalFeedForward(torch.autograd.Function):
+class RecomputedFeedForward(torch.autograd.Function):
     """linear2(relu(linear1(x))) for a CPU, part by part of the tokens.
 
     Called as `apply(x, weight1, bias1, weight2, bias2)`, all of one dtype: x (B, N, E), weights (F, E), (F,), (E, F)

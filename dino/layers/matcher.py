@@ -11,9 +11,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from .boxes import cxcywh_to_xyxy, generalized_iou, widened
-from .structures import Predictions, Target
-from .transfer import to_device, to_host
+from dino.structures import LayerOutputs, Target
+from dino.utils.device import to_device, to_host
+
+from .boxes import cxcywh_to_xyxy, generalized_iou, to_float32
 
 Pairs = list[list[tuple[np.ndarray, np.ndarray]]]  # for each layer, for each image: (query indices, object indices)
 
@@ -53,7 +54,7 @@ class HungarianMatcher(nn.Module):
         self.alpha = alpha
         self.gamma = gamma
 
-    def forward(self, predictions: Predictions, targets: list[Target]) -> Pairs:
+    def forward(self, predictions: LayerOutputs, targets: list[Target]) -> Pairs:
         """Match N layers of B images.
 
         Returns:
@@ -65,7 +66,7 @@ class HungarianMatcher(nn.Module):
         return self.start(predictions, targets)()
 
     @torch.no_grad()
-    def start(self, predictions: Predictions, targets: list[Target]) -> Callable[[], Pairs]:
+    def start(self, predictions: LayerOutputs, targets: list[Target]) -> Callable[[], Pairs]:
         """Let the device compute the costs.
 
         Returns:
@@ -76,9 +77,9 @@ class HungarianMatcher(nn.Module):
         counts = [len(t.labels) for t in targets]
         return lambda: assign(costs().numpy(), counts)
 
-    def cost(self, predictions: Predictions, targets: list[Target]) -> Tensor:
+    def cost(self, predictions: LayerOutputs, targets: list[Target]) -> Tensor:
         """(N, B, Q, G) with G objects in the fullest image; columns past an image's own objects mean nothing."""
-        logits, boxes = widened(predictions.logits), widened(predictions.boxes)
+        logits, boxes = to_float32(predictions.logits), to_float32(predictions.boxes)
         labels, true_boxes = pad_targets(targets)
         labels = labels[None, :, None].expand(*logits.shape[:3], -1)  # (N, B, Q, G)
         l1 = torch.cdist(boxes, true_boxes.to(boxes)[None], p=1)
@@ -87,7 +88,7 @@ class HungarianMatcher(nn.Module):
         return self.class_cost * class_term + self.l1_cost * l1 - self.giou_cost * giou
 
 
-def start_matching(matcher: nn.Module, predictions: Predictions, targets: list[Target]) -> Callable[[], Pairs]:
+def start_matching(matcher: nn.Module, predictions: LayerOutputs, targets: list[Target]) -> Callable[[], Pairs]:
     """`HungarianMatcher.start` of any matcher: one that has no `start` does all its work at the call."""
     start = getattr(matcher, "start", None)
     return start(predictions, targets) if start else partial(matcher, predictions, targets)

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .boxes import cxcywh_to_xyxy, widened
-from .structures import at_most
-from .transfer import to_device
+from dino.structures import at_most
+from dino.utils.device import to_device
+
+from .boxes import cxcywh_to_xyxy, to_float32
 
 
 class Detections(NamedTuple):
@@ -40,10 +41,10 @@ def batch_detections(logits: Tensor, boxes: Tensor, sizes: Tensor, max_detection
         sizes: (B, 2), height and width of each image in pixels.
         max_detections: K.
     """
-    scores = widened(logits).sigmoid().flatten(1)  # (B, Q*C)
+    scores = to_float32(logits).sigmoid().flatten(1)  # (B, Q*C)
     scores, pair = scores.topk(at_most(max_detections, scores.shape[1]), dim=1)  # (B, K)
     query = torch.div(pair, logits.shape[2], rounding_mode="floor")
-    boxes = cxcywh_to_xyxy(widened(boxes).gather(1, query[..., None].expand(-1, -1, 4)))
+    boxes = cxcywh_to_xyxy(to_float32(boxes).gather(1, query[..., None].expand(-1, -1, 4)))
     pixels = sizes.flip(1).repeat(1, 2)[:, None].to(boxes.dtype)  # (B, 1, 4)
     return Detections(boxes * pixels, scores, pair % logits.shape[2])
 
@@ -51,5 +52,5 @@ def batch_detections(logits: Tensor, boxes: Tensor, sizes: Tensor, max_detection
 def one_label_detections(logits: Tensor, boxes: Tensor, image_size: tuple[int, int], max_detections: int) -> Detections:
     """As `detections`, but every query counts with its best class alone, so that no box appears twice."""
     best = F.one_hot(logits.argmax(-1), logits.shape[-1]).bool()  # (Q, C)
-    logits = widened(logits).masked_fill(~best, -math.inf)
+    logits = to_float32(logits).masked_fill(~best, -math.inf)
     return detections(logits, boxes, image_size, min(max_detections, len(logits)))

@@ -1,13 +1,14 @@
 """The network: torch only, torchvision for its backbones."""
 
+from dino.inference.folding import fold_norms
+from dino.inference.onednn import use_onednn
+
+from .assembly import build_dino
 from .backbones import TimmBackbone, TorchvisionBackbone
-from .build import build_dino
 from .compile import compile_network
 from .cuda_graphs import CudaGraphs
-from .folding import fold_norms
+from .dino import DINO
 from .neck import ChannelMapper
-from .network import DINO
-from .onednn import use_onednn
 from .precision import float32_precision, use_float32_precision
 from .transformer import Decoder, Encoder, QuerySelection, share_heads
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .network import DINO
+from .dino import DINO
 
 PARTS = ("neck", "position_encoding", "encoder", "query_selection", "decoder")
 MOST_GRAPHS = 64  # of one function; PyTorch's 8 are soon used up by training, inference and levels of one cell

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from dino.layers.operator import autocast_dtype, requested
+from dino.layers.ops.operator import autocast_dtype, requested
 
 from .precision import float32_precision
 

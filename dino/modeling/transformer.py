@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino.layers.boxes import refine, widened
+from dino.layers.boxes import refine, to_float32
 from dino.layers.deform_attn import MultiScaleDeformableAttention
-from dino.layers.feed_forward import PART, FrugalFeedForward
+from dino.layers.feed_forward import PART, RecomputedFeedForward
 from dino.layers.position_encoding import encode_boxes
-from dino.layers.structures import Predictions, Queries, Tokens, at_most
+from dino.structures import LayerOutputs, Queries, Tokens, at_most
 
 FOCAL_PRIOR = -math.log((1 - 0.01) / 0.01)  # bias of class heads: every class starts at a probability of 1 %
 
@@ -72,7 +72,7 @@ class FeedForward(nn.Module):
         if torch.is_autocast_enabled("cpu"):
             return self.part(x)
         args = (self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias)
-        return self.norm(x + FrugalFeedForward.apply(x, *args))
+        return self.norm(x + RecomputedFeedForward.apply(x, *args))
 
     def part(self, x: Tensor) -> Tensor:
         """The same in one go."""
@@ -166,15 +166,15 @@ class QuerySelection(nn.Module):
         xavier_(self.project)
         nn.init.xavier_uniform_(self.content.weight)
 
-    def forward(self, memory: Tokens) -> tuple[Queries, Predictions]:
+    def forward(self, memory: Tokens) -> tuple[Queries, LayerOutputs]:
         """Memory -> Q queries, and the encoder's own predictions for the selected tokens (N = 1)."""
         anchors, usable = self.anchors(memory)
         tokens = memory.features.masked_fill(~usable[..., None], 0)  # (B, S, E)
         best = self.select(self.class_head(self.project(tokens)), usable, memory.padding)  # (B, Q)
         features = self.project(rows(tokens, best))  # (B, Q, E); again, so that nothing of the other tokens is kept
         logits = self.class_head(features)  # (B, Q, C)
-        box_logits = rows(anchors, best) + widened(self.box_head(features))  # (B, Q, 4)
-        proposals = Predictions(logits[None], box_logits.sigmoid()[None])
+        box_logits = rows(anchors, best) + to_float32(self.box_head(features))  # (B, Q, 4)
+        proposals = LayerOutputs(logits[None], box_logits.sigmoid()[None])
         return Queries(self.contents(features), box_logits.detach()), proposals
 
     def contents(self, features: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ class QuerySelection(nn.Module):
         Tokens without an anchor come after all others and padded tokens last. (In the official program both compete
         with the logits of a zero vector, and can win.)
         """
-        scores = widened(logits.detach()).amax(-1)  # (B, S)
+        scores = to_float32(logits.detach()).amax(-1)  # (B, S)
         scores = scores.masked_fill(~usable, torch.finfo(scores.dtype).min)
         if padding is not None:
             scores = scores.masked_fill(padding, -math.inf)
@@ -251,9 +251,9 @@ class DecoderLayer(nn.Module):
         return self.feed_forward(self.cross_norm(x + read))
 
 
-def added_mask(blocked: Tensor, dtype: torch.dtype) -> Tensor:
+def added_mask(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Bool -> minus infinity where True, 0 elsewhere; once for all layers, each of which would do it by itself."""
-    return torch.zeros_like(blocked, dtype=dtype).masked_fill_(blocked, -math.inf)
+    return torch.zeros_like(attn_mask, dtype=dtype).masked_fill_(attn_mask, -math.inf)
 
 
 class Decoder(nn.Module):
@@ -291,7 +291,7 @@ class Decoder(nn.Module):
         self.embed_dim = embed_dim
         xavier_(self.position)
 
-    def forward(self, queries: Queries, memory: Tokens) -> Predictions:
+    def forward(self, queries: Queries, memory: Tokens) -> LayerOutputs:
         """Queries and memory -> N predictions.
 
         Look forward twice: the boxes of layer i are a step from `previous`, the boxes of layer i-1 with their gradient,
@@ -302,7 +302,7 @@ class Decoder(nn.Module):
         x, boxes = queries.content, queries.box_logits.sigmoid()
         previous = boxes
         ratios = memory.valid_ratios.repeat(1, 1, 2)[:, None]  # (B, 1, L, 4)
-        mask = None if queries.blocked is None else added_mask(queries.blocked, x.dtype)
+        mask = None if queries.attn_mask is None else added_mask(queries.attn_mask, x.dtype)
         logits, refined = [], []
         for layer, to_class, to_delta in zip(self.layers, self.class_heads, self.box_heads, strict=True):
             reference = boxes[:, :, None] * ratios  # (B, Q, L, 4)
@@ -313,7 +313,7 @@ class Decoder(nn.Module):
             refined.append(refine(previous, to_delta(normed)))
             previous = self.look_forward(refine(boxes, to_delta(x)))
             boxes = previous.detach()
-        return Predictions(torch.stack(logits), torch.stack(refined))
+        return LayerOutputs(torch.stack(logits), torch.stack(refined))
 
     def look_forward(self, boxes: Tensor) -> Tensor:
         """What the next layer's predictions are steps from, given the boxes that this layer leaves to it."""

@@ -12,10 +12,10 @@ import re
 import torch
 from torch import Tensor, nn
 
-from dino.layers.boxes import widened
+from dino.layers.boxes import to_float32
 from dino.layers.criterion import SetCriterion
 from dino.layers.denoising import ContrastiveDenoising, Noise
-from dino.layers.structures import Outputs, Predictions, Queries, Target, Tokens
+from dino.structures import LayerOutputs, Outputs, Queries, Target, Tokens
 
 from .transformer import Decoder, Encoder, QuerySelection
 
@@ -58,13 +58,13 @@ class LearnedQueries(nn.Module):
         self.content = nn.Embedding(num_queries, embed_dim)
         nn.init.xavier_uniform_(self.content.weight)
 
-    def forward(self, memory: Tokens) -> tuple[Queries, Predictions]:
+    def forward(self, memory: Tokens) -> tuple[Queries, LayerOutputs]:
         """Memory -> Q queries, whatever it holds, and predictions of no layer (N = 0)."""
         images = memory.features.shape[0]
         content = self.content.weight.expand(images, -1, -1)  # (B, Q, E)
-        box_logits = widened(self.anchors.weight).expand(images, -1, -1)  # (B, Q, 4)
+        box_logits = to_float32(self.anchors.weight).expand(images, -1, -1)  # (B, Q, 4)
         logits = content.new_zeros(0, images, self.num_queries, self.num_classes)
-        return Queries(content, box_logits), Predictions(logits, box_logits.new_zeros(0, *box_logits.shape))
+        return Queries(content, box_logits), LayerOutputs(logits, box_logits.new_zeros(0, *box_logits.shape))
 
 
 class PureSelection(QuerySelection):
@@ -108,7 +108,7 @@ class PatternSelection(PureSelection):
         self.patterns = nn.Embedding(num_patterns, embed_dim)
         nn.init.xavier_uniform_(self.patterns.weight)
 
-    def forward(self, memory: Tokens) -> tuple[Queries, Predictions]:
+    def forward(self, memory: Tokens) -> tuple[Queries, LayerOutputs]:
         """Memory -> num_patterns * Q queries, all boxes with the first pattern in front; and Q proposals."""
         queries, proposals = super().forward(memory)
         images, count, _ = queries.box_logits.shape
@@ -203,7 +203,7 @@ class LearnedPositionEncoding(nn.Module):
 
 def between(codes: Tensor, place: Tensor) -> Tensor:
     """codes (K, D), places (...) in [0, 1], of which 0 is the first code and 1 the last -> (..., D) in float32."""
-    codes = widened(codes)
+    codes = to_float32(codes)
     scaled = place * (len(codes) - 1)
     low = scaled.floor().clamp(max=len(codes) - 2).long()
     part = (scaled - low)[..., None]
@@ -256,6 +256,6 @@ class ObjectnessCriterion(SeparateCriterion):
         return target._replace(labels=torch.zeros_like(target.labels))
 
 
-def no_layers(predictions: Predictions) -> Predictions:
-    """Predictions of the same sizes, but N = 0."""
-    return Predictions(*(x[:0] for x in predictions))
+def no_layers(predictions: LayerOutputs) -> LayerOutputs:
+    """Outputs of the same sizes, but N = 0."""
+    return LayerOutputs(*(x[:0] for x in predictions))

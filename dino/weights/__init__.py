@@ -1,11 +1,11 @@
 """Weights of this and other programs: read without running code, told by their keys, converted, loaded."""
 
 from .addresses import SCHEMES, cannot_fetch, locate
-from .forms import convert, recognise
+from .checkpoint_formats import convert, recognise
+from .load_report import Report
 from .loading import MIN_BACKBONE, load_weights, same_names
 from .names import resnet_to_detectron2, resnet_to_torchvision
 from .reading import read_content, weights_of
-from .report import Report
 
 __all__ = [
     "MIN_BACKBONE",

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torchvision
 
-from dino.files import DataError
+from dino.utils.files import DataError
 
 SCHEMES = ("torchvision://", "timm://")
 

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from dino.files import DataError
 from dino.modeling import DINO
+from dino.utils.files import DataError
 
-from .forms import (
+from .checkpoint_formats import (
     CLASS_KEYS,
     COCO_IDS,
     RAW_COCO_CLASSES,
@@ -26,9 +26,9 @@ from .forms import (
 )
 from .imagenet import ADDED, fit_backbone
 from .levels import fit_levels
+from .load_report import Report, shorten
 from .names import StateDict
 from .reading import average_of, read_content, weights_of
-from .report import Report, shorten
 
 MIN_BACKBONE = 0.95
 BACKBONE = "neck.backbone."

@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dino.files import DataError
-from dino.pickles import read_pickle
+from dino.utils.files import DataError
+from dino.weights.pickles import read_pickle
 
 from .names import StateDict
 
@@ -27,8 +27,8 @@ EMA_KEYS = ("ema_model", "ema_state", "ema")  # and their running average
 def read_content(path: str | Path) -> dict[str, Any]:
     """All that a weight file holds: plain data and tensors on the CPU.
 
-    `.safetensors` files give `model` and what their metadata say, `.pkl` files go through `dino.pickles`. All others
-    are PyTorch's, in which the argparse.Namespace of the official program is let through as well.
+    `.safetensors` files give `model` and what their metadata say, `.pkl` files go through `dino.weights.pickles`. All
+    others are PyTorch's, in which the argparse.Namespace of the official program is let through as well.
 
     Raises:
         DataError: the file is missing, cut short, or holds anything but plain data; nothing in it was run.

@@ -12,7 +12,7 @@ def known_data_sets():
 
 @pytest.fixture(autouse=True)
 def catalogs(known_data_sets):
-    from dino.d2.data import load_dataset
+    from dino.d2.data_loading import load_dataset
 
     yield
     load_dataset.cache_clear()

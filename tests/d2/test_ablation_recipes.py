@@ -9,9 +9,9 @@ from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
 from omegaconf import OmegaConf
 
-from dino.d2.describe import describe
-from dino.predictor import Predictor
-from dino.rebuild import PARTS, model_from_checkpoint
+from dino.d2.recipe_description import describe
+from dino.inference.predictor import Predictor
+from dino.weights.description import PARTS, model_from_checkpoint
 
 from ..tiny import TinyBackbone, random_batch, random_targets
 from .recipes import ABLATIONS, ROOT, SHRINK

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from dino.weights import description
+
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import torch
@@ -14,10 +16,9 @@ from detectron2.modeling.backbone import BasicStem
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from omegaconf import OmegaConf
 
-from dino import rebuild
-from dino.d2 import engine
 from dino.d2.backbones import AsBackbone, regnet, vitdet
-from dino.d2.describe import plain
+from dino.d2.recipe_description import plain
+from dino.d2.training import engine
 from dino.modeling import ChannelMapper, TimmBackbone, TorchvisionBackbone
 from dino.modeling.backbones import extract, padding_of
 from dino.modeling.blocks import checkpoint_blocks
@@ -173,9 +174,11 @@ def test_statements_are_plain_text(name, tmp_path):
 def test_checkpoints_can_describe_them(name):
     """Built again from the JSON text that a checkpoint carries, with the same parameters."""
     if name.startswith(("ResNet", "FPN of a ResNet")):
-        pytest.skip("Detectron2's ResNet is built again as torchvision's, under other names: see tests/test_rebuild.py")
+        pytest.skip(
+            "Detectron2's ResNet becomes torchvision's, under other names: see tests/weights/test_description.py"
+        )
     backbone = statements(name)[0]
-    again = rebuild.build(json.loads(json.dumps(plain(OmegaConf.to_container(backbone)))))
+    again = description.build(json.loads(json.dumps(plain(OmegaConf.to_container(backbone)))))
     shapes = {key: value.shape for key, value in instantiate(backbone).state_dict().items()}
     assert {key: value.shape for key, value in again.state_dict().items()} == shapes
 

@@ -10,7 +10,8 @@ import torch
 from detectron2.config import instantiate
 from detectron2.utils.events import EventStorage
 
-from dino.d2 import engine, recipe
+from dino.d2 import recipe
+from dino.d2.training import engine
 
 from ..tools.programs import run_program
 from .recipes import ROOT, file_arguments, parse, write_two_sets

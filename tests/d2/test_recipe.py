@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from torch.overrides import TorchFunctionMode
 
 from dino.d2 import recipe
-from dino.files import DataError
+from dino.utils.files import DataError
 
 from ..coco_files import write_coco
 from .recipes import RECIPES, ROOT, SMALL, file_arguments, parse, write_two_sets
@@ -261,7 +261,7 @@ def test_data_of_the_command_line_is_in_the_saved_recipe(tmp_path):
     assert not (tmp_path / "config.yaml.pkl").exists()
     again = recipe.load_recipe(parse(config=tmp_path / "config.yaml"))
     assert OmegaConf.to_container(again.dataloader.train.dataset) == {
-        "_target_": "dino.d2.data.dataset",
+        "_target_": "dino.d2.data_loading.dataset",
         "name": "custom_train",
         "annotations": str(tmp_path / "train/annotations.json"),
         "images": str(tmp_path / "train"),

@@ -9,8 +9,8 @@ from detectron2.utils.file_io import PathManager
 
 from dino.d2.checkpoint import Checkpointer
 from dino.d2.sources import check_pixels, local_file
-from dino.files import DataError
 from dino.modeling import build_dino
+from dino.utils.files import DataError
 from dino.weights import load_weights
 
 from ..weights.states import randomise

@@ -12,8 +12,8 @@ from detectron2.solver import build_optimizer
 from PIL import Image
 
 from dino.d2 import DINODetector, add_dino_config, build_adamw
-from dino.d2.data import dataset
-from dino.images import read_image
+from dino.d2.data_loading import dataset
+from dino.data.images import read_image
 
 from ..coco_files import write_coco
 

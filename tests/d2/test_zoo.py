@@ -13,8 +13,8 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.data import transforms as T
 from torch import nn
 
-from dino.analysis import count_multiply_adds, count_parameters
 from dino.modeling import share_heads
+from dino.modeling.network_cost import count_multiply_adds, count_parameters
 
 from .recipes import RECIPES, ROOT
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from dino.d2 import engine, recipe
-from dino.d2.parallel import launch
-from dino.d2.trainer import Trainer
+from dino.d2 import recipe
+from dino.d2.training import engine
+from dino.d2.training.parallel import launch
+from dino.d2.training.trainer import Trainer
 
 from .recipes import tiny_recipe
 

@@ -7,9 +7,9 @@ import torch
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.utils import comm
 
-from dino.d2.memory import counted_together
-from dino.d2.parallel import gradients_shared, launch, unwrapped
 from dino.d2.recipe import argument_parser
+from dino.d2.training.memory_saving import counted_together
+from dino.d2.training.parallel import gradients_shared, launch, unwrapped
 from dino.layers.denoising import Noise
 
 from .tiny import random_input, tiny_detector

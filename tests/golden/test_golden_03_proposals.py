@@ -8,7 +8,7 @@ import torch
 
 from dino.layers import Tokens
 from dino.modeling import Encoder, QuerySelection
-from dino.modeling.network import valid_size
+from dino.modeling.dino import valid_size
 
 from .golden import GoldenFile
 

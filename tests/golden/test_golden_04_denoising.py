@@ -36,7 +36,7 @@ def test_queries_and_mask(case):
     noised = denoising_of(case).build(targets, settings["num_queries"], num_groups, noise)
     golden.check(f"{case}/input_query_label", noised.queries.content)
     golden.check(f"{case}/input_query_bbox", noised.queries.box_logits)
-    golden.check(f"{case}/attn_mask", noised.queries.blocked)
+    golden.check(f"{case}/attn_mask", noised.queries.attn_mask)
     assert noised.queries.content.shape[1] == slots
     assert noised.num_groups == num_groups
 
@@ -58,8 +58,8 @@ def test_slot_without_objects(case):
     assert noised.num_groups == 0
     assert torch.equal(noised.queries.content, denoising.label_embed.weight[0].expand(images, 1, -1))
     assert torch.equal(noised.queries.box_logits, torch.zeros(images, 1, 4))
-    blocked = noised.queries.blocked
-    assert blocked.shape == (1 + num_queries, 1 + num_queries)
-    assert blocked[1:, 0].all(), "a matching query must not see the slot"
-    assert not blocked[0].any()
-    golden.check(f"{case}/attn_mask", blocked[1:, 1:])
+    attn_mask = noised.queries.attn_mask
+    assert attn_mask.shape == (1 + num_queries, 1 + num_queries)
+    assert attn_mask[1:, 0].all(), "a matching query must not see the slot"
+    assert not attn_mask[0].any()
+    golden.check(f"{case}/attn_mask", attn_mask[1:, 1:])

@@ -2,7 +2,8 @@
 
 import pytest
 
-from dino.layers import HungarianMatcher, Predictions
+from dino.layers import HungarianMatcher
+from dino.structures import LayerOutputs
 
 from .golden import GoldenFile
 
@@ -24,7 +25,7 @@ def full_matcher():
 
 
 def predictions_of(case):
-    return Predictions(golden[f"{case}/pred_logits"][None], golden[f"{case}/pred_boxes"][None])
+    return LayerOutputs(golden[f"{case}/pred_logits"][None], golden[f"{case}/pred_boxes"][None])
 
 
 def check_cost(name, case, cost):

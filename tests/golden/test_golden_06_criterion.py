@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dino.layers import Denoised, HungarianMatcher, Outputs, Predictions, SetCriterion
+from dino.layers import DenoisingOutputs, HungarianMatcher, Outputs, SetCriterion
+from dino.structures import LayerOutputs
 
 from .golden import GoldenFile
 from .network import check_losses, check_matches, layer_parts
@@ -31,7 +32,7 @@ def leaves_of(case):
 
 
 def stacked(leaves, parts):
-    return Predictions(*(torch.stack(layers) for layers in zip(*(leaves[part] for part in parts), strict=True)))
+    return LayerOutputs(*(torch.stack(layers) for layers in zip(*(leaves[part] for part in parts), strict=True)))
 
 
 def outputs_of(case, leaves):
@@ -39,10 +40,10 @@ def outputs_of(case, leaves):
     decoder, proposals = stacked(leaves, layer_parts("", layers)), stacked(leaves, ["interm"])
     if CASES[case]["dn_groups"]:
         noised = stacked(leaves, layer_parts("dn_", layers))
-        denoising = Denoised(noised, golden.targets(case), CASES[case]["dn_groups"])
+        denoising = DenoisingOutputs(noised, golden.targets(case), CASES[case]["dn_groups"])
     elif CASES[case]["training"]:
         slot, _ = decoder.split(1)  # the free slot of a batch without objects: any prediction will do
-        denoising = Denoised(slot, golden.targets(case), 0)
+        denoising = DenoisingOutputs(slot, golden.targets(case), 0)
     else:
         denoising = None
     return Outputs(decoder, proposals, denoising)

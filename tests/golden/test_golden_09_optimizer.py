@@ -6,14 +6,7 @@ import torch
 from dino.weights import load_weights
 
 from .golden import GoldenFile
-from .network import (
-    RecordedBackbone,
-    build_criterion,
-    build_network,
-    check_losses,
-    official_parameters,
-    read_noise,
-)
+from .network import RecordedBackbone, build_criterion, build_network, check_losses, official_parameters, read_noise
 
 golden, start = GoldenFile("09"), GoldenFile("07")
 CONFIG, CASES = start.config["config"], golden.config["cases"]

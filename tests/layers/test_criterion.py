@@ -5,11 +5,11 @@ import torch
 import torch.distributed as dist
 
 from dino.layers import (
-    Denoised,
+    DenoisingOutputs,
     HungarianMatcher,
+    LayerOutputs,
     NonFiniteCostError,
     Outputs,
-    Predictions,
     SetCriterion,
     Target,
     cxcywh_to_xyxy,
@@ -24,7 +24,7 @@ UNWEIGHTED = {"class_weight": 1, "l1_weight": 1, "giou_weight": 1}
 
 def leaf_predictions(layers, images, queries, classes=3):
     logits, boxes = torch.randn(layers, images, queries, classes), random_boxes(layers, images, queries)
-    return Predictions(logits.requires_grad_(), boxes.requires_grad_())
+    return LayerOutputs(logits.requires_grad_(), boxes.requires_grad_())
 
 
 def random_outputs(targets, *, layers=2, queries=5, num_groups=None, classes=3):
@@ -32,7 +32,7 @@ def random_outputs(targets, *, layers=2, queries=5, num_groups=None, classes=3):
     images, denoising = len(targets), None
     if num_groups is not None:
         slots = 2 * num_groups * max(len(t.labels) for t in targets) if num_groups else 1
-        denoising = Denoised(leaf_predictions(layers, images, slots, classes), targets, num_groups)
+        denoising = DenoisingOutputs(leaf_predictions(layers, images, slots, classes), targets, num_groups)
     decoder = leaf_predictions(layers, images, queries, classes)
     return Outputs(decoder, leaf_predictions(1, images, queries, classes), denoising)
 
@@ -112,7 +112,7 @@ def test_published_example():
     logits = torch.tensor([[0.3, -2.0], [1.5, 0.2], [-4.6, -4.6]])
     boxes = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.3, 0.3, 0.1, 0.4], [0.7, 0.6, 0.3, 0.3]])
     target = Target(torch.tensor([0, 1]), torch.tensor([[0.52, 0.5, 0.2, 0.25], [0.7, 0.62, 0.28, 0.3]]))
-    predictions = Predictions(logits[None, None], boxes[None, None])
+    predictions = LayerOutputs(logits[None, None], boxes[None, None])
     losses = SetCriterion(matcher=HungarianMatcher(), **UNWEIGHTED)(Outputs(predictions, predictions), [target])
     for name, expected in {"loss_ce": 1.095025, "loss_bbox": 0.055, "loss_giou": 0.267809}.items():
         assert losses[name].item() == pytest.approx(expected, abs=2e-6)
@@ -206,8 +206,8 @@ def test_one_class():
 def test_half_predictions_are_widened(dtype):
     targets = random_targets(2, 1)
     outputs = random_outputs(targets)
-    half = Outputs(*(Predictions(*(x.to(dtype) for x in p)) for p in (outputs.decoder, outputs.proposals)))
-    wide = Outputs(*(Predictions(*(x.float() for x in p)) for p in (half.decoder, half.proposals)))
+    half = Outputs(*(LayerOutputs(*(x.to(dtype) for x in p)) for p in (outputs.decoder, outputs.proposals)))
+    wide = Outputs(*(LayerOutputs(*(x.float() for x in p)) for p in (half.decoder, half.proposals)))
     losses, expected = default_criterion()(half, targets), default_criterion()(wide, targets)
     assert all(loss.dtype == torch.float32 for loss in losses.values())
     assert losses == expected

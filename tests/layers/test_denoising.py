@@ -95,12 +95,12 @@ def test_a_crowd_is_sampled():
 def mask_by_hand(num_groups, group_size, num_queries):
     slots = num_groups * group_size
     total = slots + num_queries
-    blocked = torch.zeros(total, total, dtype=torch.bool)
+    attn_mask = torch.zeros(total, total, dtype=torch.bool)
     for row in range(total):
         for column in range(slots):
             same_group = row < slots and row // group_size == column // group_size
-            blocked[row, column] = not same_group
-    return blocked
+            attn_mask[row, column] = not same_group
+    return attn_mask
 
 
 @pytest.mark.parametrize("sizes", [(3, 4, 5), (1, 1, 2), (2, 6, 0), (1, 2, 3)])
@@ -122,8 +122,8 @@ def test_nothing_to_noise(budget, counts):
     noised = denoising(random_targets(*counts), 5)
     assert noised.num_groups == 0
     assert noised.queries.content.shape == (2, 1, 4)
-    assert noised.queries.blocked[1:, 0].all()
-    assert not noised.queries.blocked[:, 1:].any()
+    assert noised.queries.attn_mask[1:, 0].all()
+    assert not noised.queries.attn_mask[:, 1:].any()
     assert [len(t.labels) for t in noised.targets] == [0, 0]
     noised.queries.content.sum().backward()
     assert denoising.label_embed.weight.grad is not None

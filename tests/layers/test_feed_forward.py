@@ -29,7 +29,7 @@ def plain(x, weight1, bias1, weight2, bias2):
 
 def test_result_and_gradients(small_parts, arguments):
     pull = torch.randn(2, 9, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    result, expected = feed_forward.FrugalFeedForward.apply(*arguments), plain(*arguments)
+    result, expected = feed_forward.RecomputedFeedForward.apply(*arguments), plain(*arguments)
     torch.testing.assert_close(result, expected)
     torch.testing.assert_close(
         torch.autograd.grad(result, arguments, pull), torch.autograd.grad(expected, arguments, pull)
@@ -38,7 +38,7 @@ def test_result_and_gradients(small_parts, arguments):
 
 def test_gradients_of_leading_dimensions_that_are_not_contiguous(small_parts, arguments):
     x = arguments[0].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
-    result = feed_forward.FrugalFeedForward.apply(x, *arguments[1:])
+    result = feed_forward.RecomputedFeedForward.apply(x, *arguments[1:])
     (grad,) = torch.autograd.grad(result, x, torch.ones(2, 1, 1, dtype=torch.float64).expand(2, 9, 3))
     torch.testing.assert_close(grad, torch.autograd.grad(plain(*arguments).sum(), arguments[0])[0])
 

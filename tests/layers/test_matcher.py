@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from dino.layers import HungarianMatcher, NonFiniteCostError, Predictions, Target, cxcywh_to_xyxy
+from dino.layers import HungarianMatcher, LayerOutputs, NonFiniteCostError, Target, cxcywh_to_xyxy
 from dino.layers.matcher import assign, start_matching
 
 from ..tiny import random_boxes, random_targets
@@ -15,7 +15,7 @@ from .test_boxes import giou_by_hand
 
 
 def random_predictions(layers, images, queries, classes=3):
-    return Predictions(2 * torch.randn(layers, images, queries, classes), random_boxes(layers, images, queries))
+    return LayerOutputs(2 * torch.randn(layers, images, queries, classes), random_boxes(layers, images, queries))
 
 
 def cost_by_hand(logits, box, label, true_box):
@@ -70,7 +70,7 @@ def test_published_example():
     logits = torch.tensor([[0.3, -2.0], [1.5, 0.2], [-4.6, -4.6]])
     boxes = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.3, 0.3, 0.1, 0.4], [0.7, 0.6, 0.3, 0.3]])
     target = Target(torch.tensor([0, 1]), torch.tensor([[0.52, 0.5, 0.2, 0.25], [0.7, 0.62, 0.28, 0.3]]))
-    predictions = Predictions(logits[None, None], boxes[None, None])
+    predictions = LayerOutputs(logits[None, None], boxes[None, None])
     expected = torch.tensor([[-1.319635, 3.775330], [2.720797, 6.071294], [4.633071, 0.827533]])
     torch.testing.assert_close(HungarianMatcher().cost(predictions, [target])[0, 0], expected, rtol=0, atol=2e-6)
     query, found = HungarianMatcher()(predictions, [target])[0][0]
@@ -110,8 +110,8 @@ def test_degenerate_boxes_are_matched():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_predictions_are_widened(dtype):
     predictions, targets = random_predictions(1, 1, 4), random_targets(2)
-    half = Predictions(*(x.to(dtype) for x in predictions))
-    wide = Predictions(*(x.float() for x in half))
+    half = LayerOutputs(*(x.to(dtype) for x in predictions))
+    wide = LayerOutputs(*(x.float() for x in half))
     assert torch.equal(HungarianMatcher().cost(half, targets), HungarianMatcher().cost(wide, targets))
 
 
@@ -150,7 +150,7 @@ def test_a_started_matching_is_that_of_its_start():
     predictions, targets = random_predictions(2, 2, 5), random_targets(2, 3)
     expected = HungarianMatcher()(predictions, targets)
     matching = HungarianMatcher().start(predictions, targets)
-    broken = Predictions(predictions.logits, predictions.boxes * math.nan)
+    broken = LayerOutputs(predictions.logits, predictions.boxes * math.nan)
     failing = HungarianMatcher().start(broken, targets)
     predictions.boxes.zero_()
     assert str(matching()) == str(expected)

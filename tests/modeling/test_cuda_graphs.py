@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from dino.layers import deform_attn_implementation, transfer
+from dino.layers import deform_attn_implementation
 from dino.modeling import CudaGraphs
 from dino.modeling.cuda_graphs import CudaRecorder, Places, key_of
+from dino.utils import device
 
 from ..tiny import random_batch, tiny_network
 
@@ -297,7 +298,7 @@ def test_a_cpu_has_none(network):
 
 
 def test_nothing_is_recorded_on_a_cpu():
-    assert not transfer.recording(torch.device("cpu"))
+    assert not device.recording(torch.device("cpu"))
     assert not CudaRecorder().ready(torch.zeros(1))
 
 

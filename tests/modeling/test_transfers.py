@@ -79,7 +79,7 @@ def test_nothing_is_moved_to_the_device_in_a_way_that_waits(monkeypatch):
 def test_inference_moves_nothing_to_the_device_while_a_cuda_graph_is_recorded(monkeypatch, recording):
     names = MultiScaleDeformableAttention.forward.__globals__
     monkeypatch.setitem(names, "deform_attn", attention_without_content)
-    monkeypatch.setattr("dino.layers.structures.recording", lambda device: recording)
+    monkeypatch.setattr("dino.structures.recording", lambda device: recording)
     model, batch = tiny_network().eval().to("meta"), [x.to("meta") for x in random_batch(2)]
     with Copies() as copies, torch.no_grad(), deform_attn_implementation("reference"):
         model(*batch)

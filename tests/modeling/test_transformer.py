@@ -245,8 +245,8 @@ def test_decoder_follows_its_boxes():
 def test_decoder_mask():
     """A blocked query does not change the others."""
     decoder, tokens = moving_decoder(2), random_tokens()
-    queries = random_queries()._replace(blocked=torch.zeros(5, 5, dtype=torch.bool))
-    queries.blocked[1:, 0] = True
+    queries = random_queries()._replace(attn_mask=torch.zeros(5, 5, dtype=torch.bool))
+    queries.attn_mask[1:, 0] = True
     changed = queries._replace(content=queries.content.clone())
     changed.content[:, 0] = 9
     for before, after in zip(decoder(queries, tokens), decoder(changed, tokens), strict=True):

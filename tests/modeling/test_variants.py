@@ -2,14 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from dino.layers import (
-    ContrastiveDenoising,
-    HungarianMatcher,
-    SetCriterion,
-    cxcywh_to_xyxy,
-    denoising_mask,
-)
-from dino.layers.structures import Outputs, Predictions, Target
+from dino.layers import ContrastiveDenoising, HungarianMatcher, SetCriterion, cxcywh_to_xyxy, denoising_mask
 from dino.modeling import Decoder, QuerySelection
 from dino.modeling.variants import (
     FinalCriterion,
@@ -24,6 +17,7 @@ from dino.modeling.variants import (
     SeparateCriterion,
     ShiftDenoising,
 )
+from dino.structures import LayerOutputs, Outputs, Target
 
 from ..tiny import default_criterion, random_batch, random_targets, tiny_network
 
@@ -142,7 +136,7 @@ def test_objectness_is_charged_without_classes():
     torch.manual_seed(5)
     targets = random_targets(2, 3)
     losses = criterion(outputs, targets)
-    nothing = Predictions(*(x[:0] for x in outputs.proposals))
+    nothing = LayerOutputs(*(x[:0] for x in outputs.proposals))
     blind = [Target(torch.zeros_like(t.labels), t.boxes) for t in targets]
     alone = default_criterion()(Outputs(outputs.proposals, nothing), blind)
     for kind in ("ce", "bbox", "giou"):
@@ -185,7 +179,7 @@ def test_positives_alone():
     noised = denoising(targets, 5)
     assert noised.num_groups == ContrastiveDenoising(**DENOISING)(targets, 5).num_groups == 2
     assert noised.queries.content.shape[1] == 2 * 3
-    assert torch.equal(noised.queries.blocked, denoising_mask(2, 3, 5, torch.device("cpu")))
+    assert torch.equal(noised.queries.attn_mask, denoising_mask(2, 3, 5, torch.device("cpu")))
     labels, boxes = torch.zeros(500, dtype=torch.int64), torch.tensor([[0.5, 0.5, 0.2, 0.3]]).expand(500, -1)
     moved = cxcywh_to_xyxy(denoising.noise_boxes(boxes, denoising.draw(2, labels))) - cxcywh_to_xyxy(boxes)
     assert moved.abs().amax((0, 1)).tolist() == pytest.approx([0.1, 0.15, 0.1, 0.15], abs=2e-3)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dino.files import DataError
+from dino.utils.files import DataError
 
 from .programs import ROOT, load_program
 

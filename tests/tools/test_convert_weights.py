@@ -3,16 +3,16 @@ import argparse
 import pytest
 import torch
 
-from dino.files import DataError
 from dino.modeling import TorchvisionBackbone, build_dino, share_heads
-from dino.rebuild import model_from_checkpoint
+from dino.utils.files import DataError
 from dino.weights import load_weights, read_content, recognise, weights_of
-from dino.weights.forms import COCO_IDS
-from dino.weights.program import main
+from dino.weights.checkpoint_formats import COCO_IDS
+from dino.weights.conversion import main
+from dino.weights.description import model_from_checkpoint
 
 from ..tiny import random_batch, tiny_network
 from ..weights.states import detrex_state, equal, official_state, randomise
-from ..weights.test_forms import shared_network
+from ..weights.test_checkpoint_formats import shared_network
 from .programs import assert_one_error, run_program
 
 

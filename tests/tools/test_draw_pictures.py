@@ -2,7 +2,7 @@ import pytest
 from PIL import Image
 
 from dino import cli
-from dino.rebuild import PARTS
+from dino.weights.description import PARTS
 
 from ..tiny import TinyBackbone
 from .programs import ROOT, load_program

@@ -7,8 +7,8 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import torch
 
-from dino.files import DataError
-from dino.images import read_image
+from dino.data.images import read_image
+from dino.utils.files import DataError
 
 from ..coco_files import write_coco
 from ..d2.recipes import SHRINK, SMALL, file_arguments

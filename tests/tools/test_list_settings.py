@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("detectron2")
 
-from dino.files import DataError
+from dino.utils.files import DataError
 from tests.tools.programs import ROOT, load_program
 
 tool = load_program("list_settings")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dino.coco import read_annotations
+from dino.data.coco import read_annotations
 
 from .programs import load_program
 

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torchvision import tv_tensors
 
-from dino.coco import CocoImages
-from dino.files import DataError
+from dino.data.coco import CocoImages
 from dino.layers import Target
 from dino.modeling import build_dino
-from dino.rebuild import PARTS, model_from_checkpoint
+from dino.utils.files import DataError
+from dino.weights.description import PARTS, model_from_checkpoint
 
 from ..coco_files import write_coco
 from ..tiny import TinyBackbone

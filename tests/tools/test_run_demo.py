@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dino.images import read_image
+from dino.data.images import read_image
 from dino.weights import resnet_to_detectron2
 
 from .programs import ROOT, load_program

@@ -3,8 +3,8 @@ import torch
 import torchvision
 from torch import nn
 
-from dino.files import DataError
 from dino.modeling import TorchvisionBackbone, build_dino
+from dino.utils.files import DataError
 from dino.weights import addresses, load_weights, locate, resnet_to_detectron2
 from dino.weights.imagenet import PIXEL_STD, fit_backbone
 

@@ -3,14 +3,14 @@ import copy
 import pytest
 import torch
 
-from dino.files import DataError
 from dino.modeling import TorchvisionBackbone, build_dino, share_heads
 from dino.modeling.transformer import FOCAL_PRIOR
+from dino.utils.files import DataError
 from dino.weights import load_weights, resnet_to_detectron2
 
 from ..tiny import TinyBackbone, random_batch, tiny_network
 from .states import detrex_state, equal, official_state, randomise
-from .test_forms import resnet_network, shared_network
+from .test_checkpoint_formats import resnet_network, shared_network
 
 CLASS_TENSORS = 2 * 2 + 2 + 1  # weight and bias of the heads of two decoder layers and of the encoder; label embedding
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dino.files import DataError
+from dino.utils.files import DataError
 from dino.weights import read_content, weights_of
 from dino.weights.reading import average_of
 

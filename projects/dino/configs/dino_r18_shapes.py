@@ -13,7 +13,7 @@ writes the data, runs this recipe and draws its predictions. By hand:
 from detectron2.config import LazyCall as L
 from detectron2.data import transforms as T
 
-from dino.d2.data import ShortSide
+from dino.d2.data_loading import ShortSide
 
 from .dino_r18_small_data import dataloader, lr_multiplier, model, optimizer, train
 

@@ -12,7 +12,7 @@ from detectron2.config import LazyCall as L
 from detectron2.data import transforms as T
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
-from dino.d2.data import ShortSide
+from dino.d2.data_loading import ShortSide
 
 from ....configs.common.data import dataloader
 from ....configs.common.models.dino_r50 import model

@@ -12,8 +12,8 @@ configuration file: they stand in its code. Epochs have 7,500 iterations there, 
 
 from detectron2.config import LazyCall as L
 
-from dino.d2.optim import tenth_for_backbone_and_offsets
-from dino.layers import Reweighting
+from dino.d2.training.optimizer import tenth_for_backbone_and_offsets
+from dino.layers import LossScaling
 
 from ....configs.dino_r50_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train
 
@@ -21,6 +21,6 @@ model.network.neck.backbone.freeze_at = 0
 model.network.position_encoding.temperatures = [10000.0, 10000.0]
 model.network.position_encoding.offset = -0.5
 model.criterion.class_weight = 2.0
-model.criterion = L(Reweighting)(criterion=model.criterion, factors={"loss_ce_dn": 0.5})
+model.criterion = L(LossScaling)(criterion=model.criterion, factors={"loss_ce_dn": 0.5})
 optimizer.lr = 2e-4
 optimizer.params.lr_factor_func = tenth_for_backbone_and_offsets

@@ -11,7 +11,7 @@ weights are MAE's. Not trained here.
 
 from detectron2.config import LazyCall as L
 
-from dino.d2.optim import layerwise_params
+from dino.d2.training.optimizer import layerwise_params
 
 from ....configs.common.data_lsj import dataloader
 from .dino_vitdet_b_4scale_50ep import lr_multiplier, model, optimizer, train

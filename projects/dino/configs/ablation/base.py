@@ -8,7 +8,7 @@ runs the table. Images of 160 pixels (short side), batch 2, ResNet-18 with train
 from detectron2.config import LazyCall as L
 from detectron2.data import transforms as T
 
-from dino.d2.data import ShortSide
+from dino.d2.data_loading import ShortSide
 
 from ..dino_r18_small_data import dataloader, lr_multiplier, model, optimizer, train
 

@@ -1,0 +1,258 @@
+"""Data sets for Detectron2: registered on demand, sanitised, and augmented as DETR does."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import io
+import logging
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import detection_utils as utils
+from detectron2.data import transforms as T
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, BoxMode, Instances
+from PIL import Image
+
+from dino.data.coco import read_annotations, usable_box
+from dino.data.images import read_image, resized_size
+from dino.utils.files import DataError
+
+logger = logging.getLogger("detectron2.dino")
+
+
+def dataset(name: str, annotations: str | None = None, images: str | None = None) -> list[dict]:
+    """The dicts of a registered data set; where `annotations` and `images` are given, these files are registered first.
+
+    Images without objects are kept; crowd regions and boxes without area are dropped, the latter with a message. The
+    last two data sets are kept in memory; `load_dataset.cache_clear()` frees them.
+
+    Args:
+        name: under which the set is, or will be, registered in Detectron2's catalog.
+        annotations, images: a COCO-format JSON file and the folder of its images; None for a set that is registered.
+
+    Raises:
+        DataError: nothing is registered under `name`, the files are faulty, or a label is outside the classes.
+    """
+    return load_dataset(name, annotations, images)  # by position: the cache takes a keyword for another argument
+
+
+@functools.lru_cache(maxsize=2)
+def load_dataset(name: str, annotations: str | None, images: str | None) -> list[dict]:
+    """Does what `dataset` says."""
+    if annotations is not None:
+        register(name, str(annotations), str(images))
+    if name not in DatasetCatalog:
+        near = ", ".join(DatasetCatalog.list()) if len(DatasetCatalog.list()) < 20 else "see DatasetCatalog.list()"
+        raise DataError(f"no data set is registered as {name!r} ({near}). Register it, or give its files")
+    try:
+        dicts = DatasetCatalog.get(name)
+    except FileNotFoundError as error:
+        raise DataError(f"data set {name!r}: {error}. Is DETECTRON2_DATASETS set?") from error
+    return sanitise(name, dicts)
+
+
+def register(name: str, annotations: str, images: str) -> None:
+    """Register COCO-format files under `name`, after a check; the same files may be registered again."""
+    data = read_annotations(annotations, images)
+    if name in DatasetCatalog:
+        known = MetadataCatalog.get(name)
+        if (known.get("json_file"), known.get("image_root")) != (annotations, images):
+            raise DataError(f"{name!r} is registered for other files: {known.get('json_file')}")
+        return
+    categories = sorted(data["categories"], key=lambda c: c["id"])
+    labels = {c["id"]: label for label, c in enumerate(categories)}
+    DatasetCatalog.register(name, lambda: to_dicts(read_annotations(annotations, images), images, labels))
+    MetadataCatalog.get(name).set(
+        json_file=annotations,
+        image_root=images,
+        evaluator_type="coco",
+        thing_classes=[c["name"] for c in categories],
+        thing_dataset_id_to_contiguous_id=labels,
+    )
+
+
+def to_dicts(data: dict, images: str, labels: dict[int, int]) -> list[dict]:
+    """Checked annotations -> Detectron2's dicts, boxes only.
+
+    (Detectron2's own reader drops boxes whose polygon is empty or too short, and fails on unusual keys.)
+
+    Args:
+        data: as from `read_annotations`. images: their folder. labels: category id -> label.
+    """
+    dicts = {
+        image["id"]: {
+            "file_name": os.path.join(images, image["file_name"]),
+            "image_id": image["id"],
+            "height": image["height"],
+            "width": image["width"],
+            "annotations": [],
+        }
+        for image in data["images"]
+    }
+    for a in data["annotations"]:
+        dicts[a["image_id"]]["annotations"].append(
+            {
+                "bbox": a["bbox"],
+                "bbox_mode": BoxMode.XYWH_ABS,
+                "category_id": labels[a["category_id"]],
+                "iscrowd": a.get("iscrowd", 0),
+            }
+        )
+    return list(dicts.values())
+
+
+def class_names(name: str, annotations: str | None = None, images: str | None = None) -> list[str]:
+    """The class names of a data set, in the order of its labels; arguments as of `dataset`."""
+    metadata = MetadataCatalog.get(name)
+    if not metadata.get("thing_classes"):
+        dataset(name, annotations, images)
+    names = metadata.get("thing_classes")
+    if not names:
+        raise DataError(f"the data set {name!r} has no class names: set MetadataCatalog.get({name!r}).thing_classes")
+    return list(names)
+
+
+def sanitise(name: str, dicts: list[dict]) -> list[dict]:
+    """Copies of `dicts` with only objects that can be learned; the first dropped box is named in the log."""
+    num_classes = len(MetadataCatalog.get(name).get("thing_classes", ()))
+    clean, dropped = [], []
+    for entry in dicts:
+        objects = []
+        for annotation in entry.get("annotations", []):
+            label = annotation["category_id"]
+            if num_classes and not 0 <= label < num_classes:
+                raise DataError(f"{entry['file_name']}: label {label} is not in [0, {num_classes})")
+            x0, y0, x1, y1 = BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS)
+            if annotation.get("iscrowd", 0):
+                continue
+            box = usable_box([x0, y0, x1 - x0, y1 - y0], entry["width"], entry["height"])
+            if box is None:
+                dropped.append(entry["file_name"])
+            else:
+                objects.append({"category_id": label, "bbox": box, "bbox_mode": BoxMode.XYXY_ABS})
+        clean.append({**entry, "annotations": objects})
+    if dropped:
+        logger.warning(f"{name}: {len(dropped)} boxes of no size or outside their image dropped, first in {dropped[0]}")
+    return clean
+
+
+class ShortSide(T.Augmentation):
+    """Resize so that the short side is one of `sizes`, unless that makes the long side exceed `max_size`.
+
+    Args:
+        sizes: lengths in pixels, one of which is drawn.
+        max_size: bound of the long side in pixels; None for no bound.
+    """
+
+    def __init__(self, sizes: Sequence[int], max_size: int | None = None):
+        super().__init__()
+        self.sizes = list(sizes)
+        self.max_size = max_size
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        """image (H, W, 3)."""
+        height, width = image.shape[:2]
+        new = resized_size(height, width, int(np.random.choice(self.sizes)), self.max_size)
+        return T.ResizeTransform(height, width, *new, interp=Image.BILINEAR)
+
+
+class OneOf(T.Augmentation):
+    """Apply one of several augmentations, each with the same chance.
+
+    Args:
+        branches: lists of Detectron2 augmentations.
+    """
+
+    def __init__(self, branches: Sequence[Sequence[T.Augmentation]]):
+        super().__init__()
+        self.branches = [T.AugmentationList(list(branch)) for branch in branches]
+
+    def __call__(self, aug_input: T.AugInput) -> T.Transform:
+        """Choose and apply."""
+        return self.branches[np.random.randint(len(self.branches))](aug_input)
+
+
+class TrainMapper:
+    """Reads, augments and sanitises one training image.
+
+    Args:
+        augmentations: Detectron2 augmentations, applied to an RGB image.
+    """
+
+    def __init__(self, augmentations: Sequence[T.Augmentation]):
+        self.augmentations = T.AugmentationList(list(augmentations))
+
+    def __call__(self, entry: dict) -> dict:
+        """Dict of a data set -> dict for `DINODetector` in training; objects cropped away are left out."""
+        entry = copy.deepcopy(entry)
+        aug_input = T.AugInput(read(entry))
+        transforms = self.augmentations(aug_input)
+        height, width = aug_input.image.shape[:2]
+        objects = entry.pop("annotations", [])
+        boxes = np.array([o["bbox"] for o in objects], dtype=np.float64).reshape(-1, 4)
+        boxes = Boxes(torch.as_tensor(transforms.apply_box(boxes), dtype=torch.float32))
+        boxes.clip((height, width))
+        labels = torch.tensor([o["category_id"] for o in objects], dtype=torch.int64)
+        instances = Instances((height, width), gt_boxes=boxes, gt_classes=labels)
+        return {**entry, "image": to_tensor(aug_input.image), "instances": instances[boxes.nonempty()]}
+
+
+class TestMapper:
+    """Reads and resizes one image for evaluation.
+
+    Args:
+        augmentations: as of `TrainMapper`.
+    """
+
+    __test__ = False  # not a test case, whatever pytest thinks of the name
+
+    def __init__(self, augmentations: Sequence[T.Augmentation]):
+        self.augmentations = T.AugmentationList(list(augmentations))
+
+    def __call__(self, entry: dict) -> dict:
+        """Dict of a data set -> dict for `DINODetector` in evaluation, without annotations."""
+        aug_input = T.AugInput(read(entry))
+        self.augmentations(aug_input)
+        return {**{k: v for k, v in entry.items() if k != "annotations"}, "image": to_tensor(aug_input.image)}
+
+
+def read(entry: dict) -> np.ndarray:
+    """(H, W, 3) uint8 RGB of a dict's file, whose size must be the one that the annotations state."""
+    image = read_image(entry["file_name"])
+    try:
+        utils.check_image_size(entry, image)
+    except utils.SizeMismatchError as error:
+        raise DataError(f"{entry['file_name']}: {error}") from error
+    return image
+
+
+def to_tensor(image: np.ndarray) -> torch.Tensor:
+    """(H, W, 3) -> (3, H, W), in memory of its own."""
+    return torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+class Evaluator(COCOEvaluator):
+    """Detectron2's COCOEvaluator for hand-made files too: fills in `area` and `iscrowd` where they are missing.
+
+    Objects are numbered from 1 on, as COCO's evaluation takes an object's id 0 for "not found".
+
+    Args:
+        dataset_name: of a registered set.
+        output_dir: folder for the detections.
+        max_dets_per_image: how many detections of an image count, the best first.
+    """
+
+    def __init__(self, dataset_name: str, **kwargs):
+        super().__init__(dataset_name, **kwargs)
+        for number, annotation in enumerate(self._coco_api.dataset.get("annotations", []), 1):
+            annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+            annotation.setdefault("iscrowd", 0)
+            annotation["id"] = number
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._coco_api.createIndex()

@@ -1,0 +1,54 @@
+"""The `Predictor` with the contract of Detectron2's `DefaultPredictor`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2.data import Metadata
+from detectron2.structures import Boxes, Instances
+
+from dino.inference.predictor import Predictor
+
+
+class InstancesPredictor:
+    """Pictures as OpenCV reads them in, Detectron2's `Instances` out: for programs made for `DefaultPredictor`.
+
+        predict = InstancesPredictor.from_checkpoint("model_final.pth")
+        instances = predict(cv2.imread("photo.jpg"))["instances"]
+        Visualizer(image[:, :, ::-1], predict.metadata).draw_instance_predictions(instances)
+
+    Attributes:
+        model: the network.
+        metadata: `thing_classes`, for Detectron2's `Visualizer`.
+        input_format: "BGR", the order of the channels.
+    """
+
+    input_format = "BGR"
+
+    def __init__(self, predictor: Predictor):
+        self.predictor = predictor
+        self.model = predictor.network
+        self.metadata = Metadata(name="dino", thing_classes=predictor.names)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, *, score_thresh: float = 0.0, **options: Any) -> InstancesPredictor:
+        """Build one from a checkpoint alone; arguments of `Predictor.from_checkpoint`. Every score is returned."""
+        return cls(Predictor.from_checkpoint(path, score_thresh=score_thresh, **options))
+
+    def __call__(self, original_image: np.ndarray) -> dict[str, Instances]:
+        """Detect in one picture (H, W, 3), uint8, BGR.
+
+        Returns:
+            {"instances": Instances} on the CPU with `pred_boxes` (xyxy in pixels of the picture, not clipped), `scores`
+            and `pred_classes`, best first.
+
+        Raises:
+            DataError: the array is no picture.
+            FloatingPointError: predictions are NaN or infinite.
+        """
+        found = self.predictor(original_image, channels=self.input_format)
+        boxes = Boxes(found.boxes)
+        instances = Instances(found.image_size, pred_boxes=boxes, scores=found.scores, pred_classes=found.labels)
+        return {"instances": instances}

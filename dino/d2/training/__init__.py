@@ -1,0 +1,1 @@
+"""Training with Detectron2's trainer: engine, hooks, writers, several processes."""

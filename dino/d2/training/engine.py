@@ -1,0 +1,270 @@
+"""Training and evaluation of a LazyConfig recipe with Detectron2's trainer, hooks, evaluators and writers."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import hooks
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from dino.d2.checkpoint import Checkpointer
+from dino.d2.data_loading import load_dataset
+from dino.d2.recipe import names_of, use_epochs
+from dino.d2.recipe_description import describe
+from dino.utils.files import DataError
+
+from .batch_pictures import MOST_IMAGES, FirstBatch, draw_predictions
+from .ema import Ema
+from .evaluation_hook import Evaluation
+from .gpu_speed import compile_if_wanted, replayed, use_precision
+from .hooks import AverageWeights, Checkpoints, ProgressBar, StopOnSignal
+from .memory_saving import checkpoint_activations
+from .parallel import drop_shards, from_main, gather_shards, note_start, unwrapped, wrap_ddp_or_fsdp
+from .run_summary import describe_run, summarise_data, summarise_plan
+from .sampler import seed_random
+from .trainer import EndOfTraining, Trainer
+from .writers import ConsoleWriter, WandbWriter, draw_curves, forget_metrics
+
+logger = logging.getLogger("detectron2.dino")
+
+
+def train(cfg: DictConfig, resume: bool) -> dict:
+    """Train the recipe to its end.
+
+    Returns:
+        the metrics of the last evaluation; those of averaged weights under "ema".
+    """
+    use_determinism(cfg)
+    use_precision(cfg)
+    images = instantiate(cfg.dataloader.train.dataset)
+    summarise_data(cfg, images)
+    use_epochs(cfg, len(images))
+    about = describe_run(images, cfg.train.seed)
+    del images
+    seed_random(cfg.train.seed)  # the same weights on all processes
+    model = build_model(cfg)
+    names = names_of(cfg.dataloader.train.dataset)
+    checkpointer = Checkpointer(
+        model,
+        cfg.train.output_dir,
+        names=names,
+        about={**about, **describe(cfg)},
+        min_backbone=cfg.train.min_backbone,
+    )
+    content = start_weights(cfg, checkpointer, resume)
+    trainer, ema = build_trainer(cfg, model, about)
+    if "trainer" in content:
+        trainer.load_state_dict(content["trainer"])
+        if ema and "ema" in content:
+            ema.load_state_dict(content["ema"])
+    for key, part in (("trainer", trainer), ("ema", ema)):
+        if part:
+            checkpointer.add_checkpointable(key, part)
+    start = trainer.iter + 1 if "trainer" in content else 0
+    if comm.is_main_process():
+        folder = Path(cfg.train.output_dir)
+        note_start(folder)
+        LazyConfig.save(cfg, str(folder / "config.yaml"))
+        checkpointer.about["recipe"] = (folder / "config.yaml").read_text()
+        forget_metrics(folder / "metrics.json", start)
+    results: dict = {}
+    trainer.register_hooks(list_hooks(cfg, trainer, checkpointer, ema, results))
+    try:
+        trainer.train(start, cfg.train.max_iter)
+    except EndOfTraining:
+        logger.info(f"the training ended after {trainer.iter + 1} of {cfg.train.max_iter} iterations")
+    finally:
+        if comm.is_main_process():
+            draw_curves(cfg.train.output_dir)
+    return results
+
+
+def build_model(cfg: DictConfig) -> nn.Module:
+    """The recipe's model, on its device.
+
+    Raises:
+        DataError: its parts refuse their arguments, or need a library that is not installed.
+    """
+    try:
+        return instantiate(cfg.model).to(cfg.train.device)
+    except (ValueError, ImportError) as error:
+        raise DataError(f"the recipe's model can't be built: {error}") from error
+
+
+def start_weights(cfg: DictConfig, checkpointer: Checkpointer, resume: bool) -> dict:
+    """Load what the training starts with into the model -> the other contents of a checkpoint to continue from."""
+    last = checkpointer.last_whole() if resume else ""
+    if resume and not last:
+        logger.warning(f"nothing to resume in {cfg.train.output_dir}: starting at iteration 0")
+    content = checkpointer.load(last or cfg.train.init_checkpoint, checkpointables=[])
+    fresh = checkpointer.problems
+    if last or cfg.train.init_checkpoint:
+        total = len(checkpointer.model.state_dict())
+        logger.info(f"{total - len(fresh)} of {total} tensors loaded; initialised afresh: {', '.join(fresh) or 'none'}")
+    return content if last else {}
+
+
+def build_trainer(cfg: DictConfig, model: nn.Module, about: dict) -> tuple[Trainer, Ema | None]:
+    """The trainer of a model that has its weights, and their average if the recipe wants it."""
+    checkpoint_activations(model, cfg.train.activation_checkpointing)
+    compile_if_wanted(cfg, model)
+    shared = wrap_ddp_or_fsdp(model, cfg)
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    cfg.optimizer.params.pop("model")
+    summarise_plan(cfg, model, optimizer, about)
+    loader = instantiate(cfg.dataloader.train)
+    load_dataset.cache_clear()  # the loader holds its own compact copy
+    trainer = Trainer(
+        shared,
+        loader,
+        optimizer,
+        dtype=cfg.train.amp.dtype if cfg.train.amp.enabled else "float32",
+        clip_norm=cfg.train.clip_norm,
+        output_dir=cfg.train.output_dir,
+        seed=cfg.train.seed,
+        grad_accum_steps=cfg.train.grad_accum_steps,
+        log_period=cfg.train.log_period,
+        skip_non_finite=cfg.train.skip_non_finite,
+    )
+    return trainer, Ema(model, cfg.train.ema.decay) if cfg.train.ema.enabled else None
+
+
+def use_determinism(cfg: DictConfig) -> None:
+    """Settle the seed, the same for all processes, and choose deterministic kernels if the recipe wants them."""
+    if cfg.train.seed < 0:
+        cfg.train.seed = comm.shared_random_seed()
+    if cfg.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=True)  # a few kernels have no such form, docs name them
+
+
+def list_hooks(cfg: DictConfig, trainer: Trainer, checkpointer: Checkpointer, ema: Ema | None, results: dict) -> list:
+    """All hooks in the order in which they must run; the last evaluation is left in `results`."""
+    main = comm.is_main_process()
+    folder, names = cfg.train.output_dir, checkpointer.names
+    model = unwrapped(trainer.model)
+
+    def run_evaluation() -> dict:
+        results.clear()
+        results.update(evaluate(cfg, model, ema))
+        picture = os.path.join(folder, "val_predictions.png")
+        if not from_main(os.path.exists(picture)):
+            show_predictions(cfg, model, names, picture)
+        if main:
+            draw_curves(folder)
+        return results
+
+    writers = list_writers(cfg) if main else []
+    metrics = [writer for writer in writers if isinstance(writer, JSONWriter)]
+    checkpoints = Checkpoints(checkpointer, **cfg.train.checkpointer, writers=metrics)
+    return [
+        hooks.IterationTimer(),
+        hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+        AverageWeights(ema) if ema else None,
+        FirstBatch(os.path.join(folder, "train_batch.png"), names),
+        checkpoints,
+        Evaluation(cfg.train.eval_period, run_evaluation, checkpointer, ema, **cfg.train.best),
+        hooks.PeriodicWriter(writers, period=cfg.train.log_period) if main else None,
+        ProgressBar() if main else None,
+        StopOnSignal(checkpoints),
+    ]
+
+
+def list_writers(cfg: DictConfig) -> list[EventWriter]:
+    """Console, metrics.json, TensorBoard, and Weights & Biases if the recipe wants it."""
+    folder, window = cfg.train.output_dir, max(1, cfg.train.log_period)
+    writers = [
+        ConsoleWriter(cfg.train.max_iter),
+        JSONWriter(os.path.join(folder, "metrics.json"), window),
+        TensorboardXWriter(folder, window),
+    ]
+    if cfg.train.wandb.enabled:
+        options = {key: value for key, value in cfg.train.wandb.items() if key != "enabled"}
+        writers.append(WandbWriter(folder, OmegaConf.to_container(cfg.train), **options))
+    return writers
+
+
+def evaluate(cfg: DictConfig, model: nn.Module, ema: Ema | None = None) -> dict:
+    """AP of the model on the recipe's test data, on the main process; also printed and written to a folder.
+
+    With `ema`, those of the averaged weights follow under the key "ema".
+    """
+    same_statistics(model)
+    gather_shards(model)
+    result = evaluate_weights(cfg, model, "weights as trained")
+    drop_shards(model)
+    if ema:
+        with ema.applied():
+            gather_shards(model)
+            averaged = evaluate_weights(cfg, model, "averaged weights", folder="averaged")
+            drop_shards(model)
+        result = {**result, **({"ema": averaged} if averaged else {})}
+    return result
+
+
+def evaluate_weights(cfg: DictConfig, model: nn.Module, kind: str, folder: str = "") -> dict:
+    """One evaluation of the weights that the model holds, written to `folder` of the evaluator's; {} but on the main
+    process.
+    """
+    logger.info(f"evaluating: {kind}")
+    evaluator = cfg.dataloader.evaluator.copy()
+    if evaluator.get("output_dir"):
+        evaluator.output_dir = os.path.join(cfg.dataloader.evaluator.output_dir, folder)
+    amp = cfg.train.amp
+    low = amp.enabled and amp.evaluation
+    autocast = torch.autocast(torch.device(cfg.train.device).type, getattr(torch, amp.dtype)) if low else nullcontext()
+    with autocast, replayed(model, cfg.train.cuda_graphs):
+        result = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(evaluator))
+    if comm.is_main_process():
+        print_csv_format(result)
+    return result or {}
+
+
+def same_statistics(model: nn.Module) -> None:
+    """Give all processes the main one's buffers: running statistics follow each process's own images."""
+    if comm.get_world_size() > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
+def show_predictions(cfg: DictConfig, model: nn.Module, names: list[str], path: str) -> None:
+    """Draw what the model finds in the first evaluation images."""
+    mapper = instantiate(cfg.dataloader.test.mapper)
+    batch = [{**x, **mapper(x)} for x in islice(instantiate(cfg.dataloader.test.dataset), MOST_IMAGES)]
+    training = model.training
+    gather_shards(model)
+    draw_predictions(model.eval(), batch, names, path, threshold=0.3)
+    drop_shards(model)
+    model.train(training)
+
+
+def evaluate_checkpoint(cfg: DictConfig) -> dict:
+    """AP of `train.init_checkpoint`, every tensor of which must be there; of its averaged weights too, if it has any.
+
+    Raises:
+        DataError: the file does not fit the recipe.
+    """
+    use_precision(cfg)
+    model = build_model(cfg).eval()
+    compile_if_wanted(cfg, model)
+    checkpointer = Checkpointer(model, names=names_of(cfg.dataloader.test.dataset))
+    content = checkpointer.load_whole(cfg.train.init_checkpoint)
+    if content.get("weights"):
+        logger.info(f"{cfg.train.init_checkpoint} holds {content['weights']} weights")
+    ema = None
+    if "ema" in content:
+        ema = Ema(model, decay=0)
+        ema.load_state_dict(content["ema"])
+    return evaluate(cfg, model, ema)

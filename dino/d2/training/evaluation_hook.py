@@ -1,0 +1,149 @@
+"""Evaluation during training: its record, the best weights so far, and the end when they get no better."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+
+from detectron2.engine import hooks
+from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.utils import comm
+
+from dino.d2.checkpoint import Checkpointer
+from dino.utils.files import DataError, write_whole
+
+from .ema import Ema
+from .parallel import from_main
+from .trainer import EndOfTraining
+
+logger = logging.getLogger("detectron2.dino")
+
+
+class Evaluation(hooks.EvalHook):
+    """Detectron2's EvalHook, which also keeps a record and the best weights, and ends a training that gets no better.
+
+    The record is `evaluations.json`, the best weights are `model_best.pth`.
+
+    The record outlives the run: a resumed one goes on with its best value, and first makes up for an evaluation that
+    was interrupted.
+
+    Args:
+        period: iterations between evaluations; 0 for one at the end.
+        evaluate: () -> results, on the main process; those of averaged weights under the key "ema".
+        checkpointer: writes the best weights.
+        ema: the averaged weights, or None.
+        metric: what "best" means, for example "bbox/AP"; the raw or the averaged weights, whichever is better.
+        mode: "max" or "min".
+        patience: evaluations; 0 for ever.
+    """
+
+    def __init__(
+        self,
+        period: int,
+        evaluate: Callable[[], dict],
+        checkpointer: Checkpointer,
+        ema: Ema | None,
+        *,
+        metric: str = "bbox/AP",
+        mode: str = "max",
+        patience: int = 0,
+    ):
+        super().__init__(period, self.run)
+        if mode not in ("max", "min"):
+            raise DataError(f"train.best.mode={mode!r}: write max or min")
+        if patience and not period:
+            raise DataError("train.best.patience counts evaluations: set train.eval_epochs or train.eval_period")
+        self.period = period
+        self.evaluate = evaluate
+        self.checkpointer = checkpointer
+        self.ema = ema
+        self.metric = metric
+        self.sign = 1 if mode == "max" else -1
+        self.patience = patience
+        self.path = os.path.join(checkpointer.save_dir, "evaluations.json")
+        self.record: list[dict] = []  # of the main process
+        self.completed = 0  # iterations
+
+    def before_train(self) -> None:
+        """Take up the record, and evaluate now if the weights that are continued with should have been."""
+        self.completed = start = self.trainer.start_iter
+        if comm.is_main_process() and start and os.path.isfile(self.path):
+            self.record = [entry for entry in read_record(self.path) if entry["iteration"] <= start]
+        due = start and self.period and start % self.period == 0 and start < self.trainer.max_iter
+        if from_main(bool(due and start not in {entry["iteration"] for entry in self.record})):
+            logger.info(f"evaluating the weights of iteration {start}: the interrupted run had not come to it")
+            self._do_eval()
+
+    def after_step(self) -> None:
+        """Evaluate where it is due, but leave the last evaluation to `after_train`."""
+        self.completed = self.trainer.iter + 1
+        super().after_step()
+
+    def after_train(self) -> None:
+        """Evaluate at the end of a whole training; one that was cut short gets none."""
+        if self.trainer.iter >= self.trainer.max_iter:
+            self.completed = self.trainer.max_iter
+            super().after_train()
+
+    def run(self) -> dict:
+        """Evaluate, record, keep the best -> results."""
+        results = self.evaluate()
+        improved = stop = False
+        if comm.is_main_process() and results:  # none where the data have no annotations
+            improved, stop = self.note(flatten_results_dict(results))
+        improved, stop = from_main((improved, stop))
+        if improved:
+            self.save_best()
+        if stop and self.completed < self.trainer.max_iter:
+            logger.info(f"{self.patience} evaluations without a better {self.metric}: this is the end of the training")
+            raise EndOfTraining
+        return results
+
+    def note(self, values: dict[str, float]) -> tuple[bool, bool]:
+        """Add to the record -> whether the weights are the best so far, and whether patience is at its end."""
+        if self.metric not in values:
+            raise DataError(f"train.best.metric={self.metric!r} was not measured; there are {', '.join(values)}")
+        numbers = {key: None if math.isnan(value) else value for key, value in values.items()}
+        before = [entry for entry in self.record if entry["iteration"] < self.completed]
+        self.record = [*before, {"iteration": self.completed, **numbers}]
+        write_whole(self.path, lambda part: part.write_text(json.dumps(self.record, indent=1) + "\n"))
+        scores = [self.score(entry) for entry in self.record]
+        best = scores.index(max(scores))
+        waited = len(scores) - 1 - best
+        return waited == 0 and math.isfinite(scores[-1]), bool(self.patience) and waited >= self.patience
+
+    def score(self, entry: dict) -> float:
+        """How good the better of raw and averaged weights are; more is better."""
+        values = [entry.get(key) for key in (self.metric, f"ema/{self.metric}")]
+        return max((self.sign * value for value in values if value is not None), default=-math.inf)
+
+    def save_best(self) -> None:
+        """Write the weights alone: `model_best.pth` is to be used, not continued with."""
+        entry = from_main(self.record[-1] if self.record else None)
+        value, averaged = self.sign * self.score(entry), entry.get(f"ema/{self.metric}")
+        kind = "averaged" if averaged == value else "raw"
+        with self.ema.applied() if self.ema and kind == "averaged" else nullcontext():
+            self.checkpointer.save_weights(
+                "model_best", weights=kind, iteration=self.completed - 1, metric=self.metric, value=value
+            )
+        logger.info(f"best {self.metric} so far: {value:.4f}, {kind} weights, in model_best.pth")
+
+
+def read_record(path: str) -> list[dict]:
+    """The evaluations of a run.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    try:
+        with open(path) as file:
+            record = json.load(file)
+        return [entry for entry in record if isinstance(entry["iteration"], int)]
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{path} is damaged: {error}. Without it the run continues, with its best value unknown"
+        ) from error

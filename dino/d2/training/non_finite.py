@@ -1,0 +1,163 @@
+"""No step that isn't finite reaches the weights, and nobody waits for the device to find out."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from detectron2.utils import comm
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from dino.layers.matcher import NonFiniteCostError, Pairs, start_matching
+from dino.structures import LayerOutputs, Target
+from dino.utils.device import to_host
+from dino.utils.files import write_whole
+
+logger = logging.getLogger("detectron2.dino")
+LONGEST_STREAK = 20  # bad steps in a row that end a training in any case: float16's loss scale has then fallen below 1
+
+
+class Step(NamedTuple):
+    """What is kept of a step until the device has told whether it was finite."""
+
+    iteration: int
+    batch: list[dict]
+    names: list[str]  # of the losses
+    # Losses, norm of the gradients, whether any process has non-finite losses, whether any has been asked to stop:
+    numbers: Callable[[], Tensor]
+
+
+class NonFiniteChecker:
+    """Judges every step on its device, and tells the host later.
+
+    The optimizer must leave the weights alone where gradients are NaN, as GradScaler sees to. Running statistics of
+    norms are put back, too.
+
+    Args:
+        model: trained.
+        output_dir: where bad batches go.
+        skip: go on after a bad step, counting it, instead of stopping.
+        scaled: the loss is scaled (float16), so that gradients may overflow now and then.
+    """
+
+    def __init__(self, model: nn.Module, output_dir: str, *, skip: bool, scaled: bool):
+        self.output_dir = output_dir
+        self.skip = skip
+        self.scaled = scaled
+        self.skipped = 0
+        self.streak = 0
+        self.stop_agreed = False
+        self.pending: Step | None = None
+        norms = [module for module in model.modules() if isinstance(module, _NormBase) and module.track_running_stats]
+        self.statistics = [buffer for module in norms for buffer in module.buffers()]
+        self.before: list[Tensor] = []
+        if skip and hasattr(model, "criterion"):
+            model.criterion.matcher = TolerantMatcher(model.criterion.matcher)
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Remember what the forward pass will change."""
+        self.before = [x.clone() for x in self.statistics]
+
+    @torch.no_grad()
+    def judge(
+        self, iteration: int, batch: list[dict], losses: dict[str, Tensor], norm: Tensor, stop: bool
+    ) -> tuple[Tensor, Tensor]:
+        """-> the norm of the gradients, NaN if a loss or gradient of any process is not finite; whether all losses are.
+
+        Args:
+            iteration, batch: of the step.
+            losses: detached scalars.
+            norm: of all gradients together.
+            stop: this process has been asked to stop, see `stop_agreed`.
+        """
+        values = torch.stack(list(losses.values())).float()
+        shared = torch.stack([(~values.isfinite()).any().float(), torch.full_like(norm, float(stop))])
+        if comm.get_world_size() > 1:
+            dist.all_reduce(shared, dist.ReduceOp.MAX)
+        norm = torch.where(norm.isfinite() & (shared[0] == 0), norm, torch.nan)
+        for now, before in zip(self.statistics, self.before, strict=True):
+            now.copy_(torch.where(norm.isfinite(), now, before))
+        numbers = to_host(torch.cat([values, norm[None], shared]))
+        self.pending = Step(iteration, batch, list(losses), numbers)
+        return norm, shared[0] == 0
+
+    def check(self) -> None:
+        """Look at the last step. The host waits for its end, unless it has waited since, for the matcher's costs.
+
+        Raises:
+            FloatingPointError: it was not finite, and that is not to be skipped.
+        """
+        step, self.pending = self.pending, None
+        if step is None:
+            return
+        *values, norm, bad_loss, stop = step.numbers().tolist()
+        self.stop_agreed = self.stop_agreed or stop > 0
+        if np.isfinite(norm):
+            self.streak = 0
+            return
+        self.streak += 1
+        if self.scaled and not bad_loss and self.streak < LONGEST_STREAK:
+            return  # the loss scale was too large and has been halved
+        what = f"losses {dict(zip(step.names, values, strict=True))}" if bad_loss else "gradients are NaN or infinite"
+        self.report(step.iteration, step.batch, what)
+
+    def report(self, iteration: int, batch: list[dict], reason: str) -> None:
+        """Save the batch as plain tensors; raise a FloatingPointError that says where and why, or log and count it."""
+        rank = f"_rank{comm.get_rank()}" if comm.get_rank() else ""
+        path = os.path.join(self.output_dir, f"non_finite_batch_{iteration}{rank}.pth")
+        kept = [
+            {
+                "file_name": str(x.get("file_name")),
+                "image_id": x.get("image_id"),
+                "image": x["image"],
+                "boxes": x["instances"].gt_boxes.tensor,
+                "labels": x["instances"].gt_classes,
+            }
+            for x in batch
+        ]
+        write_whole(path, lambda part: torch.save(kept, part))
+        names = ", ".join(x["file_name"] for x in kept)
+        message = f"iteration {iteration}: {reason}. Images: {names}. The batch is in {path}"
+        if not self.skip or self.streak >= LONGEST_STREAK:
+            raise FloatingPointError(f"{message}. Lower optimizer.lr, or look at the boxes of these images")
+        self.skipped += 1
+        logger.warning(f"{message}. The weights were left alone; {self.skipped} such steps so far")
+
+
+class TolerantMatcher(nn.Module):
+    """Matches anyhow where costs are not finite, so that the losses are not finite either and the step gets skipped.
+
+    (An error would leave the other processes waiting for this one.)
+
+    Args:
+        matcher: see `HungarianMatcher`.
+    """
+
+    def __init__(self, matcher: nn.Module):
+        super().__init__()
+        self.matcher = matcher
+
+    def forward(self, predictions: LayerOutputs, targets: list[Target]) -> Pairs:
+        """As `HungarianMatcher`, without its error."""
+        return self.start(predictions, targets)()
+
+    def start(self, predictions: LayerOutputs, targets: list[Target]) -> Callable[[], Pairs]:
+        """As `HungarianMatcher.start`; the function that it returns has no error."""
+        matching = start_matching(self.matcher, predictions, targets)
+
+        def finish() -> Pairs:
+            try:
+                return matching()
+            except NonFiniteCostError:
+                layers, _, num_queries, _ = predictions.boxes.shape
+                counts = [np.arange(min(num_queries, len(target.labels))) for target in targets]
+                return [[(count, count) for count in counts] for _ in range(layers)]
+
+        return finish

@@ -1,0 +1,163 @@
+"""Several processes: starting them, sharing the gradients, and pieces of tensors where a model is cut into shards."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import signal
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import launch as spawn
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.engine.launch import DEFAULT_TIMEOUT
+from detectron2.utils import comm
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
+
+from dino.modeling.blocks import find_blocks
+from dino.utils.files import DataError, write_whole
+
+logger = logging.getLogger("detectron2.dino")
+STARTER = "started_by"  # file in the folder of a run
+
+
+def launch(main: Callable, args) -> None:
+    """Run `main(args)` in every process: one of torchrun's, or --num-gpus new ones.
+
+    Raises:
+        DataError: the numbers of processes make no sense.
+    """
+    if "LOCAL_RANK" in os.environ:
+        join_group(args)
+        try:
+            main(args)
+        finally:
+            dist.destroy_process_group()
+        return
+    if torch.cuda.is_available() and args.num_gpus > torch.cuda.device_count():
+        raise DataError(f"--num-gpus {args.num_gpus}, but this machine has {torch.cuda.device_count()}")
+    # Detectron2's default port follows from the user, so that a second run on the machine would meet the first one.
+    url = "auto" if args.num_machines == 1 else args.dist_url
+    if args.num_gpus > 1:
+        signal.signal(signal.SIGINT, lambda *_: None)  # left to the new processes, see `StopOnSignal`
+    spawn(main, args.num_gpus, args.num_machines, args.machine_rank, url, args=(args,))
+
+
+def join_group(args) -> None:
+    """Join the process group that torchrun describes in the environment."""
+    if args.num_gpus != 1 or args.num_machines != 1:
+        raise DataError("torchrun starts the processes: leave out --num-gpus and --num-machines")
+    has_gpu = torch.cuda.is_available()
+    if has_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=DEFAULT_TIMEOUT))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # After a restart the store still holds the addresses of the dead. (On several machines the counts can differ;
+        # there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives every attempt a store of its own, see docs/scaling.md.)
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+    backend = "nccl" if has_gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=DEFAULT_TIMEOUT)
+    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+
+
+def restarted() -> bool:
+    """Whether torchrun or Slurm starts its processes for the second time or more."""
+    return any(int(os.environ.get(key) or 0) > 0 for key in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+def launch_id() -> str:
+    """What stays the same when torchrun or Slurm starts a run again, and differs for another run."""
+    given = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return given if given != "none" else os.environ.get("SLURM_JOB_ID", f"{platform.node()} {os.getppid()}")
+
+
+def note_start(folder: Path) -> None:
+    """Leave in the folder of a run who started it."""
+    write_whole(folder / STARTER, lambda part: part.write_text(launch_id()))
+
+
+def started_by_same(folder: Path) -> bool:
+    """Whether `note_start` was called for this folder by processes of the same launch."""
+    return (folder / STARTER).is_file() and (folder / STARTER).read_text() == launch_id()
+
+
+def from_main(value):
+    """The main process's value of something small, on all processes."""
+    return comm.all_gather(value)[0]
+
+
+def wrap_ddp_or_fsdp(model: nn.Module, cfg: DictConfig) -> nn.Module:
+    """Let the processes train one model: `train.parallel` is "ddp" (each holds all of it) or "fsdp" (each a shard)."""
+    if cfg.train.parallel not in ("ddp", "fsdp"):
+        raise DataError(f"train.parallel={cfg.train.parallel!r}: write ddp or fsdp")
+    if comm.get_world_size() == 1:
+        return model
+    device = torch.device(cfg.train.device).type
+    if cfg.train.parallel == "ddp":
+        return create_ddp_model(model, **cfg.train.ddp, **({} if device == "cuda" else {"device_ids": None}))
+    model.to(memory_format=torch.contiguous_format)  # FSDP2 can't shard channels-last weights
+    mesh = init_device_mesh(device, (comm.get_world_size(),))
+    with suppress(ValueError):  # of a backbone without known blocks, which is then sharded with the rest
+        for block in find_blocks(model.network.neck.backbone).values():
+            fully_shard(block, mesh=mesh)
+    for layer in [*model.network.encoder.layers, *model.network.decoder.layers]:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def gradients_shared(model: nn.Module, now: bool) -> AbstractContextManager:
+    """Within, backward passes share their gradients with the other processes, or leave that to a later one."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(now)
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not now else nullcontext()
+
+
+def gather_shards(model: nn.Module) -> None:
+    """Make every process hold the whole of a sharded model, and keep it: for evaluation, where batches are uneven."""
+    for module in sharded_modules(model):
+        module.set_reshard_after_forward(False)
+        module.unshard()
+
+
+def drop_shards(model: nn.Module) -> None:
+    """End what `gather_shards` began."""
+    for module in sharded_modules(model):
+        module.set_reshard_after_forward(module is not model)  # fully_shard's own choice
+        module.reshard()
+
+
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    """The parts of a model that are sharded; none without `train.parallel=fsdp`."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def local(x: Tensor) -> Tensor:
+    """This process's shard of a tensor, sharing its memory; the tensor itself where nothing is sharded."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def shard_like(x: Tensor, reference: Tensor) -> Tensor:
+    """The whole tensor `x`, the same on all processes, cut up as `reference` is."""
+    if not isinstance(reference, DTensor) or x.shape != reference.shape:
+        return x
+    return distribute_tensor(x.to(reference.device), reference.device_mesh, reference.placements, src_data_rank=None)
+
+
+def whole(state):
+    """A tensor or a nested state with all shards put together; all processes must call it."""
+    return tree_map_only(DTensor, lambda x: x.full_tensor(), state)

@@ -1,0 +1,146 @@
+"""What a training starts from, told once: the data, the plan, and what is needed to do it again."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.config import instantiate
+from detectron2.data.build import print_instances_class_histogram
+from detectron2.utils import comm
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+import dino
+from dino.d2.recipe import names_of
+from dino.modeling import float32_precision
+from dino.utils.environment import operator_lines
+from dino.utils.files import DataError
+
+logger = logging.getLogger("detectron2.dino")
+TINY = 8  # pixels, below which few detectors find anything
+
+
+def summarise_data(cfg: DictConfig, images: list[dict]) -> None:
+    """Log what will be learned from, and warn where a limit of the recipe cuts something off.
+
+    Raises:
+        DataError: there are no images.
+    """
+    if not images:
+        raise DataError("the training data has no images")
+    names = names_of(cfg.dataloader.train.dataset)
+    objects = sum(len(x["annotations"]) for x in images)
+    empty = sum(not x["annotations"] for x in images)
+    logger.info(
+        f"{len(images)} training images, {empty} without objects (kept); {objects} objects of {len(names)} classes"
+    )
+    print_instances_class_histogram(images, names)
+    unseen = sorted(set(range(len(names))) - {o["category_id"] for x in images for o in x["annotations"]})
+    if unseen:
+        logger.warning(f"no training image shows {', '.join(names[label] for label in unseen[:10])}")
+    fullest = max(images, key=lambda x: len(x["annotations"]))
+    limits = {
+        "queries": OmegaConf.select(cfg, "model.network.query_selection.num_queries"),
+        "denoising queries": OmegaConf.select(cfg, "model.network.denoising.num_denoising"),
+        "detections of COCO's AP": OmegaConf.select(cfg, "dataloader.evaluator.max_dets_per_image") or 100,
+    }
+    count = len(fullest["annotations"])
+    for what, limit in limits.items():
+        if limit and count > limit:
+            logger.warning(f"{fullest['file_name']} has {count} objects, more than the {limit} {what} per image")
+    tell_sizes(cfg, images)
+
+
+def tell_sizes(cfg: DictConfig, images: list[dict]) -> None:
+    """Log how large the objects are for the network, and warn where they are tiny."""
+    sizes = sizes_after_resize(images[:5000], list(instantiate(cfg.dataloader.test.mapper).augmentations.augs))
+    if len(sizes):
+        low, median, high = np.percentile(sizes, (5, 50, 95))
+        logger.info(
+            f"objects after the resize for evaluation, square root of the area in pixels: 5% below {low:.0f}, median "
+            f"{median:.0f}, 5% above {high:.0f}"
+        )
+        if median < TINY:
+            logger.warning(f"half of the objects are smaller than {TINY} pixels: larger images or tiles would help")
+
+
+def sizes_after_resize(images: list[dict], augmentations: list) -> np.ndarray:
+    """Square roots of the areas of all boxes, in pixels of the resized images; nothing is read or resized."""
+    sizes = []
+    for x in images:
+        height, width = x["height"], x["width"]
+        for augmentation in augmentations:
+            blank = np.broadcast_to(np.uint8(0), (height, width, 3))
+            transform = augmentation.get_transform(blank)
+            height, width = getattr(transform, "new_h", height), getattr(transform, "new_w", width)
+        scale = (height * width / (x["height"] * x["width"])) ** 0.5
+        boxes = np.array([o["bbox"] for o in x["annotations"]]).reshape(-1, 4)  # xyxy, see `sanitise`
+        sizes += list(np.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])) * scale)
+    return np.array(sizes)
+
+
+def summarise_plan(cfg: DictConfig, model: nn.Module, optimizer: torch.optim.Optimizer, about: dict) -> None:
+    """Log how it will be learned."""
+    train, loader = cfg.train, cfg.dataloader.train
+    world, parts = comm.get_world_size(), train.grad_accum_steps
+    rates = Counter()
+    for group in optimizer.param_groups:
+        rates[group["lr"]] += sum(p.numel() for p in group["params"])
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    batch = loader.get("total_batch_size", 0)
+    logger.info(
+        "\n".join(
+            [
+                "the plan",
+                f"  batch: {batch} images = {world} processes x {parts} parts x {batch // (world * parts)} images",
+                f"  length: {train.max_iter} iterations; an evaluation every {train.eval_period}, a checkpoint every "
+                f"{train.checkpointer.period}",
+                "  learning rates: " + ", ".join(f"{rate:.2e} for {n / 1e6:.2f} M" for rate, n in rates.most_common()),
+                f"  parameters: {total / 1e6:.2f} M, {trained / 1e6:.2f} M of them trained",
+                f"  precision: {train.amp.dtype if train.amp.enabled else 'float32'}; of float32 on a GPU: "
+                f"{float32_precision()}",
+                f"  compiled: {train.compile}; activations computed twice in: "
+                f"{', '.join(train.activation_checkpointing) or 'none'}; averaged weights: {train.ema.enabled}",
+                *(f"  {line.strip()}" for line in operator_lines()),
+                *(f"  {key}: {value}" for key, value in about.items()),
+            ]
+        )
+    )
+
+
+def describe_run(images: list[dict], seed: int) -> dict[str, str | int]:
+    """What is needed to do the run again, beside the recipe: versions, commit, seed, and a fingerprint of the data."""
+    return {
+        "dino": dino.__version__,
+        "torch": str(torch.__version__),
+        "commit": commit(),
+        "seed": seed,
+        "data": fingerprint(images),
+    }
+
+
+def commit() -> str:
+    """Of the checkout in which the package lies; "-dirty" where something has been changed since."""
+    command = ["git", "-C", str(Path(dino.__file__).parents[1]), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def fingerprint(images: list[dict]) -> str:
+    """Of names, sizes, boxes and labels, in their order; not of the pixels, nor of the folder."""
+    digest = hashlib.sha256()
+    for x in images:
+        objects = [(o["category_id"], list(o["bbox"])) for o in x["annotations"]]
+        digest.update(repr((os.path.basename(x["file_name"]), x["height"], x["width"], objects)).encode())
+    return digest.hexdigest()[:16]

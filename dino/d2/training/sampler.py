@@ -1,0 +1,130 @@
+"""The order of the training images and their augmentation: functions of the seed and a position in an endless stream.
+
+Nothing of them has to be saved, whatever was read ahead by how many workers: a run that starts at iteration n sees what
+an unbroken one sees from there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from detectron2.data import DatasetFromList, build_detection_train_loader
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.utils import comm
+from torch.utils.data import Dataset, Sampler
+
+from dino.utils.files import DataError
+
+
+def seed_random(*numbers: int) -> None:
+    """Seed Python, numpy and torch, on all devices, from several numbers together; waits for no device."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+class Stream(Sampler):
+    """This process's share of an endless stream, as pairs of a position in the whole stream and an index.
+
+    Args:
+        sampler: one of Detectron2's endless samplers.
+        start: positions of the whole stream that are left out.
+    """
+
+    def __init__(self, sampler: Sampler, start: int):
+        self.sampler = sampler
+        self.start = start
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Yield (position, index) for ever."""
+        stream = enumerate(self.sampler._infinite_indices())
+        return itertools.islice(stream, self.start + comm.get_rank(), None, comm.get_world_size())
+
+
+class SeededDataset(Dataset):
+    """Maps an image with random numbers that follow from the seed and its position in the stream.
+
+    Args:
+        images: dicts of a data set, kept in compact form.
+        mapper: dict -> dict for the detector.
+        seed: of the run.
+    """
+
+    def __init__(self, images: Dataset, mapper: Callable[[dict], dict], seed: int):
+        self.images = images
+        self.mapper = mapper
+        self.seed = seed
+
+    def __len__(self) -> int:
+        """Number of different images."""
+        return len(self.images)
+
+    def __getitem__(self, place: tuple[int, int]) -> dict:
+        """(position, index) -> the mapped image."""
+        position, index = place
+        seed_random(self.seed, position)
+        return self.mapper(self.images[index])
+
+
+class TrainLoader:
+    """Endless batches of this process, through Detectron2's loader.
+
+    Args:
+        dataset: dicts of a data set.
+        mapper: dict -> dict for the detector, see `TrainMapper`.
+        total_batch_size: images for one step of the optimizer, of all processes together.
+        num_workers: reading processes.
+        repeat_threshold: classes that are on less than this fraction of the images have theirs shown more often (repeat
+            factors of LVIS, arXiv 1908.03195, appendix B.2); 0 shows every image once per epoch.
+
+    Attributes:
+        seed, start, parts: set before the first batch: of the run; the iteration to start with; into how many batches
+            those of one step are divided.
+    """
+
+    def __init__(
+        self,
+        dataset: list[dict],
+        mapper: Callable[[dict], dict],
+        *,
+        total_batch_size: int,
+        num_workers: int = 0,
+        repeat_threshold: float = 0.0,
+    ):
+        self.images = DatasetFromList(dataset, copy=False)
+        self.mapper = mapper
+        self.total_batch_size = total_batch_size
+        self.num_workers = num_workers
+        self.seed, self.start, self.parts = 0, 0, 1
+        self.repeats = None
+        if repeat_threshold > 0:
+            factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency
+            self.repeats = factors(dataset, repeat_threshold)
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        """Yield the batches of this process from iteration `start` on."""
+        pieces = self.parts * comm.get_world_size()
+        if self.total_batch_size % pieces:
+            raise DataError(
+                f"dataloader.train.total_batch_size={self.total_batch_size} can't be divided among "
+                f"{comm.get_world_size()} processes and train.grad_accum_steps={self.parts}"
+            )
+        if self.repeats is None:
+            sampler = TrainingSampler(len(self.images), seed=self.seed)
+        else:
+            sampler = RepeatFactorTrainingSampler(self.repeats, seed=self.seed)
+        loader = build_detection_train_loader(
+            SeededDataset(self.images, self.mapper, self.seed),
+            mapper=None,
+            sampler=Stream(sampler, self.start * self.total_batch_size),
+            total_batch_size=self.total_batch_size // self.parts,
+            aspect_ratio_grouping=False,  # it would keep images back, and nobody could tell which
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),  # of images; the few numbers in `Instances` stay where they are
+        )
+        return iter(loader)

@@ -1,0 +1,136 @@
+"""Where the numbers of a training go, beyond Detectron2's writers."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import math
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, get_event_storage
+
+from dino.utils.files import DataError, write_whole
+
+MAIN_LOSSES = ("total_loss", "loss_ce", "loss_bbox", "loss_giou")
+
+
+class ConsoleWriter(CommonMetricPrinter):
+    """One short line: total loss and the three main terms. All 39 losses go to metrics.json and TensorBoard."""
+
+    told = -1  # the iteration that was printed last
+
+    def write(self) -> None:
+        """Print what the event storage holds."""
+        storage = get_event_storage()
+        histories = storage.histories()
+        if storage.iter >= self._max_iter or storage.iter == self.told or not histories:
+            return
+        self.told = storage.iter
+        latest = {name: histories[name].latest() for name in (*MAIN_LOSSES, "lr") if name in histories}
+        times = {name: histories[name].median(self._window_size) for name in ("time", "data_time") if name in histories}
+        parts = [f"iter {storage.iter}/{self._max_iter}"]
+        parts += [f"{name} {value:.3f}" for name, value in latest.items() if name != "lr"]
+        parts += [f"{name} {value:.3f} s" for name, value in times.items()]
+        parts += [f"lr {latest['lr']:.2e}"] if "lr" in latest else []
+        if "time" in times:
+            parts.append(f"eta {datetime.timedelta(seconds=int(times['time'] * (self._max_iter - storage.iter - 1)))}")
+        if torch.cuda.is_available():
+            parts.append(f"memory {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
+        self.logger.info("  ".join(parts))
+
+
+class WandbWriter(EventWriter):
+    """Sends all numbers and the pictures of the run folder to Weights & Biases; a resumed run goes on in the same one.
+
+    Args:
+        output_dir: of the run; the id is kept there.
+        config: plain data, shown with the run.
+        project, name: as of wandb.init.
+
+    Raises:
+        DataError: wandb is not installed.
+    """
+
+    def __init__(self, output_dir: str, config: dict, *, project: str, name: str | None = None):
+        try:
+            import wandb
+        except ImportError as error:
+            raise DataError("train.wandb.enabled=True needs wandb: pip install wandb") from error
+        self.wandb = wandb
+        self.folder = Path(output_dir)
+        self.sent: set[tuple] = set()  # (key, iteration) and pictures
+        known = self.folder / "wandb_id"
+        run_id = known.read_text().strip() if known.is_file() else None
+        self.run = wandb.init(project=project, name=name, dir=output_dir, id=run_id, resume="allow", config=config)
+        write_whole(known, lambda part: part.write_text(self.run.id))
+
+    def write(self) -> None:
+        """Send what is new."""
+        new = defaultdict(dict)
+        for key, (value, iteration) in get_event_storage().latest().items():
+            if (key, iteration) not in self.sent:
+                self.sent = {entry for entry in self.sent if entry[0] != key} | {(key, iteration)}
+                new[iteration][key] = value
+        for path in sorted(self.folder.glob("*.png")):
+            stamp = ("picture", path.name, path.stat().st_mtime_ns)
+            if stamp not in self.sent:
+                self.sent.add(stamp)
+                new[max(new, default=get_event_storage().iter)][path.stem] = self.wandb.Image(str(path))
+        for iteration in sorted(new):
+            self.run.log(new[iteration], step=iteration)
+
+    def close(self) -> None:
+        """Tell that the run is over."""
+        self.run.finish()
+
+
+def draw_curves(folder: str) -> None:
+    """Draw `curves.png` from a run's metrics.json: the losses, and what the evaluations measured."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    series = read_metrics(Path(folder) / "metrics.json")
+    measured = [key for key in series if key.endswith(("bbox/AP", "bbox/AP50"))]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for axes, keys, title in ((left, MAIN_LOSSES, "losses"), (right, measured, "evaluation")):
+        for key in keys:
+            if key in series:
+                axes.plot(*zip(*sorted(series[key].items()), strict=True), label=key, marker="." * (axes is right))
+        axes.set(title=title, xlabel="iteration", ylim=(0, None))
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    write_whole(os.path.join(folder, "curves.png"), lambda part: figure.savefig(part, format="png", dpi=100))
+    pyplot.close(figure)
+
+
+def read_metrics(path: Path) -> dict[str, dict[int, float]]:
+    """Key -> iteration -> value."""
+    series: dict[str, dict[int, float]] = defaultdict(dict)
+    for entry in entries(path):
+        for key, value in entry.items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                series[key][entry["iteration"]] = value
+    return series
+
+
+def entries(path: Path) -> list[dict]:
+    """The lines of a metrics.json; one that a kill cut short is left out."""
+    found = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
+def forget_metrics(path: Path, start: int) -> None:
+    """Remove what a run wrote to its metrics.json after the checkpoint from which it continues at iteration `start`."""
+    kept = [x for x in entries(path) if x["iteration"] < start or (x["iteration"] == start and "total_loss" not in x)]
+    if path.is_file():
+        write_whole(path, lambda part: part.write_text("".join(json.dumps(x, sort_keys=True) + "\n" for x in kept)))

@@ -1,0 +1,1 @@
+"""Files of people: images and annotations."""

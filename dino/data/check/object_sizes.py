@@ -1,0 +1,47 @@
+"""What will be learned from: how many objects of each class, and how large they are after resizing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from .annotations import Contents, Object
+from .issues import Fault
+
+TINY = 8.0  # pixels after resizing: the stride of the finest feature map of the 4-scale models
+
+
+class Resize(NamedTuple):
+    """The rule of the recipes: the short side becomes `size`, unless the long side would exceed `max_size` (pixels)."""
+
+    size: int = 800
+    max_size: int = 1333
+
+    def factor(self, image: dict) -> float:
+        """By which the sides of an image grow."""
+        sides = image["width"], image["height"]
+        return min(self.size / min(sides), self.max_size / max(sides))
+
+
+def histogram(contents: Contents) -> dict[str, int]:
+    """Number of objects of each class, the most frequent first."""
+    counts = Counter(o.entry["category_id"] for o in contents.objects)
+    names = {number: entry["name"] for number, entry in contents.categories.items()}
+    return {names[n]: counts[n] for n in sorted(names, key=lambda n: -counts[n])}
+
+
+def resized(objects: list[Object], resize: Resize) -> np.ndarray:
+    """(len(objects),) float64: root of each box's area in pixels after resizing; 0 for boxes without area."""
+    areas = np.array([max(o.box[2], 0) * max(o.box[3], 0) for o in objects], dtype=np.float64)
+    return np.sqrt(areas) * np.array([resize.factor(o.image) for o in objects], dtype=np.float64)
+
+
+def check_sizes(objects: list[Object], sizes: np.ndarray) -> Iterator[Fault]:
+    """Objects that are smaller than a cell of the finest feature map."""
+    for place in np.flatnonzero((sizes > 0) & (sizes < TINY)):
+        o = objects[place]
+        text = f"{o.where}: {o.box} becomes {sizes[place]:.1f} pixels large"
+        yield Fault("tiny", "annotations", o.index, text)

@@ -1,0 +1,84 @@
+"""Reading image files: every mode becomes 8-bit RGB, and every failure names the file. Resizing as DETR does."""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from dino.utils.files import DataError
+
+IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Read an image as (H, W, 3) uint8, RGB, upright (its EXIF orientation applied).
+
+    Grey, palette, RGBA (transparency dropped), CMYK and 16-bit files are converted; 16 bits are scaled to 8.
+
+    Raises:
+        DataError: the file is missing, no image, truncated, or suspiciously large (Pillow's decompression bomb check).
+    """
+    try:
+        with Image.open(path) as image:
+            return to_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise DataError(
+            f"image not found: {path}. Check the image folder and the file names in the annotations"
+        ) from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"can't read image {path}: {error}. Replace the file or remove it from the data set") from error
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8 of a Pillow image of any mode."""
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        values = values * full_scale(image.mode, values.max(initial=0))
+        return np.repeat(np.clip(values, 0, 255).round().astype(np.uint8)[:, :, None], 3, 2)
+    return np.array(image.convert("RGB"))
+
+
+def full_scale(mode: str, largest: float) -> float:
+    """The factor that takes the numbers of a Pillow mode to 0..255; modes without a range go by the largest number."""
+    if mode.startswith("I;16") or largest > 255:
+        return 255 / 65535
+    return 255.0 if mode == "F" and largest <= 1 else 1.0
+
+
+def list_images(place: str | Path) -> list[Path]:
+    """The image files that `place` stands for: a file, those directly inside a folder, or the matches of a glob.
+
+    Raises:
+        DataError: there is no such file or folder, or no image in it.
+    """
+    path = Path(place)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found = list(path.iterdir())
+    elif glob.has_magic(str(place)):
+        found = [Path(name) for name in glob.glob(str(place), recursive=True)]
+    else:
+        raise DataError(f"input not found: {place}")
+    images = sorted(p for p in found if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    if not images:
+        where = f"in the folder {place}" if path.is_dir() else f"match {place}"
+        raise DataError(f"no images {where}; known endings: {' '.join(sorted(IMAGE_SUFFIXES))}")
+    return images
+
+
+def resized_size(height: int, width: int, short_side: int, max_size: int | None) -> tuple[int, int]:
+    """New (height, width) for a short side of `short_side` pixels and a long one of `max_size` at most.
+
+    Rounds as the official program does (torchvision's truncation), which differs from Detectron2's by a pixel.
+    """
+    short, long = min(height, width), max(height, width)
+    if max_size is not None and long / short * short_side > max_size:
+        short_side = max(1, round(max_size * short / long))
+    if short == short_side:
+        return height, width
+    other = max(1, int(short_side * long / short))
+    return (short_side, other) if height <= width else (other, short_side)

@@ -1,0 +1,1 @@
+"""Average precision, and the report about a set of detections."""

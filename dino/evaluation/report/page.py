@@ -1,0 +1,91 @@
+"""HTML pages that need nothing but themselves: templates, style and pictures in one file."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+from markupsafe import Markup
+from PIL import Image
+
+import dino
+from dino.data.images import read_image
+from dino.utils.files import write_whole
+
+TEMPLATES = Path(__file__).parent / "templates"
+LONGEST_SIDE = 900  # pixels of a picture in a page
+
+
+class Mark(NamedTuple):
+    """A box drawn over a picture.
+
+    Args:
+        box: xywh in pixels of the image.
+        label: text at its corner.
+        kind: CSS class that decides about its colour.
+        score: above which threshold it is hidden; None for always shown.
+        title: text that appears under the pointer.
+    """
+
+    box: Sequence[float]
+    label: str
+    kind: str
+    score: float | None = None
+    title: str = ""
+
+
+class Figure(NamedTuple):
+    """A picture with boxes. `source` is a data URI; width and height are those of the image in pixels."""
+
+    source: str
+    width: int
+    height: int
+    caption: str
+    marks: list[Mark]
+    groups: str = ""  # words by which the page filters
+
+    def place(self, mark: Mark) -> str:
+        """CSS of a mark, in percent of the picture, cut off at its borders."""
+        x, y, width, height = mark.box
+        x0, y0 = max(x, 0) / self.width, max(y, 0) / self.height
+        x1, y1 = min(x + width, self.width) / self.width, min(y + height, self.height) / self.height
+        sides = {"left": x0, "top": y0, "width": max(x1 - x0, 0), "height": max(y1 - y0, 0)}
+        return ";".join(f"{side}:{100 * part:.2f}%" for side, part in sides.items())
+
+
+def draw(path: Path, caption: str, marks: list[Mark], groups: str = "") -> Figure:
+    """A figure of an image file.
+
+    Raises:
+        DataError: see `read_image`.
+    """
+    pixels = read_image(path)
+    image = Image.fromarray(pixels)
+    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=82)
+    source = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return Figure(source, pixels.shape[1], pixels.shape[0], caption, marks, groups)
+
+
+def include(name: str) -> Markup:
+    """A file of the templates' folder as it stands: style and script."""
+    return Markup((TEMPLATES / name).read_text(encoding="utf-8"))
+
+
+def write_page(path: str | Path, template: str, **values: Any) -> None:
+    """Render a template into a file, which appears whole or not at all.
+
+    Raises:
+        DataError: it can't be written.
+    """
+    loader = jinja2.FileSystemLoader(TEMPLATES)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    text = environment.get_template(template).render(include=include, version=dino.__version__, **values)
+    write_whole(path, lambda part: part.write_bytes(text.encode("utf-8", "replace")))

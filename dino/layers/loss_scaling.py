@@ -1,0 +1,40 @@
+"""Losses of a criterion at other weights, for recipes that treat prediction sets unequally."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from dino.structures import Outputs, Target
+
+
+class LossScaling(nn.Module):
+    """Multiplies some of the losses of a criterion.
+
+    Args:
+        criterion: (Outputs, targets) -> dict of losses, see `SetCriterion`.
+        factors: beginning of a loss's name -> factor: `{"loss_ce_dn": 0.5}` halves the denoising's class losses.
+    """
+
+    def __init__(self, *, criterion: nn.Module, factors: Mapping[str, float]):
+        super().__init__()
+        self.criterion = criterion
+        self.factors = dict(factors)
+
+    def forward(self, outputs: Outputs, targets: list[Target]) -> dict[str, Tensor]:
+        """Outputs and B targets -> the criterion's losses, weighted.
+
+        Raises:
+            ValueError: a factor is for no loss that there is.
+        """
+        losses = self.criterion(outputs, targets)
+        for beginning, factor in self.factors.items():
+            names = [name for name in losses if name.startswith(beginning)]
+            if not names and outputs.denoising:
+                raise ValueError(f"no loss begins with {beginning!r}; there are {', '.join(losses)}")
+            losses |= {name: factor * losses[name] for name in names}
+        return losses
+
+
+Reweighting = LossScaling  # as older recipes and checkpoints name it

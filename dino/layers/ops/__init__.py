@@ -1,0 +1,1 @@
+"""The deformable attention operator: reference, compiled form, self-test, build."""

@@ -1,0 +1,413 @@
+"""`python -m dino.layers.ops.build`: compile the deformable attention operator into the installed package.
+
+Needs torch >= 2.10, a few seconds, write access to the package, and a C++17 compiler: the one that the variable CXX
+names, else the first that succeeds of c++, g++, clang++ and those with a version in their names. GCC serves from 10 on,
+Clang from 13 on. Where nvcc is found (in CUDA_HOME, on the PATH, in /usr/local/cuda), the part for CUDA is built as
+well if there is a GPU or FORCE_CUDA=1: for TORCH_CUDA_ARCH_LIST such as "8.0;9.0+PTX", else for the GPUs that are
+there, else for all from 7.5 on. What is up to date stays. Without any of this the package works, as plain PyTorch.
+
+Three shared objects come of it. The schema names the operators; it has no kernels, so that whatever compiles C++, be it
+nvcc alone, can make it. The parts for the CPU and for CUDA need it, and nothing of each other. All that a run makes is
+put in place together, at its end.
+
+setup.py runs this file before the package exists, so it imports nothing but the standard library.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+FOLDER = Path(__file__).parent
+SOURCES = FOLDER / "csrc"
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"  # LibTorch's stable ABI as of 2.10
+SCHEMA_FLAGS = ["-std=c++17", "-O2", TORCH_TARGET]
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fvisibility=hidden", TORCH_TARGET]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+# What a compiler links in statically, as some do with the library of C++, must not mix with torch's copy of it.
+PRIVATE = "--exclude-libs=ALL"
+VECTORS = {"generic": [], "avx2": AVX2, "avx512": AVX512}
+CUDA_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC", "-DUSE_CUDA", TORCH_TARGET]
+CUDA_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX"]
+WITH_VERSION = [
+    *(f"g++-{number}" for number in range(16, 9, -1)),
+    *(f"clang++-{number}" for number in range(22, 12, -1)),
+]
+COMPILERS = ["c++", "g++", "clang++", *WITH_VERSION]  # in the order in which they are tried
+CXX_ADVICE = "install g++ 10 or clang++ 13 or newer, or name one in CXX"
+ADVICE = {
+    "schema": CXX_ADVICE,
+    "cpu": CXX_ADVICE,
+    "cuda": "name a toolkit of torch's CUDA version in CUDA_HOME, and a host compiler that it takes by"
+    " NVCC_PREPEND_FLAGS='-ccbin g++-12'",
+}
+
+
+class Result(NamedTuple):
+    """What became of one part, "cpu" or "cuda"."""
+
+    part: str
+    state: str  # built, up to date, left out, failed
+    text: str  # of several lines where it failed
+
+    def __str__(self) -> str:
+        return f"deform_attn for {self.part}: {self.state}: {self.text}"
+
+
+class BuildError(Exception):
+    """Why a part can't be built, in one line."""
+
+
+class LeftOut(Exception):
+    """Why a part is not to be built here, in one line."""
+
+
+class Compiler(NamedTuple):
+    """A compiler of C++ or CUDA."""
+
+    command: list[str]  # begins all commands
+    version: str
+
+    def __str__(self) -> str:
+        return " ".join([Path(self.command[0]).name, *self.command[1:], self.version])
+
+
+class Torch(NamedTuple):
+    """The installed torch, found without importing it."""
+
+    folder: Path
+    version: str
+    cuda: bool  # whether it can use CUDA devices
+
+
+def find_torch() -> Torch:
+    """Raise a BuildError where there is no torch that serves."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        raise BuildError("torch is not installed in this environment")
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    version = re.search(r"__version__ = '(.+?)'", (folder / "version.py").read_text()).group(1)
+    if tuple(int(part) for part in version.split(".")[:2]) < (2, 10):
+        raise BuildError(f"torch {version} is older than 2.10")
+    return Torch(folder, version, (folder / "lib/libtorch_cuda.so").exists())
+
+
+def find_compilers() -> list[Compiler]:
+    """The C++ compilers to try, in this order, each once although it may have several names. Raise if there is none."""
+    try:
+        chosen = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise BuildError(f"no C++ compiler found: CXX can't be read: {error}") from error
+    found = {}
+    for command in [chosen] if chosen else [[name] for name in COMPILERS]:
+        if shutil.which(command[0]):
+            compiler = Compiler(command, _version(command))
+            found.setdefault(compiler.version, compiler)
+    if not found:
+        where = f"CXX names {chosen[0]}" if chosen else f"neither {', '.join(COMPILERS[:3])} nor one by its version"
+        raise BuildError(f"no C++ compiler found: {where}; {CXX_ADVICE}")
+    return list(found.values())
+
+
+def _version(command: list[str], line_number: int = 0) -> str:
+    try:
+        line = run([*command, "--version"]).splitlines()[line_number]
+    except (BuildError, IndexError):
+        return "of unknown version"
+    return line.removeprefix(Path(command[0]).name).strip()  # GCC begins with the name by which it was called
+
+
+def find_nvcc() -> Compiler | None:
+    """The CUDA compiler; it knows its own headers, so nothing is concluded from where it lies."""
+    home = os.environ.get("CUDA_HOME")
+    for path in ([f"{home}/bin"] if home else []) + [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]:
+        if found := shutil.which("nvcc", path=path):
+            return Compiler([found], _version([found], -1))
+    return None
+
+
+def run(command: list, folder: Path | None = None) -> str:
+    """The standard output of a command; a BuildError holds the line in which it says what is wrong."""
+    try:
+        done = subprocess.run([str(part) for part in command], cwd=folder, capture_output=True, text=True)
+    except OSError as error:
+        raise BuildError(f"{command[0]}: {error.strerror}") from error
+    if done.returncode:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        wrong = [line for line in lines if re.search(r"error|cannot|undefined", line)]
+        raise BuildError((wrong or lines or [f"{command[0]} ended with status {done.returncode}"])[0])
+    return done.stdout
+
+
+def schema_commands(compiler: Compiler, torch: Torch, target: Path) -> tuple[list[list], list]:
+    """Commands that compile, in any order, and the one that links. The compiler may be nvcc."""
+    nvcc = Path(compiler.command[0]).name == "nvcc"
+    flags = ["-Xcompiler", "-fPIC,-fvisibility=hidden"] if nvcc else ["-fPIC", "-fvisibility=hidden"]
+    object_file = target.with_suffix(".o")
+    source = ["-isystem", torch.folder / "include", "-c", "deform_attn_schema.cpp", "-o", object_file]
+    libraries = [*(["-cudart", "none"] if nvcc else []), "-L", torch.folder / "lib", "-ltorch_cpu"]
+    libraries += ["-Xlinker", PRIVATE] if nvcc else [f"-Wl,{PRIVATE}"]
+    compile_ = [*compiler.command, *SCHEMA_FLAGS, *flags, *source]
+    return [compile_], [*compiler.command, "-shared", object_file, "-o", target, *libraries]
+
+
+def cpu_commands(compiler: Compiler, torch: Torch, target: Path) -> tuple[list[list], list]:
+    """As `schema_commands`."""
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    flags = {f"deform_attn_{name}": vectors if x86 else [] for name, vectors in VECTORS.items()}
+    flags["deform_attn"] = ["-isystem", torch.folder / "include"]
+    compile_ = [
+        [*compiler.command, *FLAGS, *extra, "-c", f"{name}.cpp", "-o", target.parent / f"{name}.o"]
+        for name, extra in flags.items()
+    ]
+    objects = [command[-1] for command in compile_]
+    libraries = ["-L", torch.folder / "lib", "-ltorch_cpu", f"-Wl,{PRIVATE}"]
+    return compile_, [*compiler.command, "-shared", *objects, "-o", target, *libraries]
+
+
+def cuda_commands(nvcc: Compiler, torch: Torch, architectures: list[str], target: Path) -> tuple[list[list], list]:
+    """As `schema_commands`. The CUDA runtime is linked in, so that no library of one version is asked for."""
+    codes = []
+    for architecture in architectures:
+        number = architecture.removesuffix("+PTX").replace(".", "")
+        codes += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        if architecture.endswith("+PTX"):
+            codes += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    object_file = target.parent / "deform_attn_cuda.o"
+    source = ["-isystem", torch.folder / "include", "-c", "deform_attn_cuda.cu", "-o", object_file]
+    threads = ["--threads", str(os.cpu_count() or 1)]
+    libraries = ["-cudart", "static", "-L", torch.folder / "lib", "-ltorch_cpu", "-ltorch_cuda", "-Xlinker", PRIVATE]
+    compile_ = [*nvcc.command, *CUDA_FLAGS, *codes, *threads, *source]
+    return [compile_], [*nvcc.command, "-shared", object_file, "-o", target, *libraries]
+
+
+def gpu_capabilities() -> list[str]:
+    """Compute capabilities of the GPUs of this machine, such as "9.0"."""
+    try:
+        text = run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"])
+    except BuildError:
+        return []
+    found = set(re.findall(r"^\d+\.\d+$", text, re.MULTILINE))
+    return sorted(found, key=lambda name: [int(part) for part in name.split(".")])
+
+
+def cuda_architectures(nvcc: Compiler) -> list[str]:
+    """What to build for; the newest comes with PTX, from which a driver makes code for newer GPUs."""
+    if wanted := re.findall(r"[^;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "")):
+        for name in wanted:
+            if not re.fullmatch(r"\d+\.\d+[af]?(\+PTX)?", name):
+                raise BuildError(f"TORCH_CUDA_ARCH_LIST must hold numbers such as 9.0 or 9.0+PTX, not {name}")
+        return wanted
+    if present := gpu_capabilities():
+        return [*present[:-1], f"{present[-1]}+PTX"]
+    known = {name.removeprefix("compute_") for name in run([*nvcc.command, "--list-gpu-arch"]).split()}
+    return [name for name in CUDA_ARCHITECTURES if name.removesuffix("+PTX").replace(".", "") in known]
+
+
+class Plan(NamedTuple):
+    """How a part is to be made."""
+
+    part: str
+    torch: Torch
+    compilers: list[Compiler]  # to be tried in this order
+    record: dict  # all that decides what comes of it, but for the compiler
+    commands: Callable[[Compiler, Torch, Path], tuple[list[list], list]]
+
+    def record_by(self, compiler: Compiler) -> dict:
+        """What is kept beside the shared object. Its torch is for people: for that, nothing is built again."""
+        return {**self.record, "compiler": str(compiler), "torch": self.torch.version}
+
+
+def plan_schema() -> Plan:
+    """Raise a BuildError if there is nothing that could compile it."""
+    nvcc = find_nvcc()
+    try:
+        compilers = find_compilers()
+    except BuildError:
+        if nvcc is None:
+            raise
+        compilers = []
+    record = {"architectures": ["all"], "flags": SCHEMA_FLAGS, "schema": _schema()}
+    return Plan("schema", find_torch(), compilers + ([nvcc] if nvcc else []), record, schema_commands)
+
+
+def plan_cpu() -> Plan:
+    """Raise a BuildError with the reason if the part for the CPU can't be built."""
+    record = {
+        "architectures": list(VECTORS) if platform.machine() in ("x86_64", "AMD64") else ["generic"],
+        "flags": [FLAGS, VECTORS],
+        "sources": _digest(SOURCES.glob("deform_attn*.cpp"), SOURCES.glob("deform_attn*.h")),
+        "schema": _schema(),
+    }
+    return Plan("cpu", find_torch(), find_compilers(), record, cpu_commands)
+
+
+def plan_cuda() -> Plan:
+    """Raise a BuildError with the reason if the part for CUDA was to be built and can't be, LeftOut if it was not."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise LeftOut("no nvcc found")
+    if os.environ.get("FORCE_CUDA", "0") != "1" and not gpu_capabilities():
+        raise LeftOut("no GPU found (FORCE_CUDA=1 builds it all the same)")
+    torch = find_torch()
+    if not torch.cuda:
+        raise LeftOut(f"torch {torch.version} is a build without CUDA")
+    architectures = cuda_architectures(nvcc)
+    record = {
+        "architectures": architectures,
+        "flags": CUDA_FLAGS,
+        "sources": _digest(SOURCES.glob("*.cu"), SOURCES.glob("*.cuh"), [SOURCES / "deform_attn.h"]),
+        "schema": _schema(),
+    }
+    return Plan("cuda", torch, [nvcc], record, lambda *others: cuda_commands(*others[:2], architectures, others[2]))
+
+
+PLANS = {"cpu": plan_cpu, "cuda": plan_cuda}
+
+
+def _schema() -> str:
+    return _digest([SOURCES / "deform_attn_schema.cpp"])
+
+
+def _digest(*groups: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for group in groups for path in group):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def file_of(part: str, folder: Path = FOLDER) -> Path:
+    """The shared object of "schema", "cpu" or "cuda"."""
+    return folder / f"_deform_attn_{part}.so"
+
+
+def build(folder: Path = FOLDER, parts: Sequence[str] = tuple(PLANS)) -> list[Result]:
+    """Build what can be built into `folder`, and the schema with it.
+
+    Never raises. A part that fails leaves what was there before; and if that would not go with a new schema, so do all.
+    """
+    outcomes = [_planned(PLANS[part], part, folder) for part in parts]
+    if not any(isinstance(outcome, Plan) or outcome.state == "up to date" for outcome in outcomes):
+        return outcomes
+    schema = _planned(plan_schema, "schema", folder)
+    try:
+        return _carry_out(schema, outcomes, folder)
+    except OSError as error:
+        return [_but_failed(outcome, str(error)) if isinstance(outcome, Plan) else outcome for outcome in outcomes]
+
+
+def _planned(plan: Callable[[], Plan], part: str, folder: Path) -> Plan | Result:
+    """A plan to carry out, or a result where there is nothing to do."""
+    try:
+        wanted = plan()
+    except LeftOut as reason:
+        return Result(part, "left out", str(reason))
+    except (BuildError, OSError) as error:
+        return Result(part, "failed", str(error))
+    before = read_record(part, folder)
+    if before and file_of(part, folder).exists():
+        any_serves = part == "schema"  # it has no kernels
+        for compiler in wanted.compilers:
+            record = {**wanted.record_by(compiler), "torch": before.get("torch")}
+            if record == before or (any_serves and {**record, "compiler": before.get("compiler")} == before):
+                return Result(part, "up to date", _made_for(before))
+    return wanted
+
+
+def _made_for(record: dict) -> str:
+    return f"for {', '.join(record['architectures'])}, by {record['compiler']}"
+
+
+def _carry_out(schema: Plan | Result, outcomes: list[Plan | Result], folder: Path) -> list[Result]:
+    """Make what is planned, aside, then put it in place; nothing of it where the whole would not fit together."""
+    if not any(isinstance(outcome, Plan) for outcome in [schema, *outcomes]):
+        return [_but_failed(x, schema.text) if schema.state == "failed" else x for x in outcomes]
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".build") as temporary:
+        stage = Path(temporary)
+        schema, *results = [_make(x, stage) if isinstance(x, Plan) else x for x in [schema, *outcomes]]
+        reason = schema.text if schema.state == "failed" else _conflict(schema, results, folder)
+        if reason:
+            return [_but_failed(result, reason) for result in results]
+        for made in [stage.glob("*.so"), stage.glob("*.json")]:
+            for path in made:
+                os.replace(path, folder / path.name)
+    return results
+
+
+def _but_failed(outcome: Plan | Result, reason: str) -> Result:
+    """The outcome of a part that, for this reason, is not put in place or has no schema."""
+    ready = isinstance(outcome, Plan) or outcome.state in ("built", "up to date")
+    return Result(outcome.part, "failed", reason) if ready else outcome
+
+
+def _conflict(schema: Result, results: list[Result], folder: Path) -> str:
+    """Why what was made can't be put beside what would stay there; empty if it can.
+
+    A part is bound to the schema that it was built with. One of before there was a schema of its own holds another.
+    """
+    ready = [result.part for result in results if result.state in ("built", "up to date")]
+    for part in PLANS if schema.state == "built" else ():
+        if part in ready or not file_of(part, folder).exists():
+            continue
+        if (read_record(part, folder) or {}).get("schema") != _schema():
+            why = next((f" ({result.text})" for result in results if result.part == part), "")
+            return (
+                f"the schema is a new one, and the part for {part} that is there was not built for it{why}; all is left"
+                f" as it was: build them together, or remove {file_of(part, folder)}"
+            )
+    return ""
+
+
+def _make(plan: Plan, stage: Path) -> Result:
+    """Try one compiler after the other. The record beside the shared object says how it was made."""
+    target, failures = file_of(plan.part, stage), []
+    for compiler in plan.compilers:
+        compile_, link = plan.commands(compiler, plan.torch, target)
+        try:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(lambda command: run(command, SOURCES), compile_))
+            run(link, SOURCES)
+        except BuildError as error:
+            failures.append(f"{compiler} failed: {error}")
+            target.unlink(missing_ok=True)
+            continue
+        record = plan.record_by(compiler)
+        target.with_suffix(".json").write_text(json.dumps(record, indent=1))
+        return Result(plan.part, "built", "; ".join([_made_for(record), *failures]))
+    lines = [f"with torch {plan.torch.version}", *failures, f"what was there is left as it was; {ADVICE[plan.part]}"]
+    return Result(plan.part, "failed", "\n  ".join(lines))
+
+
+def read_record(part: str, folder: Path = FOLDER) -> dict | None:
+    """How the shared object of a part was made; None where that is not known."""
+    try:
+        return json.loads(file_of(part, folder).with_suffix(".json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def main() -> int:
+    """Build, print one line for each part, and return 1 if one failed."""
+    results = build()
+    for result in results:
+        print(result, file=sys.stderr if result.state == "failed" else sys.stdout)
+    if results[0].state == "failed" and not file_of("cpu").exists():
+        print("deform_attn runs as plain PyTorch on the CPU", file=sys.stderr)
+    return int(any(result.state == "failed" for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

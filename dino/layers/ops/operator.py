@@ -1,0 +1,286 @@
+"""The compiled form of the deformable attention operator: loading, registration, and the choice to use it.
+
+`torch.ops.dino.deform_attn_forward` takes locations and weights; `torch.ops.dino.deform_attn_fused_forward` takes raw
+offsets, logits and reference boxes, as `MultiScaleDeformableAttention` has them. Nothing here is loaded before the
+first use on a device. `python -m dino.layers.ops.build` makes the shared objects, `dino env` says
+what was found.
+"""
+
+import contextlib
+import ctypes
+import functools
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CHOICES = ("auto", "reference", "gather", "compiled")
+PLAIN = ("reference", "gather")  # forms in plain PyTorch
+VARIABLE = "DINO_DEFORM_ATTN"
+FOLDER = Path(__file__).parent  # of the shared objects
+FILES = {"cpu": "_deform_attn_cpu.so", "cuda": "_deform_attn_cuda.so"}
+SCHEMA = "_deform_attn_schema.so"  # the operators' names and arguments; the other files register kernels for them
+HINT = "`python -m dino.layers.ops.build` builds it"
+
+_override: ContextVar[str | None] = ContextVar(VARIABLE, default=None)
+_verdicts: dict[torch.device, "Verdict"] = {}  # those that are final
+_warned: set[tuple[torch.device, bool]] = set()  # (device, whether the verdict was final)
+_lock = threading.RLock()  # may be taken again by the same thread: by a finalizer, for example
+
+
+class Verdict(NamedTuple):
+    """What was found out about the compiled operator on a device."""
+
+    usable: bool
+    broken: bool  # a shared object is there, but can't be used
+    reason: str
+    final: bool = True  # False: it could not be found out now; the next call tries again
+
+
+@contextlib.contextmanager
+def deform_attn_implementation(choice: str) -> Iterator[None]:
+    """Choose the implementation of `deform_attn` for a block of code; wins over the variable DINO_DEFORM_ATTN.
+
+    Args:
+        choice: "reference" is plain PyTorch; "gather" too, without `grid_sample`. "compiled" insists on the compiled
+            operator. "auto" takes it where it is built and passes its self-test.
+
+    Raises:
+        ValueError: another word.
+    """
+    token = _override.set(_checked(choice, "deform_attn_implementation"))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def requested() -> str:
+    """The choice that holds now: of the innermost `deform_attn_implementation`, else of DINO_DEFORM_ATTN, else auto."""
+    return _override.get() or _checked(os.environ.get(VARIABLE) or "auto", VARIABLE)
+
+
+def _checked(choice: str, where: str) -> str:
+    if choice not in CHOICES:
+        raise ValueError(f"{where} must be one of {', '.join(CHOICES)}, but is {choice!r}")
+    return choice
+
+
+@torch.compiler.assume_constant_result
+def use_compiled(device: torch.device) -> bool:
+    """Whether the compiled operator is to run on `device`. Compiled graphs keep the answer they were traced with.
+
+    Raises:
+        RuntimeError: it was asked for, and is not built, fails its self-test, or could not be tried now.
+        ValueError: DINO_DEFORM_ATTN holds an unknown word.
+    """
+    choice = requested()
+    if choice in PLAIN:
+        return False
+    found = verdict(device)
+    if found.usable:
+        return True
+    if choice == "compiled":
+        raise RuntimeError(f"the compiled deform_attn was asked for, but {found.reason}")
+    if found.broken and _first_time(device, found.final):
+        always = f"deform_attn runs as plain PyTorch: {found.reason}"
+        now = f"deform_attn runs as plain PyTorch this time: {found.reason}"
+        warnings.warn(always if found.final else now, RuntimeWarning, stacklevel=3)
+    return False
+
+
+def _first_time(device: torch.device, final: bool) -> bool:
+    with _lock:
+        before = len(_warned)
+        _warned.add((device, final))
+        return len(_warned) > before
+
+
+@torch.compiler.assume_constant_result
+def use_gather() -> bool:
+    """Whether the plain form is to do without `grid_sample`. Compiled graphs keep the answer."""
+    return requested() == "gather"
+
+
+def verdict(device: torch.device) -> Verdict:
+    """Load the operator for `device` and try it there, once. Other threads that ask meanwhile wait for the answer.
+
+    Only a wrong number and a shared object that can't be loaded are remembered. Where the self-test could not run, for
+    want of memory or because a CUDA graph is captured, the verdict is not final, and the next call tries again.
+    """
+    device = _with_index(device)
+    found = _verdicts.get(device)
+    if found is None and _is_capturing(device):
+        found = Verdict(False, True, CAPTURING.format(device=device), final=False)
+    if found is None:
+        with _lock:
+            found = _verdicts.get(device) or _find_out(device)
+            if found.final:
+                _verdicts[device] = found
+    return found
+
+
+CAPTURING = (
+    "its self-test on {device} has not run yet, and can't while a CUDA graph is captured: "
+    "use the operator once before the capture"
+)
+
+
+def _with_index(device: torch.device) -> torch.device:
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        return torch.device(device.type, torch.cuda.current_device())
+    return device
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether the current stream is recorded. Asking must not initialize CUDA: nothing can be captured before that."""
+    return device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def _find_out(device: torch.device) -> Verdict:
+    if device.type not in FILES:
+        return Verdict(False, False, f"there is none for devices of type {device.type}")
+    file = FOLDER / FILES[device.type]
+    if not file.exists():
+        return Verdict(False, False, f"it is not built for {device.type} ({HINT})")
+    try:
+        load(device.type)
+    except (OSError, RuntimeError) as error:
+        return Verdict(False, True, f"{file.name} can't be loaded ({HINT} again): {_first_line(error)}")
+    try:
+        _self_test(device)
+    except (AssertionError, NotImplementedError) as error:
+        return Verdict(False, True, f"its self-test on {device} failed ({HINT} again): {_first_line(error)}")
+    except (RuntimeError, MemoryError) as error:
+        return _could_not_run(device, error)
+    return Verdict(True, False, "it is built and agrees with the reference")
+
+
+def _could_not_run(device: torch.device, error: Exception) -> Verdict:
+    """Code that does not fit the device will not fit it later; whatever else stops a self-test may be gone then."""
+    reason = _first_line(error)
+    if any(text in reason for text in UNFIT):
+        return Verdict(False, True, f"it is not built for {device} ({HINT} again): {reason}")
+    return Verdict(False, True, f"its self-test on {device} can't run now (the next call tries again): {reason}", False)
+
+
+# What CUDA says of code for other architectures, or from a newer toolkit.
+UNFIT = ("no kernel image", "device kernel image is invalid", "unsupported toolchain", "invalid device function")
+
+
+def _self_test(device: torch.device) -> None:
+    from . import self_test  # it imports the reference, whose module imports this one
+
+    self_test.run(torch.ops.dino, device)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error.__cause__ or error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def load(device_type: str) -> None:
+    """Load the shared object for a type of device, after that with the schema; repeating is harmless.
+
+    Raises:
+        OSError: a shared object is absent or does not fit this machine or this torch.
+    """
+    if not hasattr(torch.ops.dino, "deform_attn_fused_backward"):
+        # A part for the CPU that was built before there was a schema of its own brings it along.
+        torch.ops.load_library(FOLDER / (SCHEMA if (FOLDER / SCHEMA).exists() else FILES["cpu"]))
+        if not hasattr(torch.ops.dino, "deform_attn_fused_backward"):
+            raise OSError(f"{SCHEMA} is absent")
+        _register()
+    torch.ops.load_library(FOLDER / FILES[device_type])
+
+
+def cpu_kernels() -> str:
+    """Which of the loaded CPU kernels run on this processor: avx512, avx2 or generic."""
+    name = ctypes.CDLL(str(FOLDER / FILES["cpu"])).dino_deform_attn_cpu
+    name.restype = ctypes.c_char_p
+    return name().decode()
+
+
+# ---- rules for torch.library ---------------------------------------------------------------------------------------
+
+VMAP_REFUSAL = "deform_attn can't be mapped by vmap: fold the mapped dimension into the batch dimension instead"
+
+
+def _fake_forward(value: Tensor, shapes: list[int], locations: Tensor, *_: Tensor) -> Tensor:
+    return value.new_empty((value.shape[0], locations.shape[1], value.shape[2] * value.shape[3]))
+
+
+def _fake_backward(grad: Tensor, value: Tensor, shapes: list[int], *others: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in (value, *others))
+
+
+def _fake_fused_backward(grad, value, shapes, offsets, logits, reference, by_reference=True) -> tuple[Tensor, ...]:
+    results = tuple(x.new_empty(x.shape) for x in (value, offsets, logits))
+    return *results, reference.new_empty(reference.shape if by_reference else (0,))
+
+
+def _remember(ctx, inputs: tuple, output: Tensor) -> None:
+    value, ctx.shapes, *others = inputs
+    ctx.save_for_backward(value, *others)
+
+
+def _gradient(form: str, ctx, grad: Tensor) -> tuple:
+    """The stable ABI can't read torch's deterministic mode, so it is read here and chooses between two operators."""
+    suffix = "_deterministic" if torch.are_deterministic_algorithms_enabled() else ""
+    value, *others = ctx.saved_tensors
+    backward = getattr(torch.ops.dino, f"{form}_backward{suffix}")
+    if len(others) == 2:
+        by_value, *rest = backward(grad, value, ctx.shapes, *others)
+        return by_value, None, *rest
+    by_reference = ctx.needs_input_grad[-1]
+    by_value, by_offsets, by_logits, *rest = backward(grad, value, ctx.shapes, *others, by_reference)
+    return by_value, None, by_offsets, by_logits, rest[0] if by_reference else None
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The type to which autocast casts values and weights now; None where it is off."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def cast_for_autocast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """What autocast does to a value or to weights: float64 stays."""
+    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
+
+
+def _autocast_forward(
+    operator, device_type: str, value: Tensor, shapes: list[int], places: Tensor, weights, *reference
+):
+    """Value and weights (logits) are cast. Places keep their type: bfloat16 can't place a sample within a pixel."""
+    dtype = autocast_dtype(device_type)
+    with torch.autocast(device_type, enabled=False):
+        return operator(cast_for_autocast(value, dtype), shapes, places, cast_for_autocast(weights, dtype), *reference)
+
+
+def _refuse_vmap(info, in_dims, *args) -> None:
+    raise NotImplementedError(VMAP_REFUSAL)
+
+
+@functools.cache
+def _library() -> torch.library.Library:
+    return torch.library.Library("dino", "IMPL")  # lives as long as the registrations made with it
+
+
+def _register() -> None:
+    for form in ("deform_attn", "deform_attn_fused"):
+        forward, backward = f"dino::{form}_forward", f"dino::{form}_backward"
+        torch.library.register_fake(forward, _fake_forward)
+        for name in (backward, f"{backward}_deterministic"):
+            torch.library.register_fake(name, _fake_fused_backward if "fused" in form else _fake_backward)
+        torch.library.register_autograd(forward, functools.partial(_gradient, form), setup_context=_remember)
+        for name in (forward, backward, f"{backward}_deterministic"):
+            torch.library.register_vmap(name, _refuse_vmap)
+        operator = getattr(torch.ops.dino, f"{form}_forward").default
+        for device_type in FILES:
+            rule = functools.partial(_autocast_forward, operator, device_type)
+            _library().impl(f"{form}_forward", rule, f"Autocast{device_type.upper()}")

@@ -1,0 +1,118 @@
+"""The values that travel through the detector. Read this file first.
+
+Letters used in every shape comment of the package:
+
+    B images      L feature levels      H, W height and width     S tokens of all levels (sum of H*W)
+    E channels of a token (embed_dim)   M attention heads         D channels of one head (E / M)
+    P sampling points                   Q queries                 C classes
+    N prediction layers                 G ground-truth boxes of one image
+    T denoising slots, in front of the Q matching queries
+
+Boxes are (cx, cy, w, h) as fractions of the unpadded image unless a name says otherwise. Masks are True where something
+is padded or forbidden.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dino.utils.device import recording, to_device
+
+
+class Target(NamedTuple):
+    """The objects of one image."""
+
+    labels: Tensor  # (G,) int64, 0 <= label < C
+    boxes: Tensor  # (G, 4) float32
+
+
+class Tokens(NamedTuple):
+    """A feature pyramid, flattened over its levels: level after level, row after row."""
+
+    features: Tensor  # (B, S, E)
+    position: Tensor  # (B, S, E), sine code of the place plus the code of the level
+    padding: Tensor | None  # (B, S) bool, True on padded cells; None where no image is padded
+    shapes: list[tuple[int, int]]  # L pairs (H, W); Python ints, so that reading them never waits for a device
+    valid_sizes: Tensor  # (B, L, 2) float32, width and height of the unpadded part in cells
+
+    @property
+    def valid_ratios(self) -> Tensor:
+        """(B, L, 2): the unpadded fraction of each level's width and height."""
+        return self.valid_sizes / extents(self.shapes, self.valid_sizes)
+
+    def with_features(self, features: Tensor) -> Tokens:
+        """The same with other features (B, S, E). (Compiled by PyTorch 2.11, `_replace` gives an empty tuple.)"""
+        return Tokens(features, self.position, self.padding, self.shapes, self.valid_sizes)
+
+
+def extents(shapes: list[tuple[int, int]], like: torch.Tensor) -> torch.Tensor:
+    """L pairs (H, W) -> (L, 2), widths and heights as numbers of the dtype and on the device of `like`.
+
+    In a compiled or exported graph they are made of single numbers, which it may leave open; those of a list would be
+    fixed, and a compiled graph would be made anew for every size. In a CUDA graph they are made on the device.
+    """
+    if torch.compiler.is_compiling() or recording(like.device):
+        return torch.stack([like.new_full((), side) for h, w in shapes for side in (w, h)]).view(-1, 2)
+    return to_device([(w, h) for h, w in shapes], like.device, like.dtype)
+
+
+def at_most(count: int, size: int) -> int:
+    """The smaller of the two; a graph that is exported for any size keeps the choice open."""
+    return min(count, size) if torch.jit.is_tracing() else torch.sym_min(count, size)
+
+
+class Queries(NamedTuple):
+    """What the decoder refines."""
+
+    content: Tensor  # (B, Q, E)
+    box_logits: Tensor  # (B, Q, 4) float32, the initial boxes before the sigmoid; no gradient but to learned ones
+    attn_mask: Tensor | None = None  # (Q, Q) bool, True where a row must not attend to a column
+
+
+class LayerOutputs(NamedTuple):
+    """Class logits and boxes of several layers."""
+
+    logits: Tensor  # (N, B, Q, C), before the sigmoid
+    boxes: Tensor  # (N, B, Q, 4) float32
+
+    def split(self, count: int) -> tuple[LayerOutputs, LayerOutputs]:
+        """Separate the first `count` queries from the others."""
+        parts = [x.split([count, x.shape[2] - count], 2) for x in self]  # whose gradient is one operation
+        head, tail = (LayerOutputs(*pair) for pair in zip(*parts, strict=True))
+        return head, tail
+
+
+class DenoisingQueries(NamedTuple):
+    """Denoising queries, and what the criterion must know to charge for them."""
+
+    queries: Queries  # Q = T slots; `attn_mask` covers the T + Q rows of the decoder
+    targets: list[Target]  # the objects that were noised; fewer than the image has where the budget is exceeded
+    num_groups: int  # 0 when nothing was noised: the single slot is then free of charge
+
+
+class DenoisingOutputs(NamedTuple):
+    """The decoder's answer to `DenoisingQueries`."""
+
+    predictions: LayerOutputs  # Q = T slots
+    targets: list[Target]
+    num_groups: int
+
+
+class Outputs(NamedTuple):
+    """Everything DINO returns."""
+
+    decoder: LayerOutputs  # N decoder layers; the last one is the result
+    proposals: LayerOutputs  # N = 1: the encoder's own guess for the selected tokens; N = 0 where none are selected
+    denoising: DenoisingOutputs | None = None  # training only
+
+
+def concatenate(first: Queries, second: Queries) -> Queries:
+    """Put `first` in front of `second` along Q; the mask is that of `first`, which must cover both."""
+    return Queries(
+        torch.cat([first.content, second.content], 1),
+        torch.cat([first.box_logits, second.box_logits], 1),
+        first.attn_mask,
+    )

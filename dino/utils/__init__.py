@@ -1,0 +1,1 @@
+"""What every part may use: errors and files written whole, devices, recipes by name."""

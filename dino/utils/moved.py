@@ -1,0 +1,119 @@
+"""Modules that have moved: checkpoints, saved recipes and people's programs still name them by their old paths.
+
+`import dino.d2.data` gives the module `dino.d2.data_loading` itself, not a copy. Renamed classes have their old name in
+the module that holds them.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec, spec_from_loader
+from types import CodeType, ModuleType
+
+MOVED = {
+    "dino.analysis": "dino.modeling.network_cost",
+    "dino.build": "dino.layers.ops.build",
+    "dino.check": "dino.data.check",
+    "dino.check.annotations": "dino.data.check.annotations",
+    "dino.check.faults": "dino.data.check.issues",
+    "dino.check.pictures": "dino.data.check.image_files",
+    "dino.check.program": "dino.data.check.check_dataset",
+    "dino.check.repair": "dino.data.check.repair",
+    "dino.check.sheet": "dino.data.check.preview",
+    "dino.check.sizes": "dino.data.check.object_sizes",
+    "dino.check.splits": "dino.data.check.splits",
+    "dino.coco": "dino.data.coco",
+    "dino.d2.data": "dino.d2.data_loading",
+    "dino.d2.describe": "dino.d2.recipe_description",
+    "dino.d2.detector": "dino.d2.meta_arch",
+    "dino.d2.ema": "dino.d2.training.ema",
+    "dino.d2.engine": "dino.d2.training.engine",
+    "dino.d2.evaluation": "dino.d2.training.evaluation_hook",
+    "dino.d2.guard": "dino.d2.training.non_finite",
+    "dino.d2.hooks": "dino.d2.training.hooks",
+    "dino.d2.inference": "dino.d2.evaluate_checkpoint",
+    "dino.d2.memory": "dino.d2.training.memory_saving",
+    "dino.d2.optim": "dino.d2.training.optimizer",
+    "dino.d2.parallel": "dino.d2.training.parallel",
+    "dino.d2.pictures": "dino.d2.training.batch_pictures",
+    "dino.d2.predictor": "dino.d2.instances_predictor",
+    "dino.d2.program": "dino.d2.training.launch",
+    "dino.d2.sampler": "dino.d2.training.sampler",
+    "dino.d2.speed": "dino.d2.training.gpu_speed",
+    "dino.d2.summary": "dino.d2.training.run_summary",
+    "dino.d2.tiles": "dino.d2.tiled_detector",
+    "dino.d2.trainer": "dino.d2.training.trainer",
+    "dino.d2.tta": "dino.d2.augmented_detector",
+    "dino.d2.writers": "dino.d2.training.writers",
+    "dino.drawing": "dino.inference.drawing",
+    "dino.env": "dino.utils.environment",
+    "dino.explain.pictures": "dino.explain.scenes",
+    "dino.explain.program": "dino.explain.explain_batch",
+    "dino.export.formats": "dino.export.export_formats",
+    "dino.export.graph": "dino.export.export_wrapper",
+    "dino.export.program": "dino.export.export_checkpoint",
+    "dino.files": "dino.utils.files",
+    "dino.images": "dino.data.images",
+    "dino.layers.operator": "dino.layers.ops.operator",
+    "dino.layers.reweighting": "dino.layers.loss_scaling",
+    "dino.layers.self_test": "dino.layers.ops.self_test",
+    "dino.layers.structures": "dino.structures",
+    "dino.layers.transfer": "dino.utils.device",
+    "dino.memory": "dino.inference.memory",
+    "dino.modeling.build": "dino.modeling.assembly",
+    "dino.modeling.folding": "dino.inference.folding",
+    "dino.modeling.network": "dino.modeling.dino",
+    "dino.modeling.onednn": "dino.inference.onednn",
+    "dino.pickles": "dino.weights.pickles",
+    "dino.predict": "dino.inference.predict_files",
+    "dino.predictor": "dino.inference.predictor",
+    "dino.rebuild": "dino.weights.description",
+    "dino.recipes": "dino.utils.recipes",
+    "dino.report": "dino.evaluation.report",
+    "dino.report.analysis": "dino.evaluation.report.error_analysis",
+    "dino.report.build": "dino.evaluation.report.report",
+    "dino.report.charts": "dino.evaluation.report.charts",
+    "dino.report.page": "dino.evaluation.report.page",
+    "dino.report.program": "dino.evaluation.report.evaluate",
+    "dino.report.results": "dino.evaluation.report.results",
+    "dino.tiling": "dino.inference.tiling",
+    "dino.video": "dino.inference.video",
+    "dino.weights.forms": "dino.weights.checkpoint_formats",
+    "dino.weights.program": "dino.weights.conversion",
+    "dino.weights.report": "dino.weights.load_report",
+    "dino.weights.structure": "dino.weights.inferred_description",
+}
+
+
+class _Loader(Loader):
+    def __init__(self, target: str):
+        self.target = target
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = importlib.import_module(self.target)
+        self.own_spec = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self.own_spec  # the import system has put that of the old name in its place
+
+    def get_code(self, name: str) -> CodeType | None:
+        """For `python -m` with an old name."""
+        return find_spec(self.target).loader.get_code(self.target)
+
+
+class _Finder(MetaPathFinder):
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None):
+        if name not in MOVED:
+            return None
+        spec = spec_from_loader(name, _Loader(MOVED[name]), origin=find_spec(MOVED[name]).origin)
+        spec.has_location = True
+        return spec
+
+
+def install() -> None:
+    """Let imports by old paths find what has moved; repeating is harmless."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())  # before the one that reads folders, or it would load a copy

@@ -1,0 +1,121 @@
+"""Two processes over gloo, started by torchrun."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+
+import torch
+from detectron2.config import instantiate
+
+from dino.d2.training import engine
+
+from ..processes import ROOT, assert_same, checkpoint, environment, losses, run_tiny
+from ..recipes import tiny_recipe
+from ..two_processes import step
+
+TWO = ("--standalone", "--nproc-per-node", "2")
+OPTIONS = ("train.max_iter=4", "train.eval_period=0", "train.checkpointer.period=2", "train.ema.enabled=True")
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("halves")
+    words = [sys.executable, "-m", "torch.distributed.run", *TWO, "--module", "tests.d2.two_processes", str(folder)]
+    result = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return torch.load(folder / "results.pth", weights_only=True)
+
+
+def assert_equal_steps(ours, theirs):
+    assert ours["losses"].keys() == theirs["losses"].keys()
+    for part in ("losses", "gradients"):
+        for name, value in theirs[part].items():
+            scale = max(1e-3, value.abs().max().item())
+            torch.testing.assert_close(ours[part][name], value, rtol=1e-5, atol=1e-5 * scale, msg=f"{part} {name}")
+
+
+@pytest.mark.parametrize("num_denoising", [0, 8])
+def test_two_halves_equal_the_whole_batch(halves, num_denoising):
+    """Given images of one size, the same denoising draws and the same number of groups."""
+    assert_equal_steps(halves[num_denoising, 1], step(num_denoising, 1))
+
+
+def test_two_halves_in_two_parts_equal_the_whole_batch(halves):
+    """Without denoising: its padding follows the fullest image of each part."""
+    assert_equal_steps(halves[0, 2], step(0, 1))
+
+
+@pytest.mark.parametrize(("num_denoising", "parts"), [(8, 2), (0, 4)])
+def test_accumulation_equals_the_whole_batch(num_denoising, parts):
+    assert_equal_steps(step(num_denoising, parts), step(num_denoising, 1))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A run of two processes: one image each, some without any object."""
+    folder = tmp_path_factory.mktemp("pair")
+    result = run_tiny(folder, *OPTIONS, launcher=TWO)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder
+
+
+def test_evaluation_on_two_processes_equals_that_on_one(pair, tmp_path):
+    """Six images on two processes, then on one: nothing is lost or counted twice."""
+    record = json.loads((pair / "run/evaluations.json").read_text())
+    cfg = tiny_recipe(tmp_path, counts=(2, 0, 3, 1, 2, 1))
+    cfg.train.init_checkpoint = str(pair / "run/model_final.pth")
+    alone = engine.evaluate_checkpoint(cfg)
+    for name, value in alone["bbox"].items():
+        assert record[-1][f"bbox/{name}"] == pytest.approx(value, abs=1e-9, nan_ok=True) or value != value
+        assert record[-1][f"ema/bbox/{name}"] == pytest.approx(alone["ema"]["bbox"][name], abs=1e-9) or value != value
+    found = [
+        json.loads((x / "inference/coco_instances_results.json").read_text()) for x in (pair / "run", tmp_path / "run")
+    ]
+    ours, theirs = (sorted((r["image_id"], r["category_id"], r["score"]) for r in results) for results in found)
+    assert len(ours) == len(theirs) == len(set(ours)) == 6 * 20
+
+
+def test_a_killed_worker_costs_one_checkpoint_period(pair, tmp_path):
+    """Torchrun starts both again; they continue from the checkpoint without being told to, and come to the same end."""
+    result = run_tiny(tmp_path, *OPTIONS, launcher=(*TWO, "--max-restarts", "1"), KILL_AT="1:3")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Starting training from iteration 2" in result.stdout
+    assert_same(checkpoint(tmp_path), checkpoint(pair))
+    assert losses(tmp_path) == losses(pair)
+
+
+def test_shards_equal_whole_models(pair, tmp_path):
+    """FSDP2: the same losses and weights as DDP, in a checkpoint of the same form, which needs no FSDP to be loaded."""
+    result = run_tiny(tmp_path, *OPTIONS, "train.parallel=fsdp", launcher=TWO)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for (_, ours), (_, theirs) in zip(losses(tmp_path), losses(pair), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    ours, theirs = checkpoint(tmp_path), checkpoint(pair)
+    for part in (lambda x: x["model"], lambda x: x["ema"]["model"]):
+        assert part(ours).keys() == part(theirs).keys()
+        for name, value in part(theirs).items():
+            torch.testing.assert_close(part(ours)[name], value, rtol=1e-4, atol=1e-5)
+    moments = [{key: s.keys() for key, s in x["trainer"]["optimizer"]["state"].items()} for x in (ours, theirs)]
+    assert moments[0] == moments[1]
+    cfg = tiny_recipe(tmp_path)
+    instantiate(cfg.model).load_state_dict(ours["model"])
+
+    # Continued, with an AP of 0 as before: early stopping ends both processes together.
+    stopping = ("train.max_iter=12", "train.eval_period=1", "train.best.patience=1", "train.parallel=fsdp")
+    resumed = run_tiny(tmp_path, "--resume", *OPTIONS, *stopping, launcher=TWO)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "Starting training from iteration 4" in resumed.stdout
+    assert "the training ended after 5 of 12 iterations" in resumed.stdout
+
+
+def test_ctrl_c_stops_all_processes_after_the_same_iteration(tmp_path):
+    """With Detectron2's launcher; the signal reaches all, and may find them in different iterations."""
+    result = run_tiny(tmp_path, "--num-gpus", "2", *OPTIONS, INTERRUPT_AT="1:1")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    assert "stopped after 2 iterations; --resume continues" in result.stdout
+    assert checkpoint(tmp_path, "model_0000001")["trainer"]["iteration"] == 1

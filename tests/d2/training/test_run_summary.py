@@ -1,0 +1,107 @@
+import logging
+
+import pytest
+
+from dino.d2.training import run_summary
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+
+import numpy as np
+import torch
+from detectron2.config import instantiate
+
+from dino.d2 import recipe
+from dino.d2.data_loading import ShortSide
+from dino.d2.training import engine
+from dino.utils.files import DataError
+
+from ..recipes import file_arguments as files
+from ..recipes import parse, tiny_recipe, write_two_sets
+
+BATCH = "dataloader.train.total_batch_size"
+
+
+def test_the_data_are_summarised(tmp_path, caplog):
+    cfg = tiny_recipe(tmp_path, "model.network.query_selection.num_queries=2", counts=(3, 0, 1))
+    cfg.model.network.denoising.num_denoising = 1
+    with caplog.at_level(logging.INFO):
+        run_summary.summarise_data(cfg, instantiate(cfg.dataloader.train.dataset))
+    text = caplog.text
+    assert "3 training images, 1 without objects (kept); 4 objects of 3 classes" in text
+    for limit in ("2 queries", "1 denoising queries"):
+        assert f"image_1.png has 3 objects, more than the {limit} per image" in text
+    assert "detections" not in text
+    assert "objects after the resize for evaluation, square root of the area in pixels: 5% below" in text
+
+
+def test_data_without_images_is_refused(tmp_path):
+    with pytest.raises(DataError, match="the training data has no images"):
+        run_summary.summarise_data(tiny_recipe(tmp_path), [])
+
+
+def test_sizes_follow_the_resize():
+    images = [{"height": 100, "width": 200, "annotations": [{"bbox": [0, 0, 10, 40]}]}]
+    assert run_summary.sizes_after_resize(images, []) == pytest.approx([20])
+    assert run_summary.sizes_after_resize(images, [ShortSide([50])]) == pytest.approx([10])
+    assert run_summary.sizes_after_resize([{**images[0], "annotations": []}], [ShortSide([50])]).shape == (0,)
+
+
+def test_tiny_objects_are_warned_of(tmp_path, caplog, monkeypatch):
+    cfg = tiny_recipe(tmp_path)
+    monkeypatch.setattr(run_summary, "sizes_after_resize", lambda *_: np.array([3.0, 5.0, 100.0]))
+    run_summary.tell_sizes(cfg, [])
+    assert "half of the objects are smaller than 8 pixels" in caplog.text
+
+
+def test_the_plan_is_told_with_all_that_repeating_it_needs(tmp_path, caplog):
+    cfg = tiny_recipe(tmp_path, "train.max_iter=1", "train.eval_period=0", "train.seed=5")
+    with caplog.at_level(logging.INFO):
+        engine.train(cfg, resume=False)
+    for words in ("batch: 2 images = 1 processes x 1 parts x 2 images", "learning rates: 2.00e-04 for", "seed: 5"):
+        assert words in caplog.text
+    for words in ("precision: float32", "parameters: ", "deform_attn:", "commit: ", "data: ", "torch: "):
+        assert words in caplog.text
+    about = torch.load(tmp_path / "run/model_final.pth", weights_only=True)["about"]
+    assert about["seed"] == 5
+    assert {"commit", "data", "torch", "dino"} <= about.keys()
+    assert about["recipe"] == (tmp_path / "run/config.yaml").read_text()
+
+
+def test_the_fingerprint_is_of_the_data_wherever_they_lie():
+    entry = {"file_name": "a/x.png", "height": 2, "width": 3, "annotations": [{"bbox": [0, 0, 1, 1], "category_id": 0}]}
+    same = {**entry, "file_name": "b/x.png"}
+    other = {**entry, "annotations": [{"bbox": [0, 0, 1, 1], "category_id": 1}]}
+    assert run_summary.fingerprint([entry]) == run_summary.fingerprint([same])
+    assert run_summary.fingerprint([entry]) != run_summary.fingerprint([other])
+    assert len(run_summary.fingerprint([])) == 16
+
+
+def scaled(folder, *overrides):
+    args = parse(*files(*write_two_sets(folder)), *overrides)
+    cfg = recipe.load_recipe(args)
+    recipe.scale_to_batch(cfg, args.opts)
+    return cfg
+
+
+def test_the_learning_rate_follows_the_batch(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        cfg = scaled(tmp_path, f"{BATCH}=16")
+    assert cfg.optimizer.lr == pytest.approx(4 * 4e-4)  # of the small recipe, for 4 images
+    assert "total batch 16, the recipe's is 4: optimizer.lr 4.00e-04 -> 1.60e-03" in caplog.text
+    recipe.scale_to_batch(cfg, [])  # the saved recipe is scaled already
+    assert cfg.optimizer.lr == pytest.approx(4 * 4e-4)
+
+
+def test_what_is_stated_is_taken_as_it_stands(tmp_path):
+    cfg = scaled(tmp_path, f"{BATCH}=8", "optimizer.lr=0.5", "train.max_iter=100")
+    assert (cfg.optimizer.lr, cfg.train.max_iter) == (0.5, 100)
+    assert scaled(tmp_path, f"{BATCH}=8", "train.reference_batch=8").optimizer.lr == 4e-4
+    assert scaled(tmp_path).optimizer.lr == 4e-4
+
+
+def test_iterations_of_a_recipe_follow_the_batch(tmp_path):
+    args = parse(*files(*write_two_sets(tmp_path)), f"{BATCH}=8")
+    cfg = recipe.load_recipe(args)
+    cfg.train.max_iter, cfg.train.eval_period, cfg.train.checkpointer.period = 1000, 0, 50
+    recipe.scale_to_batch(cfg, args.opts)
+    assert (cfg.train.max_iter, cfg.train.eval_period, cfg.train.checkpointer.period) == (500, 0, 25)

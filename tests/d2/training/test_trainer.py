@@ -1,0 +1,200 @@
+"""One step, and what it waits for."""
+
+import resource
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+
+import torch
+from detectron2.utils.events import EventStorage
+from omegaconf import OmegaConf
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dino.d2.training.parallel import note_start
+from dino.d2.training.trainer import Trainer
+from dino.utils.files import DataError
+
+from ..recipes import parse, recipe
+from ..tiny import random_input, tiny_detector
+
+BATCH = [random_input("a.png"), random_input("b.png", 0, height=48)]
+
+
+def make(folder, model=None, lr=1e-3, **options):
+    model = model or tiny_detector()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+    return Trainer(model, [BATCH] * 1000, optimizer, output_dir=str(folder), **options)
+
+
+def run(trainer, start, stop):
+    with EventStorage(start) as trainer.storage:
+        for trainer.iter in range(start, stop):
+            trainer.run_step()
+        return {name: history.values() for name, history in trainer.storage.histories().items()}
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_trainer_reads_nothing_back_in_an_iteration_that_does_not_log(tmp_path, dtype):
+    """As on a GPU: between the end of the forward pass and the next one."""
+    trainer = make(tmp_path, dtype=dtype, log_period=3)
+    trainer.waits = False
+    found = []
+
+    def update(losses, update=trainer.update):
+        with Waits() as waits:
+            update(losses)
+        found.append(waits.found)
+
+    trainer.update = update
+    run(trainer, 0, 2)
+    assert found == [[], []]
+    assert trainer.guard.pending is not None
+    with Waits() as waits:
+        trainer.storage = EventStorage()
+        with trainer.storage:
+            trainer.iter = 2
+            trainer.run_step()
+    assert waits.found  # the instrument works: this iteration logs
+    assert trainer.guard.pending is None
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations, each of which a GPU is told by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_many_losses_take_no_more_operations_than_few(tmp_path):
+    """Besides those that the criterion itself spends on them."""
+
+    class Losses(torch.nn.Module):
+        def __init__(self, count):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(count))
+
+        def forward(self, batch):
+            return {f"loss_{n}": x for n, x in enumerate(self.weight.unbind())}
+
+    counts = []
+    for losses in (3, 39):
+        trainer = make(tmp_path, Losses(losses), log_period=100)
+        run(trainer, 0, 2)  # what happens in the first iterations only
+        with Operations() as operations:
+            run(trainer, 2, 3)
+        counts.append(operations.count)
+    assert counts[0] == counts[1]
+
+
+def test_logged_losses_are_means_since_the_last_log(tmp_path):
+    every = run(make_seeded(tmp_path, log_period=1), 0, 4)
+    third = run(make_seeded(tmp_path, log_period=2), 0, 4)
+    assert [iteration for _, iteration in third["total_loss"]] == [1, 3]
+    values = [value for value, _ in every["total_loss"]]
+    means = [sum(values[:2]) / 2, sum(values[2:]) / 2]
+    assert [value for value, _ in third["total_loss"]] == pytest.approx(means, rel=1e-5)
+
+
+def make_seeded(folder, **options):
+    torch.manual_seed(3)
+    return make(folder, **options)
+
+
+def test_the_same_seed_gives_the_same_losses(tmp_path):
+    first, second, other = (run(make_seeded(tmp_path, seed=seed), 0, 3)["total_loss"] for seed in (1, 1, 2))
+    assert first == second
+    assert first != other
+
+
+def test_a_resumed_optimizer_keeps_the_rate_of_the_recipe(tmp_path):
+    trainer = make(tmp_path, lr=1e-3)
+    run(trainer, 0, 2)
+    other = make(tmp_path, lr=5e-4)
+    other.load_state_dict(trainer.state_dict())
+    assert other.iter == 1
+    group = other.optimizer.param_groups[0]
+    assert (group["lr"], group["initial_lr"]) == (5e-4, 5e-4)
+    moments = [state["exp_avg"] for state in other.optimizer.state.values()]
+    assert any(moment.abs().sum() > 0 for moment in moments)
+
+
+def test_another_seed_on_resume_is_told(tmp_path, caplog):
+    trainer = make(tmp_path, seed=1)
+    run(trainer, 0, 1)
+    other = make(tmp_path, seed=2)
+    other.load_state_dict(trainer.state_dict())
+    assert other.seed == 1
+    assert "the seed is that of the run which is continued: 1, not 2" in caplog.text
+
+
+def test_host_memory_stays_flat(tmp_path):
+    """Over three rounds of many iterations and an evaluation each."""
+    trainer = make(tmp_path, log_period=20)
+    used = []  # pages
+    for round_ in range(4):
+        run(trainer, round_ * 40, (round_ + 1) * 40)
+        trainer.model.eval()
+        for _ in range(20):
+            trainer.model(BATCH)
+        trainer.model.train()
+        used.append(int(Path("/proc/self/statm").read_text().split()[1]))
+    assert (used[-1] - used[1]) * resource.getpagesize() < 20 * 2**20
+
+
+# Starting again
+
+
+def choose(folder, *words):
+    args = parse(*words)
+    recipe.choose_output(OmegaConf.create({"train": {"output_dir": str(folder)}}), args)
+    return args.resume
+
+
+@pytest.mark.parametrize(
+    ("first", "again"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "a1"}, {"TORCHELASTIC_RUN_ID": "a1", "TORCHELASTIC_RESTART_COUNT": "1"}),
+        ({"TORCHELASTIC_RUN_ID": "none"}, {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "2"}),
+        ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}),
+    ],
+)
+def test_a_restart_of_the_same_run_resumes_by_itself(tmp_path, monkeypatch, first, again):
+    for environment in (first, again):
+        for key, value in environment.items():
+            monkeypatch.setenv(key, value)
+        assert choose(tmp_path) == ("RESTART" in str(environment))
+        note_start(tmp_path)
+        (tmp_path / "model_0000001.pth").touch()
+
+
+def test_other_starts_in_a_used_folder_are_refused(tmp_path, monkeypatch):
+    """Also where torchrun starts for a second time what was refused for the first time."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a1")
+    note_start(tmp_path)
+    (tmp_path / "model_0000001.pth").touch()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "b2")
+    for count in "01":
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        with pytest.raises(DataError, match="holds the checkpoints of a run: add --resume"):
+            choose(tmp_path)
+    assert choose(tmp_path, "--resume")

@@ -1,0 +1,278 @@
+"""`dino check` as people call it."""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dino import cli
+from dino.data.check.image_files import look
+
+from ...coco_files import write_coco
+from ...tools.programs import contents
+
+BCCD = Path(os.environ.get("DINO_BCCD", Path(__file__).parents[4] / "shared/data/bccd"))
+
+
+def check(*arguments):
+    return cli.main(["check", *map(str, arguments)])
+
+
+@pytest.fixture
+def files(tmp_path):
+    return write_coco(tmp_path / "train", counts=(3, 3, 0, 3))
+
+
+def test_a_clean_set(files, capsys):
+    assert check(*files) == 0
+    out = capsys.readouterr().out
+    assert "4 images (1 without objects), 9 objects, 3 classes" in out
+    assert "nothing wrong" in out
+    assert "images/s" in out
+    assert "objects after resizing: median" in out
+
+
+def test_first_offenders_are_listed_and_the_exit_code_is_1(files, capsys):
+    files.change(lambda c: [a.update(bbox=[n, 1, 0, 0]) for n, a in enumerate(c["annotations"][:5])])
+    assert check(*files, "--show", 2) == 1
+    out = capsys.readouterr().out
+    assert "error: boxes without area (5). Remove them" in out
+    assert "annotation 2 of image_1.png: [1, 1, 0, 0] in an image of 72x64\n  … and 3 more" in out
+    assert "5 errors, 0 warnings" in out
+
+
+def test_warnings_leave_the_exit_code_0(files, capsys):
+    files.change(lambda c: c["annotations"][0].update(bbox=[60, 1, 20, 20], area=400))
+    assert check(*files) == 0
+    assert "warning: boxes that reach beyond their image (1)" in capsys.readouterr().out
+
+
+def test_without_opening_images(files, capsys):
+    (Path(files.images) / "image_1.png").unlink()
+    assert check(*files, "--no-images") == 0
+    assert "images/s" not in capsys.readouterr().out
+    assert check(*files) == 1
+    assert "error: missing files (1)" in capsys.readouterr().out
+
+
+def test_fix_writes_a_cleaned_copy(files, capsys, tmp_path):
+    def spoil(content):
+        content["annotations"][0]["bbox"] = [1, 1, 0, 0]
+        content["annotations"][1]["bbox"] = [60, 1, 20, 20]
+        content["annotations"][1]["area"] = 400
+        content["annotations"][2]["id"] = 1
+
+    files.change(spoil)
+    before = contents(tmp_path)
+    assert check(*files, "--fix", tmp_path / "fixed.json") == 1
+    assert "1 object left out, 1 box clipped" in capsys.readouterr().out
+    fixed = json.loads((tmp_path / "fixed.json").read_text())
+    assert fixed["annotations"][0]["bbox"] == [60, 1, 12, 20]
+    assert [a["id"] for a in fixed["annotations"]] == list(range(1, 9))
+    assert check(tmp_path / "fixed.json", files.images) == 0
+    (tmp_path / "fixed.json").unlink()
+    assert contents(tmp_path) == before
+
+
+def test_fix_refuses_what_it_can_not_decide(files, capsys, tmp_path):
+    files.change(lambda c: c["categories"][1].update(name="red"))
+    assert check(*files, "--fix", tmp_path / "fixed.json") == 1
+    captured = capsys.readouterr()
+    assert "error: categories without an id or a name of their own (1)" in captured.out
+    assert "error: can't repair by itself: categories without" in captured.err
+    assert not (tmp_path / "fixed.json").exists()
+
+
+@pytest.mark.parametrize("option", ["--fix", "--sheet"])
+def test_an_output_that_exists_is_refused(files, capsys, tmp_path, option):
+    target = tmp_path / "taken"
+    target.write_text("precious")
+    assert check(*files, option, target) == 1
+    assert "taken exists: choose another name" in capsys.readouterr().err
+    assert target.read_text() == "precious"
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC])
+@pytest.mark.parametrize("option", ["--fix", "--sheet"])
+def test_a_refused_write_leaves_nothing(files, capsys, tmp_path, monkeypatch, option, number):
+    before = contents(tmp_path)
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    assert check(*files, option, tmp_path / "out") == 1
+    assert f"can't write {tmp_path}/out: [Errno {number}]" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_train_and_val_are_compared(files, capsys, tmp_path):
+    val = write_coco(tmp_path / "val", seed=1)
+    assert check(*files, "--val", *val) == 0
+    picture = Image.open(Path(files.images) / "image_2.png")
+    picture.save(Path(val.images) / "image_1.png", compress_level=0)
+    val.change(lambda c: c["categories"][2].update(name="azure"))
+    capsys.readouterr()
+    assert check(*files, "--val", *val) == 1
+    out = capsys.readouterr().out
+    assert "only in training: ['blue'], only in validation: ['azure']" in out
+    assert "images that are in the validation data too (1)" in out
+    assert "image_2.png is image_1.png of the validation data" in out
+
+
+def test_other_ids_and_another_order_of_classes(files, capsys, tmp_path):
+    val = write_coco(tmp_path / "val", seed=1, category_ids=(5, 6, 7))
+    assert check(*files, "--val", *val) == 0
+    assert "class ids that differ from the validation data" in capsys.readouterr().out
+
+    def rename(content):
+        for category, name in zip(content["categories"], ("green", "red", "blue"), strict=True):
+            category["name"] = name
+
+    val.change(rename)
+    assert check(*files, "--val", *val) == 1
+    assert "the same names in another order: ['red', 'green', 'blue'], in validation" in capsys.readouterr().out
+
+
+def test_a_shared_file_is_found_without_opening_it(files, capsys, tmp_path):
+    shutil.copy(files.annotations, tmp_path / "val.json")
+    assert check(*files, "--no-images", "--val", tmp_path / "val.json") == 1
+    assert "images that are in the validation data too (4)" in capsys.readouterr().out
+
+
+def test_fix_takes_shared_images_out_of_the_training_data(files, tmp_path):
+    content = files.read()
+    (tmp_path / "val.json").write_text(json.dumps({**content, "images": content["images"][:1], "annotations": []}))
+    assert check(*files, "--val", tmp_path / "val.json", "--fix", tmp_path / "fixed.json") == 1
+    assert check(tmp_path / "fixed.json", files.images, "--val", tmp_path / "val.json") == 0
+
+
+def test_tiny_objects_crowds_and_unlisted_images(files, capsys):
+    def change(content):
+        content["annotations"][0].update(bbox=[5, 5, 0.5, 0.5], area=0.25)
+        content["annotations"] += [
+            {"id": 100 + n, "image_id": 3, "category_id": 1, "bbox": [n / 4, 5, 20, 20]} for n in range(101)
+        ]
+        content["images"].pop()
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 4]
+
+    files.change(change)
+    assert check(*files) == 0
+    out = capsys.readouterr().out
+    assert "annotation 1 of image_1.png: [5, 5, 0.5, 0.5] becomes 6.2 pixels large" in out
+    assert "image_3.png has 101" in out
+    assert "note: 1 images in" in out
+    assert "first image_4.png" in out
+
+
+def test_the_sheet_is_one_file_with_everything_inside(tmp_path):
+    files = write_coco(tmp_path / "bilder mit ä", counts=(2, 1), category_ids=(1, 2))
+
+    def change(content):
+        content["categories"][0]["name"] = "<script>alert(1)</script>"
+        content["annotations"][0].update(bbox=[60, 1, 20, 20], area=400)
+
+    files.change(change)
+    assert check(*files, "--sheet", tmp_path / "sheet.html") == 0
+    page = (tmp_path / "sheet.html").read_text()
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert" in page
+    assert page.count("data:image/jpeg;base64,") == 2
+    assert "http" not in page
+    assert "boxes that reach beyond their image" in page
+
+
+BROKEN = {
+    "absent": (None, "annotations not found"),
+    "empty": (b"", "can't read annotations"),
+    "binary": (b"\xff\xfe\x00", "can't read annotations"),
+    "truncated": (b'{"images": [', "can't read annotations"),
+    "deep": (b"[" * 100_000, "can't read annotations"),
+    "endless number": (b"[" + b"9" * 5000 + b"]", "can't read annotations"),
+    "list": (b"[]", "the list 'images' is missing"),
+    "no categories": (b'{"images": [], "annotations": []}', "the list 'categories' is missing"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), BROKEN.values(), ids=BROKEN)
+def test_broken_annotations(tmp_path, capsys, content, message):
+    if content is not None:
+        (tmp_path / "a.json").write_bytes(content)
+    assert check(tmp_path / "a.json", tmp_path) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "a.json" in error
+    assert error.count("error: ") == 1
+
+
+def test_entries_of_the_wrong_type_are_listed(files, capsys):
+    def spoil(content):
+        content["images"] += ["a.png", None, 3, {"id": "7"}]
+        content["annotations"] += [None, [], "x", {"id": None}, {"id": 50, "bbox": {}}]
+        content["categories"] += [None, {"id": True, "name": "x"}, {"id": 9}]
+
+    files.change(spoil)
+    assert check(*files) == 1
+    out = capsys.readouterr().out
+    assert "images without id, file name or size (4)" in out
+    assert "objects of no known image or class (5)" in out
+    assert "categories without an id or a name of their own (3)" in out
+
+
+def test_an_empty_set_and_a_missing_folder(tmp_path, capsys):
+    path = tmp_path / "a.json"
+    path.write_text('{"images": [], "annotations": [], "categories": []}')
+    assert check(path, tmp_path) == 1
+    assert "there are no categories" in capsys.readouterr().out
+    assert check(path, tmp_path / "absent") == 1
+    assert "image folder not found" in capsys.readouterr().err
+
+
+def test_names_with_spaces_unicode_and_what_can_be_no_file(tmp_path, capsys):
+    files = write_coco(tmp_path / "ein Ordner é", counts=(1, 1))
+    os.rename(Path(files.images) / "image_1.png", Path(files.images) / "bild ü.png")
+
+    def rename(content):
+        content["images"][0]["file_name"] = "bild ü.png"
+        content["images"].append({"id": 9, "file_name": "\ud800.png", "width": 5, "height": 5})
+        content["images"].append({"id": 10, "file_name": "a\0b.png", "width": 5, "height": 5})
+
+    files.change(rename)
+    assert check(*files, "--sheet", tmp_path / "sheet.html") == 1
+    out = capsys.readouterr().out
+    assert "error: missing files (2)" in out
+    assert "1 errors" not in out
+    assert "bild ü.png: 1 objects" in (tmp_path / "sheet.html").read_text()
+
+
+def test_huge_and_strange_pictures_are_unreadable_not_fatal(tmp_path):
+    bomb = tmp_path / "bomb.bmp"
+    header = b"BM" + (54).to_bytes(4, "little") + bytes(4) + (54).to_bytes(4, "little") + (40).to_bytes(4, "little")
+    size = (60_000).to_bytes(4, "little")
+    bomb.write_bytes(header + size * 2 + (1).to_bytes(2, "little") + (24).to_bytes(2, "little") + bytes(24))
+    assert "decompression bomb" in look(bomb).problem
+    os.mkfifo(tmp_path / "pipe.png")
+    assert look(tmp_path / "pipe.png").problem == "missing"
+    (tmp_path / "empty.jpg").touch()
+    assert "cannot identify image file" in look(tmp_path / "empty.jpg").problem
+
+
+@pytest.mark.parametrize("cut", [10, 1000])
+def test_a_truncated_jpeg_is_noticed(tmp_path, cut):
+    """Although it is decoded at an eighth of its size."""
+    files = write_coco(tmp_path, counts=(3,), suffix=".jpg", width=300, height=200)
+    path = Path(files.images) / "image_1.jpg"
+    assert look(path).problem is None
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert "truncated" in look(path).problem
+
+
+@pytest.mark.skipif(not BCCD.is_dir(), reason="the blood cells are not there: set DINO_BCCD")
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_blood_cells_are_clean(capsys, split):
+    assert check(BCCD / f"{split}.json", BCCD / "images", "--val", BCCD / "val.json") == 0
+    assert capsys.readouterr().out.count("nothing wrong") == 2

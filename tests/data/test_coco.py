@@ -1,0 +1,280 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from dino.data.coco import METRICS, CocoImages, evaluate, read_annotations, to_results, usable_box
+from dino.layers import Detections
+from dino.utils.files import DataError
+
+from ..coco_files import COLOURS, CocoFiles, write_coco
+
+
+def unchanged(image, objects):
+    return image, objects
+
+
+def perfect_results(data):
+    """What a detector would say that finds every object of a `CocoImages`."""
+    results = []
+    for image in data.images:
+        objects = data.objects[image["id"]]
+        boxes = torch.tensor([box for _, box in objects], dtype=torch.float32).reshape(-1, 4)
+        labels = torch.tensor([label for label, _ in objects], dtype=torch.int64)
+        results += to_results(Detections(boxes, torch.ones(len(labels)), labels), image["id"], data.category_ids)
+    return results
+
+
+def test_sound_annotations_are_returned_as_they_are(tmp_path):
+    files = write_coco(tmp_path)
+    assert read_annotations(*files) == files.read()
+
+
+def test_missing_files_are_named(tmp_path):
+    files = write_coco(tmp_path)
+    with pytest.raises(DataError, match=r"annotations not found: .*absent\.json"):
+        read_annotations(tmp_path / "absent.json", files.images)
+    with pytest.raises(DataError, match=r"image folder not found: .*absent"):
+        read_annotations(files.annotations, tmp_path / "absent")
+    with pytest.raises(DataError, match="image folder not found"):
+        read_annotations(files.annotations, files.annotations)
+
+
+BROKEN = {
+    "text": b"no JSON",
+    "truncated": b'{"images": [{"id": 1',
+    "binary": b"\xff\xfe\x00\x01",
+    "deep": b"[" * 100_000,
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+def test_broken_json_is_named(tmp_path, content):
+    path = tmp_path / "broken.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"can't read annotations .*broken\.json: .*COCO format"):
+        read_annotations(path, tmp_path)
+
+
+@pytest.mark.parametrize("content", [[], 3, {}, {"images": {}, "annotations": [], "categories": []}])
+def test_other_json_is_named(tmp_path, content):
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"other\.json: the list 'images' is missing"):
+        read_annotations(path, tmp_path)
+
+
+def change_entry(kind, index, **values):
+    def change(content):
+        for key, value in values.items():
+            if value is None:
+                del content[kind][index][key]
+            else:
+                content[kind][index][key] = value
+
+    return change
+
+
+def replace_list(kind, value):
+    return lambda content: content.update({kind: value})
+
+
+BOX = r"annotation 2 of image image_1\.png: bbox must be four numbers \[x, y, width, height\] in pixels, but is "
+FAULTS = {
+    "no annotations": (lambda content: content.pop("annotations"), "the list 'annotations' is missing"),
+    "no categories": (replace_list("categories", []), "there are no categories"),
+    "category without id": (change_entry("categories", 0, id=None), "category None: an id must be a whole number"),
+    "category without name": (change_entry("categories", 1, name=None), "category 2 has no name"),
+    "category name twice": (change_entry("categories", 1, name="red"), "two categories are called 'red'"),
+    "category twice": (change_entry("categories", 0, id=2), "the category id 2 occurs twice"),
+    "image twice": (change_entry("images", 0, id=2), "the image id 2 occurs twice"),
+    "annotation twice": (change_entry("annotations", 3, id=1), "the annotation id 1 occurs twice"),
+    "id as text": (change_entry("images", 1, id="2"), "image '2': an id must be a whole number"),
+    "no file name": (change_entry("images", 1, file_name=None), "image 2 has no file_name"),
+    "file name elsewhere": (change_entry("images", 1, file_name="../x.png"), r"file_name '\.\./x\.png' leaves"),
+    "absolute file name": (change_entry("images", 1, file_name="/x.png"), r"file_name '/x\.png' leaves"),
+    "no height": (change_entry("images", 1, height=None), r"image image_2\.png: height and width must be"),
+    "broken width": (change_entry("images", 1, width=72.5), r"image image_2\.png: height and width must be"),
+    "no size": (change_entry("images", 1, width=0), r"image image_2\.png: height and width must be"),
+    "unknown image": (change_entry("annotations", 1, image_id=99), "annotation 2: no image has the id 99"),
+    "no image": (change_entry("annotations", 1, image_id=None), "annotation 2: no image has the id None"),
+    "list as image": (change_entry("annotations", 1, image_id=[1]), r"annotation 2: no image has the id \[1\]"),
+    "unknown category": (
+        change_entry("annotations", 1, category_id=0),
+        r"annotation 2 of image image_1\.png: no category has the id 0; known: \[1, 2, 3\]",
+    ),
+    "list as category": (change_entry("annotations", 1, category_id=[1]), r"annotation 2 .* has the id \[1\]"),
+    "no box": (change_entry("annotations", 1, bbox=None), BOX + "None"),
+    "short box": (change_entry("annotations", 1, bbox=[1, 2, 3]), BOX + r"\[1, 2, 3\]"),
+    "empty box": (change_entry("annotations", 1, bbox=[]), BOX + r"\[\]"),
+    "box of texts": (change_entry("annotations", 1, bbox=["1", "2", "3", "4"]), BOX),
+    "box of truths": (change_entry("annotations", 1, bbox=[True, False, True, True]), BOX),
+    "image that is no dict": (replace_list("images", ["a.png"]), "image None: an id must be a whole number"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), FAULTS.values(), ids=FAULTS)
+def test_faults_are_named(tmp_path, change, message):
+    files = write_coco(tmp_path)
+    files.change(change)
+    with pytest.raises(DataError, match=r"annotations\.json: " + message):
+        read_annotations(*files)
+
+
+def test_boxes_without_area_are_no_fault_of_the_file(tmp_path):
+    """They are common; whoever trains drops them and says so."""
+    files = write_coco(tmp_path)
+    files.change(change_entry("annotations", 0, bbox=[3, 3, 0, -2]))
+    files.change(change_entry("annotations", 1, bbox=[float("nan"), 3, float("inf"), 1e400]))
+    read_annotations(*files)
+
+
+@pytest.mark.parametrize(
+    ("box", "expected"),
+    [
+        ([2, 3, 4, 5], [2, 3, 6, 8]),
+        ([-2, -3, 10, 10], [0, 0, 8, 7]),
+        ([15, 25, 100, 100], [15, 25, 20, 30]),
+        ([0.5, 0.5, 0.01, 0.01], [0.5, 0.5, 0.51, 0.51]),
+        ([2, 3, 0, 5], None),
+        ([2, 3, 4, -5], None),
+        ([20, 3, 4, 5], None),
+        ([-4, 3, 4, 5], None),
+        ([2, 30, 4, 5], None),
+        ([float("nan"), 3, 4, 5], None),
+        ([2, 3, float("inf"), 5], None),
+    ],
+)
+def test_usable_box(box, expected):
+    found = usable_box(box, 20, 30)
+    assert found == (expected if expected is None else pytest.approx(expected))
+
+
+def test_images_and_objects(tmp_path):
+    files = write_coco(tmp_path, category_ids=(7, 40, 900))
+    data = CocoImages(*files, unchanged)
+    assert len(data) == 4
+    assert data.category_ids == [7, 40, 900]
+    assert data.names == ["red", "green", "blue"]
+    assert data.dropped == 0
+    for index, count in enumerate((2, 0, 3, 1)):
+        image, objects, entry = data[index]
+        assert image.shape == (3, 64, 72)
+        assert image.dtype == torch.uint8
+        assert objects["boxes"].shape == (count, 4)
+        assert objects["labels"].dtype == torch.int64
+        assert (entry["height"], entry["width"]) == (64, 72)
+    image, objects, _ = data[3]
+    x0, y0, x1, y1 = map(int, objects["boxes"][0])
+    colour = torch.tensor(COLOURS[objects["labels"][0]], dtype=torch.uint8)[:, None, None]
+    assert (image[:, y0:y1, x0:x1] == colour).all()
+
+
+def test_labels_follow_the_ids_not_the_file(tmp_path):
+    files = write_coco(tmp_path, category_ids=(7, 40, 900))
+    labels = CocoImages(*files, unchanged)[2][1]["labels"]
+    files.change(lambda content: content["categories"].reverse())
+    data = CocoImages(*files, unchanged)
+    assert data.names == ["red", "green", "blue"]
+    assert torch.equal(data[2][1]["labels"], labels)
+
+
+def test_crowds_and_boxes_without_area_are_no_objects(tmp_path):
+    files = write_coco(tmp_path)
+    files.change(change_entry("annotations", 0, iscrowd=1))
+    files.change(change_entry("annotations", 2, bbox=[5, 5, 0, 5]))
+    files.change(change_entry("annotations", 3, bbox=[-5, -5, 15, 15]))
+    data = CocoImages(*files, unchanged)
+    assert [len(data[i][1]["labels"]) for i in range(4)] == [1, 0, 2, 1]
+    assert data[2][1]["boxes"][0].tolist() == [0, 0, 10, 10]
+    assert data.dropped == 1
+
+
+def test_transforms_see_image_and_boxes(tmp_path):
+    files = write_coco(tmp_path)
+    image, objects, _ = CocoImages(*files, v2.RandomHorizontalFlip(p=1))[3]
+    plain_image, plain_objects, _ = CocoImages(*files, unchanged)[3]
+    assert torch.equal(image, plain_image.flip(-1))
+    x0, y0, x1, y1 = plain_objects["boxes"][0].tolist()
+    assert objects["boxes"].tolist() == [[72 - x1, y0, 72 - x0, y1]]
+
+
+def test_another_size_than_annotated_names_the_file(tmp_path):
+    files = write_coco(tmp_path)
+    files.change(change_entry("images", 0, width=70))
+    with pytest.raises(DataError, match=r"image_1\.png is 72x64, but the annotations say 70x64"):
+        CocoImages(*files, unchanged)[0]
+
+
+def test_images_are_turned_upright_before_they_are_measured(tmp_path):
+    files = write_coco(tmp_path, counts=(1,), suffix=".jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.zeros((72, 64, 3), np.uint8)).save(tmp_path / "image_1.jpg", exif=exif)
+    assert CocoImages(*files, unchanged)[0][0].shape == (3, 64, 72)
+
+
+def drop_extras(content):
+    del content["info"]
+    for annotation in content["annotations"]:
+        del annotation["area"], annotation["iscrowd"]
+
+
+@pytest.mark.parametrize("change", [drop_extras, lambda content: None], ids=["bare", "full"])
+def test_true_boxes_reach_the_highest_precision(tmp_path, change):
+    files = write_coco(tmp_path, counts=(2, 0, 3, 1), category_ids=(7, 40, 900))
+    files.change(change)
+    data = CocoImages(*files, unchanged)
+    metrics = evaluate(data.truth, perfect_results(data), data.names)
+    assert metrics["AP"] == metrics["AP50"] == metrics["AP75"] == pytest.approx(1)
+    assert metrics["AP-red"] == pytest.approx(1)
+    assert metrics["APl"] == -1  # no object is as large as that
+
+
+def test_results_carry_the_ids_of_the_file(tmp_path):
+    data = CocoImages(*write_coco(tmp_path, category_ids=(7, 40, 900)), unchanged)
+    assert {r["category_id"] for r in perfect_results(data)} <= {7, 40, 900}
+    found = Detections(torch.tensor([[1.0, 2, 4, 8]]), torch.tensor([0.5]), torch.tensor([2]))
+    (result,) = to_results(found, 17, data.category_ids)
+    assert result == {"image_id": 17, "category_id": 900, "bbox": [1, 2, 3, 6], "score": 0.5}
+
+
+def test_wrong_classes_and_shifted_boxes_score_less(tmp_path):
+    data = CocoImages(*write_coco(tmp_path), unchanged)
+    wrong = [r | {"category_id": r["category_id"] % 3 + 1} for r in perfect_results(data)]
+    assert evaluate(data.truth, wrong, data.names)["AP"] == pytest.approx(0)
+    shifted = [r | {"bbox": [r["bbox"][0] + 3, *r["bbox"][1:]]} for r in perfect_results(data)]
+    metrics = evaluate(data.truth, shifted, data.names)
+    assert 0 < metrics["AP"] < metrics["AP50"] == pytest.approx(1)
+
+
+def test_nothing_found(tmp_path):
+    data = CocoImages(*write_coco(tmp_path), unchanged)
+    metrics = evaluate(data.truth, [], data.names)
+    assert set(metrics) == {*METRICS, "AP-red", "AP-green", "AP-blue"}
+    assert not any(metrics.values())
+
+
+def test_classes_without_objects_have_no_precision(tmp_path):
+    files = write_coco(tmp_path)
+    files.change(lambda content: content["categories"].append({"id": 8, "name": "unseen"}))
+    data = CocoImages(*files, unchanged)
+    assert evaluate(data.truth, perfect_results(data), data.names)["AP-unseen"] == -1
+
+
+def test_the_evaluation_is_silent(tmp_path, capsys):
+    data = CocoImages(*write_coco(tmp_path), unchanged)
+    evaluate(data.truth, perfect_results(data), data.names)
+    assert capsys.readouterr().out == ""
+
+
+def test_deep_folders(tmp_path):
+    files = write_coco(tmp_path)
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "image_1.png").rename(tmp_path / "deep/image_1.png")
+    files.change(change_entry("images", 0, file_name="deep/image_1.png"))
+    assert CocoImages(*CocoFiles(files.annotations, files.images), unchanged)[0][0].shape == (3, 64, 72)

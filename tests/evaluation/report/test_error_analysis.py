@@ -1,0 +1,131 @@
+import numpy as np
+import pytest
+
+from dino.data.coco import CocoImages, evaluate
+from dino.evaluation.report.error_analysis import KINDS, THRESHOLDS, analyse, best_threshold, confusion, f1_of, rates
+
+from ...coco_files import write_coco
+from .detections import imperfect
+
+
+def grid(columns=6, rows=5, images=4, crowd=False):
+    """Annotations of objects that are far apart from each other, 20x20 pixels in cells of 60x60; ids start at 0."""
+    entries = [{"id": n, "file_name": f"{n}.png", "width": 60 * columns, "height": 60 * rows} for n in range(images)]
+    annotations = []
+    for image in entries:
+        for cell in range(columns * rows):
+            x, y = 60 * (cell % columns) + 15, 60 * (cell // columns) + 15
+            category = (7, 40)[len(annotations) % 2]
+            box = [x, y, 20, 20]
+            annotations.append({"id": len(annotations), "image_id": image["id"], "category_id": category, "bbox": box})
+    if crowd:
+        annotations[0]["iscrowd"] = 1
+    categories = [{"id": 40, "name": "dog"}, {"id": 7, "name": "cat"}]
+    return {"images": entries, "annotations": annotations, "categories": categories}
+
+
+def perfect(data, score=0.9):
+    return [
+        {"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": score}
+        for a in data["annotations"]
+    ]
+
+
+def at(analysis, threshold):
+    place = int(np.searchsorted(THRESHOLDS, threshold))
+    return {kind: int(counts[place]) for kind, counts in analysis.tally.items()}
+
+
+def test_perfect_detections():
+    """Object ids start at 0, which pycocotools alone would count as missed."""
+    data = grid()
+    analysis = analyse(data, perfect(data))
+    assert analysis.ap == {"AP": 1, "AP50": 1, "AP75": 1, "APs": 1, "APm": -1, "APl": -1}
+    assert analysis.names == ["cat", "dog"]
+    assert [(row.objects, row.ap, row.precision, row.recall, row.f1) for row in analysis.rows] == [(60, 1, 1, 1, 1)] * 2
+    assert at(analysis, 0.5) == {"found": 120, "misplaced": 0, "confused": 0, "duplicate": 0, "false": 0, "missed": 0}
+    assert at(analysis, 0.91) == {"found": 0, "misplaced": 0, "confused": 0, "duplicate": 0, "false": 0, "missed": 120}
+    assert analysis.threshold == pytest.approx(0.45, abs=0.011)  # the middle of the plateau
+    assert confusion(analysis).tolist() == [[60, 0, 0], [0, 60, 0], [0, 0, 0]]
+
+
+def test_no_detections_at_all():
+    analysis = analyse(grid(), [])
+    assert analysis.ap["AP"] == 0
+    assert at(analysis, 0.5)["missed"] == 120
+    assert [row.recall for row in analysis.rows] == [0, 0]
+    assert confusion(analysis).tolist() == [[0, 0, 60], [0, 0, 60], [0, 0, 0]]
+
+
+def test_every_kind_of_error_is_told_apart():
+    data = grid(columns=5, rows=1, images=1)  # classes cat, dog, cat, dog, cat
+    entries = perfect(data)
+    entries[0] = {**entries[0], "bbox": [27, 15, 20, 20]}  # IoU 0.25
+    entries[1] = {**entries[1], "category_id": 7}
+    entries[2] = {**entries[2], "score": 0.8}
+    entries.append({**entries[2], "score": 0.7})
+    entries.append({**entries[3], "bbox": [200, 50, 8, 8]})
+    del entries[4]
+    analysis = analyse(data, entries)
+    assert at(analysis, 0.5) == {"found": 2, "misplaced": 1, "confused": 1, "duplicate": 1, "false": 1, "missed": 3}
+    assert at(analysis, 0.75)["duplicate"] == 0
+    # truth cat: one found, two missed; truth dog: one found, one taken for a cat
+    matrix = confusion(analysis._replace(threshold=0.5))
+    assert matrix.tolist() == [[1, 0, 2], [1, 1, 0], [2, 1, 0]]
+
+
+def test_crowd_regions_are_neither_objects_nor_errors():
+    data = grid(columns=2, rows=1, images=1, crowd=True)
+    analysis = analyse(data, perfect(data))
+    assert at(analysis, 0.5) == {"found": 1, "misplaced": 0, "confused": 0, "duplicate": 0, "false": 0, "missed": 0}
+    assert [o.label for o in analysis.objects] == [1]
+
+
+def test_one_matching_serves_all_thresholds():
+    """The same counts as when the detections below the threshold were never there."""
+    data = grid()
+    results, _ = imperfect(data, seed=3)
+    analysis = analyse(data, results)
+    for threshold in (0.05, 0.3, 0.5, 0.77):
+        fewer = analyse(data, [r for r in results if r["score"] >= threshold])
+        assert at(analysis, threshold) == at(fewer, 0.01), threshold
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_planted_errors_are_counted(seed):
+    data = grid()
+    results, done = imperfect(data, seed)
+    tally = at(analyse(data, results), 0.01)
+    assert tally["found"] == done["found"] + done["duplicate"]
+    assert tally["duplicate"] == done["duplicate"]
+    assert tally["confused"] == done["confused"]
+    assert tally["missed"] == done["missed"] + done["misplaced"] + done["confused"]
+    assert sum(tally[kind] for kind in KINDS) == len(results)
+
+
+def test_ap_is_that_of_the_other_road(tmp_path):
+    """`dino.data.coco.evaluate` reads the same from COCO's summary."""
+    files = write_coco(tmp_path, counts=(5, 3, 0, 4))
+    results, _ = imperfect(files.read(), seed=1)
+    images = CocoImages(*files, transforms=None)
+    expected = evaluate(images.truth, results, images.names)
+    analysis = analyse(files.read(), results)
+    assert analysis.ap == pytest.approx({name: expected[name] for name in analysis.ap})
+    assert {row.name: row.ap for row in analysis.rows} == pytest.approx({n: expected[f"AP-{n}"] for n in images.names})
+
+
+def test_rows_of_the_confusion_matrix_are_the_objects():
+    data = grid()
+    results, _ = imperfect(data, seed=5)
+    analysis = analyse(data, results)
+    matrix = confusion(analysis)
+    assert matrix[:-1].sum(1).tolist() == [60, 60]
+    assert matrix[:, :-1].sum() == sum(f.score >= analysis.threshold for f in analysis.found)
+
+
+def test_best_threshold_is_in_the_middle_of_a_plateau():
+    f1 = np.zeros(99)
+    f1[20:41] = 0.5
+    assert best_threshold(f1) == 0.31
+    zero = {kind: np.zeros(99, dtype=int) for kind in (*KINDS, "missed")}
+    assert f1_of(*rates(zero)).tolist() == [0] * 99

@@ -1,0 +1,323 @@
+import errno
+import io
+import json
+import os
+import resource
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+
+from dino import cli
+from dino.data.images import read_image
+from dino.inference import predict_files
+
+from ..coco_files import write_coco
+from ..tools.programs import assert_one_error, contents, run_verb
+from .test_predictor import picture, write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "my model ü.pth"
+    write_checkpoint(path)
+    return path
+
+
+@pytest.fixture
+def dino(checkpoint, monkeypatch, tmp_path, capsys):
+    """Runs the verb in an empty folder, in this process -> exit code, what was printed as an error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(predict_files, "keep_freed_memory", lambda: None)  # it would last
+
+    def run(*words):
+        code = cli.main(["predict", str(checkpoint), *map(str, words), "--device", "cpu"])
+        return code, capsys.readouterr().err
+
+    return run
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_a_new_user(checkpoint, tmp_path):
+    """In an empty folder, in a process of its own, with names that hold spaces and letters of any kind."""
+    write_coco(tmp_path / "my photos 图")
+    words = ["predict", checkpoint, "my photos 图", "--score-thresh", "0", "--device", "cpu"]
+    result = run_verb(*words, folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "4 pictures with 40 objects written to output/predictions" in result.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"my photos 图", "output"}
+    names = {path.name for path in (tmp_path / "output/predictions").iterdir()}
+    assert names == {"predictions.json", *(f"image_{n}.png" for n in range(1, 5))}
+    assert run_verb(*words, folder=tmp_path).returncode == 0
+    assert (tmp_path / "output/predictions.1/image_1.png").exists()
+
+
+def test_pictures_and_json(dino, tmp_path):
+    write_coco(tmp_path / "images", width=96, height=80)
+    Image.fromarray(picture()).save(tmp_path / "photo.JPG")
+    Image.fromarray(picture()).save(tmp_path / "scan.bmp")
+    assert dino("images", "*.JPG", "scan.bmp", "photo.JPG", "--output", "out", "--score-thresh", 0) == (0, "")
+    drawn = {p.name for p in (tmp_path / "out").iterdir()}
+    assert drawn == {"predictions.json", "photo.JPG", "scan.bmp.png", *(f"image_{n}.png" for n in range(1, 5))}
+    with Image.open(tmp_path / "out/photo.JPG") as image:
+        assert image.format == "JPEG"
+    assert (read_image(tmp_path / "out/image_1.png") != read_image(tmp_path / "images/image_1.png")).any()
+    coco = COCO(tmp_path / "out/predictions.json")
+    assert [c["name"] for c in coco.loadCats([1, 2, 3])] == ["red", "green", "blue"]
+    assert [i["file_name"] for i in coco.loadImgs(range(1, 7))][-2:] == ["photo.JPG", "scan.bmp"]
+    assert (coco.imgs[1]["width"], coco.imgs[1]["height"]) == (96, 80)
+    assert len(coco.anns) == 60
+    x, _, w, h = coco.anns[1]["bbox"]
+    assert -96 < x < 96
+    assert coco.anns[1]["area"] == pytest.approx(w * h, abs=0.01)
+    assert len(coco.loadRes(list(coco.anns.values())).anns) == 60
+
+
+def test_options(dino, tmp_path):
+    Image.fromarray(picture(200, 300)).save(tmp_path / "a.png")
+    words = ["--tile", 128, "--overlap", 0.1, "--nms", 0.5, "--one-label", "--batch-size", 2, "--dtype", "bf16"]
+    assert dino("a.png", "--max-detections", 4, "--score-thresh", 0, "--output", "out", *words) == (0, "")
+    assert len(read_json(tmp_path / "out/predictions.json")["annotations"]) == 4
+
+
+def test_nothing_is_overwritten(dino, tmp_path):
+    write_coco(tmp_path / "images")
+    write_coco(tmp_path / "more")
+    before = contents(tmp_path)
+    for words, message in (
+        (["images", "--output", "images"], "image_1.png is taken. Choose another --output"),
+        (["images", "more", "--output", "out"], "out/image_1.png is taken"),
+        (["absent.jpg"], "input not found: absent.jpg"),
+        (["absent/*.jpg"], "no images match absent/*.jpg"),
+        (["absent.mp4"], "input not found: absent.mp4"),
+        (["images", "--tile", "3"], "tile must be in"),
+        (["images", "--score-thresh", "40"], "score_thresh must be in"),
+    ):
+        code, error = dino(*words)
+        assert code == 1
+        assert message in error
+        assert error.count("\n") == 1
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/predictions.json").write_text("mine")
+    assert "predictions.json is taken" in dino("images", "--output", "out")[1]
+    (tmp_path / "out/predictions.json").unlink()
+    assert contents(tmp_path) == before
+
+
+def test_bad_checkpoints(tmp_path):
+    write_coco(tmp_path / "images")
+    (tmp_path / "model.pth").write_bytes(b"")
+    for name in ("model.pth", "absent.pth", "images"):
+        assert_one_error(run_verb("predict", name, "images", folder=tmp_path), name)
+    assert not (tmp_path / "output").exists()
+
+
+def test_bad_images_are_left_out_and_told(dino, tmp_path):
+    write_coco(tmp_path / "images")
+    (tmp_path / "images/image_2.png").write_bytes(b"no image")
+    (tmp_path / "images/image_3.png").write_bytes(b"")
+    (tmp_path / "images/image_9.png").write_bytes(huge_png())
+    code, error = dino("images", "--output", "out")
+    assert code == 1
+    assert error.startswith("error: can't read image images/image_2.png")
+    assert "3 of 5 inputs could not be read" in error
+    assert error.count("\n") == 1
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"predictions.json", "image_1.png", "image_4.png"}
+    listed = [image["file_name"] for image in read_json(tmp_path / "out/predictions.json")["images"]]
+    assert listed == ["image_1.png", "image_4.png"]
+
+
+def huge_png():
+    """A file that says that it is 40,000 pixels wide and high."""
+    buffer = io.BytesIO()
+    Image.new("1", (8, 8)).save(buffer, "PNG")
+    content = bytearray(buffer.getvalue())
+    content[16:24] = (40_000).to_bytes(4, "big") * 2
+    import zlib
+
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    return bytes(content)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ENOSPC])
+def test_refused_writes(dino, tmp_path, monkeypatch, code):
+    """At the third picture: the two before it stay, and the JSON holds these."""
+    write_coco(tmp_path / "images")
+    save, calls = Image.Image.save, []
+
+    def fail(self, path, **options):
+        calls.append(path)
+        if len(calls) == 3:
+            path.write_bytes(b"half a pict")
+            raise OSError(code, os.strerror(code))
+        save(self, path, **options)
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    status, error = dino("images", "--output", "out")
+    assert status == 1
+    assert error == f"error: can't write out/image_3.png: [Errno {code}] {os.strerror(code)}\n"
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"predictions.json", "image_1.png", "image_2.png"}
+    assert len(read_json(tmp_path / "out/predictions.json")["images"]) == 2
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_a_full_disk_at_the_end(dino, tmp_path, monkeypatch, name):
+    """When the JSON is finished: it is not there, and no half of it."""
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    function = getattr(os, name)
+    calls = []
+
+    def fail(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:  # the first is that of the picture
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        function(*arguments)
+
+    monkeypatch.setattr(os, name, fail)
+    status, error = dino("a.png", "--output", "out")
+    assert status == 1
+    assert error == "error: can't write out/predictions.json: [Errno 28] No space left on device\n"
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["a.png"]
+
+
+def test_a_folder_that_is_none(dino, tmp_path):
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    (tmp_path / "file").write_text("mine")
+    status, error = dino("a.png", "--output", "file/out")
+    assert status == 1
+    assert "can't make the folder file/out" in error
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """Ten frames of 97 x 64 pixels at 10 frames per second."""
+    pytest.importorskip("cv2", reason="OpenCV is not installed")
+    from dino.inference.video import VideoWriter
+
+    path = tmp_path / "my clip ü.mp4"
+    writer = VideoWriter(path, 10, (64, 97))
+    for number in range(10):
+        writer.write(np.full((64, 97, 3), 20 * number, np.uint8))
+    writer.close()
+    return path
+
+
+def frames_of(path):
+    from dino.inference.video import VideoReader
+
+    video = VideoReader(path)
+    return video.fps, np.stack(list(video))
+
+
+def test_video(dino, clip, tmp_path):
+    assert dino(clip.name, "--output", "out", "--score-thresh", 0, "--batch-size", 4) == (0, "")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {clip.name, "my clip ü.json"}
+    fps, frames = frames_of(tmp_path / "out" / clip.name)
+    assert fps == 10
+    assert frames.shape == (10, 64, 96, 3)
+    assert np.abs(frames[-1].astype(int) - 180).max() > 60  # something is drawn
+    content = read_json(tmp_path / "out/my clip ü.json")
+    assert [image["frame"] for image in content["images"]] == list(range(10))
+    assert len(content["annotations"]) == 100
+
+
+def test_bad_videos(dino, clip, tmp_path):
+    (tmp_path / "broken.mp4").write_bytes(clip.read_bytes()[:500])
+    (tmp_path / "empty.avi").write_bytes(b"")
+    code, error = dino("broken.mp4", clip.name, "empty.avi", "--output", "out")
+    assert code == 1
+    assert error.startswith("error: can't read broken.mp4: no video")
+    assert "2 of 3 inputs" in error
+    assert error.count("\n") == 1
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {clip.name, "my clip ü.json"}
+
+
+def test_a_full_disk_under_a_video(clip, tmp_path):
+    """OpenCV says nothing when it can't write; the limit makes the kernel refuse what goes beyond it."""
+    from dino.inference.video import VideoWriter
+    from dino.utils.files import DataError
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer = VideoWriter(tmp_path / "full.mp4", 10, (64, 96))
+    import signal
+
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        for number in range(40):
+            writer.write(picture(64, 96, seed=number))
+        with pytest.raises(DataError, match=r"can't write .*full\.mp4: \d+ of 40 frames arrived. Is the disk full"):
+            writer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, old)
+    assert {p.name for p in tmp_path.iterdir()} == {clip.name}
+
+
+class Camera:
+    """Stands for a webcam, whose user presses Ctrl-C at the fourth frame."""
+
+    def __init__(self, source):
+        assert source == 7
+        self.frames = 0
+
+    def isOpened(self):
+        return True
+
+    def get(self, what):
+        return -1.0
+
+    def read(self):
+        self.frames += 1
+        if self.frames == 4:
+            raise KeyboardInterrupt
+        return True, picture(64, 96)
+
+    def release(self):
+        pass
+
+
+def test_a_webcam(dino, monkeypatch, tmp_path):
+    cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
+    original = cv2.VideoCapture
+    monkeypatch.setattr(cv2, "VideoCapture", lambda source: (Camera if isinstance(source, int) else original)(source))
+    assert dino(7, "--output", "out") == (0, "")
+    assert len(read_json(tmp_path / "out/webcam_7.json")["images"]) == 3
+    fps, frames = frames_of(tmp_path / "out/webcam_7.mp4")
+    assert fps == 25
+    assert len(frames) >= 3
+
+
+def test_a_missing_webcam(dino, tmp_path):
+    pytest.importorskip("cv2", reason="OpenCV is not installed")
+    code, error = dino(97, "--output", "out")
+    assert code == 1
+    assert error.startswith("error: can't read webcam 97: ")
+
+
+def test_ctrl_c_keeps_the_frames_before_it(dino, clip, monkeypatch, tmp_path):
+    add = predict_files.CocoWriter.add
+
+    def stop(self, found, **facts):
+        add(self, found, **facts)
+        if self.images == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(predict_files.CocoWriter, "add", stop)
+    code, error = dino(clip.name, "--output", "out")
+    assert (code, error) == (130, "error: interrupted\n")
+    assert len(read_json(tmp_path / "out/my clip ü.json")["images"]) == 5
+    assert len(frames_of(tmp_path / "out" / clip.name)[1]) == 5
+
+
+def test_the_example(dino, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["predict", "--help"])
+    out = capsys.readouterr().out
+    assert "dino predict model_final.pth photo.jpg" in out
+    assert "dino predict model_final.pth 0 " in out

@@ -1,0 +1,186 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dino.utils.files import DataError
+from dino.weights import description
+from dino.weights.description import Preprocessing, model_from_checkpoint
+
+from ..tiny import random_batch
+from .states import randomise
+
+RESNET = {
+    "_target_": "detectron2.modeling.ResNet",
+    "stem": {"_target_": "detectron2.modeling.backbone.BasicStem", "in_channels": 3, "out_channels": 64, "norm": "BN"},
+    "stages": {"_target_": "detectron2.modeling.ResNet.make_default_stages", "depth": 18, "norm": "BN"},
+    "out_features": ["res3", "res4", "res5"],
+    "freeze_at": 2,
+}
+TORCHVISION = {"_target_": "dino.modeling.TorchvisionBackbone", "name": "resnet18", "norm": "BN"}
+
+
+def network(**changes):
+    """The description of a small network."""
+    small = {"embed_dim": 32, "num_heads": 4, "hidden_dim": 16, "encoder_layers": 1, "decoder_layers": 2}
+    small |= {"num_classes": 3, "num_queries": 12, "num_denoising": 6}
+    return {"_target_": "dino.modeling.build_dino", "backbone": TORCHVISION, **small, **changes}
+
+
+def write_content(path, description=None, **content):
+    """A checkpoint without weights, but with a description, or with other content."""
+    about = {"config": json.dumps({"network": description or network()}), "preprocessing": Preprocessing()._asdict()}
+    torch.save({"names": ["a", "b", "c"], "about": about, **content}, path)
+
+
+def write(path, description=None, **content):
+    """A checkpoint of the small, or the described, network with random weights, or with other content."""
+    model = randomise(description.build_network({"network": description or network()})).eval()
+    write_content(path, description, **{"model": model.state_dict(), **content})
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", [TORCHVISION, RESNET])
+def test_a_network_comes_back(tmp_path, backbone):
+    model = write(tmp_path / "model.pth", network(backbone=backbone))
+    found = model_from_checkpoint(tmp_path / "model.pth")
+    assert found.names == ["a", "b", "c"]
+    assert found.preprocessing == Preprocessing()
+    assert not found.network.training
+    batch = random_batch(2)
+    assert torch.equal(found.network(*batch).decoder.boxes, model(*batch).decoder.boxes)
+
+
+def test_averages_are_taken(tmp_path):
+    raw = description.build_network({"network": network()})
+    averaged = write(tmp_path / "averaged.pth")
+    write(tmp_path / "model.pth", model=raw.state_dict(), ema={"model": averaged.state_dict(), "updates": 3})
+    assert torch.equal(model_from_checkpoint(tmp_path / "model.pth").network.level_embed, averaged.level_embed)
+    found = model_from_checkpoint(tmp_path / "model.pth", copy="model")
+    assert torch.equal(found.network.level_embed, raw.level_embed)
+
+
+def touch(path):
+    return {"_target_": "os.system", "command": f"touch {path}"}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (lambda p: touch(p), r"'os\.system' is not on the list"),
+        (lambda p: network(backbone=touch(p)), r"'os\.system' is not on the list"),
+        (lambda p: network(backbone={"_target_": "os.mkdir", "path": "made"}), "'os.mkdir' is not on the list"),
+        (lambda p: network(backbone={"_target_": "builtins.eval"}), "'builtins.eval' is not on the list"),
+        (
+            lambda p: network(backbone={"_target_": "dino.layers.ops.build.build"}),
+            "'dino.layers.ops.build.build' is not on the list",
+        ),
+        (lambda p: network(backbone={"_target_": ["os.system"]}), "is no name of a part"),
+        (lambda p: network(backbone={"_target_": {"_target_": "os.system"}}), "is no name of a part"),
+        (lambda p: network(backbone={**TORCHVISION, "name": "hf-hub:someone/model"}), "addresses and paths"),
+        (lambda p: network(backbone={**TORCHVISION, "name": "https://host/model.pth"}), "addresses and paths"),
+        (lambda p: network(backbone={**TORCHVISION, "name": "../../model"}), "addresses and paths"),
+        (lambda p: network(backbone={**TORCHVISION, "weights": "IMAGENET1K_V1"}), "'weights' would read or download"),
+        (lambda p: network(backbone={**TORCHVISION, "options": {"pretrained": True}}), "'pretrained' would read or"),
+        (lambda p: network(num_classes="!!python/object/apply:os.system ['ls']"), "no plain word"),
+        (lambda p: network(width=3), "TypeError: .*width"),
+        (lambda p: network(num_queries=-1), "RuntimeError"),
+        (lambda p: TORCHVISION, "a DINO was expected, not TorchvisionBackbone"),
+        (lambda p: [1], "a DINO was expected, not list"),
+    ],
+)
+def test_other_parts_are_refused(tmp_path, monkeypatch, bad, message):
+    monkeypatch.chdir(tmp_path)
+    write_content(tmp_path / "bad.pth", bad(tmp_path / "trace"))
+    with pytest.raises(DataError, match=rf"can't rebuild the model of .*bad\.pth: .*({message})"):
+        model_from_checkpoint(tmp_path / "bad.pth")
+    assert os.listdir(tmp_path) == ["bad.pth"]
+
+
+@pytest.mark.parametrize(
+    "text", ["!!python/object/apply:os.system ['touch trace']", "network: !!python/name:os.system ''", "[", "1", "[]"]
+)
+def test_descriptions_are_json_and_nothing_else(tmp_path, monkeypatch, text):
+    """A yaml tag would build any Python object, had it been read by Detectron2's unsafe loader."""
+    monkeypatch.chdir(tmp_path)
+    about = {"config": text, "preprocessing": Preprocessing()._asdict()}
+    write_content(tmp_path / "bad.pth", about=about)
+    with pytest.raises(DataError, match=r"can't rebuild the model of .*bad\.pth: "):
+        model_from_checkpoint(tmp_path / "bad.pth")
+    assert os.listdir(tmp_path) == ["bad.pth"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"about": None}, {"about": {}}, {"about": {"config": {}}}, {"names": None}, {"names": "abc"}, {"names": [1]}],
+)
+def test_files_without_a_description(tmp_path, content):
+    write_content(tmp_path / "model.pth", **content)
+    with pytest.raises(DataError, match=r"model\.pth does not say how to build its model.*dino convert"):
+        model_from_checkpoint(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pixel_std": [0, 1, 1]},
+        {"pixel_mean": [1, 2]},
+        {"pixel_mean": "abc"},
+        {"short_side": 0},
+        {"short_side": 1.5},
+        {"max_size": "big"},
+        {"max_detections": None},
+        {"more": 1},
+    ],
+)
+def test_preprocessing_must_make_sense(tmp_path, change):
+    about = {"config": json.dumps({"network": network()}), "preprocessing": Preprocessing()._asdict() | change}
+    write_content(tmp_path / "model.pth", about=about)
+    with pytest.raises(DataError, match=rf"preprocessing.*{next(iter(change)) if 'more' not in change else 'dict'}"):
+        model_from_checkpoint(tmp_path / "model.pth")
+
+
+def test_weights_must_be_whole(tmp_path):
+    model = write(tmp_path / "model.pth")
+    state = {k: v for k, v in model.state_dict().items() if k != "level_embed"}
+    write(tmp_path / "less.pth", model=state)
+    with pytest.raises(DataError, match=r"less\.pth"):
+        model_from_checkpoint(tmp_path / "less.pth")
+    state = {k: v for k, v in model.state_dict().items() if k != "encoder.layers.0.norm.weight"}
+    write(tmp_path / "less.pth", model=state)
+    with pytest.raises(DataError, match=r"less\.pth does not hold all of its own model: encoder\.layers\.0\.norm"):
+        model_from_checkpoint(tmp_path / "less.pth")
+    write(tmp_path / "less.pth", names=["a"])
+    with pytest.raises(DataError, match="1 names for 3 classes"):
+        model_from_checkpoint(tmp_path / "less.pth")
+
+
+@pytest.mark.parametrize(
+    "change", [{"stages": {**RESNET["stages"], "norm": "GN"}}, {"stages": {**RESNET["stages"], "stride_in_1x1": True}}]
+)
+def test_resnets_that_only_detectron2_has(tmp_path, change):
+    write_content(tmp_path / "model.pth", network(backbone={**RESNET, **change}))
+    with pytest.raises(DataError, match="is not torchvision's"):
+        model_from_checkpoint(tmp_path / "model.pth")
+
+
+def run_without_detectron2(path):
+    code = "import sys; sys.modules['detectron2'] = None; from dino.weights.description import model_from_checkpoint"
+    code += f"; print(model_from_checkpoint({str(path)!r}).names)"
+    return subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+
+
+def test_resnets_of_detectron2_do_without_it(tmp_path):
+    write(tmp_path / "model.pth", network(backbone=RESNET))
+    assert run_without_detectron2(tmp_path / "model.pth").stdout.strip() == "['a', 'b', 'c']"
+
+
+def test_other_backbones_of_detectron2_say_that_they_need_it(tmp_path):
+    write_content(tmp_path / "model.pth", network(backbone={"_target_": "detectron2.modeling.SwinTransformer"}))
+    result = run_without_detectron2(tmp_path / "model.pth")
+    assert "detectron2.modeling.SwinTransformer needs Detectron2, which is not installed here" in result.stderr
