@@ -141,7 +141,7 @@ def instances(detector):
 
 
 def assert_same_detections(found, expected):
-    """Every one has its like (boxes within a tenth of a pixel); those with nearly equal scores may come in another order."""
+    """Each has its like, boxes within a tenth of a pixel; nearly equal scores may come in another order."""
     found, expected = np.array(found), np.array(expected)
     assert found.shape == expected.shape
     far = np.abs(found[:, None] - expected) / (0.1, 0.1, 0.1, 0.1, 5e-4, 0.1)  # (ours, theirs, 6)
