@@ -1,6 +1,6 @@
 """What people have from before the package got its rooms keeps working: checkpoints, run folders, recipes, programs.
 
-tests/data/before_rooms was written by commit 4bcc1d5, as its README.md says. Nothing here names a module but by the
+tests/before_rooms was written by commit 4bcc1d5, as its README.md says. Nothing here names a module but by the
 names that people and their files use.
 """
 
@@ -20,7 +20,7 @@ from PIL import Image
 from .d2.processes import environment
 
 ROOT = Path(__file__).parents[1]
-FOLDER = Path(__file__).parent / "data/before_rooms"
+FOLDER = Path(__file__).parent / "before_rooms"
 DESCRIPTIONS = json.loads((FOLDER / "descriptions.json").read_text())
 RUNS = ("run", "tuned_run")
 WITHOUT_DETECTRON2 = ("resnet", "torchvision", "plain")
