@@ -2,7 +2,6 @@
 
 from detectron2.config import LazyConfig
 from detectron2.data.datasets import register_coco_instances
-
 from dino.recipes import find_recipe
 
 register_coco_instances("before_cells", {}, "data/annotations.json", "data")

@@ -1,8 +1,8 @@
 """The recipe beside it in float16, with a wrapped criterion and a factor for two kinds of parameters."""
 
 from detectron2.config import LazyCall as L
-
 from dino.d2.optim import tenth_for_backbone_and_offsets
+
 from dino.layers import Reweighting
 
 from .recipe import dataloader, lr_multiplier, model, optimizer, train  # noqa: F401 (the five parts of a recipe)
