@@ -16,8 +16,8 @@ from dino.d2.checkpoint import Checkpointer, read_names  # noqa: E402
 from dino.d2.recipe_description import describe  # noqa: E402
 from dino.inference.predict_files import plan, predict  # noqa: E402
 from dino.inference.predictor import Predictor  # noqa: E402
+from dino.modeling.detector import Detector, Preprocessing  # noqa: E402
 from dino.utils.files import DataError, message_of  # noqa: E402
-from dino.weights.description import Preprocessing  # noqa: E402
 
 EXAMPLE = """
 example:
@@ -51,7 +51,7 @@ def make_predictor(args):
     model = instantiate(cfg.model).to("cuda" if torch.cuda.is_available() else "cpu").eval()
     Checkpointer(model, names=names).load_whole(str(args.weights))
     preprocessing = Preprocessing(**describe(cfg)["preprocessing"])
-    return Predictor(model.network, names, preprocessing, score_thresh=args.threshold)
+    return Predictor(Detector(model.network, preprocessing, names).eval(), score_thresh=args.threshold)
 
 
 def main(argv=None):

@@ -18,6 +18,7 @@ from torch import nn
 from dino.d2.training.optimizer import tenth_for_backbone
 from dino.layers import HungarianMatcher, SetCriterion
 from dino.modeling.assembly import build_dino
+from dino.modeling.detector import IMAGENET_MEAN, IMAGENET_STD
 
 
 def add_dino_config(cfg: CfgNode) -> None:
@@ -30,8 +31,8 @@ def add_dino_config(cfg: CfgNode) -> None:
     cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res3", "res4", "res5"]
     cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
-    cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
-    cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]
+    cfg.MODEL.PIXEL_MEAN = list(IMAGENET_MEAN)
+    cfg.MODEL.PIXEL_STD = list(IMAGENET_STD)
     cfg.INPUT.FORMAT = "RGB"
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
     cfg.SOLVER.BASE_LR = 1e-4

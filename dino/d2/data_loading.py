@@ -20,7 +20,8 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
 from dino.data.coco import read_annotations, usable_box
-from dino.data.images import read_image, resized_size
+from dino.data.images import read_image
+from dino.modeling.detector import resized_size
 from dino.utils.files import DataError
 
 logger = logging.getLogger("detectron2.dino")

@@ -12,9 +12,10 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.utils.registry import _convert_target_to_string as name_of
 from omegaconf import DictConfig, OmegaConf
 
+from dino.modeling.detector import Preprocessing
 from dino.utils.recipes import find_recipe
 from dino.weights import read_content
-from dino.weights.description import Preprocessing, read_description
+from dino.weights.description import read_description
 
 from .backbones import AsBackbone, regnet, vitdet
 from .data_loading import ShortSide

@@ -20,10 +20,11 @@ from torchvision.transforms.v2 import functional
 
 from dino.layers.boxes import xyxy_to_cxcywh
 from dino.layers.postprocess import Detections
+from dino.modeling.detector import resized_size
 from dino.structures import Target
 from dino.utils.files import DataError, resolve_inside
 
-from .images import read_image, resized_size
+from .images import read_image
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six of COCO's twelve
 

@@ -1,9 +1,8 @@
-"""What happens to one batch inside a DINO. Hooks look on: nothing in the network knows of this module."""
+"""Recording of one batch inside a DINO, by hooks: nothing in the network knows of this module."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -52,8 +51,15 @@ class Record(NamedTuple):
     losses: dict[str, float]  # weighted, by name
     gradients: dict[str, Tensor]  # "once" and "twice" -> (N, N, 2), see `box_gradients`
 
+    def count_tokens(self, image: int) -> int:
+        """Number of tokens of an image that are not padding."""
+        padding = self.memory.padding
+        return self.memory.features.shape[1] if padding is None else int((~padding[image]).sum())
 
-def record(network: DINO, images: Tensor, padding: Tensor, targets: list[Target], criterion: SetCriterion) -> Record:
+
+def record(
+    network: DINO, images: Tensor, padding: Tensor | None, targets: list[Target], criterion: SetCriterion
+) -> Record:
     """Run a batch as in training, but in the mode (`train` or `eval`) in which the network is, and keep what happens.
 
     Args:
@@ -117,9 +123,9 @@ def check_parts(network: DINO) -> None:
 
 
 def looking(decoder: Decoder, kind: type[Decoder]) -> Decoder:
-    """The same decoder, with the same modules and hooks, but looking forward as `kind` does."""
-    other = copy.copy(decoder)
-    other.__class__ = kind
+    """A decoder of class `kind`, which looks forward in its own way, over the same modules and hooks."""
+    other = kind.__new__(kind)
+    vars(other).update(vars(decoder))
     return other
 
 
@@ -144,7 +150,7 @@ def look(
     query: Tensor,
     reference: Tensor,
     value: Tensor,
-    padding: Tensor,
+    padding: Tensor | None,
     shapes: list[tuple[int, int]],
     valid_ratios: Tensor,
 ) -> Samples:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 
 from dino.modeling import fold_norms
+from dino.modeling.detector import Detector
 from dino.utils.files import DataError, make_folder, write_whole
-from dino.weights.description import Rebuilt, model_from_checkpoint
+from dino.weights.description import detector_from_checkpoint
 
 from .export_formats import FORMATS, SAMPLING, write
-from .export_wrapper import Detector, Fixed, describe
+from .export_wrapper import ExportWrapper, Fixed, describe
 from .verify import Limits, compare, read_data, read_folder
 
 EXAMPLE = """
@@ -69,41 +70,79 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Export one file. What differs too much from the network is not kept.
+    """Export one file; see `export_checkpoint`."""
+    args = parse_arguments(argv)
+    export_checkpoint(
+        args.checkpoint,
+        args.output,
+        form=args.format,
+        fixed=Fixed(args.batch, *args.size) if args.size else None,
+        sampling=args.sampling,
+        thresholds=args.score_thresh,
+        copy=args.copy,
+        verify=args.verify,
+        verify_json=args.verify_json,
+        limit=args.limit,
+    )
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    output: Path,
+    *,
+    form: str,
+    fixed: Fixed | None = None,
+    sampling: str = "grid",
+    thresholds: Sequence[float] = (0.5,),
+    copy: str = "auto",
+    verify: Path | None = None,
+    verify_json: Path | None = None,
+    limit: int = 50,
+) -> None:
+    """Export a checkpoint to one file, unless the file differs too much from the network.
+
+    Args:
+        checkpoint: a file of this project's training.
+        output: the file to write; it must not exist.
+        form: a key of `FORMATS`.
+        fixed: the only size, or None for any batch and size.
+        sampling: see `write`.
+        thresholds: for those who draw; one for all classes, or one for each.
+        copy: "model", "ema" or "auto", see `dino.weights.load_weights`.
+        verify: folder of images to compare on; None for no comparison.
+        verify_json: their annotations in COCO format, to compare AP.
+        limit: most images of the comparison.
 
     Raises:
-        DataError: the checkpoint can't be used or exported, OUT exists or can't be written, or the comparison fails.
+        DataError: the checkpoint can't be used or exported, `output` exists or can't be written, or the comparison
+            fails.
         ImportError: a library of the format is not installed.
     """
-    args = parse_arguments(argv)
-    if args.output.exists():
-        raise DataError(f"{args.output} exists: choose another name, or move it away")
-    rebuilt = model_from_checkpoint(args.checkpoint, copy=args.copy)
-    fixed = Fixed(args.batch, *args.size) if args.size else None
-    thresholds = spread(args.score_thresh, rebuilt.names)
-    about = describe(rebuilt.names, thresholds, rebuilt.preprocessing, fixed)
+    if output.exists():
+        raise DataError(f"{output} exists: choose another name, or move it away")
+    detector = detector_from_checkpoint(checkpoint, copy)
+    about = describe(detector.names, _spread(thresholds, detector.names), detector.preprocessing, fixed)
     source = None
-    if args.verify_json:
-        source = read_data(args.verify_json, args.verify, rebuilt.names, args.limit)
-    elif args.verify:
-        source = read_folder(args.verify, args.limit)
-    print(f"exporting {args.checkpoint} as {args.format}; this takes a minute or two", flush=True)
-    content = write(args.format, exportable(rebuilt), fixed, about, sampling=args.sampling)
-    run = FORMATS[args.format].run(content)
+    if verify_json:
+        source = read_data(verify_json, verify, detector.names, limit)
+    elif verify:
+        source = read_folder(verify, limit)
+    print(f"exporting {checkpoint} as {form}; this takes a minute or two", flush=True)
+    content = write(form, exportable(detector), fixed, about, sampling=sampling)
+    run = FORMATS[form].run(content)
     if source is not None:
-        comparison = compare(Detector(*rebuilt[::2]), run, source, resize=about["resize"], fixed=fixed)
+        comparison = compare(detector, run, source, resize=about["resize"], fixed=fixed)
         print(comparison)
-        faults = comparison.faults(Limits())
-        if faults:
-            raise DataError(f"{args.output} is not written, for it differs from the network: {'; '.join(faults)}")
-    make_folder(args.output.parent)
-    write_whole(args.output, lambda part: part.write_bytes(content))
+        if issues := comparison.issues(Limits()):
+            raise DataError(f"{output} is not written, for it differs from the network: {'; '.join(issues)}")
+    make_folder(output.parent)
+    write_whole(output, lambda part: part.write_bytes(content))
     size = f"batch {fixed.batch}, {fixed.height} x {fixed.width}" if fixed else "any batch and size"
-    checked = "" if args.verify else "; not compared with the network: --verify IMAGES does that"
-    print(f"{args.output}: {args.format}, {size}, {len(rebuilt.names)} classes, {len(content) / 1e6:.1f} MB{checked}")
+    checked = "" if verify else "; not compared with the network: --verify IMAGES does that"
+    print(f"{output}: {form}, {size}, {len(detector.names)} classes, {len(content) / 1e6:.1f} MB{checked}")
 
 
-def spread(thresholds: Sequence[float], names: Sequence[str]) -> list[float]:
+def _spread(thresholds: Sequence[float], names: Sequence[str]) -> list[float]:
     """One threshold for each class.
 
     Raises:
@@ -116,8 +155,8 @@ def spread(thresholds: Sequence[float], names: Sequence[str]) -> list[float]:
     return [*thresholds] if len(thresholds) == len(names) else [*thresholds] * len(names)
 
 
-def exportable(rebuilt: Rebuilt) -> Detector:
-    """A copy whose fixed norms are merged into its convolutions: fewer operators, and faster in every program."""
-    network = copy.deepcopy(rebuilt.network)
-    fold_norms(network)
-    return Detector(network, rebuilt.preprocessing).eval()
+def exportable(detector: Detector) -> ExportWrapper:
+    """Wrap a copy with its batch norms folded into its convolutions: fewer operators, and faster in every program."""
+    detector = deepcopy(detector)
+    fold_norms(detector.network)
+    return ExportWrapper(detector).eval()

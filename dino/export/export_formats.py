@@ -1,4 +1,4 @@
-"""The forms of an exported program: each is written to bytes and run from bytes."""
+"""Formats of exported programs: each is written to bytes and run from bytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.export import Dim, ExportedProgram
 from dino.layers import deform_attn_implementation
 from dino.utils.files import DataError
 
-from .export_wrapper import Detector, Fixed
+from .export_wrapper import ExportWrapper, Fixed
 
 KEY = "dino"  # of the description inside a file
 OPSET = 18  # of ONNX; GridSample needs 16
@@ -27,19 +27,19 @@ Run = Callable[[np.ndarray, np.ndarray], list[np.ndarray]]  # images, sizes -> b
 
 
 class Format(NamedTuple):
-    """How to write a program, and how to run what was written."""
+    """A format's writer, and the function that runs its files."""
 
-    write: Callable[[Detector, Fixed | None, dict[str, Any]], bytes]
+    write: Callable[[ExportWrapper, Fixed | None, dict[str, Any]], bytes]
     run: Callable[[bytes], Run]
 
 
-def trace(detector: Detector, fixed: Fixed | None) -> ExportedProgram:
-    """The graph of `detector`, for one size or for any.
+def trace(wrapper: ExportWrapper, fixed: Fixed | None) -> ExportedProgram:
+    """Trace the graph of `wrapper`, for one size or for any.
 
     Raises:
         DataError: the network can't be exported like this.
     """
-    network = detector.network
+    network = wrapper.detector.network
     open_sizes = {}
     if fixed is None:
         lowest = coarsest_stride(network) + 1
@@ -47,7 +47,7 @@ def trace(detector: Detector, fixed: Fixed | None) -> ExportedProgram:
         open_sizes = {"images": {0: batch, 2: height, 3: width}, "sizes": {0: batch}}
     size = fixed or Fixed(2, 256, 320)
     try:
-        return torch.export.export(detector, example(size), dynamic_shapes=open_sizes or None, strict=False)
+        return torch.export.export(wrapper, example(size), dynamic_shapes=open_sizes or None, strict=False)
     except (torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError) as error:
         hint = "" if fixed else "; a fixed size may be possible: --size HEIGHT WIDTH"
         first = str(error).strip().splitlines()[0][:300]
@@ -70,16 +70,16 @@ def example(size: Fixed) -> tuple[Tensor, Tensor]:
     return images, sizes
 
 
-def to_torch_export(detector: Detector, fixed: Fixed | None, about: dict[str, Any]) -> bytes:
+def to_torch_export(wrapper: ExportWrapper, fixed: Fixed | None, about: dict[str, Any]) -> bytes:
     """A program that `torch.export.load` reads; the description is the extra file `dino.json`."""
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # "No complete tensor found in the group": views of one weight
-        torch.export.save(trace(detector, fixed), file, extra_files={f"{KEY}.json": json.dumps(about)})
+        torch.export.save(trace(wrapper, fixed), file, extra_files={f"{KEY}.json": json.dumps(about)})
     return file.getvalue()
 
 
-def to_torchscript(detector: Detector, fixed: Fixed | None, about: dict[str, Any]) -> bytes:
+def to_torchscript(wrapper: ExportWrapper, fixed: Fixed | None, about: dict[str, Any]) -> bytes:
     """A traced module that `torch.jit.load` reads; the description is the extra file `dino.json`.
 
     Raises:
@@ -89,11 +89,11 @@ def to_torchscript(detector: Detector, fixed: Fixed | None, about: dict[str, Any
         raise DataError("TorchScript is for one size: give --size HEIGHT WIDTH")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about Python numbers, which are meant to be constants here
-        traced = torch.jit.trace(detector, example(fixed), check_trace=False)
+        traced = torch.jit.trace(wrapper, example(fixed), check_trace=False)
         return bytes(torch.jit.freeze(traced).save_to_buffer(_extra_files={f"{KEY}.json": json.dumps(about)}))
 
 
-def to_onnx(detector: Detector, fixed: Fixed | None, about: dict[str, Any]) -> bytes:
+def to_onnx(wrapper: ExportWrapper, fixed: Fixed | None, about: dict[str, Any]) -> bytes:
     """ONNX in standard operators; the description is in the metadata under `dino`.
 
     Raises:
@@ -107,7 +107,7 @@ def to_onnx(detector: Detector, fixed: Fixed | None, about: dict[str, Any]) -> b
         names = {"input_names": ["images", "sizes"], "output_names": list(OUTPUTS)}
         if fixed is None:
             names["dynamic_shapes"] = ({0: "batch", 2: "height", 3: "width"}, {0: "batch"})  # what the axes are called
-        graph = trace(detector, fixed)
+        graph = trace(wrapper, fixed)
         program = torch.onnx.export(graph, opset_version=OPSET, dynamo=True, verbose=False, optimize=False, **names)
     tidy(program.model)
     program.model.metadata_props[KEY] = json.dumps(about)
@@ -175,13 +175,13 @@ SAMPLING = {"grid": "reference", "gather": "gather"}  # what the command line ca
 
 @torch.no_grad()
 def write(
-    form: str, detector: Detector, fixed: Fixed | None, about: dict[str, Any], *, sampling: str = "grid"
+    form: str, wrapper: ExportWrapper, fixed: Fixed | None, about: dict[str, Any], *, sampling: str = "grid"
 ) -> bytes:
     """Export in standard operators.
 
     Args:
         form: a key of `FORMATS`.
-        detector: in evaluation mode, on the CPU.
+        wrapper: in evaluation mode, on the CPU.
         fixed: the only size, or None for any batch and size.
         about: from `describe`.
         sampling: "grid" samples by GridSample, "gather" by look-ups.
@@ -194,6 +194,6 @@ def write(
     torch.backends.mha.set_fastpath_enabled(False)  # it is one operator that no other program knows
     try:
         with deform_attn_implementation(SAMPLING[sampling]):
-            return FORMATS[form].write(detector, fixed, about)
+            return FORMATS[form].write(wrapper, fixed, about)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

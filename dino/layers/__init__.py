@@ -10,7 +10,7 @@ from .denoising import ContrastiveDenoising, denoising_mask
 from .loss_scaling import LossScaling, Reweighting
 from .matcher import HungarianMatcher, NonFiniteCostError
 from .position_encoding import SinePositionEncoding
-from .postprocess import Detections, batch_detections, detections, one_label_detections
+from .postprocess import Detections, detections, one_label_detections
 
 __all__ = [
     "ContrastiveDenoising",
@@ -29,7 +29,6 @@ __all__ = [
     "SinePositionEncoding",
     "Target",
     "Tokens",
-    "batch_detections",
     "cxcywh_to_xyxy",
     "deform_attn",
     "deform_attn_gather",

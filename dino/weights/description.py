@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import dino.modeling
 from dino.layers import ContrastiveDenoising, SinePositionEncoding
 from dino.modeling import DINO, TorchvisionBackbone, variants
+from dino.modeling.detector import Detector, Preprocessing
 from dino.utils.files import DataError
 
 from . import load_weights, read_content
@@ -24,29 +25,18 @@ TEXT = re.compile(r"[\w.+-]*")  # what any text of a description may consist of:
 FETCHING = re.compile(r"pretrained.*|weights.*|checkpoint.*|cache_dir|file|.*(url|hub).*")  # arguments that name files
 
 
-class Preprocessing(NamedTuple):
-    """What a network expects of its images, which are RGB.
-
-    Args:
-        pixel_mean, pixel_std: of the channels, for values from 0 to 255.
-        short_side: length in pixels to which the shorter side is resized,
-        max_size: unless the longer one would exceed this; None for no bound.
-        max_detections: per image.
-    """
-
-    pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
-    pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
-    short_side: int = 800
-    max_size: int | None = 1333
-    max_detections: int = 300
-
-
 class Rebuilt(NamedTuple):
     """What `model_from_checkpoint` returns."""
 
     network: DINO  # in evaluation mode, on the CPU
     names: list[str]  # of the classes
     preprocessing: Preprocessing
+
+
+def detector_from_checkpoint(path: str | Path, copy: str = "auto") -> Detector:
+    """Rebuild the `Detector` of a checkpoint; arguments and errors of `model_from_checkpoint`."""
+    network, names, preprocessing = model_from_checkpoint(path, copy=copy)
+    return Detector(network, preprocessing, names).eval()
 
 
 def model_from_checkpoint(path: str | Path, *, copy: str = "auto") -> Rebuilt:

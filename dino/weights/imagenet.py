@@ -8,6 +8,8 @@ import re
 import torch
 from torch import nn
 
+from dino.modeling.detector import IMAGENET_STD
+
 from .names import StateDict, rename, resnet_to_detectron2, resnet_to_torchvision, rules
 
 # Caffe2 · Detectron2. Files in this form (`MSRA/R-50.pkl`) are for BGR images in the range 0 to 255.
@@ -27,7 +29,6 @@ CAFFE2_NAMES = (
     ),
 )
 PYCLS = {"stem.conv.weight", "s1.b1.f.a.weight", "head.fc.weight"}  # keys of a RegNet classifier in pycls' own files
-PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of ImageNet, RGB, 0 to 255
 FRONTS = ("", "body.", "body.model.", "net.", "net.body.", "bottom_up.", "bottom_up.net.body.")  # of our models' keys
 THEIR_FRONTS = re.compile(r"^(backbone|model|encoder|trunk)\.")
 # Parts that detectors add to a classifier: its file can't have them.
@@ -62,7 +63,7 @@ def from_caffe2(state: StateDict) -> StateDict:
     """A ResNet of Caffe2 for our images: RGB, and divided by their standard deviation."""
     named = rename(state, rules(CAFFE2_NAMES))
     first = named["stem.conv1.weight"]
-    named["stem.conv1.weight"] = first.flip(1) * first.new_tensor(PIXEL_STD)[:, None, None]
+    named["stem.conv1.weight"] = first.flip(1) * first.new_tensor(IMAGENET_STD)[:, None, None]
     for key in [key for key in named if key.endswith("norm.weight")]:  # its statistics are merged into weight and bias
         front = key.removesuffix("weight")
         named[f"{front}running_mean"] = torch.zeros_like(named[key])

@@ -210,5 +210,5 @@ def test_matching():
 )
 def test_limits(change, message):
     fine = Comparison(images=5, detections=100, matched=98, box=0.5, score=0.01, ap=(0.5, 0.4995))
-    assert fine.faults(Limits()) == []
-    assert fine._replace(**change).faults(Limits()) == [message]
+    assert fine.issues(Limits()) == []
+    assert fine._replace(**change).issues(Limits()) == [message]

@@ -31,16 +31,16 @@ def network(**changes):
     return {"_target_": "dino.modeling.build_dino", "backbone": TORCHVISION, **small, **changes}
 
 
-def write_content(path, description=None, **content):
+def write_content(path, described=None, **content):
     """A checkpoint without weights, but with a description, or with other content."""
-    about = {"config": json.dumps({"network": description or network()}), "preprocessing": Preprocessing()._asdict()}
+    about = {"config": json.dumps({"network": described or network()}), "preprocessing": Preprocessing()._asdict()}
     torch.save({"names": ["a", "b", "c"], "about": about, **content}, path)
 
 
-def write(path, description=None, **content):
+def write(path, described=None, **content):
     """A checkpoint of the small, or the described, network with random weights, or with other content."""
-    model = randomise(description.build_network({"network": description or network()})).eval()
-    write_content(path, description, **{"model": model.state_dict(), **content})
+    model = randomise(description.build_network({"network": described or network()})).eval()
+    write_content(path, described, **{"model": model.state_dict(), **content})
     return model
 
 

@@ -4,9 +4,10 @@ import torchvision
 from torch import nn
 
 from dino.modeling import TorchvisionBackbone, build_dino
+from dino.modeling.detector import IMAGENET_STD
 from dino.utils.files import DataError
 from dino.weights import addresses, load_weights, locate, resnet_to_detectron2
-from dino.weights.imagenet import PIXEL_STD, fit_backbone
+from dino.weights.imagenet import fit_backbone
 
 from .states import equal, randomise
 
@@ -44,7 +45,7 @@ def test_a_resnets_files(write):
 
 def caffe2(state):
     """A ResNet as Caffe2 keeps it, by string operations: statistics merged into scale and shift, BGR, 0 to 255."""
-    blobs = {"conv1_w": state["conv1.weight"].flip(1) / torch.tensor(PIXEL_STD).flip(0)[:, None, None]}
+    blobs = {"conv1_w": state["conv1.weight"].flip(1) / torch.tensor(IMAGENET_STD).flip(0)[:, None, None]}
     for name, value in state.items():
         words = name.split(".")
         leaf = {"weight": "s", "bias": "b"}.get(words[-1])

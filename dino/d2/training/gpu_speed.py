@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from dino.d2.meta_arch import DINODetector
-from dino.modeling import CudaGraphs, compile_network, use_float32_precision
+from dino.modeling import compile_network, use_float32_precision
 from dino.utils.files import DataError
 
 
@@ -49,8 +49,5 @@ def replayed(model: nn.Module, most: int) -> Iterator[None]:
     if not most or not isinstance(model, DINODetector):
         yield
         return
-    model.graphs = CudaGraphs(model.network, most=most)
-    try:
+    with model.replay(most):
         yield
-    finally:
-        model.graphs = None
