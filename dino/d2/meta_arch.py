@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from detectron2.config import configurable
@@ -12,6 +13,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 from dino.layers.boxes import xyxy_to_cxcywh
+from dino.layers.criterion import global_loss_normalizer
 from dino.layers.matcher import NonFiniteCostError
 from dino.layers.postprocess import batch_detections
 from dino.modeling.cuda_graphs import CudaGraphs
@@ -64,13 +66,16 @@ class DINODetector(nn.Module):
         """Where the parameters are."""
         return self.pixel_mean.device
 
-    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict[str, Instances]]:
+    def forward(
+        self, batched_inputs: list[dict], **loss_options: Any
+    ) -> dict[str, Tensor] | list[dict[str, Instances]]:
         """Losses in training, detections in evaluation.
 
         Args:
             batched_inputs: for each image a dict with `image` (3, H, W), uint8 or float, 0 to 255; for training
                 `instances` with `gt_boxes` (xyxy in pixels of `image`) and `gt_classes`; for evaluation, optionally,
                 `height` and `width` of the picture that the boxes shall refer to.
+            loss_options: of the criterion, in training; see `SetCriterion.forward`.
 
         Returns:
             training: a dict of scalars to be summed. Evaluation: for each image {"instances": Instances} with
@@ -80,14 +85,18 @@ class DINODetector(nn.Module):
             ValueError: a label outside [0, C); names the image.
             FloatingPointError: a prediction is NaN or infinite; names the image.
         """
-        return self.losses(batched_inputs) if self.training else self.detect(batched_inputs)
+        return self.losses(batched_inputs, **loss_options) if self.training else self.detect(batched_inputs)
 
-    def losses(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
+    def loss_normalizer(self, counts: list[int]) -> Tensor:
+        """The criterion's `normalizer` for images with `counts` objects, together with those of all processes."""
+        return global_loss_normalizer(sum(counts), self.network.denoising.num_denoised(counts), self.device)
+
+    def losses(self, batched_inputs: list[dict], **loss_options: Any) -> dict[str, Tensor]:
         """Training: the weighted losses of the batch."""
         targets = [self.to_target(x) for x in batched_inputs]
         outputs = self.network(*self.preprocess(batched_inputs), targets)
         try:
-            return self.criterion(outputs, targets)
+            return self.criterion(outputs, targets, **loss_options)
         except NonFiniteCostError as error:
             names = ", ".join(describe(x) for x in batched_inputs)
             culprit = describe(batched_inputs[error.image])

@@ -79,7 +79,7 @@ def record(network: DINO, images: Tensor, padding: Tensor, targets: list[Target]
     with torch.no_grad():
         logits = calls["classes"][0][1]  # (B, S, C)
         anchors, usable = selection.anchors(memory)
-        tokens = selection.select(logits, usable, memory.padding)
+        tokens = selection.select(logits, usable, memory.padding_mask)
         samples = [look(a, *calls[f"layer {i}"][0][0], memory.valid_ratios) for i, a in enumerate(attentions)]
         losses = {name: loss.item() for name, loss in criterion(outputs, targets).items()}
         matches = criterion.matcher(type(outputs.decoder)(*(x[-1:] for x in outputs.decoder)), targets)[0]

@@ -48,7 +48,7 @@ def anchors(scene: Scene) -> Figure:
     centers = record.anchors[b, :, :2].numpy() * [width, height]
     shown = min(SHOWN_ANCHORS, len(centers))
     figure, ((places, boxes, starts),) = new_figure(10.5, 3.6, 1, 3)
-    show_image(places, scene.pixels, f"the {len(centers)} selected of {(~record.memory.padding[b]).sum()} tokens")
+    show_image(places, scene.pixels, f"the {len(centers)} selected of {(~record.memory.padding_mask[b]).sum()} tokens")
     for level, colour in zip(range(len(record.memory.shapes)), LEVELS, strict=False):
         x, y = centers[levels == level].T
         places.scatter(x, y, s=14 * 1.7**level, color=colour, edgecolor="white", linewidth=0.6)

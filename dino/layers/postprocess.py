@@ -1,32 +1,26 @@
-"""From the last layer's predictions to the detections of one image."""
+"""Turns the last layer's predictions into detections."""
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino.structures import at_most
+from dino.structures import Detections, at_most
 from dino.utils.device import to_device
 
 from .boxes import cxcywh_to_xyxy, to_float32
 
 
-class Detections(NamedTuple):
-    """K detections of one image, best first."""
-
-    boxes: Tensor  # (K, 4) float32, xyxy in pixels
-    scores: Tensor  # (K,) float32 in [0, 1]
-    labels: Tensor  # (K,) int64
-
-
 def detections(logits: Tensor, boxes: Tensor, image_size: tuple[int, int], max_detections: int) -> Detections:
-    """The best (query, class) pairs; a box can appear with two labels. No threshold, no suppression, no clipping.
+    """Select the best (query, class) pairs of one image. No threshold, no suppression, no clipping.
+
+    A box can appear with two labels.
 
     Args:
-        logits: (Q, C) of one image. boxes: (Q, 4) cxcywh in [0, 1].
-        image_size: height and width in pixels of the unpadded image that the boxes shall refer to.
+        logits: (Q, C).
+        boxes: (Q, 4) cxcywh in [0, 1].
+        image_size: height and width in pixels of the unpadded image; the unit of the boxes.
         max_detections: K; less where there are fewer pairs.
     """
     sizes = to_device([image_size], boxes.device)
@@ -34,10 +28,11 @@ def detections(logits: Tensor, boxes: Tensor, image_size: tuple[int, int], max_d
 
 
 def batch_detections(logits: Tensor, boxes: Tensor, sizes: Tensor, max_detections: int) -> Detections:
-    """`detections` of all images of a batch: their tensors have B in front.
+    """As `detections`, for a batch: all tensors have B in front.
 
     Args:
-        logits: (B, Q, C). boxes: (B, Q, 4) cxcywh in [0, 1].
+        logits: (B, Q, C).
+        boxes: (B, Q, 4) cxcywh in [0, 1].
         sizes: (B, 2), height and width of each image in pixels.
         max_detections: K.
     """
@@ -50,7 +45,7 @@ def batch_detections(logits: Tensor, boxes: Tensor, sizes: Tensor, max_detection
 
 
 def one_label_detections(logits: Tensor, boxes: Tensor, image_size: tuple[int, int], max_detections: int) -> Detections:
-    """As `detections`, but every query counts with its best class alone, so that no box appears twice."""
+    """As `detections`, but with the best class of each query alone, so that no box appears twice."""
     best = F.one_hot(logits.argmax(-1), logits.shape[-1]).bool()  # (Q, C)
     logits = to_float32(logits).masked_fill(~best, -math.inf)
     return detections(logits, boxes, image_size, min(max_detections, len(logits)))
