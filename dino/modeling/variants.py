@@ -140,7 +140,7 @@ class ShiftDenoising(ContrastiveDenoising):
     """
 
     def steps(self, noise: Noise) -> Tensor:
-        """(R, K, 4): shift of each number of (x0, y0, x1, y1) in half sides; the same for both corners of a negative."""
+        """(R, K, 4): shift of each number of (x0, y0, x1, y1) in half sides, equal for both corners of a negative."""
         steps = super().steps(noise)
         steps[1::2, :, 2:] = steps[1::2, :, :2]
         return steps

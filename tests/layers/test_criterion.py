@@ -130,7 +130,9 @@ def test_class_loss_of_confident_logits():
     """No precision is lost where a positive counts as a negative first."""
     criterion = SetCriterion(matcher=HungarianMatcher())
     logits = torch.tensor([12.0, -12.0, 0.0, 30.0, -30.0, -3.0]).view(1, 1, 2, 3).requires_grad_()
-    loss = criterion.negative_focal_loss(logits) + criterion.positive_focal_loss(logits[0, 0, [0, 1], [0, 1]].view(1, 2))
+    loss = criterion.negative_focal_loss(logits) + criterion.positive_focal_loss(
+        logits[0, 0, [0, 1], [0, 1]].view(1, 2)
+    )
     x, positive = logits.double(), torch.tensor([1.0, 0, 0, 0, 1, 0]).view(1, 1, 2, 3).double()
     entropy = torch.nn.functional.binary_cross_entropy_with_logits(x, positive, reduction="none")
     p = torch.where(positive > 0, x.sigmoid(), 1 - x.sigmoid())
@@ -270,7 +272,9 @@ def test_non_finite_predictions_that_are_matched_have_non_finite_losses(part):
     with torch.no_grad():
         getattr(outputs.decoder, part)[0, 1, 8, 0] = math.nan
     losses = default_criterion()(outputs, targets, non_finite="match")
-    assert {name for name, loss in losses.items() if not loss.isfinite()} >= {"loss_ce_0" if part == "logits" else "loss_bbox_0"}
+    assert {name for name, loss in losses.items() if not loss.isfinite()} >= {
+        "loss_ce_0" if part == "logits" else "loss_bbox_0"
+    }
     assert losses["loss_ce"].isfinite()
 
 

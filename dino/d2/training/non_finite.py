@@ -34,7 +34,7 @@ class _Step(NamedTuple):
 class NonFiniteChecker:
     """Checks every step on its device; the host reads the result later.
 
-    The optimizer must leave the weights unchanged where gradients are NaN, which GradScaler ensures. This class restores
+    The optimizer must leave the weights unchanged where gradients are NaN, as GradScaler ensures. This class restores
     the running statistics of norms.
 
     Args:

@@ -35,17 +35,17 @@ logging.getLogger("detectron2.engine.train_loop").addFilter(
 
 
 class Trainer(SimpleTrainer):
-    """SimpleTrainer with autocast on any device, loss scaling, accumulation, clipping, and a check for non-finite steps.
+    """SimpleTrainer with autocast on any device, loss scaling, accumulation, clipping, and a check for finite steps.
 
     Every iteration seeds its random numbers from the seed, its number and the rank, so that a resumed run needs no
     random states. An iteration that does not log waits for the device only in the model's own transfers.
 
-    Accumulation: one step takes `grad_accum_steps` batches, its parts. The losses of a `DINODetector` are divided by the
-    number of objects of all parts and processes, so their sum is the loss of the whole batch. Two things follow each
-    part: images are padded to the largest one, and the fullest one determines the number of denoising groups and of
-    padding queries. Where these are equal in all parts, losses and gradients are exactly those of the whole batch; the
-    losses without denoising depend on the padding of the images alone. Losses of other detectors are averaged over the
-    parts.
+    Accumulation: one step takes `grad_accum_steps` batches, its parts. The losses of a `DINODetector` are divided by
+    the number of objects of all parts and processes, so the sum over the parts is the loss of the whole batch. Two
+    things differ from the whole batch: each part is padded to its own largest image, and the fullest image of each part
+    determines its denoising groups and padding queries. Where size and number of objects of these images are equal,
+    losses and gradients are those of the whole batch, except for the random noise. The fullest image affects only the
+    `_dn` losses. Losses of other detectors are averaged over the parts.
 
     Args:
         model, data_loader, optimizer: as of SimpleTrainer; a `TrainLoader` starts where the training starts.
