@@ -19,9 +19,8 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional
 
 from dino.layers.boxes import xyxy_to_cxcywh
-from dino.layers.postprocess import Detections
 from dino.modeling.detector import resized_size
-from dino.structures import Target
+from dino.structures import Detections, Target
 from dino.utils.files import DataError, resolve_inside
 
 from .images import read_image

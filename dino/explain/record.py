@@ -53,7 +53,7 @@ class Record(NamedTuple):
 
     def count_tokens(self, image: int) -> int:
         """Number of tokens of an image that are not padding."""
-        padding = self.memory.padding
+        padding = self.memory.padding_mask
         return self.memory.features.shape[1] if padding is None else int((~padding[image]).sum())
 
 
@@ -85,7 +85,7 @@ def record(
     with torch.no_grad():
         logits = calls["classes"][0][1]  # (B, S, C)
         anchors, usable = selection.anchors(memory)
-        tokens = selection.select(logits, usable, memory.padding)
+        tokens = selection.select(logits, usable, memory.padding_mask)
         samples = [look(a, *calls[f"layer {i}"][0][0], memory.valid_ratios) for i, a in enumerate(attentions)]
         losses = {name: loss.item() for name, loss in criterion(outputs, targets).items()}
         matches = criterion.matcher(type(outputs.decoder)(*(x[-1:] for x in outputs.decoder)), targets)[0]

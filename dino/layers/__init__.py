@@ -1,16 +1,25 @@
 """The parts of DINO that know tensors only: torch, and scipy for the assignment."""
 
 from dino.layers.ops.operator import deform_attn_implementation
-from dino.structures import DenoisingOutputs, DenoisingQueries, LayerOutputs, Outputs, Queries, Target, Tokens
+from dino.structures import (
+    DenoisingOutputs,
+    DenoisingQueries,
+    Detections,
+    LayerOutputs,
+    Outputs,
+    Queries,
+    Target,
+    Tokens,
+)
 
 from .boxes import cxcywh_to_xyxy, generalized_iou, inverse_sigmoid, refine, xyxy_to_cxcywh
-from .criterion import SetCriterion
+from .criterion import SetCriterion, global_loss_normalizer
 from .deform_attn import MultiScaleDeformableAttention, deform_attn, deform_attn_gather, deform_attn_reference
 from .denoising import ContrastiveDenoising, denoising_mask
 from .loss_scaling import LossScaling, Reweighting
 from .matcher import HungarianMatcher, NonFiniteCostError
 from .position_encoding import SinePositionEncoding
-from .postprocess import Detections, detections, one_label_detections
+from .postprocess import detections, one_label_detections
 
 __all__ = [
     "ContrastiveDenoising",
@@ -37,6 +46,7 @@ __all__ = [
     "denoising_mask",
     "detections",
     "generalized_iou",
+    "global_loss_normalizer",
     "inverse_sigmoid",
     "one_label_detections",
     "refine",

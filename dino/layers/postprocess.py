@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino.structures import at_most
+from dino.structures import Detections, at_most
 from dino.utils.device import to_device
 
 from .boxes import cxcywh_to_xyxy, to_float32
-
-
-class Detections(NamedTuple):
-    """K detections of one image, best first."""
-
-    boxes: Tensor  # (K, 4) float32, xyxy in pixels
-    scores: Tensor  # (K,) float32 in [0, 1]
-    labels: Tensor  # (K,) int64
 
 
 def detections(

@@ -25,7 +25,7 @@ class Mortal(Trainer):
 
     def run_step(self):
         here = f"{comm.get_rank()}:{self.iter}"
-        mark = Path(self.guard.output_dir, "killed")
+        mark = Path(self.checker.output_dir, "killed")
         if here == os.environ.get("KILL_AT") and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)

@@ -54,7 +54,7 @@ def test_samples_are_what_the_attention_reads():
     attention.register_forward_hook(lambda module, inputs, output: seen.append((inputs, output)))
     recorded = tiny_record(network)
     samples, memory = recorded.samples[1], recorded.memory
-    value = attention.value_proj(memory.features).masked_fill(memory.padding[..., None], 0)
+    value = attention.value_proj(memory.features).masked_fill(memory.padding_mask[..., None], 0)
     value = value.unflatten(-1, (attention.num_heads, -1))
     locations = samples.locations * memory.valid_ratios[:, None, None, :, None]
     read = attention.output_proj(deform_attn(value, memory.shapes, locations, samples.weights))

@@ -104,12 +104,12 @@ class StopOnSignal(HookBase):
         if not self.asked_at:
             logger.info("stopping after this iteration; press again to stop at once, without a checkpoint")
         self.asked_at = self.asked_at or time.monotonic()
-        self.trainer.stop_requested = True
+        self.trainer.request_stop()
 
     def after_step(self) -> None:
         """Stop if all processes know that one wants to."""
         alone = comm.get_world_size() == 1
-        stop = self.trainer.stop_requested if alone else self.trainer.guard.stop_agreed
+        stop = self.trainer.stop_requested if alone else self.trainer.checker.stop_agreed
         if stop and self.trainer.iter + 1 < self.trainer.max_iter:
             self.checkpoints.save(f"model_{self.trainer.iter:07d}")
             logger.warning(f"stopped after {self.trainer.iter + 1} iterations; --resume continues")

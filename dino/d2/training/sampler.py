@@ -82,9 +82,6 @@ class TrainLoader:
         repeat_threshold: classes that are on less than this fraction of the images have theirs shown more often (repeat
             factors of LVIS, arXiv 1908.03195, appendix B.2); 0 shows every image once per epoch.
 
-    Attributes:
-        seed, start, parts: set before the first batch: of the run; the iteration to start with; into how many batches
-            those of one step are divided.
     """
 
     def __init__(
@@ -105,6 +102,10 @@ class TrainLoader:
         if repeat_threshold > 0:
             factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency
             self.repeats = factors(dataset, repeat_threshold)
+
+    def begin(self, *, seed: int, start: int, parts: int) -> None:
+        """Prepare the first batch: the seed of the run, its first iteration, the number of batches of one step."""
+        self.seed, self.start, self.parts = seed, start, parts
 
     def __iter__(self) -> Iterator[list[dict]]:
         """Yield the batches of this process from iteration `start` on."""

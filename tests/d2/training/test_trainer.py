@@ -63,14 +63,14 @@ def test_the_trainer_reads_nothing_back_in_an_iteration_that_does_not_log(tmp_pa
     trainer.update = update
     run(trainer, 0, 2)
     assert found == [[], []]
-    assert trainer.guard.pending is not None
+    assert trainer.checker.pending is not None
     with Waits() as waits:
         trainer.storage = EventStorage()
         with trainer.storage:
             trainer.iter = 2
             trainer.run_step()
     assert waits.found  # the instrument works: this iteration logs
-    assert trainer.guard.pending is None
+    assert trainer.checker.pending is None
 
 
 class Operations(TorchDispatchMode):
