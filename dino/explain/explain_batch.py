@@ -64,7 +64,7 @@ def _choose(data: CocoImages, wanted: Sequence[str]) -> list[int]:
         )
     full = [index for index, entry in enumerate(data.images) if data.objects[entry["id"]]]
     chosen = [indices[name] for name in wanted] or full[:2]
-    if not chosen or chosen[0] not in full:
+    if not {*chosen[:1]} & {*full}:
         raise DataError("the image to be drawn has no objects: there is nothing to noise. Choose another with --image")
     return chosen
 

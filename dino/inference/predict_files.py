@@ -131,13 +131,12 @@ def plan(inputs: Sequence[str], folder: Path) -> list[Job]:
     """
     sources = dict.fromkeys(source for text in inputs for source in _find_sources(text))
     jobs = [Job(source, folder / _target_name(source)) for source in sources]
-    outputs = Counter(path for job in jobs for path in _outputs(job)) + Counter([folder / "predictions.json"])
-    for job in jobs:
-        for path in _outputs(job):
-            if path.exists() or outputs[path] > 1:
-                raise DataError(f"{job.source}: {path} is taken. Choose another --output")
-    if (folder / "predictions.json").exists():
-        raise DataError(f"{folder / 'predictions.json'} is taken. Choose another --output")
+    written = [(f"{job.source}: ", path) for job in jobs for path in _outputs(job)]
+    written.append(("", folder / "predictions.json"))
+    counts = Counter(path for _, path in written)
+    for source, path in written:
+        if path.exists() or counts[path] > 1:
+            raise DataError(f"{source}{path} is taken. Choose another --output")
     return jobs
 
 
