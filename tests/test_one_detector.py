@@ -99,7 +99,7 @@ def test_explanations_begin_with_the_same_pixels(network, picture, tmp_path, mon
     monkeypatch.setattr(explain, "detector_from_checkpoint", lambda path: detector)
     monkeypatch.setattr(explain, "record", keep)
     with pytest.raises(ValueError, match="enough"):
-        explain.explain_batch(data.annotations, data.images, Path("w.pth"), tmp_path / "out", wanted=["image_1.png"])
+        explain.explain_batch(data.annotations, data.images, Path("w.pth"), ["image_1.png"], output=tmp_path)
     assert torch.equal(seen[0], detector.batch([pixels])[0])
 
 

@@ -1,4 +1,4 @@
-"""The yacs road: with `add_dino_config`, Detectron2's own DefaultTrainer and DefaultPredictor build a DINODetector.
+"""Yacs configs: with `add_dino_config`, Detectron2's own DefaultTrainer and DefaultPredictor build a DINODetector.
 
 cfg = get_cfg()
 add_dino_config(cfg)
@@ -24,8 +24,8 @@ from dino.modeling.detector import IMAGENET_MEAN, IMAGENET_STD
 def add_dino_config(cfg: CfgNode) -> None:
     """Add `MODEL.DINO` and set what DINO needs elsewhere: R50 without pre-trained weights, 4 scales, RGB images.
 
-    The keys hold the published 4-scale settings; see `build_dino` for their meaning. No key can say that AdamW is
-    wanted: DefaultTrainer takes SGD unless its `build_optimizer` is overridden with `build_adamw`.
+    The keys hold the published 4-scale settings; see `build_dino` for their meaning. There is no key for AdamW:
+    DefaultTrainer uses SGD unless `build_adamw` overrides its `build_optimizer`.
     """
     cfg.MODEL.META_ARCHITECTURE = "DINODetector"
     cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
@@ -57,8 +57,8 @@ def add_dino_config(cfg: CfgNode) -> None:
 
 
 def build_adamw(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW as published, from the keys of `SOLVER`: a tenth of the learning rate for the backbone, and all gradients
-    clipped together to the norm of `CLIP_GRADIENTS.CLIP_VALUE`.
+    """Build AdamW as published, from the keys of `SOLVER`: a tenth of the learning rate for the backbone, and the norm
+    of all gradients together clipped to `CLIP_GRADIENTS.CLIP_VALUE`.
 
         class Trainer(DefaultTrainer):
             build_optimizer = staticmethod(build_adamw)
@@ -70,7 +70,7 @@ def build_adamw(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def parts_from_config(cfg: CfgNode) -> dict:
-    """The constructor arguments of `DINODetector` from a yacs config."""
+    """Constructor arguments of `DINODetector` from a yacs config."""
     dino = cfg.MODEL.DINO
     backbone = build_backbone(cfg)
     network = build_dino(

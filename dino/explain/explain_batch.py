@@ -64,35 +64,34 @@ def _choose(data: CocoImages, wanted: Sequence[str]) -> list[int]:
         )
     full = [index for index, entry in enumerate(data.images) if data.objects[entry["id"]]]
     chosen = [indices[name] for name in wanted] or full[:2]
-    if not chosen or chosen[0] not in full:
+    if not {*chosen[:1]} & {*full}:
         raise DataError("the image to be drawn has no objects: there is nothing to noise. Choose another with --image")
     return chosen
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draw a batch; see `explain_batch`."""
+    """Run the verb."""
     args = parse_arguments(argv)
-    folder = args.output or free_name(Path("output/explained"))
-    explain_batch(args.annotations, args.images, args.weights, folder, wanted=args.image, seed=args.seed)
+    explain_batch(args.annotations, args.images, args.weights, args.image, seed=args.seed, output=args.output)
 
 
 def explain_batch(
-    annotations: Path, images: Path, weights: Path, folder: Path, *, wanted: Sequence[str] = (), seed: int = 0
+    annotations: Path, folder: Path, weights: Path, wanted: Sequence[str] = (), *, seed: int = 0, output: Path | None
 ) -> None:
-    """Write pictures of what a checkpoint does with a training batch.
+    """Draw every scene of a batch.
 
     Args:
-        annotations, images: in COCO format, and the folder of the images.
-        weights: checkpoint, from which the network is rebuilt.
-        folder: for the pictures.
-        wanted: file names of the images of the batch; the first one is drawn. By default the first two with objects.
+        annotations, folder: data in COCO format.
+        weights: a checkpoint.
+        wanted: file names of the batch's images; by default the first two with objects. The first image is drawn.
         seed: of the noise.
+        output: folder; None for a new one, output/explained.
 
     Raises:
-        DataError: a file can't be used, an image is missing or has no objects, or the network has no such parts.
+        DataError: data or weights can't be used, or don't fit.
     """
     detector = detector_from_checkpoint(weights)
-    data = _read_data(annotations, images, detector)
+    data = _read_data(annotations, folder, detector)
     if data.names != detector.names:
         raise DataError(f"{weights} was trained for the classes {detector.names}, {annotations} has {data.names}")
     samples = [data[index] for index in _choose(data, wanted)]
@@ -107,8 +106,9 @@ def explain_batch(
     except ValueError as error:
         raise DataError(f"{weights}: {error}") from error
     scene = Scene(recorded, 0, pixels[0].permute(1, 2, 0).numpy() / 255, targets, detector.names)
-    make_folder(folder)
+    output = output or free_name(Path("output/explained"))
+    make_folder(output)
     for name, draw in scenes.SCENES.items():
-        save(draw(scene), folder / f"{name}.png")
-    save(scenes.noise(detector.network.denoising), folder / "noise.png")
-    print(f"{len(scenes.SCENES) + 1} pictures written to {folder}")
+        save(draw(scene), output / f"{name}.png")
+    save(scenes.noise(detector.network.denoising), output / "noise.png")
+    print(f"{len(scenes.SCENES) + 1} pictures written to {output}")

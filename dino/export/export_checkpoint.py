@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 from dino.modeling import fold_norms
 from dino.modeling.detector import Detector
@@ -70,76 +71,68 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Export one file; see `export_checkpoint`."""
-    args = parse_arguments(argv)
-    export_checkpoint(
-        args.checkpoint,
-        args.output,
-        form=args.format,
-        fixed=Fixed(args.batch, *args.size) if args.size else None,
-        sampling=args.sampling,
-        thresholds=args.score_thresh,
-        copy=args.copy,
-        verify=args.verify,
-        verify_json=args.verify_json,
-        limit=args.limit,
-    )
+    """Run the verb."""
+    options = vars(parse_arguments(argv))
+    export_checkpoint(options.pop("checkpoint"), options.pop("output"), options.pop("format"), **options)
 
 
 def export_checkpoint(
     checkpoint: Path,
     output: Path,
+    format: str,
     *,
-    form: str,
-    fixed: Fixed | None = None,
+    size: Sequence[int] | None = None,
+    batch: int = 1,
     sampling: str = "grid",
-    thresholds: Sequence[float] = (0.5,),
+    score_thresh: Sequence[float] = (0.5,),
     copy: str = "auto",
     verify: Path | None = None,
     verify_json: Path | None = None,
     limit: int = 50,
 ) -> None:
-    """Export a checkpoint to one file, unless the file differs too much from the network.
+    """Export one file. A file that differs too much from the network is not kept.
 
     Args:
-        checkpoint: a file of this project's training.
-        output: the file to write; it must not exist.
-        form: a key of `FORMATS`.
-        fixed: the only size, or None for any batch and size.
-        sampling: see `write`.
-        thresholds: for those who draw; one for all classes, or one for each.
-        copy: "model", "ema" or "auto", see `dino.weights.load_weights`.
-        verify: folder of images to compare on; None for no comparison.
-        verify_json: their annotations in COCO format, to compare AP.
-        limit: most images of the comparison.
+        format: a key of FORMATS.
+        size: height and width in pixels, the only size to take; None for any.
+        batch: images at once, with `size`.
+        sampling: "grid", or "gather" for engines whose GridSample is wrong.
+        score_thresh: stored in the file: one for all classes, or one for each.
+        copy: "model", "ema", or "auto" for the running average if the checkpoint has one.
+        verify: folder of images to compare on. verify_json: their annotations, to compare AP.
+        limit: number of these images.
 
     Raises:
-        DataError: the checkpoint can't be used or exported, `output` exists or can't be written, or the comparison
-            fails.
+        DataError: the checkpoint can't be used or exported, or the comparison fails; an option can't be used, or the
+            output exists or can't be written.
         ImportError: a library of the format is not installed.
     """
     if output.exists():
         raise DataError(f"{output} exists: choose another name, or move it away")
     detector = detector_from_checkpoint(checkpoint, copy)
-    about = describe(detector.names, _spread(thresholds, detector.names), detector.preprocessing, fixed)
-    source = None
-    if verify_json:
-        source = read_data(verify_json, verify, detector.names, limit)
-    elif verify:
-        source = read_folder(verify, limit)
-    print(f"exporting {checkpoint} as {form}; this takes a minute or two", flush=True)
-    content = write(form, exportable(detector), fixed, about, sampling=sampling)
-    run = FORMATS[form].run(content)
+    fixed = Fixed(batch, *size) if size else None
+    about = describe(detector.names, _spread(score_thresh, detector.names), detector.preprocessing, fixed)
+    source = _read_images(verify, verify_json, detector.names, limit)
+    print(f"exporting {checkpoint} as {format}; this takes a minute or two", flush=True)
+    content = write(format, exportable(detector), fixed, about, sampling=sampling)
+    run = FORMATS[format].run(content)
     if source is not None:
         comparison = compare(detector, run, source, resize=about["resize"], fixed=fixed)
         print(comparison)
         if issues := comparison.issues(Limits()):
-            raise DataError(f"{output} is not written, for it differs from the network: {'; '.join(issues)}")
+            raise DataError(f"{output} is not written, since it differs from the network: {'; '.join(issues)}")
     make_folder(output.parent)
     write_whole(output, lambda part: part.write_bytes(content))
-    size = f"batch {fixed.batch}, {fixed.height} x {fixed.width}" if fixed else "any batch and size"
+    shape = f"batch {batch}, {size[0]} x {size[1]}" if size else "any batch and size"
     checked = "" if verify else "; not compared with the network: --verify IMAGES does that"
-    print(f"{output}: {form}, {size}, {len(detector.names)} classes, {len(content) / 1e6:.1f} MB{checked}")
+    print(f"{output}: {format}, {shape}, {len(detector.names)} classes, {len(content) / 1e6:.1f} MB{checked}")
+
+
+def _read_images(folder: Path | None, annotations: Path | None, names: Sequence[str], limit: int) -> Any:
+    """The images to compare on, with annotations if there are any; None without a folder."""
+    if folder is None:
+        return None
+    return read_data(annotations, folder, names, limit) if annotations else read_folder(folder, limit)
 
 
 def _spread(thresholds: Sequence[float], names: Sequence[str]) -> list[float]:

@@ -107,14 +107,12 @@ def compare(
         inputs = prepare(picture.pixels, resize)
         pair = run_network(detector, inputs), run_exported(run, inputs, fixed)
         differences += match(*pair)
-        if data is not None:
-            for found, entries in zip(pair, results, strict=True):
-                scaled = scale(found, inputs.sizes[0].tolist(), picture.pixels.shape[:2])
-                entries += to_results(scaled, picture.image_id, data.category_ids)
+        for found, entries in zip(pair, results, strict=True):
+            entries += _to_results(found, inputs, picture, data)
     if not differences:
         raise DataError(f"nothing to compare: in {len(source)} images nothing scores {_LOWEST_SCORE} or more")
     ap = tuple(evaluate(data.truth, entries, data.names)["AP"] for entries in results) if data is not None else None
-    same = [d for d in differences if d is not None]
+    same = [*filter(None, differences)]
     box, score = (max(values) for values in zip(*same, strict=True)) if same else (0.0, 0.0)
     return Comparison(len(source), len(differences), len(same), box, score, ap)
 
@@ -123,6 +121,14 @@ def compare(
 def run_network(detector: Detector, inputs: Prepared) -> Detections:
     """Detect by the network itself, with the operator that runs by default."""
     return Detections(*(x[0] for x in ExportWrapper(detector)(*map(torch.from_numpy, inputs))))
+
+
+def _to_results(found: Detections, inputs: Prepared, picture: _Picture, data: CocoImages | None) -> list[dict]:
+    """Entries of COCO's results format, in pixels of the picture; none without data."""
+    if data is None:
+        return []
+    scaled = scale(found, inputs.sizes[0].tolist(), picture.pixels.shape[:2])
+    return to_results(scaled, picture.image_id, data.category_ids)
 
 
 def run_exported(run: Run, inputs: Prepared, fixed: Fixed | None) -> Detections:

@@ -58,14 +58,14 @@ def merge(found: Sequence[Detections], cuts: Sequence[View], image_size: tuple[i
         image_size: height and width of the picture.
         iou: in [0, 1].
     """
-    uncut = [take(d, ~is_cut(d.boxes, view, image_size)) for d, view in zip(found, cuts, strict=True)]
+    uncut = [take(d, ~_is_cut(d.boxes, view, image_size)) for d, view in zip(found, cuts, strict=True)]
     shifts = [d.boxes.new_tensor([v.x0, v.y0, v.x0, v.y0]) for d, v in zip(uncut, cuts, strict=True)]
     boxes = torch.cat([d.boxes + shift for d, shift in zip(uncut, shifts, strict=True)])
     joined = Detections(boxes, torch.cat([d.scores for d in uncut]), torch.cat([d.labels for d in uncut]))
     return suppress(joined, iou)
 
 
-def is_cut(boxes: Tensor, view: View, image_size: tuple[int, int]) -> Tensor:
+def _is_cut(boxes: Tensor, view: View, image_size: tuple[int, int]) -> Tensor:
     """(K,) bool: which boxes (K, 4), in pixels of the view, touch a side of it that lies inside the picture."""
     height, width = view.y1 - view.y0, view.x1 - view.x0
     margin = boxes.new_tensor([width, height]) * _BORDER

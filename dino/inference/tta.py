@@ -56,12 +56,12 @@ def join(
         overlap: of detections of one class that overlap by more than this IoU, the best one stays.
         max_detections: most detections of the result.
     """
-    upright = [mirror(d, width) if view.mirrored else d for d, view in zip(found, chosen, strict=True)]
+    upright = [_mirror(d, width) if view.mirrored else d for d, view in zip(found, chosen, strict=True)]
     joined = Detections(*(torch.cat(values) for values in zip(*upright, strict=True)))
     return take(suppress(joined, overlap), slice(max_detections))
 
 
-def mirror(found: Detections, width: float) -> Detections:
+def _mirror(found: Detections, width: float) -> Detections:
     """Detections of a picture of this width -> those of the mirrored picture."""
     x0, y0, x1, y1 = found.boxes.unbind(-1)
     return found._replace(boxes=torch.stack([width - x1, y0, width - x0, y1], -1))

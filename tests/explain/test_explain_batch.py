@@ -3,7 +3,7 @@ import torch
 from PIL import Image
 
 from dino import cli
-from dino.explain.scenes import SCENES, kinds_of
+from dino.explain.scenes import SCENES, _kinds_of
 from dino.weights.description import PARTS
 
 from ..coco_files import write_coco
@@ -71,4 +71,4 @@ def test_other_classes_are_refused(files, tmp_path, capsys):
 
 def test_kinds_of_queries():
     """Two groups of two slots each half, of which the second is empty, and three matching queries."""
-    assert kinds_of(11, 8, 2, 1).tolist() == [0, 2, 1, 2, 0, 2, 1, 2, 3, 3, 3]
+    assert _kinds_of(11, 8, 2, 1).tolist() == [0, 2, 1, 2, 0, 2, 1, 2, 3, 3, 3]

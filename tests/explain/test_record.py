@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dino.explain import record
-from dino.explain.record import labels_of
+from dino.explain.record import _labels_of
 from dino.layers import deform_attn
 from dino.modeling import Decoder, share_heads
 from dino.modeling.variants import LearnedQueries, PositiveDenoising
@@ -68,7 +68,7 @@ def test_labels_are_read_off_the_contents():
     network = moving_network()
     embedding = network.denoising.label_embed.weight.detach()
     content = torch.stack([embedding[2], torch.zeros_like(embedding[0]), embedding[0]])[None]
-    assert labels_of(content, embedding).tolist() == [[2, -1, 0]]
+    assert _labels_of(content, embedding).tolist() == [[2, -1, 0]]
     recorded = tiny_record(network)
     slots = recorded.noised_labels.view(2, -1, 3)
     assert (slots[0] >= 0).all()

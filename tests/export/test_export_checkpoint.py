@@ -83,7 +83,7 @@ def test_a_program_that_differs_is_not_kept(checkpoint, tmp_path, monkeypatch, c
     data = write_coco(tmp_path / "data")
     pretend(monkeypatch, lambda boxes: boxes + 3)
     assert export(checkpoint, tmp_path / "out.onnx", "--verify", data.images) == 1
-    assert "out.onnx is not written, for it differs from the network: " in capsys.readouterr().err
+    assert "out.onnx is not written, since it differs from the network: " in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
 
 

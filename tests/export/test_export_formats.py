@@ -112,7 +112,7 @@ def test_any_batch_and_size_in_torch_export(detector, wrapper, exported, traced)
     """The graph that ONNX was made from. (Reading such a file is slow: see the slow test.)"""
     exported("onnx")
     for size in ANY:
-        assert_same(detector, export_formats.from_torch(traced(wrapper, None).module()), *noise(*size))
+        assert_same(detector, export_formats._from_torch(traced(wrapper, None).module()), *noise(*size))
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dino.inference.tta import Augmentation, join, make_view, mirror, views
+from dino.inference.tta import Augmentation, _mirror, join, make_view, views
 from dino.layers import Detections
 
 
@@ -32,8 +32,8 @@ def test_making_views():
 
 def test_boxes_of_mirrored_views_come_back():
     plain = found([[10.0, 5, 30, 20]], [0.9], [1])
-    assert mirror(plain, 100).boxes.tolist() == [[70, 5, 90, 20]]
-    assert torch.equal(mirror(mirror(plain, 100), 100).boxes, plain.boxes)
+    assert _mirror(plain, 100).boxes.tolist() == [[70, 5, 90, 20]]
+    assert torch.equal(_mirror(_mirror(plain, 100), 100).boxes, plain.boxes)
 
 
 def test_joining():
