@@ -37,7 +37,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from measure import MIB, clock, git, origin, peak_memory  # noqa: E402
 from others import NUM_CLASSES, PROGRAMS, Contender, recognise  # noqa: E402
 
-from dino.inference.memory import keep_freed_memory  # noqa: E402
+from dino.inference.cpu import keep_freed_memory  # noqa: E402
 from dino.layers import (  # noqa: E402
     DenoisingOutputs,
     HungarianMatcher,

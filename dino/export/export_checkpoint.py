@@ -7,7 +7,7 @@ import copy
 from collections.abc import Sequence
 from pathlib import Path
 
-from dino.modeling import fold_norms
+from dino.inference.cpu import fold_norms
 from dino.utils.files import DataError, make_folder, write_whole
 from dino.weights.description import Rebuilt, model_from_checkpoint
 

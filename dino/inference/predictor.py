@@ -25,11 +25,12 @@ from torch import Tensor
 
 from dino.data.images import list_images, read_image, resized_size, to_rgb
 from dino.layers.postprocess import Detections, detections
-from dino.modeling import DINO, CudaGraphs, compile_network, fold_norms, use_float32_precision, use_onednn
+from dino.modeling import DINO, CudaGraphs, compile_network, use_float32_precision
 from dino.modeling.cuda_graphs import MOST
 from dino.utils.files import DataError
 from dino.weights.description import Preprocessing, model_from_checkpoint
 
+from .cpu import fold_norms, prepare_for_cpu
 from .drawing import draw_detections
 from .tiling import View, merge, suppress, take, views
 
@@ -151,7 +152,7 @@ class Predictor:
         network, names, preprocessing = model_from_checkpoint(path, copy=copy)
         fold_norms(network)
         network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)
-        use_onednn(network)
+        prepare_for_cpu(network)
         return cls(network, names, preprocessing, **options)
 
     def compile(self, **options: Any) -> Predictor:

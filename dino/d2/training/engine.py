@@ -21,6 +21,7 @@ from dino.d2.checkpoint import Checkpointer
 from dino.d2.data_loading import load_dataset
 from dino.d2.recipe import names_of, use_epochs
 from dino.d2.recipe_description import describe
+from dino.layers.cpu_feed_forward import use_cpu_feed_forward
 from dino.utils.files import DataError
 
 from .batch_pictures import MOST_IMAGES, FirstBatch, draw_predictions
@@ -96,9 +97,12 @@ def build_model(cfg: DictConfig) -> nn.Module:
         DataError: its parts refuse their arguments, or need a library that is not installed.
     """
     try:
-        return instantiate(cfg.model).to(cfg.train.device)
+        model = instantiate(cfg.model).to(cfg.train.device)
     except (ValueError, ImportError) as error:
         raise DataError(f"the recipe's model can't be built: {error}") from error
+    if torch.device(cfg.train.device).type == "cpu":
+        use_cpu_feed_forward(model)
+    return model
 
 
 def start_weights(cfg: DictConfig, checkpointer: Checkpointer, resume: bool) -> dict:
