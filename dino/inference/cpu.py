@@ -185,7 +185,7 @@ class OneDnnFeedForward(_Fused, CpuFeedForward):
 
 
 class OneDnnResidualBlock(_Fused):
-    """torchvision's `BasicBlock` or `Bottleneck` after `fold_norms`, with ReLU and sum in the convolutions' operators."""
+    """torchvision's `BasicBlock` or `Bottleneck` after `fold_norms`, with ReLU and sum inside the convolutions."""
 
     def plain(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
