@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from dino.layers.cpu_feed_forward import CpuFeedForward, as_kind, replace_modules, use_cpu_feed_forward
 from dino.layers.feed_forward import FeedForward
 
-RESNET = "torchvision.models.resnet"  # BasicBlock, Bottleneck
-STATISTICS = ("weight", "bias", "running_mean", "running_var", "eps")
+_RESNET = "torchvision.models.resnet"  # BasicBlock, Bottleneck
+_STATISTICS = ("weight", "bias", "running_mean", "running_var", "eps")
 PART = 4096  # tokens that a feed-forward network takes at a time, so that its hidden state needs little memory
-SUPPORT = {  # whether the processor has instructions for a type
+_SUPPORT = {  # whether the processor has instructions for a type
     torch.float32: lambda: True,
     torch.bfloat16: lambda: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
     torch.float16: lambda: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
 }
-SIMPLE = (nn.Conv2d, nn.Identity, nn.ReLU, nn.Sequential)  # parts of a residual block whose norms are folded
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_SIMPLE = (nn.Conv2d, nn.Identity, nn.ReLU, nn.Sequential)  # parts of a residual block whose norms are folded
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def prepare_for_cpu(model: nn.Module) -> None:
@@ -74,7 +74,7 @@ def _foldable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Conv2d, nn.
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and _is_frozen(getattr(module, "norm", None)):
             yield module, "norm", module, module.norm
-        if isinstance(module, nn.Sequential) or type(module).__module__ == RESNET:  # children run in their order
+        if isinstance(module, nn.Sequential) or type(module).__module__ == _RESNET:  # children run in their order
             for (_, conv), (name, norm) in pairwise(list(module.named_children())):
                 if type(conv) is nn.Conv2d and _is_frozen(norm):
                     yield module, name, conv, norm
@@ -90,7 +90,7 @@ def _is_frozen(norm: nn.Module | None) -> bool:
 @torch.no_grad()
 def _merge(conv: nn.Conv2d, norm: nn.Module) -> None:
     """conv <- norm o conv."""
-    weight, bias, mean, variance, eps = (getattr(norm, name) for name in STATISTICS)
+    weight, bias, mean, variance, eps = (getattr(norm, name) for name in _STATISTICS)
     scale: Tensor = weight * (variance + eps).rsqrt()  # (C,)
     before = 0 if conv.bias is None else conv.bias
     conv.weight.mul_(scale[:, None, None, None])
@@ -123,7 +123,7 @@ def _on_cpu(model: nn.Module) -> bool:
 def _is_supported(dtype: torch.dtype) -> bool:
     """Whether oneDNN's operators are in this PyTorch, fast for tensors of this type here, and right in a trial."""
     try:
-        return torch.backends.mkldnn.is_available() and SUPPORT[dtype]() and _trial(dtype)
+        return torch.backends.mkldnn.is_available() and _SUPPORT[dtype]() and _trial(dtype)
     except (AttributeError, KeyError, NotImplementedError, RuntimeError):
         return False
 
@@ -132,8 +132,8 @@ def _is_supported(dtype: torch.dtype) -> bool:
 def _trial(dtype: torch.dtype) -> bool:
     """Whether the fused operations give the results of the plain ones for a few numbers."""
     with torch.random.fork_rng(devices=[]):
-        network = as_kind(FeedForward(4, 8).to(dtype), OneDnnFeedForward)
-        block = OneDnnResidualBlock()
+        network = as_kind(FeedForward(4, 8).to(dtype), _OneDnnFeedForward)
+        block = _OneDnnResidualBlock()
         block.conv1, block.conv2, block.downsample = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1), None
     tokens, maps = (torch.linspace(-1, 1, 64, dtype=dtype).view(shape) for shape in ((2, 8, 4), (1, 8, 2, 4)))
     pairs = [(network.fused(tokens), network.plain(tokens)), (block.to(dtype).fused(maps), block.plain(maps))]
@@ -143,11 +143,11 @@ def _trial(dtype: torch.dtype) -> bool:
 def _fused_kind(module: nn.Module) -> type[nn.Module] | None:
     """The fused class for a module; None if there is none."""
     if type(module) is nn.Linear:
-        return OneDnnLinear
+        return _OneDnnLinear
     if type(module) in (FeedForward, CpuFeedForward):
-        return OneDnnFeedForward
-    if type(module).__module__ == RESNET and type(module).__name__ in ("BasicBlock", "Bottleneck"):
-        return OneDnnResidualBlock if all(type(part) in SIMPLE for part in list(module.modules())[1:]) else None
+        return _OneDnnFeedForward
+    if type(module).__module__ == _RESNET and type(module).__name__ in ("BasicBlock", "Bottleneck"):
+        return _OneDnnResidualBlock if all(type(part) in _SIMPLE for part in list(module.modules())[1:]) else None
     return None
 
 
@@ -160,7 +160,7 @@ class _Fused(nn.Module):
         return self.plain(x) if plain else self.fused(x)
 
 
-class OneDnnLinear(_Fused, nn.Linear):
+class _OneDnnLinear(_Fused, nn.Linear):
     """`nn.Linear` as one operator of oneDNN."""
 
     plain = nn.Linear.forward
@@ -170,7 +170,7 @@ class OneDnnLinear(_Fused, nn.Linear):
         return _linear(self, x)
 
 
-class OneDnnFeedForward(_Fused, CpuFeedForward):
+class _OneDnnFeedForward(_Fused, CpuFeedForward):
     """`FeedForward` in parts of `PART` tokens, with the ReLU in the operator of the first linear layer."""
 
     plain = CpuFeedForward.forward
@@ -184,7 +184,7 @@ class OneDnnFeedForward(_Fused, CpuFeedForward):
         return torch.cat(results, 1)
 
 
-class OneDnnResidualBlock(_Fused):
+class _OneDnnResidualBlock(_Fused):
     """torchvision's `BasicBlock` or `Bottleneck` after `fold_norms`, with ReLU and sum inside the convolutions."""
 
     def plain(self, x: Tensor) -> Tensor:
@@ -227,5 +227,5 @@ def keep_freed_memory() -> None:
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

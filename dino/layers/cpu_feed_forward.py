@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from .feed_forward import FeedForward
 
 PART = 1024  # tokens; the hidden state of so many stays in a processor's caches
-KEPT = 0.5  # of the parts keep their hidden state
+_KEPT = 0.5  # of the parts keep their hidden state
 
 
 class CpuFeedForward(FeedForward):
@@ -49,7 +49,7 @@ class RecomputedFeedForward(torch.autograd.Function):
         for number, part in enumerate(parts):
             hidden = _hidden_state(part, weight1, bias1)
             results.append(F.linear(hidden, weight2, bias2))
-            if number < KEPT * len(parts):
+            if number < _KEPT * len(parts):
                 kept.append(hidden)
         ctx.save_for_backward(x, weight1, bias1, weight2, *kept)
         return torch.cat(results, 1)

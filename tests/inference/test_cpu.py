@@ -17,7 +17,7 @@ from dino.modeling import TorchvisionBackbone
 
 from ..tiny import tiny_network
 
-TYPES = [dtype for dtype in cpu.SUPPORT if cpu._is_supported(dtype)]
+TYPES = [dtype for dtype in cpu._SUPPORT if cpu._is_supported(dtype)]
 
 needs_onednn = pytest.mark.skipif(torch.float32 not in TYPES, reason="this PyTorch has no oneDNN")
 

@@ -27,7 +27,7 @@ class Ema:
         self.model = model
         self.decay = decay
         self.updates = 0
-        self.current = averageable(model)
+        self.current = _averageable(model)
         self.averaged = [x.detach().clone() for x in self.current]
 
     @torch.no_grad()
@@ -69,7 +69,7 @@ class Ema:
         self.updates = state["updates"]
 
 
-def averageable(model: nn.Module) -> list[Tensor]:
+def _averageable(model: nn.Module) -> list[Tensor]:
     """What is worth averaging, each tensor once."""
     saved = {id(x) for x in model.state_dict(keep_vars=True).values()}
     buffers = [x for x in model.buffers() if x.is_floating_point() and id(x) in saved]

@@ -45,7 +45,7 @@ def train(cfg: DictConfig, resume: bool) -> dict:
     Returns:
         the metrics of the last evaluation; those of averaged weights under "ema".
     """
-    use_determinism(cfg)
+    _use_determinism(cfg)
     use_precision(cfg)
     images = instantiate(cfg.dataloader.train.dataset)
     summarise_data(cfg, images)
@@ -62,8 +62,8 @@ def train(cfg: DictConfig, resume: bool) -> dict:
         about={**about, **describe(cfg)},
         min_backbone=cfg.train.min_backbone,
     )
-    content = start_weights(cfg, checkpointer, resume)
-    trainer, ema = build_trainer(cfg, model, about)
+    content = _start_weights(cfg, checkpointer, resume)
+    trainer, ema = _build_trainer(cfg, model, about)
     if "trainer" in content:
         trainer.load_state_dict(content["trainer"])
         if ema and "ema" in content:
@@ -79,7 +79,7 @@ def train(cfg: DictConfig, resume: bool) -> dict:
         checkpointer.about["recipe"] = (folder / "config.yaml").read_text()
         forget_metrics(folder / "metrics.json", start)
     results: dict = {}
-    trainer.register_hooks(list_hooks(cfg, trainer, checkpointer, ema, results))
+    trainer.register_hooks(_list_hooks(cfg, trainer, checkpointer, ema, results))
     try:
         trainer.train(start, cfg.train.max_iter)
     except EndOfTraining:
@@ -105,7 +105,7 @@ def build_model(cfg: DictConfig) -> nn.Module:
     return model
 
 
-def start_weights(cfg: DictConfig, checkpointer: Checkpointer, resume: bool) -> dict:
+def _start_weights(cfg: DictConfig, checkpointer: Checkpointer, resume: bool) -> dict:
     """Load what the training starts with into the model -> the other contents of a checkpoint to continue from."""
     last = checkpointer.last_whole() if resume else ""
     if resume and not last:
@@ -118,7 +118,7 @@ def start_weights(cfg: DictConfig, checkpointer: Checkpointer, resume: bool) -> 
     return content if last else {}
 
 
-def build_trainer(cfg: DictConfig, model: nn.Module, about: dict) -> tuple[Trainer, Ema | None]:
+def _build_trainer(cfg: DictConfig, model: nn.Module, about: dict) -> tuple[Trainer, Ema | None]:
     """The trainer of a model that has its weights, and their average if the recipe wants it."""
     checkpoint_activations(model, cfg.train.activation_checkpointing)
     compile_if_wanted(cfg, model)
@@ -144,7 +144,7 @@ def build_trainer(cfg: DictConfig, model: nn.Module, about: dict) -> tuple[Train
     return trainer, Ema(model, cfg.train.ema.decay) if cfg.train.ema.enabled else None
 
 
-def use_determinism(cfg: DictConfig) -> None:
+def _use_determinism(cfg: DictConfig) -> None:
     """Settle the seed, the same for all processes, and choose deterministic kernels if the recipe wants them."""
     if cfg.train.seed < 0:
         cfg.train.seed = comm.shared_random_seed()
@@ -154,7 +154,7 @@ def use_determinism(cfg: DictConfig) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)  # a few kernels have no such form, docs name them
 
 
-def list_hooks(cfg: DictConfig, trainer: Trainer, checkpointer: Checkpointer, ema: Ema | None, results: dict) -> list:
+def _list_hooks(cfg: DictConfig, trainer: Trainer, checkpointer: Checkpointer, ema: Ema | None, results: dict) -> list:
     """All hooks in the order in which they must run; the last evaluation is left in `results`."""
     main = comm.is_main_process()
     folder, names = cfg.train.output_dir, checkpointer.names
@@ -165,12 +165,12 @@ def list_hooks(cfg: DictConfig, trainer: Trainer, checkpointer: Checkpointer, em
         results.update(evaluate(cfg, model, ema))
         picture = os.path.join(folder, "val_predictions.png")
         if not from_main(os.path.exists(picture)):
-            show_predictions(cfg, model, names, picture)
+            _show_predictions(cfg, model, names, picture)
         if main:
             draw_curves(folder)
         return results
 
-    writers = list_writers(cfg) if main else []
+    writers = _list_writers(cfg) if main else []
     metrics = [writer for writer in writers if isinstance(writer, JSONWriter)]
     checkpoints = Checkpoints(checkpointer, **cfg.train.checkpointer, writers=metrics)
     return [
@@ -186,7 +186,7 @@ def list_hooks(cfg: DictConfig, trainer: Trainer, checkpointer: Checkpointer, em
     ]
 
 
-def list_writers(cfg: DictConfig) -> list[EventWriter]:
+def _list_writers(cfg: DictConfig) -> list[EventWriter]:
     """Console, metrics.json, TensorBoard, and Weights & Biases if the recipe wants it."""
     folder, window = cfg.train.output_dir, max(1, cfg.train.log_period)
     writers = [
@@ -205,20 +205,20 @@ def evaluate(cfg: DictConfig, model: nn.Module, ema: Ema | None = None) -> dict:
 
     With `ema`, those of the averaged weights follow under the key "ema".
     """
-    same_statistics(model)
+    _same_statistics(model)
     gather_shards(model)
-    result = evaluate_weights(cfg, model, "weights as trained")
+    result = _evaluate_weights(cfg, model, "weights as trained")
     drop_shards(model)
     if ema:
         with ema.applied():
             gather_shards(model)
-            averaged = evaluate_weights(cfg, model, "averaged weights", folder="averaged")
+            averaged = _evaluate_weights(cfg, model, "averaged weights", folder="averaged")
             drop_shards(model)
         result = {**result, **({"ema": averaged} if averaged else {})}
     return result
 
 
-def evaluate_weights(cfg: DictConfig, model: nn.Module, kind: str, folder: str = "") -> dict:
+def _evaluate_weights(cfg: DictConfig, model: nn.Module, kind: str, folder: str = "") -> dict:
     """One evaluation of the weights that the model holds, written to `folder` of the evaluator's; {} but on the main
     process.
     """
@@ -236,14 +236,14 @@ def evaluate_weights(cfg: DictConfig, model: nn.Module, kind: str, folder: str =
     return result or {}
 
 
-def same_statistics(model: nn.Module) -> None:
+def _same_statistics(model: nn.Module) -> None:
     """Give all processes the main one's buffers: running statistics follow each process's own images."""
     if comm.get_world_size() > 1:
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, 0)
 
 
-def show_predictions(cfg: DictConfig, model: nn.Module, names: list[str], path: str) -> None:
+def _show_predictions(cfg: DictConfig, model: nn.Module, names: list[str], path: str) -> None:
     """Draw what the model finds in the first evaluation images."""
     mapper = instantiate(cfg.dataloader.test.mapper)
     batch = [{**x, **mapper(x)} for x in islice(instantiate(cfg.dataloader.test.dataset), MOST_IMAGES)]

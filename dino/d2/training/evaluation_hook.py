@@ -72,7 +72,7 @@ class Evaluation(hooks.EvalHook):
         """Take up the record, and evaluate now if the weights that are continued with should have been."""
         self.completed = start = self.trainer.start_iter
         if comm.is_main_process() and start and os.path.isfile(self.path):
-            self.record = [entry for entry in read_record(self.path) if entry["iteration"] <= start]
+            self.record = [entry for entry in _read_record(self.path) if entry["iteration"] <= start]
         due = start and self.period and start % self.period == 0 and start < self.trainer.max_iter
         if from_main(bool(due and start not in {entry["iteration"] for entry in self.record})):
             logger.info(f"evaluating the weights of iteration {start}: the interrupted run had not come to it")
@@ -133,7 +133,7 @@ class Evaluation(hooks.EvalHook):
         logger.info(f"best {self.metric} so far: {value:.4f}, {kind} weights, in model_best.pth")
 
 
-def read_record(path: str) -> list[dict]:
+def _read_record(path: str) -> list[dict]:
     """The evaluations of a run.
 
     Raises:

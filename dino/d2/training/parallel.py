@@ -75,7 +75,7 @@ def restarted() -> bool:
     return any(int(os.environ.get(key) or 0) > 0 for key in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
-def launch_id() -> str:
+def _launch_id() -> str:
     """What stays the same when torchrun or Slurm starts a run again, and differs for another run."""
     given = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return given if given != "none" else os.environ.get("SLURM_JOB_ID", f"{platform.node()} {os.getppid()}")
@@ -83,12 +83,12 @@ def launch_id() -> str:
 
 def note_start(folder: Path) -> None:
     """Leave in the folder of a run who started it."""
-    write_whole(folder / STARTER, lambda part: part.write_text(launch_id()))
+    write_whole(folder / STARTER, lambda part: part.write_text(_launch_id()))
 
 
 def started_by_same(folder: Path) -> bool:
     """Whether `note_start` was called for this folder by processes of the same launch."""
-    return (folder / STARTER).is_file() and (folder / STARTER).read_text() == launch_id()
+    return (folder / STARTER).is_file() and (folder / STARTER).read_text() == _launch_id()
 
 
 def from_main(value):
@@ -129,19 +129,19 @@ def gradients_shared(model: nn.Module, now: bool) -> AbstractContextManager:
 
 def gather_shards(model: nn.Module) -> None:
     """Make every process hold the whole of a sharded model, and keep it: for evaluation, where batches are uneven."""
-    for module in sharded_modules(model):
+    for module in _sharded_modules(model):
         module.set_reshard_after_forward(False)
         module.unshard()
 
 
 def drop_shards(model: nn.Module) -> None:
     """End what `gather_shards` began."""
-    for module in sharded_modules(model):
+    for module in _sharded_modules(model):
         module.set_reshard_after_forward(module is not model)  # fully_shard's own choice
         module.reshard()
 
 
-def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
     """The parts of a model that are sharded; none without `train.parallel=fsdp`."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 

@@ -24,7 +24,7 @@ from dino.utils.environment import operator_lines
 from dino.utils.files import DataError
 
 logger = logging.getLogger("detectron2.dino")
-TINY = 8  # pixels, below which few detectors find anything
+_TINY = 8  # pixels, below which few detectors find anything
 
 
 def summarise_data(cfg: DictConfig, images: list[dict]) -> None:
@@ -55,23 +55,23 @@ def summarise_data(cfg: DictConfig, images: list[dict]) -> None:
     for what, limit in limits.items():
         if limit and count > limit:
             logger.warning(f"{fullest['file_name']} has {count} objects, more than the {limit} {what} per image")
-    tell_sizes(cfg, images)
+    _log_sizes(cfg, images)
 
 
-def tell_sizes(cfg: DictConfig, images: list[dict]) -> None:
+def _log_sizes(cfg: DictConfig, images: list[dict]) -> None:
     """Log how large the objects are for the network, and warn where they are tiny."""
-    sizes = sizes_after_resize(images[:5000], list(instantiate(cfg.dataloader.test.mapper).augmentations.augs))
+    sizes = _sizes_after_resize(images[:5000], list(instantiate(cfg.dataloader.test.mapper).augmentations.augs))
     if len(sizes):
         low, median, high = np.percentile(sizes, (5, 50, 95))
         logger.info(
             f"objects after the resize for evaluation, square root of the area in pixels: 5% below {low:.0f}, median "
             f"{median:.0f}, 5% above {high:.0f}"
         )
-        if median < TINY:
-            logger.warning(f"half of the objects are smaller than {TINY} pixels: larger images or tiles would help")
+        if median < _TINY:
+            logger.warning(f"half of the objects are smaller than {_TINY} pixels: larger images or tiles would help")
 
 
-def sizes_after_resize(images: list[dict], augmentations: list) -> np.ndarray:
+def _sizes_after_resize(images: list[dict], augmentations: list) -> np.ndarray:
     """Square roots of the areas of all boxes, in pixels of the resized images; nothing is read or resized."""
     sizes = []
     for x in images:
@@ -121,13 +121,13 @@ def describe_run(images: list[dict], seed: int) -> dict[str, str | int]:
     return {
         "dino": dino.__version__,
         "torch": str(torch.__version__),
-        "commit": commit(),
+        "commit": _commit(),
         "seed": seed,
-        "data": fingerprint(images),
+        "data": _fingerprint(images),
     }
 
 
-def commit() -> str:
+def _commit() -> str:
     """Of the checkout in which the package lies; "-dirty" where something has been changed since."""
     command = ["git", "-C", str(Path(dino.__file__).parents[1]), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
@@ -137,7 +137,7 @@ def commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def fingerprint(images: list[dict]) -> str:
+def _fingerprint(images: list[dict]) -> str:
     """Of names, sizes, boxes and labels, in their order; not of the pixels, nor of the folder."""
     digest = hashlib.sha256()
     for x in images:

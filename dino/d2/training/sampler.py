@@ -28,7 +28,7 @@ def seed_random(*numbers: int) -> None:
     torch.manual_seed(seed)
 
 
-class Stream(Sampler):
+class _Stream(Sampler):
     """This process's share of an endless stream, as pairs of a position in the whole stream and an index.
 
     Args:
@@ -46,7 +46,7 @@ class Stream(Sampler):
         return itertools.islice(stream, self.start + comm.get_rank(), None, comm.get_world_size())
 
 
-class SeededDataset(Dataset):
+class _SeededDataset(Dataset):
     """Maps an image with random numbers that follow from the seed and its position in the stream.
 
     Args:
@@ -119,9 +119,9 @@ class TrainLoader:
         else:
             sampler = RepeatFactorTrainingSampler(self.repeats, seed=self.seed)
         loader = build_detection_train_loader(
-            SeededDataset(self.images, self.mapper, self.seed),
+            _SeededDataset(self.images, self.mapper, self.seed),
             mapper=None,
-            sampler=Stream(sampler, self.start * self.total_batch_size),
+            sampler=_Stream(sampler, self.start * self.total_batch_size),
             total_batch_size=self.total_batch_size // self.parts,
             aspect_ratio_grouping=False,  # it would keep images back, and nobody could tell which
             num_workers=self.num_workers,

@@ -15,7 +15,7 @@ from detectron2.utils.events import CommonMetricPrinter, EventWriter, get_event_
 
 from dino.utils.files import DataError, write_whole
 
-MAIN_LOSSES = ("total_loss", "loss_ce", "loss_bbox", "loss_giou")
+_MAIN_LOSSES = ("total_loss", "loss_ce", "loss_bbox", "loss_giou")
 
 
 class ConsoleWriter(CommonMetricPrinter):
@@ -30,7 +30,7 @@ class ConsoleWriter(CommonMetricPrinter):
         if storage.iter >= self._max_iter or storage.iter == self.told or not histories:
             return
         self.told = storage.iter
-        latest = {name: histories[name].latest() for name in (*MAIN_LOSSES, "lr") if name in histories}
+        latest = {name: histories[name].latest() for name in (*_MAIN_LOSSES, "lr") if name in histories}
         times = {name: histories[name].median(self._window_size) for name in ("time", "data_time") if name in histories}
         parts = [f"iter {storage.iter}/{self._max_iter}"]
         parts += [f"{name} {value:.3f}" for name, value in latest.items() if name != "lr"]
@@ -95,10 +95,10 @@ def draw_curves(folder: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    series = read_metrics(Path(folder) / "metrics.json")
+    series = _read_metrics(Path(folder) / "metrics.json")
     measured = [key for key in series if key.endswith(("bbox/AP", "bbox/AP50"))]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for axes, keys, title in ((left, MAIN_LOSSES, "losses"), (right, measured, "evaluation")):
+    for axes, keys, title in ((left, _MAIN_LOSSES, "losses"), (right, measured, "evaluation")):
         for key in keys:
             if key in series:
                 axes.plot(*zip(*sorted(series[key].items()), strict=True), label=key, marker="." * (axes is right))
@@ -110,17 +110,17 @@ def draw_curves(folder: str) -> None:
     pyplot.close(figure)
 
 
-def read_metrics(path: Path) -> dict[str, dict[int, float]]:
+def _read_metrics(path: Path) -> dict[str, dict[int, float]]:
     """Key -> iteration -> value."""
     series: dict[str, dict[int, float]] = defaultdict(dict)
-    for entry in entries(path):
+    for entry in _entries(path):
         for key, value in entry.items():
             if isinstance(value, int | float) and math.isfinite(value):
                 series[key][entry["iteration"]] = value
     return series
 
 
-def entries(path: Path) -> list[dict]:
+def _entries(path: Path) -> list[dict]:
     """The lines of a metrics.json; one that a kill cut short is left out."""
     found = []
     for line in path.read_text().splitlines() if path.is_file() else []:
@@ -131,6 +131,6 @@ def entries(path: Path) -> list[dict]:
 
 def forget_metrics(path: Path, start: int) -> None:
     """Remove what a run wrote to its metrics.json after the checkpoint from which it continues at iteration `start`."""
-    kept = [x for x in entries(path) if x["iteration"] < start or (x["iteration"] == start and "total_loss" not in x)]
+    kept = [x for x in _entries(path) if x["iteration"] < start or (x["iteration"] == start and "total_loss" not in x)]
     if path.is_file():
         write_whole(path, lambda part: part.write_text("".join(json.dumps(x, sort_keys=True) + "\n" for x in kept)))

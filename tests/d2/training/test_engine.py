@@ -184,11 +184,11 @@ def test_the_deterministic_switch(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *args, **options: asked.append((args, options)))
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     cfg = tiny_recipe(tmp_path, "train.seed=-1")
-    engine.use_determinism(cfg)
+    engine._use_determinism(cfg)
     assert asked == []
     assert cfg.train.seed >= 0  # drawn, and from now on known
     cfg.train.deterministic = True
-    engine.use_determinism(cfg)
+    engine._use_determinism(cfg)
     assert asked == [((True,), {"warn_only": True})]
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
