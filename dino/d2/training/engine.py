@@ -40,10 +40,13 @@ logger = logging.getLogger("detectron2.dino")
 
 
 def train(cfg: DictConfig, resume: bool) -> dict:
-    """Train the recipe to its end.
+    """Train a recipe to its end.
 
     Returns:
         the metrics of the last evaluation; those of averaged weights under "ema".
+
+    Raises:
+        DataError: recipe, data or weights can't be used.
     """
     _use_determinism(cfg)
     use_precision(cfg)
@@ -83,7 +86,7 @@ def train(cfg: DictConfig, resume: bool) -> dict:
     try:
         trainer.train(start, cfg.train.max_iter)
     except EndOfTraining:
-        logger.info(f"the training ended after {trainer.iter + 1} of {cfg.train.max_iter} iterations")
+        logger.info(f"training ended after {trainer.iter + 1} of {cfg.train.max_iter} iterations")
     finally:
         if comm.is_main_process():
             draw_curves(cfg.train.output_dir)
@@ -91,10 +94,10 @@ def train(cfg: DictConfig, resume: bool) -> dict:
 
 
 def build_model(cfg: DictConfig) -> nn.Module:
-    """The recipe's model, on its device.
+    """Build the recipe's model on its device.
 
     Raises:
-        DataError: its parts refuse their arguments, or need a library that is not installed.
+        DataError: a part refuses its arguments, or needs a library that is not installed.
     """
     try:
         model = instantiate(cfg.model).to(cfg.train.device)
@@ -106,7 +109,7 @@ def build_model(cfg: DictConfig) -> nn.Module:
 
 
 def _start_weights(cfg: DictConfig, checkpointer: Checkpointer, resume: bool) -> dict:
-    """Load what the training starts with into the model -> the other contents of a checkpoint to continue from."""
+    """Load the first weights into the model -> the other contents of the checkpoint if the run resumes, else {}."""
     last = checkpointer.last_whole() if resume else ""
     if resume and not last:
         logger.warning(f"nothing to resume in {cfg.train.output_dir}: starting at iteration 0")
@@ -114,12 +117,14 @@ def _start_weights(cfg: DictConfig, checkpointer: Checkpointer, resume: bool) ->
     fresh = checkpointer.problems
     if last or cfg.train.init_checkpoint:
         total = len(checkpointer.model.state_dict())
-        logger.info(f"{total - len(fresh)} of {total} tensors loaded; initialised afresh: {', '.join(fresh) or 'none'}")
+        logger.info(
+            f"{total - len(fresh)} of {total} tensors loaded; initialised at random: {', '.join(fresh) or 'none'}"
+        )
     return content if last else {}
 
 
 def _build_trainer(cfg: DictConfig, model: nn.Module, about: dict) -> tuple[Trainer, Ema | None]:
-    """The trainer of a model that has its weights, and their average if the recipe wants it."""
+    """Make the trainer of a model with loaded weights, and the average of the weights if the recipe enables it."""
     checkpoint_activations(model, cfg.train.activation_checkpointing)
     compile_if_wanted(cfg, model)
     shared = wrap_ddp_or_fsdp(model, cfg)
@@ -145,17 +150,17 @@ def _build_trainer(cfg: DictConfig, model: nn.Module, about: dict) -> tuple[Trai
 
 
 def _use_determinism(cfg: DictConfig) -> None:
-    """Settle the seed, the same for all processes, and choose deterministic kernels if the recipe wants them."""
+    """Set the seed, the same for all processes, and deterministic kernels if the recipe enables them."""
     if cfg.train.seed < 0:
         cfg.train.seed = comm.shared_random_seed()
     if cfg.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
-        torch.use_deterministic_algorithms(True, warn_only=True)  # a few kernels have no such form, docs name them
+        torch.use_deterministic_algorithms(True, warn_only=True)  # a few kernels have no such form, see the docs
 
 
 def _list_hooks(cfg: DictConfig, trainer: Trainer, checkpointer: Checkpointer, ema: Ema | None, results: dict) -> list:
-    """All hooks in the order in which they must run; the last evaluation is left in `results`."""
+    """All hooks in the order in which they must run; `results` receives the last evaluation."""
     main = comm.is_main_process()
     folder, names = cfg.train.output_dir, checkpointer.names
     model = unwrapped(trainer.model)
@@ -187,7 +192,7 @@ def _list_hooks(cfg: DictConfig, trainer: Trainer, checkpointer: Checkpointer, e
 
 
 def _list_writers(cfg: DictConfig) -> list[EventWriter]:
-    """Console, metrics.json, TensorBoard, and Weights & Biases if the recipe wants it."""
+    """Console, metrics.json, TensorBoard, and Weights & Biases if the recipe enables it."""
     folder, window = cfg.train.output_dir, max(1, cfg.train.log_period)
     writers = [
         ConsoleWriter(cfg.train.max_iter),
@@ -201,9 +206,9 @@ def _list_writers(cfg: DictConfig) -> list[EventWriter]:
 
 
 def evaluate(cfg: DictConfig, model: nn.Module, ema: Ema | None = None) -> dict:
-    """AP of the model on the recipe's test data, on the main process; also printed and written to a folder.
+    """Evaluate the model on the recipe's test data -> metrics on the main process; prints and writes them too.
 
-    With `ema`, those of the averaged weights follow under the key "ema".
+    With `ema`, the metrics of the averaged weights follow under the key "ema".
     """
     _same_statistics(model)
     gather_shards(model)
@@ -219,8 +224,9 @@ def evaluate(cfg: DictConfig, model: nn.Module, ema: Ema | None = None) -> dict:
 
 
 def _evaluate_weights(cfg: DictConfig, model: nn.Module, kind: str, folder: str = "") -> dict:
-    """One evaluation of the weights that the model holds, written to `folder` of the evaluator's; {} but on the main
-    process.
+    """Evaluate the current weights of the model -> metrics, {} on other processes than the main one.
+
+    The evaluator writes into the subfolder `folder` of its own.
     """
     logger.info(f"evaluating: {kind}")
     evaluator = cfg.dataloader.evaluator.copy()
@@ -237,14 +243,14 @@ def _evaluate_weights(cfg: DictConfig, model: nn.Module, kind: str, folder: str 
 
 
 def _same_statistics(model: nn.Module) -> None:
-    """Give all processes the main one's buffers: running statistics follow each process's own images."""
+    """Copy the main process's buffers to all processes: running statistics depend on each process's images."""
     if comm.get_world_size() > 1:
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, 0)
 
 
 def _show_predictions(cfg: DictConfig, model: nn.Module, names: list[str], path: str) -> None:
-    """Draw what the model finds in the first evaluation images."""
+    """Draw the detections in the first evaluation images."""
     mapper = instantiate(cfg.dataloader.test.mapper)
     batch = [{**x, **mapper(x)} for x in islice(instantiate(cfg.dataloader.test.dataset), MOST_IMAGES)]
     training = model.training
@@ -255,10 +261,10 @@ def _show_predictions(cfg: DictConfig, model: nn.Module, names: list[str], path:
 
 
 def evaluate_checkpoint(cfg: DictConfig) -> dict:
-    """AP of `train.init_checkpoint`, every tensor of which must be there; of its averaged weights too, if it has any.
+    """Evaluate `train.init_checkpoint`, and its averaged weights if it has any -> metrics.
 
     Raises:
-        DataError: the file does not fit the recipe.
+        DataError: the file lacks a tensor of the recipe's model.
     """
     use_precision(cfg)
     model = build_model(cfg).eval()

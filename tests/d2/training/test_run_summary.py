@@ -27,11 +27,11 @@ def test_the_data_are_summarised(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         run_summary.summarise_data(cfg, instantiate(cfg.dataloader.train.dataset))
     text = caplog.text
-    assert "3 training images, 1 without objects (kept); 4 objects of 3 classes" in text
+    assert "3 training images, 1 of them without objects; 4 objects of 3 classes" in text
     for limit in ("2 queries", "1 denoising queries"):
         assert f"image_1.png has 3 objects, more than the {limit} per image" in text
     assert "detections" not in text
-    assert "objects after the resize for evaluation, square root of the area in pixels: 5% below" in text
+    assert "size of objects after the evaluation's resize, square root of the area in pixels: 5% below" in text
 
 
 def test_data_without_images_is_refused(tmp_path):
