@@ -1,6 +1,8 @@
 """The feed-forward network in parts that recompute half of their hidden state."""
 
 import copy
+import inspect
+import re
 
 import pytest
 import torch
@@ -8,9 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dino.layers import cpu_feed_forward
+from dino.layers import cpu_feed_forward, feed_forward
 from dino.layers.cpu_feed_forward import CpuFeedForward, RecomputedFeedForward, replace_modules, use_cpu_feed_forward
 from dino.layers.feed_forward import FeedForward
+from dino.modeling import dino, neck, transformer
 
 
 @pytest.fixture
@@ -147,6 +150,14 @@ def test_a_compiler_sees_the_plain_operations(small_parts):
     torch.testing.assert_close(torch.compile(model, backend=note)(x), model(x))
     assert seen
     assert not any("split" in name or "autograd" in name for name in seen)
+
+
+@pytest.mark.parametrize("module", [dino, transformer, neck, feed_forward], ids=lambda module: module.__name__)
+def test_the_network_asks_for_no_device(module):
+    """Devices, autocast and compilers are the business of modules that replace its own."""
+    asks = re.compile(r"autocast|is_compiling|device\.type|is_cpu|is_cuda")
+    assert asks.search(inspect.getsource(cpu_feed_forward))
+    assert not asks.findall(inspect.getsource(module))
 
 
 def test_the_model_itself_is_not_replaced():

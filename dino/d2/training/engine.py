@@ -76,11 +76,7 @@ def train(cfg: DictConfig, resume: bool) -> dict:
             checkpointer.add_checkpointable(key, part)
     start = trainer.iter + 1 if "trainer" in content else 0
     if comm.is_main_process():
-        folder = Path(cfg.train.output_dir)
-        note_start(folder)
-        LazyConfig.save(cfg, str(folder / "config.yaml"))
-        checkpointer.about["recipe"] = (folder / "config.yaml").read_text()
-        forget_metrics(folder / "metrics.json", start)
+        checkpointer.add_about(recipe=_start_folder(cfg, start))
     results: dict = {}
     trainer.register_hooks(_list_hooks(cfg, trainer, checkpointer, ema, results))
     try:
@@ -91,6 +87,15 @@ def train(cfg: DictConfig, resume: bool) -> dict:
         if comm.is_main_process():
             draw_curves(cfg.train.output_dir)
     return results
+
+
+def _start_folder(cfg: DictConfig, start: int) -> str:
+    """Prepare the folder of a run that starts at iteration `start` -> the text of its recipe."""
+    folder = Path(cfg.train.output_dir)
+    note_start(folder)
+    forget_metrics(folder / "metrics.json", start)
+    LazyConfig.save(cfg, str(folder / "config.yaml"))
+    return (folder / "config.yaml").read_text()
 
 
 def build_model(cfg: DictConfig) -> nn.Module:

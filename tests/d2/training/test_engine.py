@@ -17,6 +17,8 @@ from torch import nn
 from dino.d2.checkpoint import Checkpointer
 from dino.d2.data_loading import load_dataset
 from dino.d2.training import engine
+from dino.layers.cpu_feed_forward import CpuFeedForward
+from dino.layers.feed_forward import FeedForward
 from dino.utils.files import DataError
 
 from ..recipes import tiny_recipe
@@ -105,6 +107,12 @@ def test_the_saved_recipe_evaluates_the_checkpoint(trained):
     again.train.init_checkpoint = str(run_folder(cfg) / "model_final.pth")
     found = engine.evaluate_checkpoint(again)
     assert found["bbox"]["AP"] == pytest.approx(results["bbox"]["AP"], nan_ok=True)
+
+
+def test_a_model_on_a_cpu_has_the_feed_forward_network_for_it(tmp_path):
+    kinds = {type(module) for module in engine.build_model(tiny_recipe(tmp_path)).modules()}
+    assert CpuFeedForward in kinds
+    assert FeedForward not in kinds
 
 
 def test_training_without_any_object(tmp_path):
