@@ -22,8 +22,9 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from dino.data.coco import CocoImages, ShortSide, collate, evaluate, to_results
-from dino.inference.memory import keep_freed_memory
+from dino.inference.cpu import keep_freed_memory
 from dino.layers import HungarianMatcher, NonFiniteCostError, SetCriterion, Target, detections
+from dino.layers.cpu_feed_forward import use_cpu_feed_forward
 from dino.modeling import CudaGraphs, compile_network, use_float32_precision
 from dino.modeling.precision import PRECISIONS
 from dino.utils.files import DataError, free_name, message_of, write_whole
@@ -148,9 +149,12 @@ def describe(args, num_classes):
 
 def build(args, num_classes):
     try:
-        return build_network(describe(args, num_classes)).to(args.device)
+        network = build_network(describe(args, num_classes)).to(args.device)
     except ValueError as error:
         raise DataError(f"no network can be built from these arguments: {error}") from error
+    if torch.device(args.device).type == "cpu":
+        use_cpu_feed_forward(network)
+    return network
 
 
 def save(model, args, names):

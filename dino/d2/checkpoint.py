@@ -47,6 +47,10 @@ class Checkpointer(DetectionCheckpointer):
         self.source = ""  # the last loaded file
         self.problems: list[str] = []  # tensors that it lacked or held in another shape, by the network's names
 
+    def add_about(self, **about) -> None:
+        """Add plain data on the run to what every checkpoint stores."""
+        self.about = {**self.about, **about}
+
     def save(self, name: str, **kwargs) -> None:
         """Write `name`.pth, from which the run can continue; all processes must call it where the model is sharded."""
         parts = {key: part.state_dict() for key, part in self.checkpointables.items()}

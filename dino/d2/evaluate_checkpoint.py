@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from dino.d2.training.launch import launch
 from dino.data.coco import load_json
-from dino.inference.memory import keep_freed_memory
+from dino.inference.cpu import keep_freed_memory
 from dino.utils.files import DataError, make_folder, write_whole
 
 from . import recipe, recipe_description

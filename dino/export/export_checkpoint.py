@@ -8,7 +8,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from dino.modeling import fold_norms
+from dino.inference.cpu import fold_norms
 from dino.modeling.detector import Detector
 from dino.utils.files import DataError, make_folder, write_whole
 from dino.weights.description import detector_from_checkpoint

@@ -22,7 +22,7 @@ from dino.modeling.cuda_graphs import MOST
 from dino.modeling.precision import PRECISIONS
 from dino.utils.files import DataError, counted, free_name, make_folder, write_whole
 
-from .memory import keep_freed_memory
+from .cpu import keep_freed_memory
 from .predictor import Prediction, Predictor
 from .video import VIDEO_SUFFIXES, VideoReader, VideoWriter
 

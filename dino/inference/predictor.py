@@ -24,12 +24,13 @@ from torch import Tensor
 
 from dino.data.images import list_images, read_image, resize_image, to_rgb
 from dino.layers import Detections
-from dino.modeling import DINO, CudaGraphs, compile_network, fold_norms, use_float32_precision, use_onednn
+from dino.modeling import DINO, CudaGraphs, compile_network, use_float32_precision
 from dino.modeling.cuda_graphs import MOST
 from dino.modeling.detector import Detector, Select
 from dino.utils.files import DataError
 from dino.weights.description import detector_from_checkpoint
 
+from .cpu import fold_norms, prepare_for_cpu
 from .drawing import draw_detections
 from .tiling import View, merge, suppress, take, views
 
@@ -165,7 +166,7 @@ class Predictor:
         fold_norms(detector.network)
         detector.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         detector.network.to(dtype)  # pixel statistics stay float32
-        use_onednn(detector.network)
+        prepare_for_cpu(detector.network)
         return cls(detector, **options)
 
     def compile(self, **options: Any) -> Predictor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dino.layers.boxes import refine, to_float32
 from dino.layers.deform_attn import MultiScaleDeformableAttention
-from dino.layers.feed_forward import PART, RecomputedFeedForward
+from dino.layers.feed_forward import FeedForward
 from dino.layers.position_encoding import encode_boxes
 from dino.structures import LayerOutputs, Queries, Tokens, at_most
 
@@ -48,37 +48,6 @@ def xavier_(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight)
-
-
-class FeedForward(nn.Module):
-    """Two linear layers with a residual connection and a norm behind it.
-
-    A CPU goes over many tokens in parts, whose hidden state then stays in its caches and is not kept.
-    """
-
-    def __init__(self, embed_dim: int, hidden_dim: int):
-        super().__init__()
-        self.linear1 = nn.Linear(embed_dim, hidden_dim)
-        self.linear2 = nn.Linear(hidden_dim, embed_dim)
-        self.norm = nn.LayerNorm(embed_dim)
-        xavier_(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, ·, E) -> the same shape."""
-        if x.device.type != "cpu" or torch.compiler.is_compiling() or x.shape[1] <= PART:
-            return self.part(x)
-        if not torch.is_grad_enabled():
-            return torch.cat([self.part(part) for part in x.split(PART, 1)], 1)
-        if torch.is_autocast_enabled("cpu"):
-            return self.part(x)
-        args = (self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias)
-        return self.norm(x + RecomputedFeedForward.apply(x, *args))
-
-    def part(self, x: Tensor) -> Tensor:
-        """The same in one go."""
-        # Not in place where there will be a gradient: that of a view changed in place is copied twice.
-        hidden = F.relu(self.linear1(x), inplace=not torch.is_grad_enabled())
-        return self.norm(x + self.linear2(hidden))
 
 
 class EncoderLayer(nn.Module):

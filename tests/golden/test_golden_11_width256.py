@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from dino.modeling import use_onednn
+from dino.inference.cpu import use_onednn
 from dino.weights import load_weights
 
 from .golden import FOLDER, GoldenFile

@@ -9,7 +9,7 @@ from detectron2.engine import default_setup
 from torch.multiprocessing import ProcessRaisedException
 
 from dino.d2 import recipe
-from dino.inference.memory import keep_freed_memory
+from dino.inference.cpu import keep_freed_memory
 from dino.utils.files import DataError
 
 from . import engine, parallel

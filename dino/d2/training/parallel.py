@@ -1,4 +1,4 @@
-"""Several processes: starting them, sharing the gradients, and pieces of tensors where a model is cut into shards."""
+"""Several processes: starting them, averaging gradients, and tensors of a sharded model."""
 
 from __future__ import annotations
 
@@ -71,33 +71,33 @@ def join_group(args) -> None:
 
 
 def restarted() -> bool:
-    """Whether torchrun or Slurm starts its processes for the second time or more."""
+    """Whether torchrun or Slurm has restarted this process."""
     return any(int(os.environ.get(key) or 0) > 0 for key in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
-def launch_id() -> str:
-    """What stays the same when torchrun or Slurm starts a run again, and differs for another run."""
+def _launch_id() -> str:
+    """An id that a restart by torchrun or Slurm keeps, and another run does not."""
     given = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return given if given != "none" else os.environ.get("SLURM_JOB_ID", f"{platform.node()} {os.getppid()}")
 
 
 def note_start(folder: Path) -> None:
-    """Leave in the folder of a run who started it."""
-    write_whole(folder / STARTER, lambda part: part.write_text(launch_id()))
+    """Write the id of this launch into the folder of a run."""
+    write_whole(folder / STARTER, lambda part: part.write_text(_launch_id()))
 
 
 def started_by_same(folder: Path) -> bool:
-    """Whether `note_start` was called for this folder by processes of the same launch."""
-    return (folder / STARTER).is_file() and (folder / STARTER).read_text() == launch_id()
+    """Whether the same launch has called `note_start` for this folder."""
+    return (folder / STARTER).is_file() and (folder / STARTER).read_text() == _launch_id()
 
 
 def from_main(value):
-    """The main process's value of something small, on all processes."""
+    """Return the main process's value, which must be small, on all processes."""
     return comm.all_gather(value)[0]
 
 
 def wrap_ddp_or_fsdp(model: nn.Module, cfg: DictConfig) -> nn.Module:
-    """Let the processes train one model: `train.parallel` is "ddp" (each holds all of it) or "fsdp" (each a shard)."""
+    """Wrap a model for several processes: `train.parallel` is "ddp" (each holds all of it) or "fsdp" (each a shard)."""
     if cfg.train.parallel not in ("ddp", "fsdp"):
         raise DataError(f"train.parallel={cfg.train.parallel!r}: write ddp or fsdp")
     if comm.get_world_size() == 1:
@@ -107,7 +107,7 @@ def wrap_ddp_or_fsdp(model: nn.Module, cfg: DictConfig) -> nn.Module:
         return create_ddp_model(model, **cfg.train.ddp, **({} if device == "cuda" else {"device_ids": None}))
     model.to(memory_format=torch.contiguous_format)  # FSDP2 can't shard channels-last weights
     mesh = init_device_mesh(device, (comm.get_world_size(),))
-    with suppress(ValueError):  # of a backbone without known blocks, which is then sharded with the rest
+    with suppress(ValueError):  # a backbone without known blocks is sharded with the rest
         for block in find_blocks(model.network.neck.backbone).values():
             fully_shard(block, mesh=mesh)
     for layer in [*model.network.encoder.layers, *model.network.decoder.layers]:
@@ -121,43 +121,43 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def gradients_shared(model: nn.Module, now: bool) -> AbstractContextManager:
-    """Within, backward passes share their gradients with the other processes, or leave that to a later one."""
+    """Within the block, backward passes average their gradients over the processes only if `now`."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(now)
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not now else nullcontext()
 
 
 def gather_shards(model: nn.Module) -> None:
-    """Make every process hold the whole of a sharded model, and keep it: for evaluation, where batches are uneven."""
-    for module in sharded_modules(model):
+    """Gather a sharded model on every process, and keep it whole: for evaluation, where batches are uneven."""
+    for module in _sharded_modules(model):
         module.set_reshard_after_forward(False)
         module.unshard()
 
 
 def drop_shards(model: nn.Module) -> None:
-    """End what `gather_shards` began."""
-    for module in sharded_modules(model):
+    """Shard the model again after `gather_shards`."""
+    for module in _sharded_modules(model):
         module.set_reshard_after_forward(module is not model)  # fully_shard's own choice
         module.reshard()
 
 
-def sharded_modules(model: nn.Module) -> list[FSDPModule]:
-    """The parts of a model that are sharded; none without `train.parallel=fsdp`."""
+def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    """The sharded parts of a model; none without `train.parallel=fsdp`."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def local(x: Tensor) -> Tensor:
-    """This process's shard of a tensor, sharing its memory; the tensor itself where nothing is sharded."""
+    """This process's shard of a tensor, with the same memory; the tensor itself if it is not sharded."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def shard_like(x: Tensor, reference: Tensor) -> Tensor:
-    """The whole tensor `x`, the same on all processes, cut up as `reference` is."""
+    """Shard the whole tensor `x`, equal on all processes, as `reference` is sharded."""
     if not isinstance(reference, DTensor) or x.shape != reference.shape:
         return x
     return distribute_tensor(x.to(reference.device), reference.device_mesh, reference.placements, src_data_rank=None)
 
 
 def whole(state):
-    """A tensor or a nested state with all shards put together; all processes must call it."""
+    """Gather all shards of a tensor or of a nested state; all processes must call it."""
     return tree_map_only(DTensor, lambda x: x.full_tensor(), state)

@@ -1,7 +1,6 @@
-"""The order of the training images and their augmentation: functions of the seed and a position in an endless stream.
+"""Order and augmentation of the training images, as functions of the seed and the position in an endless stream.
 
-Nothing of them has to be saved, whatever was read ahead by how many workers: a run that starts at iteration n sees what
-an unbroken one sees from there.
+So nothing has to be saved: a run that resumes at iteration n reads the same images as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -21,19 +20,19 @@ from dino.utils.files import DataError
 
 
 def seed_random(*numbers: int) -> None:
-    """Seed Python, numpy and torch, on all devices, from several numbers together; waits for no device."""
+    """Seed Python, numpy and torch, on all devices, from several numbers, without a device sync."""
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
-class Stream(Sampler):
+class _Stream(Sampler):
     """This process's share of an endless stream, as pairs of a position in the whole stream and an index.
 
     Args:
         sampler: one of Detectron2's endless samplers.
-        start: positions of the whole stream that are left out.
+        start: number of positions of the whole stream to skip.
     """
 
     def __init__(self, sampler: Sampler, start: int):
@@ -41,13 +40,13 @@ class Stream(Sampler):
         self.start = start
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        """Yield (position, index) for ever."""
+        """Yield (position, index) endlessly."""
         stream = enumerate(self.sampler._infinite_indices())
         return itertools.islice(stream, self.start + comm.get_rank(), None, comm.get_world_size())
 
 
-class SeededDataset(Dataset):
-    """Maps an image with random numbers that follow from the seed and its position in the stream.
+class _SeededDataset(Dataset):
+    """Maps an image with random numbers from the seed and its position in the stream.
 
     Args:
         images: dicts of a data set, kept in compact form.
@@ -61,12 +60,12 @@ class SeededDataset(Dataset):
         self.seed = seed
 
     def __len__(self) -> int:
-        """Number of different images."""
+        """Number of images."""
         return len(self.images)
 
-    def __getitem__(self, place: tuple[int, int]) -> dict:
+    def __getitem__(self, key: tuple[int, int]) -> dict:
         """(position, index) -> the mapped image."""
-        position, index = place
+        position, index = key
         seed_random(self.seed, position)
         return self.mapper(self.images[index])
 
@@ -77,8 +76,8 @@ class TrainLoader:
     Args:
         dataset: dicts of a data set.
         mapper: dict -> dict for the detector, see `TrainMapper`.
-        total_batch_size: images for one step of the optimizer, of all processes together.
-        num_workers: reading processes.
+        total_batch_size: images in one step of the optimizer, over all processes.
+        num_workers: processes that read images.
         repeat_threshold: classes that are on less than this fraction of the images have theirs shown more often (repeat
             factors of LVIS, arXiv 1908.03195, appendix B.2); 0 shows every image once per epoch.
 
@@ -120,11 +119,11 @@ class TrainLoader:
         else:
             sampler = RepeatFactorTrainingSampler(self.repeats, seed=self.seed)
         loader = build_detection_train_loader(
-            SeededDataset(self.images, self.mapper, self.seed),
+            _SeededDataset(self.images, self.mapper, self.seed),
             mapper=None,
-            sampler=Stream(sampler, self.start * self.total_batch_size),
+            sampler=_Stream(sampler, self.start * self.total_batch_size),
             total_batch_size=self.total_batch_size // self.parts,
-            aspect_ratio_grouping=False,  # it would keep images back, and nobody could tell which
+            aspect_ratio_grouping=False,  # it delays images, which a resumed run could not repeat
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),  # of images; the few numbers in `Instances` stay where they are
         )

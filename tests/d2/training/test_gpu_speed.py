@@ -42,7 +42,7 @@ def test_the_log_says_which_precision_the_recipe_wants(tmp_path, caplog, word, t
     cfg = tiny_recipe(tmp_path, "train.max_iter=1", "train.eval_period=0", f"train.float32_precision={word}")
     with caplog.at_level(logging.INFO):
         engine.train(cfg, resume=False)
-    assert f"precision: float32; of float32 on a GPU: {told}\n  compiled: False" in caplog.text
+    assert f"precision: float32; float32 on a GPU: {told}\n  compile: off" in caplog.text
     assert float32_precision() == told
 
 

@@ -118,7 +118,7 @@ def test_shards_equal_whole_models(pair, tmp_path):
     resumed = run_tiny(tmp_path, "--resume", *OPTIONS, *stopping, launcher=TWO)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "Starting training from iteration 4" in resumed.stdout
-    assert "the training ended after 5 of 12 iterations" in resumed.stdout
+    assert "training ended after 5 of 12 iterations" in resumed.stdout
 
 
 def test_ctrl_c_stops_all_processes_after_the_same_iteration(tmp_path):

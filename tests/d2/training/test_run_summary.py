@@ -27,11 +27,11 @@ def test_the_data_are_summarised(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         run_summary.summarise_data(cfg, instantiate(cfg.dataloader.train.dataset))
     text = caplog.text
-    assert "3 training images, 1 without objects (kept); 4 objects of 3 classes" in text
+    assert "3 training images, 1 of them without objects; 4 objects of 3 classes" in text
     for limit in ("2 queries", "1 denoising queries"):
         assert f"image_1.png has 3 objects, more than the {limit} per image" in text
     assert "detections" not in text
-    assert "objects after the resize for evaluation, square root of the area in pixels: 5% below" in text
+    assert "size of objects after the evaluation's resize, square root of the area in pixels: 5% below" in text
 
 
 def test_data_without_images_is_refused(tmp_path):
@@ -41,15 +41,15 @@ def test_data_without_images_is_refused(tmp_path):
 
 def test_sizes_follow_the_resize():
     images = [{"height": 100, "width": 200, "annotations": [{"bbox": [0, 0, 10, 40]}]}]
-    assert run_summary.sizes_after_resize(images, []) == pytest.approx([20])
-    assert run_summary.sizes_after_resize(images, [ShortSide([50])]) == pytest.approx([10])
-    assert run_summary.sizes_after_resize([{**images[0], "annotations": []}], [ShortSide([50])]).shape == (0,)
+    assert run_summary._sizes_after_resize(images, []) == pytest.approx([20])
+    assert run_summary._sizes_after_resize(images, [ShortSide([50])]) == pytest.approx([10])
+    assert run_summary._sizes_after_resize([{**images[0], "annotations": []}], [ShortSide([50])]).shape == (0,)
 
 
 def test_tiny_objects_are_warned_of(tmp_path, caplog, monkeypatch):
     cfg = tiny_recipe(tmp_path)
-    monkeypatch.setattr(run_summary, "sizes_after_resize", lambda *_: np.array([3.0, 5.0, 100.0]))
-    run_summary.tell_sizes(cfg, [])
+    monkeypatch.setattr(run_summary, "_sizes_after_resize", lambda *_: np.array([3.0, 5.0, 100.0]))
+    run_summary._log_sizes(cfg, [])
     assert "half of the objects are smaller than 8 pixels" in caplog.text
 
 
@@ -71,9 +71,9 @@ def test_the_fingerprint_is_of_the_data_wherever_they_lie():
     entry = {"file_name": "a/x.png", "height": 2, "width": 3, "annotations": [{"bbox": [0, 0, 1, 1], "category_id": 0}]}
     same = {**entry, "file_name": "b/x.png"}
     other = {**entry, "annotations": [{"bbox": [0, 0, 1, 1], "category_id": 1}]}
-    assert run_summary.fingerprint([entry]) == run_summary.fingerprint([same])
-    assert run_summary.fingerprint([entry]) != run_summary.fingerprint([other])
-    assert len(run_summary.fingerprint([])) == 16
+    assert run_summary._fingerprint([entry]) == run_summary._fingerprint([same])
+    assert run_summary._fingerprint([entry]) != run_summary._fingerprint([other])
+    assert len(run_summary._fingerprint([])) == 16
 
 
 def scaled(folder, *overrides):

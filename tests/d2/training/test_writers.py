@@ -101,7 +101,7 @@ def test_metrics_after_the_checkpoint_are_forgotten(tmp_path):
 def test_curves(tmp_path):
     losses = [{"iteration": n, "total_loss": 20.0 / (n + 1), "loss_ce": 1.0} for n in range(5)]
     write_metrics(tmp_path, *losses, {"iteration": 4, "bbox/AP": 3.0, "ema/bbox/AP": float("nan")})
-    assert writers.read_metrics(tmp_path / "metrics.json")["bbox/AP"] == {4: 3.0}
+    assert writers._read_metrics(tmp_path / "metrics.json")["bbox/AP"] == {4: 3.0}
     writers.draw_curves(str(tmp_path))
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.size == (1100, 400)
