@@ -37,7 +37,7 @@ VERBS = {
     "export": Verb("dino.export.export_checkpoint", "a checkpoint as ONNX, TorchScript or a program of torch.export"),
     "explain": Verb("dino.explain.explain_batch", "pictures of what a checkpoint does with a training batch"),
     "convert": Verb("dino.weights.conversion", "checkpoints of other DINO programs to and fro"),
-    "env": Verb("dino.utils.environment", "what a bug report needs, and which attention operator runs"),
+    "env": Verb("dino.cli.env", "what a bug report needs, and which attention operator runs"),
 }
 
 

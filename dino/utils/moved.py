@@ -48,7 +48,7 @@ MOVED = {
     "dino.d2.tta": "dino.d2.augmented_detector",
     "dino.d2.writers": "dino.d2.training.writers",
     "dino.drawing": "dino.inference.drawing",
-    "dino.env": "dino.utils.environment",
+    "dino.env": "dino.cli.env",
     "dino.explain.pictures": "dino.explain.scenes",
     "dino.explain.program": "dino.explain.explain_batch",
     "dino.export.formats": "dino.export.export_formats",

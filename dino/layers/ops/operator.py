@@ -20,6 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import self_test
+from .reference import Shapes, check_sizes, deform_attn_gather, deform_attn_reference, flat
+
 CHOICES = ("auto", "reference", "gather", "compiled")
 PLAIN = ("reference", "gather")  # forms in plain PyTorch
 VARIABLE = "DINO_DEFORM_ATTN"
@@ -41,6 +44,50 @@ class Verdict(NamedTuple):
     broken: bool  # a shared object is there, but can't be used
     reason: str
     final: bool = True  # False: it could not be found out now; the next call tries again
+
+
+def deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum of bilinear samples of a feature pyramid, by the compiled operator where it is built.
+
+    The variable DINO_DEFORM_ATTN (auto, reference, gather or compiled), read at each call outside compiled code, and
+    the context manager `deform_attn_implementation` choose. Autocast casts `value` and `weights`, never `locations`.
+
+    Args:
+        value: (B, S, M, D), float32, float64, float16 or bfloat16; levels concatenated, row after row inside a level.
+        shapes: L pairs (H, W) with sum of H*W = S.
+        locations: (B, Q, M, L, P, 2) as (x, y) fractions of the level; 0 is the left or top edge, 1 the right or bottom
+            edge. Samples outside read zeros. Keep them in float32: bfloat16 can't place a sample within a pixel.
+        weights: (B, Q, M, L, P), of any of these types.
+
+    Returns:
+        (B, Q, M*D) in the dtype of `value`, or of autocast.
+
+    Raises:
+        ValueError: sizes that do not fit together; DINO_DEFORM_ATTN holds another word.
+        RuntimeError: "compiled" was chosen, and the operator is not built or fails its self-test.
+    """
+    check_sizes(value, shapes, locations, weights)
+    if use_compiled(value.device):
+        return torch.ops.dino.deform_attn_forward(value, flat(shapes), locations, weights)
+    dtype = autocast_dtype(value.device.type)
+    value, weights = _cast_for_autocast(value, dtype), _cast_for_autocast(weights, dtype)
+    form = deform_attn_gather if _use_gather() else deform_attn_reference
+    return form(value, shapes, locations, weights)
+
+
+def deform_attn_fused(value: Tensor, shapes: Shapes, offsets: Tensor, logits: Tensor, reference: Tensor) -> Tensor:
+    """`deform_attn` of raw offsets, logits and reference points or boxes, by the compiled operator.
+
+    Args:
+        value, shapes: as of `deform_attn`.
+        offsets: (B, Q, M, L, P, 2), in cells around a point, or P-ths of half a side around the centre of a box.
+        logits: (B, Q, M, L*P), before the softmax.
+        reference: (B, Q, L, 2) points or (B, Q, L, 4) boxes (cx, cy, w, h), as fractions of each level.
+
+    Returns:
+        (B, Q, M*D).
+    """
+    return torch.ops.dino.deform_attn_fused_forward(value, flat(shapes), offsets, logits, reference)
 
 
 @contextlib.contextmanager
@@ -103,7 +150,7 @@ def _first_time(device: torch.device, final: bool) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def use_gather() -> bool:
+def _use_gather() -> bool:
     """Whether the plain form is to do without `grid_sample`. Compiled graphs keep the answer."""
     return requested() == "gather"
 
@@ -175,8 +222,6 @@ UNFIT = ("no kernel image", "device kernel image is invalid", "unsupported toolc
 
 
 def _self_test(device: torch.device) -> None:
-    from . import self_test  # it imports the reference, whose module imports this one
-
     self_test.run(torch.ops.dino, device)
 
 
@@ -248,7 +293,7 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
-def cast_for_autocast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _cast_for_autocast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     """What autocast does to a value or to weights: float64 stays."""
     return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
 
@@ -259,7 +304,9 @@ def _autocast_forward(
     """Value and weights (logits) are cast. Places keep their type: bfloat16 can't place a sample within a pixel."""
     dtype = autocast_dtype(device_type)
     with torch.autocast(device_type, enabled=False):
-        return operator(cast_for_autocast(value, dtype), shapes, places, cast_for_autocast(weights, dtype), *reference)
+        return operator(
+            _cast_for_autocast(value, dtype), shapes, places, _cast_for_autocast(weights, dtype), *reference
+        )
 
 
 def _refuse_vmap(info, in_dims, *args) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dino.layers.deform_attn import Shapes, deform_attn_reference, flat
+from .reference import Shapes, deform_attn_reference, flat
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 BATCH, HEADS = 2, 2
