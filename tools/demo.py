@@ -16,7 +16,7 @@ from dino.d2.checkpoint import Checkpointer, read_names  # noqa: E402
 from dino.d2.recipe_description import describe  # noqa: E402
 from dino.inference.predict_files import plan, predict  # noqa: E402
 from dino.inference.predictor import Predictor  # noqa: E402
-from dino.utils.files import DataError, message_of  # noqa: E402
+from dino.utils.files import DataError, UserError, message_of  # noqa: E402
 from dino.weights.description import Preprocessing  # noqa: E402
 
 EXAMPLE = """
@@ -63,5 +63,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except DataError as error:
+    except UserError as error:
         sys.exit(f"error: {message_of(error)}")

@@ -4,7 +4,7 @@ import torchvision
 from torch import nn
 
 from dino.modeling import TorchvisionBackbone, build_dino
-from dino.utils.files import DataError
+from dino.utils.files import DataError, UserError
 from dino.weights import addresses, load_weights, locate, resnet_to_detectron2
 from dino.weights.imagenet import PIXEL_STD, fit_backbone
 
@@ -90,12 +90,12 @@ def test_the_wrong_depth_is_refused():
 
 
 def test_unknown_addresses(tmp_path):
-    with pytest.raises(DataError, match=r"no weights 'resnet51/X'; write torchvision://NAME/WEIGHTS, of .*resnet50"):
+    with pytest.raises(UserError, match=r"no weights 'resnet51/X'; write torchvision://NAME/WEIGHTS, of .*resnet50"):
         locate("torchvision://resnet51/X")
-    with pytest.raises(DataError, match=r"no weights 'resnet50'.*IMAGENET1K_V1.*IMAGENET1K_V2"):
+    with pytest.raises(UserError, match=r"no weights 'resnet50'.*IMAGENET1K_V1.*IMAGENET1K_V2"):
         locate("torchvision://resnet50")
     pytest.importorskip("timm")
-    with pytest.raises(DataError, match=r"timm has no weights 'someones_net'"):
+    with pytest.raises(UserError, match=r"timm has no weights 'someones_net'"):
         locate("timm://someones_net")
 
 
@@ -115,14 +115,14 @@ def test_without_a_network_the_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     place = rf"{tmp_path}/checkpoints/resnet50-0676ba61\.pth"
-    with pytest.raises(DataError, match=rf"can't fetch http.*resnet50-0676ba61\.pth \(Name or .*\)\..* into {place}"):
+    with pytest.raises(UserError, match=rf"can't fetch http.*resnet50-0676ba61\.pth \(Name or .*\)\..* into {place}"):
         locate("torchvision://resnet50/IMAGENET1K_V1")
     pytest.importorskip("timm")
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     with pytest.raises(
-        DataError, match=r"can't fetch http.*/timm/convnext_tiny\.fb_in1k/.*write train\.init_checkpoint"
+        UserError, match=r"can't fetch http.*/timm/convnext_tiny\.fb_in1k/.*write train\.init_checkpoint"
     ):
         locate("timm://convnext_tiny.fb_in1k")
 
