@@ -2,8 +2,9 @@
 
 import sys
 
+from dino.cli.convert import main
+
 from dino.utils.files import UserError, message_of
-from dino.weights.conversion import main
 
 if __name__ == "__main__":
     try:

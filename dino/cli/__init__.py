@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import dino
-from dino.utils.files import DataError, UserError, message_of
+from dino.utils.files import UserError, message_of
 
 for message in (".*torch.jit.*is deprecated.*", ".*pkg_resources is deprecated.*", ".*broadcast_buffers.*"):
     warnings.filterwarnings("ignore", message=message)  # of Detectron2 itself; must come before its import

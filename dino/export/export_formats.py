@@ -59,7 +59,7 @@ def trace(detector: Detector, fixed: Fixed | None) -> ExportedProgram:
 def coarsest_stride(network: torch.nn.Module) -> int:
     """How many pixels a cell of the last level is wide."""
     neck = network.neck
-    return neck.backbone.output_shape()[neck.in_features[-1]].stride * 2 ** len(neck.coarser)
+    return neck.backbone.output_shape()[neck.in_features[-1]].stride * 2 ** len(neck.extra_levels)
 
 
 def example(size: Fixed) -> tuple[Tensor, Tensor]:

@@ -110,7 +110,7 @@ def test_levels(scales, strides):
     assert network.level_embed.shape == (scales, 256)
     assert [network.neck.backbone.output_shape()[name].stride for name in network.neck.in_features] == strides
     assert len(network.neck.lateral) == len(strides)
-    assert len(network.neck.coarser) == 1
+    assert len(network.neck.extra_levels) == 1
 
 
 def test_published_settings(r50):

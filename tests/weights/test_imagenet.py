@@ -4,9 +4,10 @@ import torchvision
 from torch import nn
 
 from dino.modeling import TorchvisionBackbone, build_dino
+from dino.modeling.detector import IMAGENET_STD
 from dino.utils.files import DataError, UserError
 from dino.weights import addresses, load_weights, locate, resnet_to_detectron2
-from dino.weights.imagenet import PIXEL_STD, fit_backbone
+from dino.weights.imagenet import fit_backbone
 
 from .states import equal, randomise
 
@@ -37,14 +38,14 @@ def backbone_of(network):
 def test_a_resnets_files(write):
     network, file = resnet18_network(), classifier()
     report = load_weights(network, write(file))
-    assert (report.form, report.problems) == ("backbone", [])
+    assert (report.format, report.problems) == ("backbone", [])
     assert len(report.unexpected) == 2  # weight and bias of the classifier
     assert equal(backbone_of(network), {k: file[k] for k in backbone_of(network)})
 
 
 def caffe2(state):
     """A ResNet as Caffe2 keeps it, by string operations: statistics merged into scale and shift, BGR, 0 to 255."""
-    blobs = {"conv1_w": state["conv1.weight"].flip(1) / torch.tensor(PIXEL_STD).flip(0)[:, None, None]}
+    blobs = {"conv1_w": state["conv1.weight"].flip(1) / torch.tensor(IMAGENET_STD).flip(0)[:, None, None]}
     for name, value in state.items():
         words = name.split(".")
         leaf = {"weight": "s", "bias": "b"}.get(words[-1])
@@ -85,7 +86,7 @@ def test_pycls_regnets_see_rgb_images():
 
 def test_the_wrong_depth_is_refused():
     file = randomise(torchvision.models.resnet50()).state_dict()
-    with pytest.raises(DataError, match=r"no DINO in a known form, and has only \d+ of the 100 tensors of the model's"):
+    with pytest.raises(DataError, match=r"no DINO in a known format, and has only \d+ of the 100 tensors of the"):
         load_weights(resnet18_network(), file)
 
 
