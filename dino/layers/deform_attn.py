@@ -12,7 +12,7 @@ from .ops.reference import Shapes
 
 
 class MultiScaleDeformableAttention(nn.Module):
-    """Each query reads a few points around its reference, on every level.
+    """Each query reads a few points around its reference point or box, on every level.
 
     Args:
         embed_dim: channels of queries and values; a multiple of `num_heads`.
@@ -38,7 +38,7 @@ class MultiScaleDeformableAttention(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Head m starts looking in direction m of the compass, point p at a distance of p + 1 cells, on all levels."""
+        """Set the initial offsets: head m looks in direction m of M, its point p at a distance of p + 1 cells."""
         angle = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
         direction = torch.stack([angle.cos(), angle.sin()], -1)  # (M, 2)
         direction = direction / direction.abs().amax(-1, keepdim=True)
@@ -81,7 +81,7 @@ class MultiScaleDeformableAttention(nn.Module):
         return self.output_proj(deform_attn(value, shapes, locations, weights))
 
     def sampling_locations(self, reference: Tensor, offsets: Tensor, shapes: Shapes) -> Tensor:
-        """Offsets count cells around a point, or P-ths of a half side around a box -> (B, Q, M, L, P, 2)."""
+        """Offsets in cells around a point, or in P-ths of a half side around a box -> locations (B, Q, M, L, P, 2)."""
         if reference.shape[-1] == 2:
             return reference + offsets / extents(shapes, offsets)[:, None]
         return reference[..., :2] + offsets / self.num_points * reference[..., 2:] * 0.5
