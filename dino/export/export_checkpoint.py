@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dino.modeling import fold_norms
 from dino.utils.files import DataError, make_folder, write_whole
-from dino.weights.description import ModelFromCheckpoint, model_from_checkpoint
+from dino.weights.description import Rebuilt, model_from_checkpoint
 
 from .export_formats import FORMATS, SAMPLING, write
 from .export_wrapper import Detector, Fixed, describe
@@ -116,7 +116,7 @@ def spread(thresholds: Sequence[float], names: Sequence[str]) -> list[float]:
     return [*thresholds] if len(thresholds) == len(names) else [*thresholds] * len(names)
 
 
-def exportable(rebuilt: ModelFromCheckpoint) -> Detector:
+def exportable(rebuilt: Rebuilt) -> Detector:
     """A copy whose fixed norms are merged into its convolutions: fewer operators, and faster in every program."""
     network = copy.deepcopy(rebuilt.network)
     fold_norms(network)

@@ -118,12 +118,19 @@ def _check(node: Any) -> None:
     if isinstance(node, list):
         for child in node:
             _check(child)
-    if not isinstance(node, dict):
-        return
-    if fetching := [key for key, value in node.items() if _FETCHING.fullmatch(key) and value]:
-        raise DataError(f"the argument {fetching[0]!r} would read or download another file: a description can't")
+    if isinstance(node, dict):
+        _check_arguments(node)
+
+
+def _check_arguments(node: dict) -> None:
+    """`_check` for a part and its arguments."""
     for key, value in node.items():
-        _find_part(value) if key == "_target_" else _check(value)
+        if _FETCHING.fullmatch(key) and value:
+            raise DataError(f"the argument {key!r} would read or download another file: a description can't")
+        if key == "_target_":
+            _find_part(value)
+        else:
+            _check(value)
 
 
 def _build(node: Any) -> Any:
@@ -227,18 +234,31 @@ def _read_preprocessing(values: Any) -> Preprocessing:
     """
     if not isinstance(values, Mapping) or set(values) != set(Preprocessing._fields):
         raise DataError(f"preprocessing must be a dict of {', '.join(Preprocessing._fields)}")
-    read = Preprocessing(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in values.items()})
-    for name in ("pixel_mean", "pixel_std"):
-        value = getattr(read, name)
-        if not _is_list_of(value, (int, float)) or len(value) != 3 or (name == "pixel_std" and min(value) <= 0):
-            raise DataError(f"preprocessing: {name} is {value!r}, three numbers were expected")
-    for name in ("short_side", "max_size", "max_detections"):
-        value = getattr(read, name)
-        if not (type(value) is int and value > 0) and not (name == "max_size" and value is None):
-            raise DataError(f"preprocessing: {name} is {value!r}, a positive number was expected")
-    return read
+    for name, value in values.items():
+        expected, fits = _EXPECTED[name]
+        if not fits(value):
+            raise DataError(f"preprocessing: {name} is {value!r}, {expected} was expected")
+    return Preprocessing(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in values.items()})
 
 
 def _is_list_of(value: Any, kind: type | tuple) -> bool:
     """Whether `value` is a list or tuple of nothing but `kind`, and not empty."""
     return isinstance(value, list | tuple) and bool(value) and all(isinstance(item, kind) for item in value)
+
+
+def _is_color(value: Any) -> bool:
+    return _is_list_of(value, (int, float)) and len(value) == 3
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+# Field of `Preprocessing` -> what a message calls its values, and the test of a value.
+_EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "pixel_mean": ("a list of three numbers", _is_color),
+    "pixel_std": ("a list of three positive numbers", lambda value: _is_color(value) and min(value) > 0),
+    "short_side": ("a positive integer", _is_count),
+    "max_size": ("a positive integer or null", lambda value: value is None or _is_count(value)),
+    "max_detections": ("a positive integer", _is_count),
+}

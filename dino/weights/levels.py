@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from torch import Tensor
+
 from dino.modeling import DINO
 
 from .names import StateDict
@@ -29,16 +31,21 @@ def fit_levels(own: StateDict, network: DINO) -> tuple[StateDict, dict[str, str]
         "extra_levels": [_LAST_STRIDE << n for n in range(1, counts["extra_levels"] + 1)],
     }
     fitted = {_new_name(name, theirs, ours): value for name, value in own.items()}
+    fitted["level_embed"], fresh = _fit_embedding(own["level_embed"], network.level_embed, theirs, ours)
+    return fitted, {"level_embed": f"the rows of {', '.join(fresh)} only"} if fresh else {}
+
+
+def _fit_embedding(found: Tensor, initial: Tensor, theirs: _Strides, ours: _Strides) -> tuple[Tensor, list[str]]:
+    """The rows (L, E) of the network's strides, from the file or else initial ones -> and the strides of the latter."""
     rows = {stride: row for row, stride in enumerate(theirs["lateral"] + theirs["extra_levels"])}
-    embed = network.level_embed.detach().clone()  # (L, E)
+    embed = initial.detach().clone()  # (L, E)
     fresh = []
     for level, stride in enumerate(ours["lateral"] + ours["extra_levels"]):
-        if stride in rows and own["level_embed"].shape[1:] == embed.shape[1:]:
-            embed[level] = own["level_embed"][rows[stride]]
+        if stride in rows and found.shape[1:] == embed.shape[1:]:
+            embed[level] = found[rows[stride]]
         else:
             fresh.append(f"stride {stride}")
-    fitted["level_embed"] = embed
-    return fitted, {"level_embed": f"the rows of {', '.join(fresh)} only"} if fresh else {}
+    return embed, fresh
 
 
 def _strides_of(network: DINO) -> _Strides:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 _PARTS = ("neck.backbone", "neck", "level_embed", "encoder", "query_selection", "denoising", "decoder")
@@ -40,21 +41,25 @@ class Report:
         return [f"{name} ({why})" for name, why in self.reinitialised.items()] + self.missing
 
     def __str__(self) -> str:
+        lines = [f"{self.source} (format: {self.format})", *self._table()]
+        lines += [f"  {what}: {shorten(names)}" for what, names in self._named().items() if names]
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+    def _table(self) -> list[str]:
+        """Lines with the number of tensors, by part of the model and by outcome."""
         columns = {
             "loaded": self.loaded,
             "re-initialised": list(self.reinitialised),
             "missing": self.missing,
             "unexpected": self.unexpected,
         }
-        counts = {title: [_part_of(name) for name in names] for title, names in columns.items()}
-        parts = [part for part in (*_PARTS, "other") if any(part in found for found in counts.values())]
+        counts = [Counter(map(_part_of, names)) for names in columns.values()]
         rows = [["", *columns]]
-        rows += [[part, *(found.count(part) for found in counts.values())] for part in parts]
+        rows += [
+            [part, *(count[part] for count in counts)] for part in (*_PARTS, "other") if part in sum(counts, Counter())
+        ]
         rows += [["all", *map(len, columns.values())]]
-        lines = [f"{self.source} (format: {self.format})"]
-        lines += ["  {:<16}{:>8}{:>16}{:>9}{:>12}".format(*row) for row in rows]
-        lines += [f"  {what}: {shorten(names)}" for what, names in self._named().items() if names]
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+        return ["  {:<16}{:>8}{:>16}{:>9}{:>12}".format(*row) for row in rows]
 
     def _named(self) -> dict[str, list[str]]:
         """The names of all tensors that were not loaded, by the reason."""

@@ -109,19 +109,13 @@ def _choose(
     if copy == "ema" and average is None:
         raise DataError("the file has no running average (EMA) of the weights")
     report.format = recognise(state) or "backbone"
-    target = network.state_dict()
+    target, partial = network.state_dict(), {}
     if report.format == "backbone":
         report.notes.append("weights of a backbone alone; all other parts keep their initial values")
-        own = {f"{_BACKBONE}{k}": v for k, v in fit_backbone(state, network.neck.backbone).items()}
-        sizes, partial = _Sizes.of(own), {}
-        target = {key: value for key, value in target.items() if key.startswith(_BACKBONE)}
+        own = _with_front(fit_backbone(state, network.neck.backbone))
+        sizes, target = _Sizes.of(own), _backbone_of(target)
     else:
-        own = convert(state)
-        if average is not None and copy != "model":
-            own |= convert(average)
-            report.notes.append("loaded: the running average (EMA) of the weights")
-        if report.format == "detrex":
-            report.notes.append(_DETREX_NOTE)
+        own = _in_own_format(state, None if copy == "model" else average, report)
         own = _order_classes(_fit_classes(own, target, report), content.get("names"), classes, report)
         sizes = _Sizes.of(own)
         own, partial = fit_levels(own, network)
@@ -132,6 +126,17 @@ def _choose(
     _check_backbone(report, own, target, min_backbone)
     _check_shared(chosen, target)
     return chosen
+
+
+def _in_own_format(state: StateDict, average: StateDict | None, report: Report) -> StateDict:
+    """Convert the weights of a file, and put their running average, if any, in their place."""
+    own = convert(state)
+    if average is not None:
+        own |= convert(average)
+        report.notes.append("loaded: the running average (EMA) of the weights")
+    if report.format == "detrex":
+        report.notes.append(_DETREX_NOTE)
+    return own
 
 
 def _fit_classes(own: StateDict, target: StateDict, report: Report) -> StateDict:
@@ -157,9 +162,18 @@ def same_names(theirs: object, ours: Sequence[str]) -> bool:
 
 def _rename_backbone(own: StateDict, network: DINO) -> StateDict:
     """Rename the backbone's tensors to the names of the network's backbone."""
-    backbone = {key.removeprefix(_BACKBONE): value for key, value in own.items() if key.startswith(_BACKBONE)}
-    rest = {key: value for key, value in own.items() if not key.startswith(_BACKBONE)}
-    return rest | {f"{_BACKBONE}{key}": value for key, value in fit_backbone(backbone, network.neck.backbone).items()}
+    backbone = _backbone_of(own)
+    rest = {key: value for key, value in own.items() if key not in backbone}
+    named = {key.removeprefix(_BACKBONE): value for key, value in backbone.items()}
+    return rest | _with_front(fit_backbone(named, network.neck.backbone))
+
+
+def _backbone_of(state: StateDict) -> StateDict:
+    return {key: value for key, value in state.items() if key.startswith(_BACKBONE)}
+
+
+def _with_front(backbone: StateDict) -> StateDict:
+    return {f"{_BACKBONE}{key}": value for key, value in backbone.items()}
 
 
 def _compare(own: StateDict, target: StateDict, theirs: _Sizes, report: Report, tolerant: bool) -> StateDict:
@@ -168,25 +182,33 @@ def _compare(own: StateDict, target: StateDict, theirs: _Sizes, report: Report, 
     Raises:
         DataError: a shape differs for another reason than `_Sizes`.
     """
-    chosen, wrong = {}, []
+    chosen, wrong, missing = {}, [], []
     ours = _Sizes.of(target)
+    backbone_may_differ = tolerant or report.format == "backbone"
     for name, value in target.items():
-        if name not in own:
-            report.missing += [] if name.endswith("num_batches_tracked") else [name]
-        elif own[name].shape == value.shape:
-            chosen[name] = own[name]
-        elif reason := _why_other_size(name, theirs, ours, backbone_may_differ=tolerant or report.format == "backbone"):
+        found = own.get(name)
+        if found is None:
+            missing.append(name)
+        elif found.shape == value.shape:
+            chosen[name] = found
+        elif reason := _why_other_size(name, theirs, ours, backbone_may_differ):
             report.reinitialised[name] = reason
         else:
-            wrong.append(f"{name} is {tuple(own[name].shape)} in the file and {tuple(value.shape)} in the model")
+            wrong.append(f"{name} is {tuple(found.shape)} in the file and {tuple(value.shape)} in the model")
     if wrong:
         raise DataError(
             f"the file is of another model: {shorten(wrong, 3)}. Build the model with the settings that the file was "
             "trained with"
         )
     report.loaded += list(chosen)
-    report.unexpected += [name for name in own if name not in target and not name.endswith("num_batches_tracked")]
+    report.missing += filter(_counts, missing)
+    report.unexpected += filter(_counts, (name for name in own if name not in target))
     return chosen
+
+
+def _counts(name: str) -> bool:
+    """Whether a tensor matters: counters of batch norms do not."""
+    return not name.endswith("num_batches_tracked")
 
 
 def _why_other_size(name: str, theirs: _Sizes, ours: _Sizes, backbone_may_differ: bool) -> str | None:
@@ -204,9 +226,7 @@ def _why_other_size(name: str, theirs: _Sizes, ours: _Sizes, backbone_may_differ
 
 def _check_backbone(report: Report, own: StateDict, target: StateDict, min_backbone: float) -> None:
     """Raise a DataError where less than the share `min_backbone` of the backbone's tensors is loaded."""
-    wanted = [name for name in target if name.startswith(_BACKBONE) and not name.endswith("num_batches_tracked")]
-    if report.format == "backbone":
-        wanted = [name for name in wanted if not ADDED.search(name.removeprefix(_BACKBONE))]
+    wanted = _wanted_of_backbone(target, classifier=report.format == "backbone")
     loaded = set(report.loaded)
     absent = [name.removeprefix(_BACKBONE) for name in wanted if name not in loaded]
     if len(absent) > (1 - min_backbone) * len(wanted):
@@ -217,6 +237,12 @@ def _check_backbone(report: Report, own: StateDict, target: StateDict, min_backb
             f"model's backbone. The model needs {shorten(absent, 3)}; the file has {shorten(theirs, 3)}. "
             "min_backbone=0 (train.min_backbone=0) keeps the initial values of the backbone"
         )
+
+
+def _wanted_of_backbone(target: StateDict, classifier: bool) -> list[str]:
+    """Names of the backbone's tensors that a file must have; that of a classifier can't have what detectors add."""
+    names = filter(_counts, _backbone_of(target))
+    return [name for name in names if not (classifier and ADDED.search(name.removeprefix(_BACKBONE)))]
 
 
 def _check_shared(chosen: StateDict, target: StateDict) -> None:

@@ -56,6 +56,9 @@ ADVICE = {
 }
 
 
+READY = ("built", "up to date")  # states of parts that can be used
+
+
 class Result(NamedTuple):
     """The outcome of one part, "cpu" or "cuda"."""
 
@@ -334,42 +337,55 @@ def _made_for(record: dict) -> str:
 def _carry_out(schema: Plan | Result, outcomes: list[Plan | Result], folder: Path) -> list[Result]:
     """Build the planned parts in a temporary folder, then move all of them, or none if they would not fit together."""
     if not any(isinstance(outcome, Plan) for outcome in [schema, *outcomes]):
-        return [_but_failed(x, schema.text) if schema.state == "failed" else x for x in outcomes]
+        return _stopped(outcomes, schema.text) if schema.state == "failed" else outcomes
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".build") as temporary:
         stage = Path(temporary)
         schema, *results = [_make(x, stage) if isinstance(x, Plan) else x for x in [schema, *outcomes]]
         reason = schema.text if schema.state == "failed" else _conflict(schema, results, folder)
         if reason:
-            return [_but_failed(result, reason) for result in results]
-        for made in [stage.glob("*.so"), stage.glob("*.json")]:
-            for path in made:
-                os.replace(path, folder / path.name)
+            return _stopped(results, reason)
+        for path in [*stage.glob("*.so"), *stage.glob("*.json")]:
+            os.replace(path, folder / path.name)
     return results
+
+
+def _stopped(outcomes: list[Plan | Result], reason: str) -> list[Result]:
+    """The outcomes where nothing is installed, for this reason."""
+    return [_but_failed(outcome, reason) for outcome in outcomes]
 
 
 def _but_failed(outcome: Plan | Result, reason: str) -> Result:
     """The outcome of a part that is not installed for this reason."""
-    ready = isinstance(outcome, Plan) or outcome.state in ("built", "up to date")
+    ready = isinstance(outcome, Plan) or outcome.state in READY
     return Result(outcome.part, "failed", reason) if ready else outcome
 
 
 def _conflict(schema: Result, results: list[Result], folder: Path) -> str:
-    """Why the new files do not fit the files that would stay; empty if they fit.
-
-    A part needs the schema that it was built with. A part that is older than the schema file includes another schema.
-    """
-    ready = [result.part for result in results if result.state in ("built", "up to date")]
-    for part in PLANS if schema.state == "built" else ():
-        if part in ready or not file_of(part, folder).exists():
-            continue
-        if (read_record(part, folder) or {}).get("schema") != _schema():
-            why = next((f" ({result.text})" for result in results if result.part == part), "")
+    """Why the new files do not fit the files that would stay; empty if they fit."""
+    if schema.state != "built":
+        return ""
+    outcomes = {result.part: result for result in results}
+    for part in PLANS:
+        outcome = outcomes.get(part)
+        if not _fits(part, outcome, folder):
+            why = f" ({outcome.text})" if outcome else ""
             return (
                 f"the schema is new, and the existing part for {part} was not built for it{why}; nothing was replaced:"
                 f" build both parts together, or remove {file_of(part, folder)}"
             )
     return ""
+
+
+def _fits(part: str, outcome: Result | None, folder: Path) -> bool:
+    """Whether a part is new, absent, or was built with the present schema.
+
+    A part needs the schema that it was built with. A part that is older than the schema file includes another schema.
+    """
+    if (outcome and outcome.state in READY) or not file_of(part, folder).exists():
+        return True
+    record = read_record(part, folder)
+    return record is not None and record.get("schema") == _schema()
 
 
 def _make(plan: Plan, stage: Path) -> Result:
