@@ -18,7 +18,7 @@ from detectron2.config import LazyConfig, instantiate  # noqa: E402
 
 from dino.d2.recipe import check_overrides, check_recipe  # noqa: E402
 from dino.layers.ops.operator import use_compiled  # noqa: E402
-from dino.utils.files import DataError, message_of  # noqa: E402
+from dino.utils.files import DataError, UserError, message_of  # noqa: E402
 
 EXAMPLES = """
 examples:
@@ -103,5 +103,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, ValueError) as error:
+    except (UserError, ValueError) as error:
         sys.exit(f"error: {message_of(error)}")

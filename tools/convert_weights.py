@@ -2,11 +2,12 @@
 
 import sys
 
-from dino.utils.files import DataError, message_of
-from dino.weights.conversion import main
+from dino.cli.convert import main
+
+from dino.utils.files import UserError, message_of
 
 if __name__ == "__main__":
     try:
         main()
-    except DataError as error:
+    except UserError as error:
         sys.exit(f"error: {message_of(error)}")

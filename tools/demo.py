@@ -17,7 +17,7 @@ from dino.d2.recipe_description import describe  # noqa: E402
 from dino.inference.predict_files import plan, predict  # noqa: E402
 from dino.inference.predictor import Predictor  # noqa: E402
 from dino.modeling.detector import Detector, Preprocessing  # noqa: E402
-from dino.utils.files import DataError, message_of  # noqa: E402
+from dino.utils.files import DataError, UserError, message_of  # noqa: E402
 
 EXAMPLE = """
 example:
@@ -63,5 +63,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except DataError as error:
+    except UserError as error:
         sys.exit(f"error: {message_of(error)}")

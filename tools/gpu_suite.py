@@ -132,7 +132,7 @@ def first_steps(data: Path) -> list[Step]:
         (sys.executable, "-m", "dino.layers.ops.build"),
         (sys.executable, "-c", "import dino.layers.ops.build"),
     )
-    environment = (sys.executable, "-m", "dino.utils.environment")
+    environment = (sys.executable, "-m", "dino.cli.env")
     compiled = (("DINO_DEFORM_ATTN", "compiled"),)
     return [
         Step("device", "names the GPU and the versions", 8, 60, (*device, "--output", str(data / "device.json")),
@@ -145,7 +145,7 @@ def first_steps(data: Path) -> list[Step]:
 
 
 def test_files(*patterns: str) -> list[str]:
-    return sorted(str(path.relative_to(ROOT)) for p in patterns for path in ROOT.glob(f"tests/layers/{p}.py"))
+    return sorted(str(path.relative_to(ROOT)) for p in patterns for path in ROOT.glob(f"tests/layers/**/{p}.py"))
 
 
 def test_steps(golden: Callable) -> list[Step]:

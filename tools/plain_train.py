@@ -27,7 +27,7 @@ from dino.layers import HungarianMatcher, NonFiniteCostError, SetCriterion, Targ
 from dino.layers.cpu_feed_forward import use_cpu_feed_forward
 from dino.modeling import CudaGraphs, compile_network, use_float32_precision
 from dino.modeling.precision import PRECISIONS
-from dino.utils.files import DataError, free_name, message_of, write_whole
+from dino.utils.files import DataError, UserError, free_name, message_of, write_whole
 from dino.weights.description import Preprocessing, build_network
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
@@ -219,5 +219,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, FloatingPointError) as error:
+    except (UserError, FloatingPointError) as error:
         sys.exit(f"error: {message_of(error)}")

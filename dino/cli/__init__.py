@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import dino
-from dino.utils.files import DataError, message_of
+from dino.utils.files import UserError, message_of
 
 for message in (".*torch.jit.*is deprecated.*", ".*pkg_resources is deprecated.*", ".*broadcast_buffers.*"):
     warnings.filterwarnings("ignore", message=message)  # of Detectron2 itself; must come before its import
@@ -37,7 +37,7 @@ VERBS = {
     "export": Verb("dino.export.export_checkpoint", "a checkpoint as ONNX, TorchScript or a program of torch.export"),
     "explain": Verb("dino.explain.explain_batch", "pictures of what a checkpoint does with a training batch"),
     "convert": Verb("dino.weights.conversion", "checkpoints of other DINO programs to and fro"),
-    "env": Verb("dino.utils.environment", "what a bug report needs, and which attention operator runs"),
+    "env": Verb("dino.cli.env", "what a bug report needs, and which attention operator runs"),
 }
 
 
@@ -73,7 +73,7 @@ def guard(run: Callable[[], int | None]) -> int:
     """Call a program. Returns its exit code, or that of an error, which is told in one line."""
     try:
         return run() or 0
-    except (DataError, FloatingPointError, OSError) as error:  # OSError: a full disk, a folder that is not ours
+    except (UserError, FloatingPointError, OSError) as error:  # OSError: a full disk, a folder that is not ours
         print(f"error: {message_of(error)}", file=sys.stderr)
         return 1
     except ImportError as error:  # Detectron2 is missing, or a library of an extra

@@ -59,7 +59,7 @@ def trace(wrapper: ExportWrapper, fixed: Fixed | None) -> ExportedProgram:
 def _coarsest_stride(network: torch.nn.Module) -> int:
     """Width of a cell of the last level in pixels."""
     neck = network.neck
-    return neck.backbone.output_shape()[neck.in_features[-1]].stride * 2 ** len(neck.coarser)
+    return neck.backbone.output_shape()[neck.in_features[-1]].stride * 2 ** len(neck.extra_levels)
 
 
 def _example(size: Fixed) -> tuple[Tensor, Tensor]:

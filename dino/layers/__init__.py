@@ -1,6 +1,5 @@
 """The parts of DINO that know tensors only: torch, and scipy for the assignment."""
 
-from dino.layers.ops.operator import deform_attn_implementation
 from dino.structures import (
     DenoisingOutputs,
     DenoisingQueries,
@@ -14,10 +13,15 @@ from dino.structures import (
 
 from .boxes import cxcywh_to_xyxy, generalized_iou, inverse_sigmoid, refine, xyxy_to_cxcywh
 from .criterion import SetCriterion, global_loss_normalizer
-from .deform_attn import MultiScaleDeformableAttention, deform_attn, deform_attn_gather, deform_attn_reference
+from .deform_attn import MultiScaleDeformableAttention
 from .denoising import ContrastiveDenoising, denoising_mask
 from .loss_scaling import LossScaling, Reweighting
 from .matcher import HungarianMatcher, NonFiniteCostError
+from .ops.operator import (
+    deform_attn,
+    deform_attn_implementation,
+)  # after the module `.deform_attn`, whose name it takes
+from .ops.reference import deform_attn_gather, deform_attn_reference
 from .position_encoding import SinePositionEncoding
 from .postprocess import detections, one_label_detections
 

@@ -50,8 +50,9 @@ class ChannelMapper(nn.Module):
         channels = [shapes[name].channels for name in in_features]
         extra = [channels[-1], *[out_channels] * num_levels][: num_levels - len(channels)]
         self.lateral = nn.ModuleList(_projection(c, out_channels, 1, 1, norm_groups) for c in channels)
-        self.coarser = nn.ModuleList(_projection(c, out_channels, 3, 2, norm_groups) for c in extra)
-        self.to(memory_format=torch.channels_last)  # faster on every device; tokens then need no transposition
+        self.extra_levels = nn.ModuleList(_projection(c, out_channels, 3, 2, norm_groups) for c in extra)
+        self.register_load_state_dict_pre_hook(_rename_former_keys)
+        self.to(memory_format=torch.channels_last)  # faster on every device, and tokens need no transposition
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> L maps (B, E, h, w), finest first."""
@@ -59,10 +60,17 @@ class ChannelMapper(nn.Module):
         maps = extract(self.backbone, images, self.padding)
         levels = [project(maps[name]) for project, name in zip(self.lateral, self.in_features, strict=True)]
         last = maps[self.in_features[-1]]
-        for project in self.coarser:
+        for project in self.extra_levels:
             last = project(last)
             levels.append(last)
         return levels
+
+
+def _rename_former_keys(neck: ChannelMapper, state_dict: dict, prefix: str, *_) -> None:
+    """Let the neck load what earlier versions saved: they called `extra_levels` `coarser`."""
+    front = f"{prefix}coarser."
+    for key in [key for key in state_dict if key.startswith(front)]:
+        state_dict[f"{prefix}extra_levels.{key.removeprefix(front)}"] = state_dict.pop(key)
 
 
 def check_features(names: list[str], strides: dict[str, int], num_levels: int) -> None:

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from torch.overrides import TorchFunctionMode
 
 from dino.d2 import recipe
-from dino.utils.files import DataError
+from dino.utils.files import DataError, UserError
 
 from ..coco_files import write_coco
 from .recipes import RECIPES, ROOT, SMALL, file_arguments, parse, write_two_sets
@@ -110,7 +110,7 @@ def test_levels(scales, strides):
     assert network.level_embed.shape == (scales, 256)
     assert [network.neck.backbone.output_shape()[name].stride for name in network.neck.in_features] == strides
     assert len(network.neck.lateral) == len(strides)
-    assert len(network.neck.coarser) == 1
+    assert len(network.neck.extra_levels) == 1
 
 
 def test_published_settings(r50):
@@ -376,7 +376,7 @@ def test_the_cpu_is_used_where_there_is_no_gpu(tmp_path):
 
 def test_missing_recipes_are_named(tmp_path):
     for path in (tmp_path / "absent.py", ""):
-        with pytest.raises(DataError, match="recipe not found"):
+        with pytest.raises(UserError, match="recipe not found"):
             recipe.load_recipe(parse(config=path))
 
 

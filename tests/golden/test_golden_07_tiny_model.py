@@ -34,7 +34,7 @@ def model():
 
 def test_every_official_weight_has_a_place(model):
     report = load_weights(model, OFFICIAL)
-    assert (report.form, set(report.loaded)) == ("official", set(model.state_dict()))
+    assert (report.format, set(report.loaded)) == ("official", set(model.state_dict()))
     assert not report.problems + report.unexpected
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from dino.weights import to_current_names
+
 from .parallel import local, shard_like
 
 
@@ -64,8 +66,9 @@ class Ema:
     def load_state_dict(self, state: dict) -> None:
         """Restore the averages and the number of updates."""
         names = {id(x): key for key, x in self.model.state_dict(keep_vars=True).items()}
+        weights = to_current_names(state["model"])
         for now, mean in zip(self.current, self.averaged, strict=True):
-            local(mean).copy_(local(shard_like(state["model"][names[id(now)]], mean)))
+            local(mean).copy_(local(shard_like(weights[names[id(now)]], mean)))
         self.updates = state["updates"]
 
 

@@ -19,8 +19,8 @@ from torch import nn
 
 import dino
 from dino.d2.recipe import names_of
+from dino.layers.ops.operator_report import operator_lines
 from dino.modeling import float32_precision
-from dino.utils.environment import operator_lines
 from dino.utils.files import DataError
 
 logger = logging.getLogger("detectron2.dino")

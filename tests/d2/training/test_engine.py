@@ -19,7 +19,7 @@ from dino.d2.data_loading import load_dataset
 from dino.d2.training import engine
 from dino.layers.cpu_feed_forward import CpuFeedForward
 from dino.layers.feed_forward import FeedForward
-from dino.utils.files import DataError
+from dino.utils.files import DataError, UserError
 
 from ..recipes import tiny_recipe
 from ..tiny import random_input, tiny_detector
@@ -325,7 +325,7 @@ def test_a_failing_save_leaves_the_old_file(tmp_path, monkeypatch, broken):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(broken, fail)
-    with pytest.raises(DataError, match=r"can't write .*model\.pth: no space left on device"):
+    with pytest.raises(UserError, match=r"can't write .*model\.pth: no space left on device"):
         save(tmp_path)
     monkeypatch.undo()
     assert path.read_bytes() == before
