@@ -1,8 +1,7 @@
-"""`dino explain`: pictures of what a checkpoint does with one training batch."""
+"""Draw what a checkpoint computes for one training batch."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,30 +16,6 @@ from dino.weights.description import Preprocessing, model_from_checkpoint
 from . import scenes
 from .canvas import Scene, save
 from .record import record
-
-EXAMPLE = """
-example:
-  dino explain train.json images --weights output/mine/model_final.pth --image 0001.jpg --image 0002.jpg
-Draws the selected anchors, denoising queries, the attention mask, the boxes of each decoder layer, sampling points of
-the deformable attention, gradients and losses. docs/how_it_works.md and docs/method.md say how to read them.
-"""
-
-
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="dino explain", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("annotations", type=Path, metavar="ANNOTATIONS.json", help="in COCO format")
-    parser.add_argument("images", type=Path, metavar="IMAGES_FOLDER", help="folder of the images")
-    parser.add_argument("--weights", type=Path, required=True, help="checkpoint, from which the network is rebuilt")
-    parser.add_argument(
-        "--image", action="append", default=[], help="file name of an image of the batch, as in the annotations; the "
-        "first one is drawn (default: the first two that have objects)"
-    )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (default %(default)s)")
-    parser.add_argument("--output", type=Path, help="folder (default: a new one, output/explained)")
-    return parser.parse_args(argv)
 
 
 def read_data(annotations: Path, images: Path, preprocessing: Preprocessing) -> CocoImages:
@@ -73,26 +48,38 @@ def choose(data: CocoImages, wanted: Sequence[str]) -> list[int]:
     return chosen
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The verb."""
-    args = parse_arguments(argv)
-    network, names, preprocessing = model_from_checkpoint(args.weights)
-    data = read_data(args.annotations, args.images, preprocessing)
+def explain_batch(
+    annotations: Path, folder: Path, weights: Path, wanted: Sequence[str] = (), *, seed: int = 0, output: Path | None
+) -> None:
+    """Draw every scene of a batch.
+
+    Args:
+        annotations, folder: data in COCO format.
+        weights: a checkpoint.
+        wanted: file names of the batch's images; by default the first two with objects. The first image is drawn.
+        seed: of the noise.
+        output: folder; None for a new one, output/explained.
+
+    Raises:
+        DataError: data or weights can't be used, or don't fit.
+    """
+    network, names, preprocessing = model_from_checkpoint(weights)
+    data = read_data(annotations, folder, preprocessing)
     if data.names != names:
-        raise DataError(f"{args.weights} was trained for the classes {names}, {args.annotations} has {data.names}")
-    images, padding, targets, _ = collate([data[place] for place in choose(data, args.image)])
-    torch.manual_seed(args.seed)
+        raise DataError(f"{weights} was trained for the classes {names}, {annotations} has {data.names}")
+    images, padding, targets, _ = collate([data[index] for index in choose(data, wanted)])
+    torch.manual_seed(seed)
     try:
         recorded = record(network, images, padding, targets, SetCriterion(matcher=HungarianMatcher()))
     except ValueError as error:
-        raise DataError(f"{args.weights}: {error}") from error
+        raise DataError(f"{weights}: {error}") from error
     height, width = (~padding[0]).sum(0).max(), (~padding[0]).sum(1).max()
     mean, std = (torch.tensor(values)[:, None, None] / 255 for values in preprocessing[:2])
     pixels = (images[0, :, :height, :width] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
     scene = Scene(recorded, 0, pixels, targets, names)
-    folder = args.output or free_name(Path("output/explained"))
-    make_folder(folder)
+    output = output or free_name(Path("output/explained"))
+    make_folder(output)
     for name, draw in scenes.SCENES.items():
-        save(draw(scene), folder / f"{name}.png")
-    save(scenes.noise(network.denoising), folder / "noise.png")
-    print(f"{len(scenes.SCENES) + 1} pictures written to {folder}")
+        save(draw(scene), output / f"{name}.png")
+    save(scenes.noise(network.denoising), output / "noise.png")
+    print(f"{len(scenes.SCENES) + 1} pictures written to {output}")

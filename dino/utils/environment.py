@@ -1,10 +1,8 @@
 """`dino env`: what a bug report needs, and which form of the attention operator runs where, and why."""
 
-import argparse
 import importlib
 import os
 import platform
-from collections.abc import Sequence
 
 import torch
 
@@ -68,13 +66,5 @@ def _version(package: str) -> str:
         return f"{package} absent"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print the report."""
-    epilog = "example:\n  dino env > environment.txt"
-    formatter = argparse.RawDescriptionHelpFormatter
-    argparse.ArgumentParser("dino env", description=__doc__, epilog=epilog, formatter_class=formatter).parse_args(argv)
-    print("\n".join(report()))
-
-
 if __name__ == "__main__":
-    main()
+    print("\n".join(report()))

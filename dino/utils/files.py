@@ -7,8 +7,12 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 
-class DataError(ValueError):
-    """Something is wrong with a file that a person gave; the message names it and says what to do."""
+class UserError(ValueError):
+    """A flag, a setting, a disk or a missing library stops the program; the message says what to do."""
+
+
+class DataError(UserError):
+    """A data set, an image or a checkpoint can't be used; the message names the file and says what to do."""
 
 
 def message_of(error: BaseException) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +10,12 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from dino.utils.files import DataError, write_whole
+from dino.utils.files import DataError, UserError, write_whole
 from dino.weights.description import Preprocessing
 
 from .checkpoint_formats import (
     COCO_IDS,
     RAW_COCO_CLASSES,
-    SIGNATURES,
     UNUSED_LABELS,
     coco_to_contiguous,
     convert,
@@ -28,85 +25,60 @@ from .inferred_description import describe_network
 from .names import StateDict
 from .reading import average_of, read_content, weights_of
 
-EXAMPLES = """
-examples:
-  the official 12-epoch checkpoint as one of this project, with COCO's 80 classes and their names inside:
-    %(prog)s checkpoint0011_4scale.pth dino_r50_4scale.pth --to own --coco80
-  detrex' 12-epoch checkpoint, whose position encoding has other constants:
-    %(prog)s dino_r50_4scale_12ep_49_2AP.pth own.pth --to own --temperature 10000 --offset -0.5
-  back to the official program: %(prog)s own.pth official.pth --to official
-Training and evaluation read all of these forms as they are: train.init_checkpoint=checkpoint0011_4scale.pth
-"""
 
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="dino convert",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("input", metavar="IN", type=Path, help="a checkpoint in any known form (.pth, .safetensors)")
-    parser.add_argument("output", metavar="OUT", type=Path, help="the file to write; it must not exist")
-    parser.add_argument(
-        "--to",
-        required=True,
-        choices=[*SIGNATURES, "safetensors"],
-        help="the form to write; safetensors is the own form in such a file. official and huggingface want a model "
-        "whose decoder layers share one pair of heads",
-    )
-    parser.add_argument(
-        "--coco80", action="store_true", help="keep, of 91 classes (raw ids), the 80 that COCO has; this loses rows"
-    )
-    parser.add_argument(
-        "--copy",
-        choices=["auto", "model", "ema"],
-        default="auto",
-        help="ema: the running average; auto: if there is one",
-    )
-    parser.add_argument("--temperature", type=float, help="of the position encoding that IN was trained with (20)")
-    parser.add_argument("--offset", type=float, help="of the same (0)")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def convert_file(
+    source: Path,
+    target: Path,
+    *,
+    to: str,
+    coco80: bool = False,
+    copy: str = "auto",
+    temperature: float | None = None,
+    offset: float | None = None,
+) -> None:
     """Convert one file.
 
+    Args:
+        to: the form to write: a key of SIGNATURES, or "safetensors" for the own form in such a file.
+        coco80: of 91 classes (raw ids), keep the 80 that COCO has.
+        copy: "model", "ema", or "auto" for the running average if the file has one.
+        temperature, offset: of the position encoding that `source` was trained with, for the description.
+
     Raises:
-        DataError: the input can't be used, the model has no such form, or the output exists.
+        DataError: the input can't be used, or the model has no such form.
+        UserError: the output exists.
     """
-    args = parse_arguments(argv)
-    if args.output.exists():
-        raise DataError(f"{args.output} exists: choose another name, or move it away")
-    content = read_content(args.input)
+    if target.exists():
+        raise UserError(f"{target} exists: choose another name, or move it away")
+    content = read_content(source)
+    describable = to in ("own", "safetensors")
     try:
         form = recognise(weights_of(content))
-        own = read_own(content, args)
-        state = own if args.to in ("own", "safetensors") else convert(own, to=args.to)
+        own = read_own(content, coco80, copy)
+        state = own if describable else convert(own, to=to)
     except ValueError as error:  # a DataError, too
-        raise DataError(f"can't convert {args.input}: {error}") from error
-    extra = describe(content, own, form, args) if args.to in ("own", "safetensors") else {}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    if "safetensors" in (args.to, args.output.suffix.removeprefix(".")):
-        write_safetensors(args.output, state, extra)
+        raise DataError(f"can't convert {source}: {error}") from error
+    extra = describe(content, own, form, temperature, offset) if describable else {}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if "safetensors" in (to, target.suffix.removeprefix(".")):
+        write_safetensors(target, state, extra)
     else:
-        write_whole(args.output, lambda part: torch.save({"model": state, **extra}, part))
+        write_whole(target, lambda part: torch.save({"model": state, **extra}, part))
     classes = len(own["decoder.class_heads.0.bias"])
-    print(f"{args.output}: {args.to} form, {len(state)} tensors, {classes} classes; {args.input} was in {form} form")
-    if UNUSED_LABELS in own and args.to == "detrex":
+    print(f"{target}: {to} form, {len(state)} tensors, {classes} classes; {source} was in {form} form")
+    if UNUSED_LABELS in own and to == "detrex":
         print("lost: the label embeddings that belong to no class; detrex has no place for them")
 
 
-def read_own(content: dict[str, Any], args: argparse.Namespace) -> StateDict:
+def read_own(content: dict[str, Any], coco80: bool, copy: str) -> StateDict:
     """The weights that are asked for, in own form."""
     own, average = convert(weights_of(content)), average_of(content)
-    if args.copy == "ema" and average is None:
+    if copy == "ema" and average is None:
         raise DataError("it has no running average (EMA) of the weights")
-    if average is not None and args.copy != "model":
+    if average is not None and copy != "model":
         print("taken: the running average (EMA) of the weights")
         own |= convert(average)
-    if not args.coco80:
+    if not coco80:
         return own
     classes = len(own["decoder.class_heads.0.bias"])
     if classes != RAW_COCO_CLASSES:
@@ -115,7 +87,9 @@ def read_own(content: dict[str, Any], args: argparse.Namespace) -> StateDict:
     return coco_to_contiguous(own)
 
 
-def describe(content: dict[str, Any], own: StateDict, form: str | None, args: argparse.Namespace) -> dict[str, Any]:
+def describe(
+    content: dict[str, Any], own: StateDict, form: str | None, temperature: float | None, offset: float | None
+) -> dict[str, Any]:
     """Class names and description for a file in own form: those of the input, or what can be known of another's."""
     if form == "own":
         return {key: content[key] for key in ("names", "about") if key in content}
@@ -124,11 +98,10 @@ def describe(content: dict[str, Any], own: StateDict, form: str | None, args: ar
     if names:
         extra["names"] = names
         print(f"names: those of COCO, since there are {len(names)} classes")
-    told = args.temperature is not None and args.offset is not None
-    if form == "detrex" and not told:
+    if form == "detrex" and None in (temperature, offset):
         print("no description: say --temperature and --offset (10000 -0.5 for detrex' 12 epochs, 20 0 for its 24)")
         return extra
-    network = describe_network(own, args.temperature or 20.0, args.offset or 0.0)
+    network = describe_network(own, temperature or 20.0, offset or 0.0)
     if network is None:
         print("no description: its backbone is no ResNet. Use the file with a recipe: train.init_checkpoint=…")
         return extra

@@ -7,9 +7,8 @@ import torch
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.utils import comm
 
-from dino.d2.recipe import argument_parser
 from dino.d2.training.memory_saving import counted_together
-from dino.d2.training.parallel import gradients_shared, launch, unwrapped
+from dino.d2.training.parallel import Processes, gradients_shared, launch, unwrapped
 from dino.layers.denoising import Noise
 
 from .tiny import random_input, tiny_detector
@@ -58,14 +57,14 @@ def step(num_denoising, parts, *, rank=0, world=1):
     }
 
 
-def main(args):
+def main(folder):
     """One of two processes."""
     torch.set_num_threads(1)
     rank = comm.get_rank()
     results = {key: step(*key, rank=rank, world=2) for key in ((0, 1), (8, 1), (0, 2))}
     if rank == 0:
-        torch.save(results, Path(args.opts[0], "results.pth"))
+        torch.save(results, Path(folder, "results.pth"))
 
 
 if __name__ == "__main__":
-    launch(main, argument_parser("").parse_args(sys.argv[1:]))
+    launch(main, Processes(), sys.argv[1])

@@ -1,0 +1,27 @@
+"""`dino env`: what a bug report needs, and which form of the attention operator runs where, and why."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from dino.cli import new_parser
+
+EXAMPLES = """
+example:
+  dino env > environment.txt
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """No arguments."""
+    return new_parser("dino env", __doc__, EXAMPLES)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the verb."""
+    build_parser().parse_args(argv)
+
+    from dino.utils.environment import report
+
+    print("\n".join(report()))

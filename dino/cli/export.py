@@ -1,0 +1,75 @@
+"""`dino export`: write a checkpoint as one file that runs elsewhere, and compare it with the network first."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from dino.cli import new_parser
+
+EXAMPLES = """
+examples:
+  dino export model_final.pth model.onnx --verify images --verify-json val.json
+  dino export model_final.pth model.onnx --size 640 640 --sampling gather       (one size; no GridSample)
+  dino export model_final.pth model.ts --size 800 1333
+docs/export.md shows how to run the file. TensorRT and OpenVINO read the ONNX file.
+"""
+SUFFIXES = {".onnx": "onnx", ".pt2": "torch-export", ".ts": "torchscript", ".torchscript": "torchscript"}
+FORMATS = ("onnx", "torch-export", "torchscript")
+SAMPLING = ("grid", "gather")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments."""
+    parser = new_parser("dino export", __doc__, EXAMPLES)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a file of this project's training")
+    parser.add_argument("output", metavar="OUT", type=Path, help="the file to write; it must not exist")
+    parser.add_argument("--format", choices=FORMATS, help="default: by the suffix of OUT (.onnx, .pt2, .ts)")
+    parser.add_argument(
+        "--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="the only size to take, in pixels (default: any)"
+    )
+    parser.add_argument("--batch", type=int, default=1, help="images at once, with --size (default %(default)s)")
+    parser.add_argument(
+        "--sampling", choices=SAMPLING, default="grid", help="gather: for engines whose GridSample is wrong"
+    )
+    parser.add_argument(
+        "--score-thresh",
+        nargs="+",
+        type=float,
+        default=[0.5],
+        help="stored in the file for programs that draw: one for all classes, or one for each (default 0.5)",
+    )
+    parser.add_argument(
+        "--copy", choices=("auto", "model", "ema"), default="auto", help="ema: the running average of the weights"
+    )
+    parser.add_argument("--verify", type=Path, metavar="IMAGES", help="folder of images to compare on")
+    parser.add_argument(
+        "--verify-json", type=Path, metavar="JSON", help="their annotations in COCO format, to compare AP"
+    )
+    parser.add_argument("--limit", type=int, default=50, help="number of images to compare on (default %(default)s)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the verb."""
+    options = vars(_parse(argv))
+
+    from dino.export.export_checkpoint import export_checkpoint
+
+    export_checkpoint(options.pop("checkpoint"), options.pop("output"), options.pop("format"), **options)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    args.format = args.format or SUFFIXES.get(args.output.suffix)
+    if args.format is None:
+        parser.error(f"OUT has none of the suffixes {', '.join(SUFFIXES)}: give --format")
+    if min(args.size or [1]) < 1 or args.batch < 1 or args.limit < 1:
+        parser.error("--size, --batch and --limit must be positive")
+    if args.batch > 1 and not args.size:
+        parser.error("--batch needs --size; without --size, the file takes any batch")
+    if args.verify_json and not args.verify:
+        parser.error("--verify-json needs --verify: the folder of the images")
+    return args
