@@ -7,7 +7,7 @@ import importlib
 import io
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import dino
 from dino.utils.files import UserError, message_of
@@ -33,6 +33,13 @@ def new_parser(prog: str, description: str, examples: str) -> argparse.ArgumentP
     """A parser without arguments, whose `--help` keeps the line breaks of both texts."""
     formatter = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(prog, description=description, epilog=examples, formatter_class=formatter)
+
+
+def check_arguments(parser: argparse.ArgumentParser, problems: Mapping[str, object]) -> None:
+    """Exit with the first message of `problems` whose condition holds."""
+    for message, holds in problems.items():
+        if holds:
+            parser.error(message)
 
 
 def usage() -> str:

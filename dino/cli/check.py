@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dino.cli import new_parser
+from dino.cli import check_arguments, new_parser
 
 EXAMPLES = """
 examples:
@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-images", action="store_true", help="don't open the image files")
     parser.add_argument("--fix", type=Path, metavar="OUT.json", help="write a cleaned copy of the annotations")
     parser.add_argument("--preview", type=Path, metavar="OUT.html", help="write a page of images with their boxes")
-    parser.add_argument("--sheet", type=Path, dest="preview", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    parser.add_argument("--sheet", type=Path, dest="preview", help=argparse.SUPPRESS)
     parser.add_argument("--show", type=int, default=20, help="how many issues of a kind to list (default %(default)s)")
     parser.add_argument("--size", type=int, default=800, help="short side in training, pixels (default %(default)s)")
     parser.add_argument("--max-size", type=int, default=1333, help="bound of the long side (default %(default)s)")
@@ -65,8 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.val and len(args.val) > 2:
-        parser.error("--val takes one JSON file and at most one folder")
-    if min(args.size, args.max_size, args.show) < 1:
-        parser.error("--size, --max-size and --show must be positive")
+    problems = {
+        "--val takes one JSON file and at most one folder": args.val and len(args.val) > 2,
+        "--size, --max-size and --show must be positive": min(args.size, args.max_size, args.show) < 1,
+    }
+    check_arguments(parser, problems)
     return args

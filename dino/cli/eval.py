@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from dino.cli import new_parser
+from dino.cli import check_arguments, new_parser
 from dino.utils.files import UserError
 
 EXAMPLES = """
@@ -73,12 +73,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_intermixed_args(argv)
-    if args.dataset and args.val_json:
-        parser.error("--dataset and --val-json exclude each other")
-    if args.results and not (args.val_json and args.val_images):
-        parser.error("--results needs --val-json and --val-images")
-    if not (args.results or args.config_file or args.val_json or args.dataset):
-        parser.error("without --config-file, name the data: --val-json and --val-images, or --dataset")
-    if args.shown < 0:
-        parser.error("--shown can't be negative")
+    no_data = not (args.results or args.config_file or args.val_json or args.dataset)
+    problems = {
+        "--dataset and --val-json exclude each other": args.dataset and args.val_json,
+        "--results needs --val-json and --val-images": args.results and not (args.val_json and args.val_images),
+        "without --config-file, name the data: --val-json and --val-images, or --dataset": no_data,
+        "--shown can't be negative": args.shown < 0,
+    }
+    check_arguments(parser, problems)
     return args

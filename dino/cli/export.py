@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dino.cli import new_parser
+from dino.cli import check_arguments, new_parser
 
 EXAMPLES = """
 examples:
@@ -64,12 +64,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
     args.format = args.format or SUFFIXES.get(args.output.suffix)
-    if args.format is None:
-        parser.error(f"OUT has none of the suffixes {', '.join(SUFFIXES)}: give --format")
-    if min(args.size or [1]) < 1 or args.batch < 1 or args.limit < 1:
-        parser.error("--size, --batch and --limit must be positive")
-    if args.batch > 1 and not args.size:
-        parser.error("--batch needs --size; without --size, the file takes any batch")
-    if args.verify_json and not args.verify:
-        parser.error("--verify-json needs --verify: the folder of the images")
+    problems = {
+        f"OUT has none of the suffixes {', '.join(SUFFIXES)}: give --format": args.format is None,
+        "--size, --batch and --limit must be positive": min(*(args.size or [1]), args.batch, args.limit) < 1,
+        "--batch needs --size; without --size, the file takes any batch": args.batch > 1 and not args.size,
+        "--verify-json needs --verify: the folder of the images": args.verify_json and not args.verify,
+    }
+    check_arguments(parser, problems)
     return args

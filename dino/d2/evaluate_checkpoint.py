@@ -61,26 +61,35 @@ def detect(
         UserError: recipe or weights are missing or don't fit.
         DataError: the data are missing or broken.
     """
-    path = str(find_recipe(config_file)) if config_file else ""
     keys = ("dataloader.test.dataset.name", "dataloader.evaluator.dataset_name") if dataset else ()
-    files = recipe.DataFiles(val_json=val_json and _add_annotations(Path(val_json), folder), val_images=val_images)
-    job = _Job(path, True, weights or "", [*overrides, *(f"{key}={dataset}" for key in keys)], files, str(folder))
+    job = _Job(
+        config_file=str(find_recipe(config_file)) if config_file else "",
+        eval_only=True,
+        weights=weights or "",
+        overrides=[*overrides, *(f"{key}={dataset}" for key in keys)],
+        files=recipe.DataFiles(val_json=val_json and _add_annotations(val_json, folder), val_images=val_images),
+        output=str(folder),
+    )
     cfg = _load(job)
-    weights = cfg.train.init_checkpoint
-    if not weights:
-        raise UserError("give the weights: --weights PATH")
-    if "://" not in weights and not Path(weights).is_file():
-        raise DataError(f"weights not found: {weights}")
+    _check_weights(cfg.train.init_checkpoint)
     make_folder(folder)
     launch(_work, Processes(num_gpus), job)
     name = cfg.dataloader.evaluator.dataset_name
-    recipe_name = {"Recipe": Path(path).stem} if path else {}
+    details = {"Data": val_json or name, "Weights": cfg.train.init_checkpoint}
     return Detected(
         data=_annotations_of(name, folder),
         files={entry["image_id"]: Path(entry["file_name"]) for entry in DatasetCatalog.get(name)},
         results=folder / "inference/coco_instances_results.json",
-        details={"Data": val_json or name, "Weights": weights, **recipe_name},
+        details={**details, "Recipe": Path(job.config_file).stem} if config_file else details,
     )
+
+
+def _check_weights(weights: str | None) -> None:
+    """Raise an error if there are no weights."""
+    if not weights:
+        raise UserError("give the weights: --weights PATH")
+    if "://" not in weights and not Path(weights).is_file():
+        raise DataError(f"weights not found: {weights}")
 
 
 def _work(job: _Job) -> None:
@@ -119,11 +128,11 @@ def _load_described(job: _Job) -> DictConfig:
     return cfg
 
 
-def _add_annotations(path: Path, folder: Path) -> str:
+def _add_annotations(path: str, folder: Path) -> str:
     """The path; for a file without the list of annotations, the path of a copy with an empty list."""
     data = load_json(path, "annotations")
     if not isinstance(data, dict) or "annotations" in data:
-        return str(path)
+        return path
     make_folder(folder)
     copy = folder / "images.json"
     write_whole(copy, lambda part: part.write_text(json.dumps({**data, "annotations": []}), encoding="utf-8"))

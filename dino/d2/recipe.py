@@ -159,19 +159,26 @@ def _dataset_node(split: str, annotations: str, images: str) -> DictConfig:
 
 def _use_classes(cfg: DictConfig, stated: set[str], eval_only: bool) -> None:
     """Take the number of classes from the data. Where the number is among the `stated` keys, it must agree."""
+    classes = len(_common_names(cfg, eval_only))
+    key = next((key for key in _NUM_CLASSES if _has_key(cfg, key)), _NUM_CLASSES[0])
+    current = OmegaConf.select(cfg, key)
+    if not stated.isdisjoint(_NUM_CLASSES) and current != classes:
+        raise UserError(f"{key}={current}, but the data has {classes} classes: write {key}={classes}")
+    OmegaConf.update(cfg, key, classes)
+
+
+def _common_names(cfg: DictConfig, eval_only: bool) -> list[str]:
+    """Class names of the data; training and validation data must agree."""
     val = names_of(cfg.dataloader.test.dataset)
     train = val if eval_only else names_of(cfg.dataloader.train.dataset)
     if train != val:
         only_train, only_val = [n for n in train if n not in val], [n for n in val if n not in train]
+        order = "" if only_train or only_val else ": the same names in another order"
         raise DataError(
             f"training and validation data differ in their classes: only in training {only_train}, only in validation "
-            f"{only_val}" + ("" if only_train or only_val else ": the same names in another order")
+            f"{only_val}{order}"
         )
-    key = next((key for key in _NUM_CLASSES if _has_key(cfg, key)), _NUM_CLASSES[0])
-    current = OmegaConf.select(cfg, key)
-    if not stated.isdisjoint(_NUM_CLASSES) and current != len(train):
-        raise UserError(f"{key}={current}, but the data has {len(train)} classes: write {key}={len(train)}")
-    OmegaConf.update(cfg, key, len(train))
+    return val
 
 
 def names_of(node: DictConfig) -> list[str]:

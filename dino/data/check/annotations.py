@@ -142,31 +142,47 @@ def _read_objects(
             issues.append(Issue("zero_id", "annotations", index, f"annotation id 0, {in_image}"))
         if type(number) is int:
             seen.add(number)
-        image, category = find(images, entry.get("image_id")), find(categories, entry.get("category_id"))
-        if image is None or category is None:
-            what = f"image_id {_short(entry.get('image_id'))}, category_id {_short(entry.get('category_id'))}"
-            issues.append(Issue("reference", "annotations", index, f"annotation {_short(number)}: {what}"))
-        elif not is_box(entry.get("bbox")) or not all(map(math.isfinite, entry["bbox"])):
-            text = f"annotation {_short(number)} of {image['file_name']}: {_short(entry.get('bbox'))}"
-            issues.append(Issue("box", "annotations", index, text))
+        kind, text = _object_issue(entry, images, categories)
+        if kind:
+            issues.append(Issue(kind, "annotations", index, f"annotation {_short(number)}{text}"))
         else:
-            objects.append(Object(index, entry, image))
+            objects.append(Object(index, entry, images[entry["image_id"]]))
     return objects, issues
+
+
+def _object_issue(entry: dict, images: dict[int, dict], categories: dict[int, dict]) -> tuple[str, str]:
+    """Kind and text of the issue that makes an annotation unusable; two empty texts if there is none."""
+    image, category = find(images, entry.get("image_id")), find(categories, entry.get("category_id"))
+    if image is None or category is None:
+        ids = f"image_id {_short(entry.get('image_id'))}, category_id {_short(entry.get('category_id'))}"
+        return "reference", f": {ids}"
+    if not is_box(entry.get("bbox")) or not all(map(math.isfinite, entry["bbox"])):
+        return "box", f" of {image['file_name']}: {_short(entry.get('bbox'))}"
+    return "", ""
 
 
 def _check_boxes(objects: list[Object]) -> Iterator[Issue]:
     """Boxes without area, outside, partly outside, or in another notation."""
-    if len(objects) >= _FEWEST and all(-0.001 <= x <= 1.001 for o in objects for x in o.box):
+    enough = len(objects) >= _FEWEST
+    if enough and all(map(_may_be_fractions, objects)):
         for o in objects:
             yield Issue("fractions", "annotations", o.index, f"{o.where}: {o.box}")
         return
-    all_corners = len(objects) >= _FEWEST and all(o.box[2] > o.box[0] and o.box[3] > o.box[1] for o in objects)
-    all_corners = all_corners and all(_fits(o.box, o.image) for o in objects) and any(map(_overflows, objects))
+    all_corners = enough and all(map(_may_be_corners, objects)) and any(map(_overflows, objects))
     for o in objects:
         kind = "xyxy" if all_corners else _box_issue(o)
         if kind:
             size = f"{o.image['width']}x{o.image['height']}"
             yield Issue(kind, "annotations", o.index, f"{o.where}: {o.box} in an image of {size}")
+
+
+def _may_be_fractions(o: Object) -> bool:
+    return min(o.box) >= -0.001 and max(o.box) <= 1.001
+
+
+def _may_be_corners(o: Object) -> bool:
+    x0, y0, x1, y1 = o.box
+    return x1 > x0 and y1 > y0 and _fits(o.box, o.image)
 
 
 def _box_issue(o: Object) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from dino.data.coco import usable_box
 from dino.utils.files import DataError, counted
 
-from .annotations import Contents, from_corners
+from .annotations import Contents, Object, from_corners
 from .issues import KINDS, Issue
 
 
@@ -28,39 +28,60 @@ def repair(data: dict[str, Any], contents: Contents, issues: list[Issue]) -> tup
     Raises:
         DataError: a person must decide about an issue, or no image would remain.
     """
-    undecided = sorted({f.kind for f in issues if KINDS[f.kind].level == "error" and KINDS[f.kind].cure is None})
-    if undecided:
-        reasons = "; ".join(f"{KINDS[kind].title} ({KINDS[kind].advice})" for kind in undecided)
-        raise DataError(f"can't fix without you: {reasons}")
-    dropped = _indices(issues, "drop")
-    images = [entry for index, entry in enumerate(data["images"]) if index not in dropped["images"]]
+    _refuse_undecided(issues)
+    images, categories = (_kept(data, issues, part) for part in ("images", "categories"))
     if not images:
         raise DataError("can't fix: no image would remain")
-    kept = {entry["id"] for entry in images}
+    ids, dropped = {entry["id"] for entry in images}, _indices(issues, "drop")["annotations"]
+    objects = [o for o in contents.objects if o.index not in dropped and o.image["id"] in ids]
+    fixed = {**data, "images": images, "annotations": _fix_boxes(objects, issues), "categories": categories}
+    return fixed, _describe(data, fixed, issues)
+
+
+def _refuse_undecided(issues: list[Issue]) -> None:
+    """Raise a DataError if a person must decide about an issue."""
+    kinds = {issue.kind: KINDS[issue.kind] for issue in sorted(issues)}
+    undecided = [kind for kind in kinds.values() if kind.level == "error" and kind.cure is None]
+    if undecided:
+        reasons = "; ".join(f"{kind.title} ({kind.advice})" for kind in undecided)
+        raise DataError(f"can't fix without you: {reasons}")
+
+
+def _kept(data: dict[str, Any], issues: list[Issue], part: str) -> list[dict]:
+    """The entries of a list of the file, without those to drop."""
+    dropped = _indices(issues, "drop")[part]
+    return [entry for index, entry in enumerate(data[part]) if index not in dropped]
+
+
+def _fix_boxes(objects: list[Object], issues: list[Issue]) -> list[dict]:
+    """Annotations with boxes converted or clipped, and renumbered where an id is broken."""
     corners, clipped = _indices(issues, "convert")["annotations"], _indices(issues, "clip")["annotations"]
     annotations = []
-    for o in contents.objects:
-        if o.index in dropped["annotations"] or o.image["id"] not in kept:
-            continue
+    for o in objects:
         entry = o.entry
         if o.index in corners:
-            entry = _with_box(entry, _clip(from_corners(entry["bbox"]), o.image))
+            entry = _with_box(entry, _clip(from_corners(o.box), o.image))
         elif o.index in clipped:
-            entry = _with_box(entry, _clip(entry["bbox"], o.image))
+            entry = _with_box(entry, _clip(o.box, o.image))
         annotations.append(entry)
     if _indices(issues, "renumber")["annotations"]:
-        annotations = [{**entry, "id": number} for number, entry in enumerate(annotations, 1)]
-    categories = [entry for index, entry in enumerate(data["categories"]) if index not in dropped["categories"]]
+        return [{**entry, "id": number} for number, entry in enumerate(annotations, 1)]
+    return annotations
+
+
+def _describe(data: dict[str, Any], fixed: dict[str, Any], issues: list[Issue]) -> list[str]:
+    """A line of text for each kind of change."""
+    dropped = {part: len(data[part]) - len(fixed[part]) for part in ("images", "annotations", "categories")}
+    removed = _indices(issues, "drop")["annotations"]
+    converted, clipped = (len(_indices(issues, cure)["annotations"] - removed) for cure in ("convert", "clip"))
     changes = [
-        (len(data["images"]) - len(images), "image", "images", "dropped"),
-        (len(data["annotations"]) - len(annotations), "object", "objects", "dropped"),
-        (len(corners - dropped["annotations"]), "box", "boxes", "converted from corners"),
-        (len(clipped - dropped["annotations"]), "box", "boxes", "clipped"),
-        (len(data["categories"]) - len(categories), "class", "classes", "dropped"),
+        (dropped["images"], "image", "images", "dropped"),
+        (dropped["annotations"], "object", "objects", "dropped"),
+        (converted, "box", "boxes", "converted from corners"),
+        (clipped, "box", "boxes", "clipped"),
+        (dropped["categories"], "class", "classes", "dropped"),
     ]
-    lines = [f"{counted(number, one, many)} {what}" for number, one, many, what in changes if number]
-    fixed = {**data, "images": images, "annotations": annotations, "categories": categories}
-    return fixed, lines
+    return [f"{counted(number, one, many)} {change}" for number, one, many, change in changes if number]
 
 
 def _indices(issues: list[Issue], cure: str) -> dict[str, set[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 from dino.data.check.annotations import Object
@@ -45,21 +46,23 @@ def _draw_sample(split: Split, issues: list[Issue]) -> list[Figure]:
     for o in split.contents.objects:
         objects[o.image["id"]].append(o)
     reasons = {issue.index: KINDS[issue.kind].title for issue in issues if issue.part == "annotations"}
-    suspects = {o.image["id"] for o in split.contents.objects if o.index in reasons}
-    images = [image for _, image in split.images]
-    random.Random(0).shuffle(images)
-    images.sort(key=lambda image: image["id"] not in suspects)
     labels = {number: label for label, number in enumerate(sorted(split.contents.categories))}
     figures: list[Figure] = []
-    for image in images:
+    for image in _shuffled(split, reasons):
         if len(figures) == _SHOWN:
             break
         marks = [_mark_of(o, split.contents.categories, labels, reasons) for o in objects[image["id"]]]
-        try:
+        with suppress(DataError):  # a file that can't be read is one of the issues
             figures.append(draw(resolve_inside(split.folder, image["file_name"]), _caption(image, marks), marks))
-        except DataError:  # one of the issues
-            continue
     return figures
+
+
+def _shuffled(split: Split, reasons: dict[int, str]) -> list[dict]:
+    """Images in random order, those with an object among the `reasons` first."""
+    suspects = {o.image["id"] for o in split.contents.objects if o.index in reasons}
+    images = [image for _, image in split.images]
+    random.Random(0).shuffle(images)
+    return sorted(images, key=lambda image: image["id"] not in suspects)
 
 
 def _mark_of(o: Object, categories: dict[int, dict], labels: dict[int, int], reasons: dict[int, str]) -> Mark:

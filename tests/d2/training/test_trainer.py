@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dino.d2.training.parallel import note_start
 from dino.d2.training.trainer import Trainer
+from dino.utils.files import UserError
 
 from ..recipes import parse, recipe
 from ..tiny import random_input, tiny_detector
