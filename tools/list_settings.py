@@ -34,16 +34,16 @@ dino.d2.augmented_detector:AugmentedDetector
 dino.layers.loss_scaling:LossScaling
 dino.modeling.variants:LearnedQueries,PatternSelection,LearnedPositionEncoding"""  # that the recipe does not name
 VARIABLES = {
-    "CUDA_HOME": "`python -m dino.layers.ops.build`: where CUDA's compiler is, if not in `PATH`",
+    "CUDA_HOME": "`python -m dino.layers.ops.build`: the folder of CUDA's compiler, if not in `PATH`",
     "CXX": "`python -m dino.layers.ops.build`: the only C++ compiler to try, such as `g++-12` (default: all)",
-    "DETECTRON2_DATASETS": "the folder that holds COCO and the other sets that Detectron2 knows (default `datasets`)",
+    "DETECTRON2_DATASETS": "the folder of COCO and the other data sets that Detectron2 knows (default `datasets`)",
     "DINO_BCCD": "tests: the folder of the BCCD photographs",
     "DINO_DEFORM_ATTN": "attention operator: `auto` (default), `reference` (plain PyTorch) or `compiled` (or an error)",
     "DINO_GOLDEN": "tests: the folder of the official program's numbers",
-    "DINO_TEST_DEVICE": "tests: run those that can on this device",
+    "DINO_TEST_DEVICE": "tests: the device for tests that support it",
     "DINO_TORCH_HEADERS": "tests: the folder of other torch versions' headers (default `output/torch_headers`)",
-    "FORCE_CUDA": "`python -m dino.layers.ops.build`: 1 to compile for CUDA where no GPU is seen",
-    "FVCORE_CACHE": "where downloaded weights are kept (default `~/.torch/iopath_cache`)",
+    "FORCE_CUDA": "`python -m dino.layers.ops.build`: 1 to compile for CUDA without a GPU",
+    "FVCORE_CACHE": "the folder of downloaded weights (default `~/.torch/iopath_cache`)",
     "TORCH_CUDA_ARCH_LIST": "`python -m dino.layers.ops.build`: the GPUs to compile for, for example `8.0;9.0+PTX`",
 }
 OF_THE_MACHINE = {"device": "a GPU where there is one", "dist_url": "a port of this machine"}  # defaults

@@ -42,7 +42,7 @@ def check_arguments(parser: argparse.ArgumentParser, problems: Mapping[str, obje
             parser.error(message)
 
 
-def usage() -> str:
+def _usage() -> str:
     """The text of `dino --help`."""
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {name:<{width}}  {does}" for name, does in VERBS.items())
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dino {dino.__version__}")
         return 0
     if not words or words[0] in ("-h", "--help"):
-        print(usage())
+        print(_usage())
         return 0 if words else 2
     if words[0] not in VERBS:
         print(f"error: no verb {words[0]!r}; there are {', '.join(VERBS)}", file=sys.stderr)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dino.cli import new_parser
 
-EXAMPLES = """
+_EXAMPLES = """
 examples:
   the official 12-epoch checkpoint as one of this project, with COCO's 80 classes and their names inside:
     %(prog)s checkpoint0011_4scale.pth dino_r50_4scale.pth --to own --coco80
@@ -17,18 +17,18 @@ examples:
   back to the official program: %(prog)s own.pth official.pth --to official
 Training and evaluation read all of these forms directly: train.init_checkpoint=checkpoint0011_4scale.pth
 """
-FORMS = ("own", "official", "detrex", "huggingface", "safetensors")
+_FORMS = ("own", "official", "detrex", "huggingface", "safetensors")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The arguments."""
-    parser = new_parser("dino convert", __doc__, EXAMPLES)
+    parser = new_parser("dino convert", __doc__, _EXAMPLES)
     parser.add_argument("input", metavar="IN", type=Path, help="a checkpoint in any known form (.pth, .safetensors)")
     parser.add_argument("output", metavar="OUT", type=Path, help="the file to write; it must not exist")
     parser.add_argument(
         "--to",
         required=True,
-        choices=FORMS,
+        choices=_FORMS,
         help="the form to write; safetensors is the own form in such a file. official and huggingface need a model "
         "whose decoder layers share one pair of heads",
     )

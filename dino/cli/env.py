@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dino.cli import new_parser
 
-EXAMPLES = """
+_EXAMPLES = """
 example:
   dino env > environment.txt
 """
@@ -15,7 +15,7 @@ example:
 
 def build_parser() -> argparse.ArgumentParser:
     """No arguments."""
-    return new_parser("dino env", __doc__, EXAMPLES)
+    return new_parser("dino env", __doc__, _EXAMPLES)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

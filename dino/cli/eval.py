@@ -10,7 +10,7 @@ from pathlib import Path
 from dino.cli import check_arguments, new_parser
 from dino.utils.files import UserError
 
-EXAMPLES = """
+_EXAMPLES = """
 examples:
   dino eval --weights output/mine/model_final.pth --val-json val.json --val-images images
   dino eval --weights model.pth --dataset coco_2017_val --num-gpus 2
@@ -22,7 +22,7 @@ Data without annotations gives a page of predictions. A recipe is a program: run
 
 def build_parser() -> argparse.ArgumentParser:
     """The arguments."""
-    parser = new_parser("dino eval", __doc__, EXAMPLES)
+    parser = new_parser("dino eval", __doc__, _EXAMPLES)
     parser.add_argument("--config-file", default="", help="recipe, by name or file (default: the checkpoint's own)")
     parser.add_argument("--weights", help="checkpoint")
     parser.add_argument(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dino.cli import new_parser
 
-EXAMPLES = """
+_EXAMPLES = """
 example:
   dino explain train.json images --weights output/mine/model_final.pth --image 0001.jpg --image 0002.jpg
 Draws the selected anchors, denoising queries, the attention mask, the boxes of each decoder layer, sampling points of
@@ -18,7 +18,7 @@ the deformable attention, gradients and losses. docs/how_it_works.md and docs/me
 
 def build_parser() -> argparse.ArgumentParser:
     """The arguments."""
-    parser = new_parser("dino explain", __doc__, EXAMPLES)
+    parser = new_parser("dino explain", __doc__, _EXAMPLES)
     parser.add_argument("annotations", type=Path, metavar="ANNOTATIONS.json", help="in COCO format")
     parser.add_argument("images", type=Path, metavar="IMAGES_FOLDER", help="folder of the images")
     parser.add_argument("--weights", type=Path, required=True, help="checkpoint of this project")

@@ -9,7 +9,7 @@ from pathlib import Path
 from dino.cli import new_parser
 from dino.utils.files import free_name
 
-EXAMPLES = """
+_EXAMPLES = """
 examples:
   dino predict model_final.pth photo.jpg
   dino predict model_final.pth photos clip.mp4 --output drawn --score-thresh 0.5
@@ -18,13 +18,13 @@ examples:
 Drawn images go to the output folder under their own names, beside predictions.json: COCO format, with a score in each
 annotation. A video becomes an MP4 file without sound, with a JSON file of its own. Existing files are never replaced.
 """
-DTYPES = ("fp32", "bf16", "fp16")
-PRECISIONS = ("highest", "high", "medium")
+_DTYPES = ("fp32", "bf16", "fp16")
+_PRECISIONS = ("highest", "high", "medium")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The arguments."""
-    parser = new_parser("dino predict", __doc__, EXAMPLES)
+    parser = new_parser("dino predict", __doc__, _EXAMPLES)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint of this project (see `dino convert` for others)")
     parser.add_argument(
         "inputs", nargs="+", metavar="INPUT", help="image, folder, glob, video, or the number of a webcam"
@@ -40,10 +40,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--overlap", type=float, default=0.2, help="of tiles, as a fraction (default %(default)s)")
     parser.add_argument("--batch-size", type=int, default=1, help="images that run together (default %(default)s)")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU where there is one)")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the network (default %(default)s)")
+    parser.add_argument("--dtype", choices=_DTYPES, default="fp32", help="of the network (default %(default)s)")
     parser.add_argument(
         "--float32-precision",
-        choices=PRECISIONS,
+        choices=_PRECISIONS,
         default="high",
         help="of products in fp32 on a GPU; highest: no TensorFloat-32 (default %(default)s)",
     )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from dino.cli import new_parser
 
-EXAMPLES = """
+_EXAMPLES = """
 examples:
   train on COCO (in the folder DETECTRON2_DATASETS), 8 GPUs:
     %(prog)s --config-file dino_r50_4scale_12ep --num-gpus 8
@@ -26,7 +26,7 @@ A recipe is a name or a file. A recipe is a Python program: run only recipes tha
 
 def build_parser(prog: str = "dino train") -> argparse.ArgumentParser:
     """The flags of Detectron2's programs, and four for data in COCO format."""
-    parser = new_parser(prog, __doc__, EXAMPLES)
+    parser = new_parser(prog, __doc__, _EXAMPLES)
     parser.add_argument("--config-file", default="", metavar="FILE", help="recipe, by name or file")
     parser.add_argument("--resume", action="store_true", help="continue the run in train.output_dir")
     parser.add_argument("--eval-only", action="store_true", help="evaluate train.init_checkpoint, train nothing")
@@ -39,13 +39,13 @@ def build_parser(prog: str = "dino train") -> argparse.ArgumentParser:
         default=f"tcp://127.0.0.1:{2**15 + 2**14 + user % 2**14}",  # as in Detectron2
         help="address of machine 0, such as tcp://HOST:29500; a single machine ignores it and takes a free port",
     )
-    add_data_arguments(parser, "train")
-    add_data_arguments(parser, "val")
+    _add_data_arguments(parser, "train")
+    _add_data_arguments(parser, "val")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the recipe, key=value")
     return parser
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, split: str) -> None:
+def _add_data_arguments(parser: argparse.ArgumentParser, split: str) -> None:
     """The two arguments for one split of the data in COCO format."""
     group = parser.add_argument_group(f"{split} data in COCO format, instead of the recipe's")
     group.add_argument(f"--{split}-json", help="annotations")

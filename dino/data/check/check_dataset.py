@@ -82,19 +82,25 @@ def check_all(sets: Sequence[tuple[Path, Path]], resize: Resize, *, open_images:
     return checked
 
 
-def print_report(checked: Sequence[Checked], show: int) -> None:
+def print_report(checked: Sequence[Checked], show: int) -> int:
     """Print numbers and issues of each data set, and the image files that no data set lists.
 
     Args:
         show: how many issues of a kind to list.
+
+    Returns:
+        the number of errors.
     """
+    total = 0
     for one in checked:
         print("\n".join([*_describe(one), *_list_issues(one.issues, show)]))
         errors = count_errors(one.issues)
+        total += errors
         counts = f"{one.path}: {counted(errors, 'error')}, {counted(len(one.issues) - errors, 'warning')}\n"
         print(counts if one.issues else "no issues\n")
     if checked[0].split.files is not None:
         _print_unlisted(checked)
+    return total
 
 
 def _describe(checked: Checked) -> list[str]:
@@ -163,8 +169,3 @@ def write_fixed(path: Path, checked: Checked) -> None:
     fixed, changes = repair(checked.data, checked.split.contents, checked.issues)
     write_whole(path, lambda part: part.write_text(json.dumps(fixed), encoding="utf-8"))
     print(f"cleaned copy written to {path}: {', '.join(changes) or 'no changes'}")
-
-
-def exit_code(checked: Sequence[Checked]) -> int:
-    """1 if there are errors, else 0."""
-    return int(any(count_errors(one.issues) for one in checked))

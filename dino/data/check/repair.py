@@ -1,4 +1,4 @@
-"""A cleaned copy of annotations: what can be put right is, what can't be trusted is left out."""
+"""A cleaned copy of annotations: fixes what can be fixed, drops the rest."""
 
 from __future__ import annotations
 
