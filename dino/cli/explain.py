@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dino.cli import new_parser
+from dino.utils.files import free_name
 
 _EXAMPLES = """
 example:
@@ -37,4 +38,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from dino.explain.explain_batch import explain_batch
 
-    explain_batch(args.annotations, args.images, args.weights, args.image, seed=args.seed, output=args.output)
+    folder = args.output or free_name(Path("output/explained"))
+    explain_batch(args.annotations, args.images, args.weights, folder, wanted=args.image, seed=args.seed)

@@ -53,11 +53,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the verb."""
-    options = vars(_parse(argv))
+    args = _parse(argv)
 
     from dino.export.export_checkpoint import export_checkpoint
+    from dino.export.export_wrapper import Fixed
 
-    export_checkpoint(options.pop("checkpoint"), options.pop("output"), options.pop("format"), **options)
+    export_checkpoint(
+        args.checkpoint,
+        args.output,
+        form=args.format,
+        fixed=Fixed(args.batch, *args.size) if args.size else None,
+        sampling=args.sampling,
+        thresholds=args.score_thresh,
+        copy=args.copy,
+        verify=args.verify,
+        verify_json=args.verify_json,
+        limit=args.limit,
+    )
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -10,7 +10,7 @@ from torchvision.transforms import v2
 
 from dino.data.coco import CocoImages, ShortSide, collate
 from dino.layers import HungarianMatcher, SetCriterion
-from dino.utils.files import DataError, free_name, make_folder
+from dino.utils.files import DataError, make_folder
 from dino.weights.description import Preprocessing, model_from_checkpoint
 
 from . import scenes
@@ -49,37 +49,36 @@ def choose(data: CocoImages, wanted: Sequence[str]) -> list[int]:
 
 
 def explain_batch(
-    annotations: Path, folder: Path, weights: Path, wanted: Sequence[str] = (), *, seed: int = 0, output: Path | None
+    annotations: Path, images: Path, weights: Path, folder: Path, *, wanted: Sequence[str] = (), seed: int = 0
 ) -> None:
     """Draw every scene of a batch.
 
     Args:
-        annotations, folder: data in COCO format.
+        annotations, images: data in COCO format.
         weights: a checkpoint.
+        folder: for the pictures.
         wanted: file names of the batch's images; by default the first two with objects. The first image is drawn.
         seed: of the noise.
-        output: folder; None for a new one, output/explained.
 
     Raises:
         DataError: data or weights can't be used, or don't fit.
     """
     network, names, preprocessing = model_from_checkpoint(weights)
-    data = read_data(annotations, folder, preprocessing)
+    data = read_data(annotations, images, preprocessing)
     if data.names != names:
         raise DataError(f"{weights} was trained for the classes {names}, {annotations} has {data.names}")
-    images, padding, targets, _ = collate([data[index] for index in choose(data, wanted)])
+    batch, padding, targets, _ = collate([data[index] for index in choose(data, wanted)])
     torch.manual_seed(seed)
     try:
-        recorded = record(network, images, padding, targets, SetCriterion(matcher=HungarianMatcher()))
+        recorded = record(network, batch, padding, targets, SetCriterion(matcher=HungarianMatcher()))
     except ValueError as error:
         raise DataError(f"{weights}: {error}") from error
     height, width = (~padding[0]).sum(0).max(), (~padding[0]).sum(1).max()
     mean, std = (torch.tensor(values)[:, None, None] / 255 for values in preprocessing[:2])
-    pixels = (images[0, :, :height, :width] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+    pixels = (batch[0, :, :height, :width] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
     scene = Scene(recorded, 0, pixels, targets, names)
-    output = output or free_name(Path("output/explained"))
-    make_folder(output)
+    make_folder(folder)
     for name, draw in scenes.SCENES.items():
-        save(draw(scene), output / f"{name}.png")
-    save(scenes.noise(network.denoising), output / "noise.png")
-    print(f"{len(scenes.SCENES) + 1} pictures written to {output}")
+        save(draw(scene), folder / f"{name}.png")
+    save(scenes.noise(network.denoising), folder / "noise.png")
+    print(f"{len(scenes.SCENES) + 1} pictures written to {folder}")

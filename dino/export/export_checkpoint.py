@@ -19,12 +19,11 @@ from .verify import Limits, compare, read_data, read_folder
 def export_checkpoint(
     checkpoint: Path,
     output: Path,
-    format: str,
     *,
-    size: Sequence[int] | None = None,
-    batch: int = 1,
+    form: str,
+    fixed: Fixed | None = None,
     sampling: str = "grid",
-    score_thresh: Sequence[float] = (0.5,),
+    thresholds: Sequence[float] = (0.5,),
     copy: str = "auto",
     verify: Path | None = None,
     verify_json: Path | None = None,
@@ -33,11 +32,10 @@ def export_checkpoint(
     """Export one file. A file that differs too much from the network is not kept.
 
     Args:
-        format: a key of FORMATS.
-        size: height and width in pixels, the only size to take; None for any.
-        batch: images at once, with `size`.
+        form: a key of FORMATS.
+        fixed: the only size to take, or None for any.
         sampling: "grid", or "gather" for engines whose GridSample is wrong.
-        score_thresh: stored in the file: one for all classes, or one for each.
+        thresholds: stored in the file: one for all classes, or one for each.
         copy: "model", "ema", or "auto" for the running average if the checkpoint has one.
         verify: folder of images to compare on. verify_json: their annotations, to compare AP.
         limit: number of these images.
@@ -50,23 +48,21 @@ def export_checkpoint(
     if output.exists():
         raise UserError(f"{output} exists: choose another name, or move it away")
     rebuilt = model_from_checkpoint(checkpoint, copy=copy)
-    fixed = Fixed(batch, *size) if size else None
-    about = describe(rebuilt.names, _spread(score_thresh, rebuilt.names), rebuilt.preprocessing, fixed)
+    about = describe(rebuilt.names, _spread(thresholds, rebuilt.names), rebuilt.preprocessing, fixed)
     source = _read_images(verify, verify_json, rebuilt.names, limit)
-    print(f"exporting {checkpoint} as {format}; this takes a minute or two", flush=True)
-    content = write(format, exportable(rebuilt), fixed, about, sampling=sampling)
-    run = FORMATS[format].run(content)
+    print(f"exporting {checkpoint} as {form}; this takes a minute or two", flush=True)
+    content = write(form, exportable(rebuilt), fixed, about, sampling=sampling)
+    run = FORMATS[form].run(content)
     if source is not None:
         comparison = compare(Detector(*rebuilt[::2]), run, source, resize=about["resize"], fixed=fixed)
         print(comparison)
-        faults = comparison.faults(Limits())
-        if faults:
+        if faults := comparison.faults(Limits()):
             raise DataError(f"{output} is not written, since it differs from the network: {'; '.join(faults)}")
     make_folder(output.parent)
     write_whole(output, lambda part: part.write_bytes(content))
-    shape = f"batch {batch}, {size[0]} x {size[1]}" if size else "any batch and size"
+    size = f"batch {fixed.batch}, {fixed.height} x {fixed.width}" if fixed else "any batch and size"
     checked = "" if verify else "; not compared with the network: --verify IMAGES does that"
-    print(f"{output}: {format}, {shape}, {len(rebuilt.names)} classes, {len(content) / 1e6:.1f} MB{checked}")
+    print(f"{output}: {form}, {size}, {len(rebuilt.names)} classes, {len(content) / 1e6:.1f} MB{checked}")
 
 
 def _read_images(folder: Path | None, annotations: Path | None, names: Sequence[str], limit: int) -> Any:

@@ -3,11 +3,11 @@ import argparse
 import pytest
 import torch
 
+from dino.cli.convert import main
 from dino.modeling import TorchvisionBackbone, build_dino, share_heads
-from dino.utils.files import DataError
+from dino.utils.files import UserError
 from dino.weights import load_weights, read_content, recognise, weights_of
 from dino.weights.checkpoint_formats import COCO_IDS
-from dino.weights.conversion import main
 from dino.weights.description import model_from_checkpoint
 
 from ..tiny import random_batch, tiny_network
@@ -120,7 +120,7 @@ def test_faults_are_named(tmp_path):
         (("absent.pth", "new.pth", "own"), "weights not found"),
     ):
         source, target, *rest = words
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(UserError, match=message):
             convert(tmp_path / source, tmp_path / target, *rest)
     assert (tmp_path / "there.pth").read_bytes() == b"precious"
     assert not (tmp_path / "new.pth").exists()
