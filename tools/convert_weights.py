@@ -1,13 +1,9 @@
-"""Convert checkpoints between this project, the official program, detrex and Hugging Face's form; see --help."""
+"""Convert checkpoints of DINO programs: `dino convert` for a clone that is not installed."""
 
 import sys
 
+from dino.cli import report_errors
 from dino.cli.convert import main
 
-from dino.utils.files import UserError, message_of
-
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {message_of(error)}")
+    sys.exit(report_errors(main))

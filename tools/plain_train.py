@@ -33,7 +33,7 @@ from dino.weights.description import Preprocessing, build_network
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
 
 
-def parse_arguments(argv=None):
+def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for split in ("train", "val"):
         parser.add_argument(f"--{split}-json", type=Path, help="COCO-format annotations")
@@ -66,7 +66,11 @@ def parse_arguments(argv=None):
     parser.add_argument("--lr", type=float, default=2e-4, help="falls to a tenth over the last fifth of the training")
     parser.add_argument("--workers", type=int, default=1, help="reading processes")
     parser.add_argument("--seed", type=int, default=42, help="of weights, order, flips and noise")
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse_arguments(argv=None):
+    return build_parser().parse_args(argv)
 
 
 def transforms(args, training):

@@ -1,8 +1,7 @@
-"""`dino explain`: pictures of what a checkpoint does with one training batch."""
+"""Draw what a checkpoint computes for one training batch."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,36 +11,12 @@ from torchvision.transforms import v2
 from dino.data.coco import CocoImages, ShortSide
 from dino.layers import HungarianMatcher, SetCriterion
 from dino.modeling.detector import Detector, to_target
-from dino.utils.files import DataError, free_name, make_folder
+from dino.utils.files import DataError, make_folder
 from dino.weights.description import detector_from_checkpoint
 
 from . import scenes
 from .canvas import Scene, save
 from .record import record
-
-EXAMPLE = """
-example:
-  dino explain train.json images --weights output/mine/model_final.pth --image 0001.jpg --image 0002.jpg
-Draws the selected anchors, denoising queries, the attention mask, the boxes of each decoder layer, sampling points of
-the deformable attention, gradients and losses. docs/how_it_works.md and docs/method.md say how to read them.
-"""
-
-
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="dino explain", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("annotations", type=Path, metavar="ANNOTATIONS.json", help="in COCO format")
-    parser.add_argument("images", type=Path, metavar="IMAGES_FOLDER", help="folder of the images")
-    parser.add_argument("--weights", type=Path, required=True, help="checkpoint, from which the network is rebuilt")
-    parser.add_argument(
-        "--image", action="append", default=[], help="file name of an image of the batch, as in the annotations; the "
-        "first one is drawn (default: the first two that have objects)"
-    )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (default %(default)s)")
-    parser.add_argument("--output", type=Path, help="folder (default: a new one, output/explained)")
-    return parser.parse_args(argv)
 
 
 def _read_data(annotations: Path, images: Path, detector: Detector) -> CocoImages:
@@ -69,29 +44,23 @@ def _choose(data: CocoImages, wanted: Sequence[str]) -> list[int]:
     return chosen
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the verb."""
-    args = parse_arguments(argv)
-    explain_batch(args.annotations, args.images, args.weights, args.image, seed=args.seed, output=args.output)
-
-
 def explain_batch(
-    annotations: Path, folder: Path, weights: Path, wanted: Sequence[str] = (), *, seed: int = 0, output: Path | None
+    annotations: Path, images: Path, weights: Path, folder: Path, *, wanted: Sequence[str] = (), seed: int = 0
 ) -> None:
     """Draw every scene of a batch.
 
     Args:
-        annotations, folder: data in COCO format.
+        annotations, images: data in COCO format.
         weights: a checkpoint.
+        folder: for the pictures.
         wanted: file names of the batch's images; by default the first two with objects. The first image is drawn.
         seed: of the noise.
-        output: folder; None for a new one, output/explained.
 
     Raises:
         DataError: data or weights can't be used, or don't fit.
     """
     detector = detector_from_checkpoint(weights)
-    data = _read_data(annotations, folder, detector)
+    data = _read_data(annotations, images, detector)
     if data.names != detector.names:
         raise DataError(f"{weights} was trained for the classes {detector.names}, {annotations} has {data.names}")
     samples = [data[index] for index in _choose(data, wanted)]
@@ -106,9 +75,8 @@ def explain_batch(
     except ValueError as error:
         raise DataError(f"{weights}: {error}") from error
     scene = Scene(recorded, 0, pixels[0].permute(1, 2, 0).numpy() / 255, targets, detector.names)
-    output = output or free_name(Path("output/explained"))
-    make_folder(output)
+    make_folder(folder)
     for name, draw in scenes.SCENES.items():
-        save(draw(scene), output / f"{name}.png")
-    save(scenes.noise(detector.network.denoising), output / "noise.png")
-    print(f"{len(scenes.SCENES) + 1} pictures written to {output}")
+        save(draw(scene), folder / f"{name}.png")
+    save(scenes.noise(detector.network.denoising), folder / "noise.png")
+    print(f"{len(scenes.SCENES) + 1} pictures written to {folder}")

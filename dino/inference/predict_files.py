@@ -1,8 +1,7 @@
-"""`dino predict`: draw what a checkpoint finds in images, folders, videos or a webcam, and write it as JSON."""
+"""Draw detections in images, folders, videos or a webcam, and write them as JSON."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
@@ -18,23 +17,12 @@ from tqdm import tqdm
 
 from dino.data.images import list_images
 from dino.layers import detections, one_label_detections
-from dino.modeling.cuda_graphs import MOST
-from dino.modeling.precision import PRECISIONS
-from dino.utils.files import DataError, counted, free_name, make_folder, write_whole
+from dino.utils.files import DataError, UserError, counted, make_folder, write_whole
 
 from .cpu import keep_freed_memory
 from .predictor import Prediction, Predictor
 from .video import VIDEO_SUFFIXES, VideoReader, VideoWriter
 
-EXAMPLES = """
-examples:
-  dino predict model_final.pth photo.jpg
-  dino predict model_final.pth photos clip.mp4 --output drawn --score-thresh 0.5
-  dino predict model_final.pth "aerial/*.tif" --tile 1024 --overlap 0.2
-  dino predict model_final.pth 0                     (a webcam, until Ctrl-C)
-Pictures go to the output folder under their own names, beside predictions.json: COCO format, with a score in each
-annotation. A video becomes an MP4 file without sound, with a JSON file of its own. Nothing that exists is overwritten.
-"""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}  # of drawn pictures; others become PNG
 
@@ -46,81 +34,31 @@ class Job(NamedTuple):
     target: Path
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="dino predict",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint of this project (see `dino convert` for others)")
-    parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="image, folder, glob, video, or the number of a webcam"
-    )
-    parser.add_argument("--output", type=Path, help="folder to write to (default: a new one, output/predictions)")
-    parser.add_argument(
-        "--score-thresh", type=float, default=0.4, help="lowest score that is drawn and written (default %(default)s)"
-    )
-    parser.add_argument("--max-detections", type=int, help="per picture (default: what the checkpoint says)")
-    parser.add_argument("--nms", type=float, metavar="IOU", help="suppress boxes of one class that overlap by more")
-    parser.add_argument("--one-label", action="store_true", help="no box with two labels")
-    parser.add_argument("--tile", type=int, metavar="PIXELS", help="look at larger pictures in tiles of this size, too")
-    parser.add_argument("--overlap", type=float, default=0.2, help="of tiles, as a fraction (default %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=1, help="pictures that run together (default %(default)s)")
-    parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU where there is one)")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the network (default %(default)s)")
-    parser.add_argument(
-        "--float32-precision",
-        choices=PRECISIONS,
-        default="high",
-        help="of products in fp32 on a GPU; highest: no TensorFloat-32 (default %(default)s)",
-    )
-    parser.add_argument("--compile", action="store_true", help="compile the network: a slow start, then faster")
-    parser.add_argument(
-        "--cuda-graphs",
-        type=int,
-        default=MOST,
-        metavar="N",
-        help="on a GPU, sizes of pictures whose kernels are recorded; 0 for none (default %(default)s)",
-    )
-    return parser.parse_args(argv)
+def make_predictor(
+    checkpoint: Path, *, dtype: str = "fp32", one_label: bool = False, compile: bool = False, **options: Any
+) -> Predictor:
+    """A predictor of a checkpoint.
 
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The verb."""
-    args = parse_arguments(argv)
-    folder = args.output or free_name(Path("output/predictions"))
-    jobs = plan(args.inputs, folder)
-    predict(make_predictor(args), jobs, folder)
-
-
-def make_predictor(args: argparse.Namespace) -> Predictor:
-    """What the command line asks for.
+    Args:
+        dtype: of the network, a key of DTYPES.
+        one_label: give no box two labels.
+        compile: compile the network.
+        options: of `Predictor.from_checkpoint`.
 
     Raises:
-        DataError: the checkpoint or an argument can't be used.
+        UserError: an option can't be used.
+        DataError: the checkpoint can't be used.
     """
+    select = one_label_detections if one_label else detections
     try:
-        predictor = Predictor.from_checkpoint(
-            args.checkpoint,
-            device=args.device,
-            dtype=DTYPES[args.dtype],
-            float32_precision=args.float32_precision,
-            score_thresh=args.score_thresh,
-            max_detections=args.max_detections,
-            nms=args.nms,
-            select=one_label_detections if args.one_label else detections,
-            tile=args.tile,
-            overlap=args.overlap,
-            batch_size=args.batch_size,
-            cuda_graphs=args.cuda_graphs,
-        )
+        predictor = Predictor.from_checkpoint(checkpoint, dtype=DTYPES[dtype], select=select, **options)
+    except DataError:
+        raise
     except (ValueError, RuntimeError, AssertionError) as error:  # a number out of its range, a device that is not there
-        raise DataError(str(error).partition("\n")[0]) from error
+        raise UserError(str(error).partition("\n")[0]) from error
     if predictor.network.level_embed.device.type == "cpu":
         keep_freed_memory()
-    return predictor.compile() if args.compile else predictor
+    return predictor.compile() if compile else predictor
 
 
 def plan(inputs: Sequence[str], folder: Path) -> list[Job]:

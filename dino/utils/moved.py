@@ -21,7 +21,7 @@ MOVED = {
     "dino.check.pictures": "dino.data.check.image_files",
     "dino.check.program": "dino.data.check.check_dataset",
     "dino.check.repair": "dino.data.check.repair",
-    "dino.check.sheet": "dino.data.check.preview",
+    "dino.check.sheet": "dino.evaluation.report.preview",
     "dino.check.sizes": "dino.data.check.object_sizes",
     "dino.check.splits": "dino.data.check.splits",
     "dino.coco": "dino.data.coco",

@@ -12,7 +12,6 @@ from detectron2.modeling import SwinTransformer
 from detectron2.utils.registry import _convert_target_to_string as name_of
 from torch import nn
 
-from dino.d2 import recipe
 from dino.d2.checkpoint import Checkpointer
 from dino.d2.recipe_description import _plain, describe
 from dino.utils.files import DataError
@@ -20,7 +19,7 @@ from dino.weights.description import PARTS_OF_DETECTRON2, model_from_checkpoint
 
 from ..tiny import TinyBackbone, random_batch
 from ..weights.states import randomise
-from .recipes import ROOT, SHRINK, SMALL, file_arguments, parse, write_two_sets
+from .recipes import ROOT, SHRINK, SMALL, file_arguments, load_recipe, write_two_sets
 
 NAMES = ["red", "green", "blue"]
 
@@ -95,6 +94,6 @@ def test_descriptions_are_plain_text():
 def test_a_resize_without_a_bound_is_described(tmp_path):
     """Loaded as the programs do: there a key that the recipe does not state is an error, not None."""
     words = file_arguments(*write_two_sets(tmp_path))
-    cfg = recipe.load_recipe(parse(*words, config=ROOT / "projects/dino/configs/dino_r18_shapes.py"))
+    cfg = load_recipe(*words, config=ROOT / "projects/dino/configs/dino_r18_shapes.py")
     found = describe(cfg)["preprocessing"]
     assert (found["short_side"], found["max_size"]) == (160, None)

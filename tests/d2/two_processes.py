@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 from detectron2.utils import comm
 
-from dino.d2.recipe import argument_parser
-from dino.d2.training.parallel import launch
+from dino.d2.training.parallel import Processes, launch
 
 from .in_parts import groups, skip_a_step, step
 
@@ -24,10 +23,10 @@ def steps(recipe):
     }
 
 
-def main(args):
+def main(folder):
     """One of two processes."""
     torch.set_num_threads(1)
-    folder = Path(args.opts[0])
+    folder = Path(folder)
     results, skipped = {}, {}
     for recipe in groups():
         results |= steps(recipe)
@@ -39,4 +38,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    launch(main, argument_parser("").parse_args(sys.argv[1:]))
+    launch(main, Processes(), sys.argv[1])

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from dino import cli
-from dino.export import export_checkpoint
 from dino.export.export_formats import FORMATS, Format
 from dino.export.verify import Comparison, Limits, match
 from dino.layers import Detections
@@ -145,7 +144,7 @@ def test_bad_arguments(checkpoint, tmp_path, capsys, arguments, message):
 )
 def test_wrong_command_lines(arguments):
     with pytest.raises(SystemExit) as caught:
-        export_checkpoint.parse_arguments(["model.pth", *map(str, arguments)])
+        export("model.pth", *arguments)
     assert caught.value.code == 2
 
 

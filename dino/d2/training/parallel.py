@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,38 +26,55 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 from dino.modeling.blocks import find_blocks
-from dino.utils.files import DataError, write_whole
+from dino.utils.files import UserError, write_whole
 
 logger = logging.getLogger("detectron2.dino")
 STARTER = "started_by"  # file in the folder of a run
 
 
-def launch(main: Callable, args) -> None:
-    """Run `main(args)` in every process: one of torchrun's, or --num-gpus new ones.
+class Processes(NamedTuple):
+    """Which processes to start.
+
+    Args:
+        num_gpus: processes on this machine, one for each GPU.
+        num_machines: number of machines.
+        machine_rank: number of this machine, from 0 on.
+        dist_url: address of machine 0; a single machine takes a free port.
+    """
+
+    num_gpus: int = 1
+    num_machines: int = 1
+    machine_rank: int = 0
+    dist_url: str = "auto"
+
+
+def launch(main: Callable, processes: Processes, *args: Any) -> None:
+    """Run `main(*args)` in every process: one of torchrun's, or `processes.num_gpus` new ones.
 
     Raises:
-        DataError: the numbers of processes make no sense.
+        UserError: the numbers of processes make no sense.
     """
     if "LOCAL_RANK" in os.environ:
-        join_group(args)
+        join_group(processes)
         try:
-            main(args)
+            main(*args)
         finally:
             dist.destroy_process_group()
         return
-    if torch.cuda.is_available() and args.num_gpus > torch.cuda.device_count():
-        raise DataError(f"--num-gpus {args.num_gpus}, but this machine has {torch.cuda.device_count()}")
-    # Detectron2's default port follows from the user, so that a second run on the machine would meet the first one.
-    url = "auto" if args.num_machines == 1 else args.dist_url
-    if args.num_gpus > 1:
+    num_gpus, num_machines, machine_rank, url = processes
+    if torch.cuda.is_available() and num_gpus > torch.cuda.device_count():
+        raise UserError(f"--num-gpus {num_gpus}, but this machine has {torch.cuda.device_count()}")
+    if num_machines == 1:
+        url = "auto"  # Detectron2's default port follows from the user: a second run would meet the first one
+    if num_gpus > 1:
         signal.signal(signal.SIGINT, lambda *_: None)  # left to the new processes, see `StopOnSignal`
-    spawn(main, args.num_gpus, args.num_machines, args.machine_rank, url, args=(args,))
+    spawn(main, num_gpus, num_machines, machine_rank, url, args=args)
 
 
-def join_group(args) -> None:
+def join_group(processes: Processes) -> None:
     """Join the process group that torchrun describes in the environment."""
-    if args.num_gpus != 1 or args.num_machines != 1:
-        raise DataError("torchrun starts the processes: leave out --num-gpus and --num-machines")
+    if processes.num_gpus != 1 or processes.num_machines != 1:
+        raise UserError("torchrun starts the processes: leave out --num-gpus and --num-machines")
     has_gpu = torch.cuda.is_available()
     if has_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -99,7 +117,7 @@ def from_main(value):
 def wrap_ddp_or_fsdp(model: nn.Module, cfg: DictConfig) -> nn.Module:
     """Wrap a model for several processes: `train.parallel` is "ddp" (each holds all of it) or "fsdp" (each a shard)."""
     if cfg.train.parallel not in ("ddp", "fsdp"):
-        raise DataError(f"train.parallel={cfg.train.parallel!r}: write ddp or fsdp")
+        raise UserError(f"train.parallel={cfg.train.parallel!r}: write ddp or fsdp")
     if comm.get_world_size() == 1:
         return model
     device = torch.device(cfg.train.device).type

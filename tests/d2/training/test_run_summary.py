@@ -16,7 +16,7 @@ from dino.d2.training import engine
 from dino.utils.files import DataError
 
 from ..recipes import file_arguments as files
-from ..recipes import parse, tiny_recipe, write_two_sets
+from ..recipes import load_recipe, tiny_recipe, write_two_sets
 
 BATCH = "dataloader.train.total_batch_size"
 
@@ -77,9 +77,8 @@ def test_the_fingerprint_is_of_the_data_wherever_they_lie():
 
 
 def scaled(folder, *overrides):
-    args = parse(*files(*write_two_sets(folder)), *overrides)
-    cfg = recipe.load_recipe(args)
-    recipe.scale_to_batch(cfg, args.opts)
+    cfg = load_recipe(*files(*write_two_sets(folder)), *overrides)
+    recipe.scale_to_batch(cfg, overrides)
     return cfg
 
 
@@ -100,8 +99,8 @@ def test_what_is_stated_is_taken_as_it_stands(tmp_path):
 
 
 def test_iterations_of_a_recipe_follow_the_batch(tmp_path):
-    args = parse(*files(*write_two_sets(tmp_path)), f"{BATCH}=8")
-    cfg = recipe.load_recipe(args)
+    overrides = [f"{BATCH}=8"]
+    cfg = load_recipe(*files(*write_two_sets(tmp_path)), *overrides)
     cfg.train.max_iter, cfg.train.eval_period, cfg.train.checkpointer.period = 1000, 0, 50
-    recipe.scale_to_batch(cfg, args.opts)
+    recipe.scale_to_batch(cfg, overrides)
     assert (cfg.train.max_iter, cfg.train.eval_period, cfg.train.checkpointer.period) == (500, 0, 25)
