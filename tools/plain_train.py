@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from dino.data.coco import CocoImages, ShortSide, collate, evaluate, to_results
+from dino.data.coco import CocoImages, ShortSide, collate
+from dino.evaluation.average_precision import evaluate, to_results
 from dino.inference.memory import keep_freed_memory
 from dino.layers import HungarianMatcher, NonFiniteCostError, SetCriterion, Target, detections
 from dino.modeling import CudaGraphs, compile_network, use_float32_precision
@@ -206,7 +207,7 @@ def main(argv=None):
         seconds = time.perf_counter() - start
         save(model, args, val.names)
     results = predict(model, val, args)
-    metrics = {**evaluate(val.truth, results, val.names), "training_seconds": round(seconds, 1)}
+    metrics = {**evaluate(val.data, results), "training_seconds": round(seconds, 1)}
     for name, content in (("results.json", results), ("metrics.json", metrics)):
         write_whole(args.output / name, lambda part, content=content: part.write_text(json.dumps(content)))
     print("\n".join(f"{name:>18} {value:.3f}" for name, value in metrics.items()), f"\nwritten to {args.output}")

@@ -7,23 +7,20 @@ Kinds of errors follow TIDE (Bolya et al., arXiv 2008.08115), by overlap alone.
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 from pycocotools import mask
-from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dino.data.coco import with_areas
+from dino.data.coco import classes_of
+from dino.evaluation.average_precision import precision_of, run_coco, summarise
 
 THRESHOLDS = np.round(np.arange(0.01, 1.0, 0.01), 2)  # of the slider, and of all figures that depend on one
 IOU, LOOSE_IOU = 0.5, 0.1  # right from here; badly placed from here
 KINDS = ("found", "misplaced", "confused", "duplicate", "false")
-AREAS = ("all", "small", "medium", "large")
 
 
 class Found(NamedTuple):
@@ -97,59 +94,20 @@ def analyse(data: dict[str, Any], results: list[dict]) -> Analysis:
         data: checked COCO-format annotations with at least one object. results: COCO-format detections, checked.
     """
     coco_eval = run_coco(data, results)
-    categories = sorted(data["categories"], key=lambda c: c["id"])
-    names = [c["name"] for c in categories]
-    labels = {c["id"]: label for label, c in enumerate(categories)}
-    found, objects = match(coco_eval, labels)
+    classes = classes_of(data)
+    found, objects = match(coco_eval, classes.labels)
     tally = count(found, objects)
-    precision = coco_eval.eval["precision"][:, :, :, :, -1]  # (IoU 10, recall 101, classes, areas 4)
+    precision = precision_of(coco_eval)
     return Analysis(
-        names=names,
+        names=classes.names,
         objects=objects,
         found=found,
-        rows=class_rows(names, precision, found, objects),
+        rows=class_rows(classes.names, precision, found, objects),
         ap=summarise(precision),
         precision=precision[..., 0],
         tally=tally,
         threshold=best_threshold(f1_of(*rates(tally))),
     )
-
-
-def run_coco(data: dict[str, Any], results: list[dict]) -> COCOeval:
-    """COCO's own evaluation, silently."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = index(with_areas(data))
-        found = truth.loadRes(results) if results else index({**truth.dataset, "annotations": []})  # it fails on none
-        coco_eval = COCOeval(truth, found, "bbox")
-        coco_eval.evaluate()
-        coco_eval.accumulate()
-    return coco_eval
-
-
-def index(data: dict[str, Any]) -> COCO:
-    """pycocotools' view of parsed annotations."""
-    coco = COCO()
-    coco.dataset = data
-    coco.createIndex()
-    return coco
-
-
-def summarise(precision: np.ndarray) -> dict[str, float]:
-    """COCO's six figures of (IoU 10, recall 101, classes, areas 4)."""
-    return {
-        "AP": mean(precision[..., 0]),
-        "AP50": mean(precision[0, ..., 0]),
-        "AP75": mean(precision[5, ..., 0]),
-        "APs": mean(precision[..., 1]),
-        "APm": mean(precision[..., 2]),
-        "APl": mean(precision[..., 3]),
-    }
-
-
-def mean(precision: np.ndarray) -> float:
-    """Mean of what is defined (COCO writes -1 where there are no objects); -1 if nothing is."""
-    defined = precision[precision > -1]
-    return float(defined.mean()) if defined.size else -1.0
 
 
 def match(coco_eval: COCOeval, labels: dict[int, int]) -> tuple[list[Found], list[Object]]:

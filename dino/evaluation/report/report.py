@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dino.data.coco import classes_of
 from dino.utils.files import DataError, resolve_inside
 
 from .charts import over_threshold, precision_recall
@@ -99,8 +100,8 @@ def write_report(
 def count_classes(data: dict[str, Any], results: list[dict]) -> list[tuple[str, list[int]]]:
     """For each class, how many detections reach 0.3, 0.5 and 0.7."""
     counts = {limit: Counter(r["category_id"] for r in results if r["score"] >= limit) for limit in (0.3, 0.5, 0.7)}
-    categories = sorted(data["categories"], key=lambda c: c["id"])
-    return [(c["name"], [counts[limit][c["id"]] for limit in counts]) for c in categories]
+    pairs = zip(*classes_of(data), strict=True)
+    return [(name, [counts[limit][number] for limit in counts]) for name, number in pairs]
 
 
 def draw_predictions(data: dict[str, Any], results: list[dict], files: dict[int, Path], shown: int) -> list[Figure]:
