@@ -13,12 +13,15 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections import defaultdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
+from dino.data.coco import classes_of, read_annotations
+from dino.inference.drawing import colour_of, draw_boxes, draw_text, tile_images
 from dino.utils.files import free_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +29,7 @@ RECIPE = "projects/dino/configs/dino_r18_shapes.py"
 PACKAGES = ("torch", "torchvision", "detectron2", "numpy", "pycocotools")
 # What the recipe says, for the program that reads no recipes; a test compares the two networks.
 PLAIN_SETTINGS = shlex.split("--size 160 --embed-dim 64 --layers 3 --queries 50 --epochs 6 --lr 4e-4")
-COLOURS = ("#e4003a", "#00a2ff", "#ffd400")  # of the classes, on both sides of the picture
+SCALE = 3  # of the images in the picture
 
 
 def move_aside(folder):
@@ -65,44 +68,34 @@ def call(program, *arguments):
         sys.exit(code)
 
 
-def draw_boxes(image, boxes, names):
-    """A copy of the image, three times as large, with (label, box xywh, score or None) drawn."""
-    canvas = image.resize((image.width * 3, image.height * 3))
-    draw = ImageDraw.Draw(canvas)
-    for label, (x, y, w, h), score in boxes:
-        draw.rectangle([3 * x, 3 * y, 3 * (x + w), 3 * (y + h)], outline=COLOURS[label], width=3)
-        text = names[label] if score is None else f"{names[label]} {score:.2f}"
-        place = (3 * x + 4, max(3 * y - 12, 0))
-        draw.rectangle(draw.textbbox(place, text), fill="black")
-        draw.text(place, text, fill=COLOURS[label])
-    return canvas
+def draw_side(image, objects, names):
+    """A copy of the image, SCALE times as large, with (label, box xywh, score or None) drawn."""
+    large = image.resize((image.width * SCALE, image.height * SCALE))
+    boxes = [[SCALE * x, SCALE * y, SCALE * (x + w), SCALE * (y + h)] for _, (x, y, w, h), _ in objects]
+    texts = [names[label] if score is None else f"{names[label]} {score:.2f}" for label, _, score in objects]
+    return draw_boxes(large, boxes, [colour_of(label) for label, _, _ in objects], texts, width=SCALE)
 
 
 def draw_pairs(val, folder, results, target, count=4, threshold=0.3):
     """Predictions on the left, truth on the right, for the first validation images with 5 objects or more."""
-    truth = json.loads(val.read_text())
-    found = json.loads(results.read_text())
-    ids = [c["id"] for c in truth["categories"]]
-    names = [c["name"] for c in truth["categories"]]
-    objects = {image["id"]: [] for image in truth["images"]}
+    truth = read_annotations(val, folder)
+    classes = classes_of(truth)
+    objects, predictions = defaultdict(list), defaultdict(list)
     for a in truth["annotations"]:
-        objects[a["image_id"]].append((ids.index(a["category_id"]), a["bbox"], None))
-    predictions = {image["id"]: [] for image in truth["images"]}
-    for r in found:
+        objects[a["image_id"]].append((classes.labels[a["category_id"]], a["bbox"], None))
+    for r in json.loads(results.read_text()):
         if r["score"] >= threshold:
-            predictions[r["image_id"]].append((ids.index(r["category_id"]), r["bbox"], r["score"]))
+            predictions[r["image_id"]].append((classes.labels[r["category_id"]], r["bbox"], r["score"]))
     chosen = [image for image in truth["images"] if len(objects[image["id"]]) >= 5][:count]
-    rows = []
+    pictures = []
     for entry in chosen:
         image = Image.open(folder / entry["file_name"]).convert("RGB")
-        rows.append([draw_boxes(image, side[entry["id"]], names) for side in (predictions, objects)])
-    width, height = rows[0][0].size
-    sheet = Image.new("RGB", (2 * width + 10, len(rows) * (height + 10) + 20), "white")
-    for x, title in ((8, f"predicted, score of {threshold} or more"), (width + 18, "true")):
-        ImageDraw.Draw(sheet).text((x, 4), title, fill="black")
-    for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            sheet.paste(picture, (x * (width + 10), y * (height + 10) + 20))
+        pictures += [draw_side(image, side[entry["id"]], classes.names) for side in (predictions, objects)]
+    pairs = tile_images(pictures, columns=2, gap=10)
+    sheet = Image.new("RGB", (pairs.width, pairs.height + 20), "white")
+    sheet.paste(pairs, (0, 20))
+    draw_text(sheet, (8, 2), f"predicted, score of {threshold} or more")
+    draw_text(sheet, (pairs.width // 2 + 13, 2), "true")
     sheet.save(target)
 
 
