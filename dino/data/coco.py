@@ -263,6 +263,13 @@ class ShortSide:
         return functional.resize(image, size), {**objects, "boxes": boxes}
 
 
+def to_target(objects: dict, size: tuple[int, int]) -> Target:
+    """Objects of `CocoImages` -> Target, for an image of `size` (height, width) in pixels."""
+    height, width = size
+    boxes = xyxy_to_cxcywh(objects["boxes"].as_subclass(torch.Tensor)) / torch.tensor([width, height, width, height])
+    return Target(objects["labels"], boxes)
+
+
 def collate(samples: list[tuple]) -> tuple[torch.Tensor, torch.Tensor, list[Target], list[dict]]:
     """Samples of `CocoImages`, transformed -> images (B, 3, H, W) zero-padded, padding (B, H, W), targets, entries."""
     images = [image for image, _, _ in samples]
@@ -273,8 +280,7 @@ def collate(samples: list[tuple]) -> tuple[torch.Tensor, torch.Tensor, list[Targ
     for b, (image, objects, _) in enumerate(samples):
         h, w = image.shape[1:]
         batch[b, :, :h, :w], padding[b, :h, :w] = image, False
-        boxes = xyxy_to_cxcywh(objects["boxes"].as_subclass(torch.Tensor)) / torch.tensor([w, h, w, h])
-        targets.append(Target(objects["labels"], boxes))
+        targets.append(to_target(objects, (h, w)))
     return batch, padding, targets, [entry for _, _, entry in samples]
 
 

@@ -80,7 +80,7 @@ def summarise(precision: np.ndarray) -> dict[str, float]:
 
 
 def complete_annotations(annotations: list[dict]) -> list[dict]:
-    """Copies with the `area` and `iscrowd` that COCO's evaluation needs, and with ids from 1 on: 0 means "not found"."""
+    """Copies with `area` and `iscrowd`, and with ids from 1 on: COCO's evaluation takes 0 for "not found"."""
     return [
         {"area": a["bbox"][2] * a["bbox"][3], "iscrowd": 0, **a, "id": number}
         for number, a in enumerate(annotations, 1)

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from dino.data.coco import CocoImages, classes_of, objects_of, read_annotations, usable_box
+from dino.data.coco import CocoImages, classes_of, collate, objects_of, read_annotations, usable_box
+from dino.structures import Target
 from dino.utils.files import DataError
 
 from ..coco_files import COLOURS, CocoFiles, write_coco
@@ -232,3 +234,20 @@ def test_classes_and_objects_of_a_file(tmp_path):
     assert classes.labels == {7: 0, 40: 1, 900: 2}
     images = CocoImages(*files, unchanged)
     assert {number: found.objects for number, found in objects_of(data).items()} == images.objects
+
+
+def test_batches_are_padded_and_masked():
+    def sample(height, width, boxes):
+        boxes = tv_tensors.BoundingBoxes(torch.tensor(boxes).reshape(-1, 4), format="XYXY", canvas_size=(height, width))
+        objects = {"boxes": boxes, "labels": torch.zeros(len(boxes), dtype=torch.int64)}
+        return torch.ones(3, height, width), objects, {"id": height}
+
+    images, padding, targets, entries = collate([sample(8, 20, [[2.0, 2, 12, 6]]), sample(10, 16, [])])
+    assert images.shape == (2, 3, 10, 20)
+    assert torch.equal(images[:, 0] == 0, padding)
+    assert padding.sum((1, 2)).tolist() == [2 * 20, 4 * 10]
+    assert isinstance(targets[0], Target)
+    torch.testing.assert_close(targets[0].boxes, torch.tensor([[7 / 20, 0.5, 0.5, 0.5]]))
+    assert type(targets[0].boxes) is torch.Tensor
+    assert targets[1].boxes.shape == (0, 4)
+    assert [entry["id"] for entry in entries] == [8, 10]

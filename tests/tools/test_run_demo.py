@@ -8,6 +8,7 @@ from PIL import Image
 
 from dino.data.images import read_image
 from dino.inference.drawing import colour_of
+from dino.training import plain
 from dino.weights import resnet_to_detectron2
 
 from .programs import ROOT, load_program
@@ -17,11 +18,11 @@ def test_both_roads_build_the_same_network():
     pytest.importorskip("detectron2", reason="Detectron2 is not installed")
     from detectron2.config import LazyConfig, instantiate
 
-    demo, plain = load_program("run_demo"), load_program("plain_train")
+    demo, program = load_program("run_demo"), load_program("plain_train")
     cfg = LazyConfig.load(str(ROOT / demo.RECIPE))
     cfg.model.num_classes = 3
-    arguments = plain.parse_arguments(demo.PLAIN_SETTINGS)
-    network = plain.build(arguments, num_classes=3)
+    arguments = program.settings_of(program.parse_arguments(demo.PLAIN_SETTINGS))
+    network = plain.build(arguments._replace(device="cpu"), num_classes=3)
     ours = {name: x.shape for name, x in instantiate(cfg.model).network.state_dict().items()}
     theirs = {name: x.shape for name, x in resnet_to_detectron2(network.state_dict()).items()}
     assert ours == theirs
