@@ -31,7 +31,7 @@ gpu:
 
 soak:
 	@tools/setup_env.sh test
-	$(RUN) tools/soak.py --results $(or $(RESULTS),output/soak)
+	$(RUN) benchmarks/soak.py --results $(or $(RESULTS),output/soak)
 
 pictures:
 	@tools/setup_env.sh demo

@@ -29,7 +29,6 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/settings.md"
 RECIPE = ROOT / "configs/dino_r50_4scale_12ep.py"
 TOOLS = (
-    "ablation",
     "analyze_model",
     "demo",
     "draw_pictures",
@@ -38,7 +37,6 @@ TOOLS = (
     "make_shapes",
     "plain_train",
     "run_demo",
-    "soak",
 )  # the others are verbs of `dino`
 PARTS = """dino.modeling:TorchvisionBackbone,TimmBackbone dino.d2.backbones:vitdet,regnet,AsBackbone
 dino.d2.data_loading:ShortSide,OneOf dino.d2.training.optimizer:layerwise_params

@@ -1,7 +1,7 @@
 """Kills small trainings at random moments, again and again, and compares their ends with those of unbroken ones.
 
-    python tools/soak.py --results output/soak
-    python tools/soak.py --kills 5 --seed 1 --results output/soak     # shorter
+    python benchmarks/soak.py --results output/soak
+    python benchmarks/soak.py --kills 5 --seed 1 --results output/soak     # shorter
 
 A kill is SIGKILL to every process of the training, at a random moment between its start and its end: while it starts,
 trains, evaluates or writes a checkpoint. It is resumed until it ends. Every run must come to the same losses, weights,

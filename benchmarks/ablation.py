@@ -1,9 +1,9 @@
 """Train a table of recipes x seeds on one budget, and write what came out to projects/dino/README.md.
 
-    python tools/ablation.py --plan          what would be done, and what it costs
-    python tools/ablation.py --jobs 2        do it; again after an interruption: what is done stays
-    python tools/ablation.py --data shapes --recipes chain_5_twice encoder_6 --seeds 3
-    python tools/ablation.py --report        only write the tables and pictures from the results that are there
+    python benchmarks/ablation.py --plan          what would be done, and what it costs
+    python benchmarks/ablation.py --jobs 2        do it; again after an interruption: what is done stays
+    python benchmarks/ablation.py --data shapes --recipes chain_5_twice encoder_6 --seeds 3
+    python benchmarks/ablation.py --report        only write the tables and pictures from the results that are there
 
 A cell is one training by tools/lazyconfig_train_net.py on one processor core, or one GPU. Its result is a file of its
 own in benchmarks/results/ablation/, which appears whole at the end or not at all. A cell that was interrupted begins
