@@ -340,8 +340,8 @@ def tell_plan(cells: list[Cell], args: argparse.Namespace) -> list[Cell]:
     return open_cells
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", choices=("shapes", "bccd"), help="data sets; none for the whole table")
     names = f"names in {os.path.relpath(RECIPES, ROOT)}; none for the whole table"
@@ -354,7 +354,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--plan", action="store_true", help="print what would be done, and end")
     parser.add_argument("--report", action="store_true", help="write tables and pictures, and end")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    args = build_parser().parse_args(argv)
     if min(args.seeds, args.jobs, args.iterations or 1, args.evaluations) < 1:
         raise DataError("--seeds, --jobs, --iterations and --evaluations must be 1 or more")
     args.runs, args.results, args.poll = args.runs.resolve(), args.results.resolve(), 0.2

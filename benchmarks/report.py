@@ -95,7 +95,7 @@ def model_section(path):
     report = json.loads(path.read_text())
     hardware = report["hardware"]
     commit = report["commit"][:10] + (" with changes" if report["changed_since_commit"] else "")
-    instructions = ", ".join(hardware.get("bfloat16", []))  # older files don't tell
+    instructions = ", ".join(hardware.get("bfloat16", []))  # missing in older files
     device = hardware.get("gpu", hardware["cpu"] + (f" ({instructions})" if instructions else ""))
     rate = ", ".join(f"{dtype} {speed / 1e9:.0f} G" for dtype, speed in report["matrix_product"].items())
     program = report["rows"][-1]["contender"]

@@ -122,13 +122,18 @@ def soak(name: str, folder: Path, kills: int, draw: random.Random) -> dict:
     return {"kills": len(met), "runs": runs, "seconds of the unbroken run": round(seconds, 1), "met": met}
 
 
-def main() -> None:
-    """Parse, soak, report."""
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="for one process; half as many for two (default 20)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
     parser.add_argument("--results", type=Path, default=Path("output/soak"), help="folder for soak.json")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Parse, soak, report."""
+    args = build_parser().parse_args()
     draw = random.Random(args.seed)
     summary = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -21,7 +21,7 @@ from dino.utils.files import DataError, message_of
 DEFAULTS = plain.Settings(device="cuda" if torch.cuda.is_available() else "cpu")
 
 
-def parse_arguments(argv=None):
+def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for split in ("train", "val"):
         parser.add_argument(f"--{split}-json", type=Path, help="COCO-format annotations")
@@ -50,7 +50,11 @@ def parse_arguments(argv=None):
     parser.add_argument("--workers", type=int, help="reading processes")
     parser.add_argument("--seed", type=int, help="of weights, order, flips and noise")
     parser.set_defaults(**DEFAULTS._asdict())
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse_arguments(argv=None):
+    return build_parser().parse_args(argv)
 
 
 def settings_of(args):

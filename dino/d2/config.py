@@ -18,6 +18,7 @@ from torch import nn
 from dino.d2.training.optimizer import tenth_for_backbone
 from dino.layers import HungarianMatcher, SetCriterion
 from dino.modeling.assembly import build_dino
+from dino.modeling.transformer import HIDDEN_DIM
 
 
 def add_dino_config(cfg: CfgNode) -> None:
@@ -47,7 +48,7 @@ def add_dino_config(cfg: CfgNode) -> None:
             "NUM_DENOISING": 100,
             "EMBED_DIM": 256,
             "NUM_HEADS": 8,
-            "HIDDEN_DIM": 2048,
+            "HIDDEN_DIM": HIDDEN_DIM,
             "ENCODER_LAYERS": 6,
             "DECODER_LAYERS": 6,
             "MAX_DETECTIONS": 300,

@@ -1,4 +1,4 @@
-"""Data sets for Detectron2: registered on demand, sanitised, and augmented as DETR does."""
+"""Data sets for Detectron2: registration, cleaning of objects, augmentation of DETR."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ logger = logging.getLogger("detectron2.dino")
 
 
 def dataset(name: str, annotations: str | None = None, images: str | None = None) -> list[dict]:
-    """The dicts of a registered data set; where `annotations` and `images` are given, these files are registered first.
+    """Load the dicts of a data set. Register its files first where `annotations` and `images` name them.
 
-    Images without objects are kept; crowd regions and boxes without area are dropped, the latter with a message. The
-    last two data sets are kept in memory; `load_dataset.cache_clear()` frees them.
+    Keeps images without objects. Drops crowd regions, and boxes without area with a warning. The last two data sets
+    stay in memory; `load_dataset.cache_clear()` frees them.
 
     Args:
-        name: under which the set is, or will be, registered in Detectron2's catalog.
-        annotations, images: a COCO-format JSON file and the folder of its images; None for a set that is registered.
+        name: of the set in Detectron2's catalog.
+        annotations, images: a COCO-format JSON file and the folder of its images; None for a registered set.
 
     Raises:
-        DataError: nothing is registered under `name`, the files are faulty, or a label is outside the classes.
+        DataError: `name` is not registered, the files have an issue, or a label is outside the classes.
     """
-    return load_dataset(name, annotations, images)  # by position: the cache takes a keyword for another argument
+    return load_dataset(name, annotations, images)  # by position: the cache distinguishes keywords
 
 
 @functools.lru_cache(maxsize=2)
 def load_dataset(name: str, annotations: str | None, images: str | None) -> list[dict]:
-    """Does what `dataset` says."""
+    """As `dataset`, with a cache."""
     if annotations is not None:
         _register(name, str(annotations), str(images))
     if name not in DatasetCatalog:
@@ -59,7 +59,7 @@ def load_dataset(name: str, annotations: str | None, images: str | None) -> list
 
 
 def _register(name: str, annotations: str, images: str) -> None:
-    """Register COCO-format files under `name`, after a check; the same files may be registered again."""
+    """Check COCO-format files and register them under `name`; registering the same files again does nothing."""
     data = read_annotations(annotations, images)
     if name in DatasetCatalog:
         known = MetadataCatalog.get(name)
@@ -108,7 +108,7 @@ def _to_dicts(data: dict, images: str, labels: dict[int, int]) -> list[dict]:
 
 
 def class_names(name: str, annotations: str | None = None, images: str | None = None) -> list[str]:
-    """The class names of a data set, in the order of its labels; arguments as of `dataset`."""
+    """Class names of a data set, in the order of its labels. Arguments as of `dataset`."""
     metadata = MetadataCatalog.get(name)
     if not metadata.get("thing_classes"):
         dataset(name, annotations, images)
@@ -119,7 +119,7 @@ def class_names(name: str, annotations: str | None = None, images: str | None = 
 
 
 def _sanitise(name: str, dicts: list[dict]) -> list[dict]:
-    """Copies of `dicts` with only objects that can be learned. Logs how many boxes it drops, and names the first."""
+    """Copy `dicts` with clean objects. Log how many boxes are dropped, and the first one's file."""
     num_classes = len(MetadataCatalog.get(name).get("thing_classes", ()))
     clean, dropped, first = [], 0, ""
     for entry in dicts:
@@ -180,7 +180,7 @@ class OneOf(T.Augmentation):
 
 
 class TrainMapper:
-    """Reads, augments and sanitises one training image.
+    """Reads and augments one training image.
 
     Args:
         augmentations: Detectron2 augmentations, applied to an RGB image.
@@ -190,7 +190,7 @@ class TrainMapper:
         self.augmentations = T.AugmentationList(list(augmentations))
 
     def __call__(self, entry: dict) -> dict:
-        """Dict of a data set -> dict for `DINODetector` in training; objects cropped away are left out."""
+        """Dict of a data set -> dict for `DINODetector` in training; drops objects that were cropped away."""
         entry = copy.deepcopy(entry)
         aug_input = T.AugInput(_read(entry))
         transforms = self.augmentations(aug_input)
@@ -211,7 +211,7 @@ class TestMapper:
         augmentations: as of `TrainMapper`.
     """
 
-    __test__ = False  # not a test case, whatever pytest thinks of the name
+    __test__ = False  # not a test case of pytest
 
     def __init__(self, augmentations: Sequence[T.Augmentation]):
         self.augmentations = T.AugmentationList(list(augmentations))
@@ -224,7 +224,7 @@ class TestMapper:
 
 
 def _read(entry: dict) -> np.ndarray:
-    """(H, W, 3) uint8 RGB of a dict's file, whose size must be the one that the annotations state."""
+    """Read a dict's file as (H, W, 3) uint8 RGB. Raise a DataError unless its size is that of the annotations."""
     image = read_image(entry["file_name"])
     try:
         utils.check_image_size(entry, image)
@@ -239,9 +239,7 @@ def _to_tensor(image: np.ndarray) -> torch.Tensor:
 
 
 class Evaluator(COCOEvaluator):
-    """Detectron2's COCOEvaluator for hand-made files too: fills in `area` and `iscrowd` where they are missing.
-
-    Objects are numbered from 1 on, as COCO's evaluation takes an object's id 0 for "not found".
+    """Detectron2's COCOEvaluator, for files without `area` and `iscrowd` too; see `complete_annotations`.
 
     Args:
         dataset_name: of a registered set.

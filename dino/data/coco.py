@@ -1,4 +1,4 @@
-"""Annotations in COCO format: the only reader. Checks a file once, lists its classes and the objects to train on."""
+"""The only reader of COCO-format annotations: checks a file, lists its classes, cleans its objects."""
 
 from __future__ import annotations
 
@@ -22,10 +22,7 @@ from .images import read_image, resized_size
 
 
 def read_annotations(path: str | Path, folder: str | Path) -> dict[str, Any]:
-    """Read and check a COCO-format file.
-
-    Returns:
-        its content, as parsed from JSON.
+    """Read and check a COCO-format file -> its content, as parsed from JSON.
 
     Raises:
         DataError: the file or the folder is missing; the JSON is broken or lacks a list; an id occurs twice or refers
@@ -35,13 +32,13 @@ def read_annotations(path: str | Path, folder: str | Path) -> dict[str, Any]:
 
 
 def read_images(path: str | Path, folder: str | Path) -> dict[str, Any]:
-    """As `read_annotations`, for data that may come without the list of annotations: it is empty then."""
+    """As `read_annotations`. A missing list of annotations counts as empty."""
     data = load_json(path, "annotations")
     return _check_file({"annotations": [], **data} if isinstance(data, dict) else data, path, folder)
 
 
 def _check_file(data: Any, path: str | Path, folder: str | Path) -> dict[str, Any]:
-    """The parsed content of a file, if it is sound; see `read_annotations`."""
+    """Return the parsed content of a file after `read_annotations`' checks."""
     if not Path(folder).is_dir():
         raise DataError(f"image folder not found: {folder}")
     try:
@@ -52,7 +49,7 @@ def _check_file(data: Any, path: str | Path, folder: str | Path) -> dict[str, An
 
 
 def load_json(path: str | Path, what: str) -> Any:
-    """Parse a JSON file; `what` it should be is named by the DataError where that fails."""
+    """Parse a JSON file. The DataError of a broken one calls it `what`."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -62,14 +59,14 @@ def load_json(path: str | Path, what: str) -> Any:
 
 
 def check_lists(data: Any) -> None:
-    """Raise a DataError unless the three lists of a COCO-format file are there."""
+    """Raise a DataError unless parsed annotations have the three lists of COCO's format."""
     for key in ("images", "annotations", "categories"):
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
             raise DataError(f"the list {key!r} is missing. It must be a JSON file in COCO format")
 
 
 def _check_annotations(data: Any, folder: str | Path) -> None:
-    """Raise a DataError that names the first fault of parsed annotations; see `read_annotations`."""
+    """Raise a DataError that names the first issue of parsed annotations; see `read_annotations`."""
     check_lists(data)
     categories = _unique_ids(data["categories"], "category")
     _check_names(data["categories"])
@@ -86,7 +83,7 @@ def _check_annotations(data: Any, folder: str | Path) -> None:
 
 
 def _check_names(categories: list[dict]) -> None:
-    """Raise a DataError unless there are categories, each with a name of its own."""
+    """Raise a DataError unless there are categories with unique names."""
     if not categories:
         raise DataError("there are no categories")
     seen = set()
@@ -100,7 +97,7 @@ def _check_names(categories: list[dict]) -> None:
 
 
 def _check_annotation(annotation: dict, images: dict[int, dict], categories: dict[int, dict]) -> None:
-    """Raise a DataError if one annotation refers to nothing or has no box. (Boxes without area are dropped later.)"""
+    """Raise a DataError if an annotation refers to nothing or has no box. (Boxes without area are dropped later.)"""
     image = find(images, annotation.get("image_id"))
     if image is None:
         raise DataError(f"annotation {annotation['id']}: no image has the id {annotation.get('image_id')!r}")
@@ -115,17 +112,17 @@ def _check_annotation(annotation: dict, images: dict[int, dict], categories: dic
 
 
 def is_box(value: Any) -> bool:
-    """Whether a value from a file is a list of four numbers, which may still be infinite."""
+    """Whether a value from a file is a list of four numbers, finite or not."""
     return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value from a file is a number that fits a float (JSON knows whole numbers of any length)."""
+    """Whether a value from a file is a number that fits a float (whole numbers in JSON have any length)."""
     return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def _unique_ids(entries: list, kind: str) -> dict[int, dict]:
-    """Entries by their id, each of which must be a whole number and occur once."""
+    """Entries by id. Raise a DataError unless each id is a whole number and occurs once."""
     by_id: dict[int, dict] = {}
     for entry in entries:
         number = entry.get("id") if isinstance(entry, dict) else None
@@ -138,7 +135,7 @@ def _unique_ids(entries: list, kind: str) -> dict[int, dict]:
 
 
 def find(entries: dict[int, dict], number: Any) -> dict | None:
-    """The entry of this id; None also for what can be no id, such as a list."""
+    """Entry of an id; None for an unknown id, and for values of other types, such as a list."""
     return entries.get(number) if type(number) is int else None
 
 

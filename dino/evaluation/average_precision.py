@@ -1,6 +1,6 @@
-"""COCO's average precision of boxes, by pycocotools. The only code that runs its evaluation.
+"""Average precision of boxes by pycocotools: the only code that runs COCO's evaluation.
 
-AP is in [0, 1], and -1 where it is undefined: where a class, or a size of objects, has no objects.
+AP is in [0, 1], and -1 where it is undefined because a class or a size has no objects.
 """
 
 from __future__ import annotations
@@ -69,14 +69,9 @@ def precision_of(coco_eval: COCOeval) -> np.ndarray:
 
 def summarise(precision: np.ndarray) -> dict[str, float]:
     """METRICS of `precision_of`, or of a part of its classes."""
-    return {
-        "AP": _mean(precision[..., 0]),
-        "AP50": _mean(precision[0, ..., 0]),
-        "AP75": _mean(precision[_IOU_75, ..., 0]),
-        "APs": _mean(precision[..., 1]),
-        "APm": _mean(precision[..., 2]),
-        "APl": _mean(precision[..., 3]),
-    }
+    by_size = [precision[..., size] for size in range(4)]
+    parts = (by_size[0], by_size[0][0], by_size[0][_IOU_75], *by_size[1:])
+    return dict(zip(METRICS, map(_mean, parts), strict=True))
 
 
 def complete_annotations(annotations: list[dict]) -> list[dict]:
@@ -96,6 +91,6 @@ def _index(data: dict[str, Any]) -> COCO:
 
 
 def _mean(precision: np.ndarray) -> float:
-    """Mean of what is defined; -1 if nothing is."""
+    """Mean of the defined values, -1 if there are none."""
     defined = precision[precision > -1]
     return float(defined.mean()) if defined.size else -1.0

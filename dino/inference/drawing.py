@@ -82,11 +82,6 @@ def colour_of(label: int) -> Colour:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-def draw_text(image: Image.Image, corner: Sequence[float], text: str, colour: Colour = _DARK) -> None:
-    """Write a text into the image, its upper left corner at `corner` (x, y), 13 pixels high."""
-    ImageDraw.Draw(image).text(tuple(corner), text, fill=colour, font=_load_font(13))
-
-
 def _clip(box: Sequence[float], image: Image.Image) -> tuple[float, float, float, float] | None:
     """The part of a box that lies in the image, or None."""
     x0, y0, x1, y1 = max(box[0], 0), max(box[1], 0), min(box[2], image.width - 1), min(box[3], image.height - 1)

@@ -1,4 +1,4 @@
-"""The demonstration's two roads train the same network, and its results are never overwritten."""
+"""The demonstration's two engines train the same network, and its results are never overwritten."""
 
 import json
 
@@ -8,7 +8,6 @@ from PIL import Image
 
 from dino.data.images import read_image
 from dino.inference.drawing import colour_of
-from dino.training import plain
 from dino.weights import resnet_to_detectron2
 
 from .programs import ROOT, load_program
@@ -18,11 +17,13 @@ def test_both_roads_build_the_same_network():
     pytest.importorskip("detectron2", reason="Detectron2 is not installed")
     from detectron2.config import LazyConfig, instantiate
 
+    from dino.training import plain
+
     demo, program = load_program("run_demo"), load_program("plain_train")
     cfg = LazyConfig.load(str(ROOT / demo.RECIPE))
     cfg.model.num_classes = 3
-    arguments = program.settings_of(program.parse_arguments(demo.PLAIN_SETTINGS))
-    network = plain.build(arguments._replace(device="cpu"), num_classes=3)
+    arguments = program.settings_of(program.parse_arguments([*demo.PLAIN_SETTINGS, "--device=cpu"]))
+    network = plain.build(arguments, num_classes=3)
     ours = {name: x.shape for name, x in instantiate(cfg.model).network.state_dict().items()}
     theirs = {name: x.shape for name, x in resnet_to_detectron2(network.state_dict()).items()}
     assert ours == theirs
@@ -59,9 +60,9 @@ def test_picture_shows_predictions_beside_the_truth(tmp_path):
         json.dumps([{"image_id": 1, "category_id": 7, "bbox": [30, 10, 20, 20], "score": 0.9}])
     )
     demo = load_program("run_demo")
-    demo.draw_pairs(tmp_path / "val.json", tmp_path, tmp_path / "results.json", tmp_path / "sheet.png")
-    sheet = torch.from_numpy(read_image(tmp_path / "sheet.png"))
-    drawn = (sheet == torch.tensor(colour_of(0))).all(-1)  # (height, width)
+    demo.draw_pairs(tmp_path / "val.json", tmp_path, tmp_path / "results.json", tmp_path / "page.png")
+    page = torch.from_numpy(read_image(tmp_path / "page.png"))
+    drawn = (page == torch.tensor(colour_of(0))).all(-1)  # (height, width)
     left, right = drawn.tensor_split(2, dim=1)
     columns = [side.any(0).nonzero().flatten() for side in (left, right)]
     # The predicted box begins at column 90 of the left picture, the true one at 15 of the right, which starts at +5.

@@ -1,7 +1,7 @@
 """The order of the training images and their augmentation: functions of the seed and a position in an endless stream.
 
-Nothing of them has to be saved, whatever was read ahead by how many workers: a run that starts at iteration n sees what
-an unbroken one sees from there.
+So a checkpoint holds no state of them, whatever the number of workers: a run that starts at iteration n sees the images
+of an unbroken run from there on.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from dino.utils.files import DataError
 
 
 def seed_random(*numbers: int) -> None:
-    """Seed Python, numpy and torch, on all devices, from several numbers together; waits for no device."""
+    """Seed Python, numpy and torch, on all devices, from several numbers together, without a device sync."""
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
-class Stream(Sampler):
+class _Stream(Sampler):
     """This process's share of an endless stream, as pairs of a position in the whole stream and an index.
 
     Args:
         sampler: one of Detectron2's endless samplers.
-        start: positions of the whole stream that are left out.
+        start: positions of the whole stream to skip.
     """
 
     def __init__(self, sampler: Sampler, start: int):
@@ -46,8 +46,8 @@ class Stream(Sampler):
         return itertools.islice(stream, self.start + comm.get_rank(), None, comm.get_world_size())
 
 
-class SeededDataset(Dataset):
-    """Maps an image with random numbers that follow from the seed and its position in the stream.
+class _SeededDataset(Dataset):
+    """Maps an image with random numbers seeded by the run's seed and its position in the stream.
 
     Args:
         images: dicts of a data set, kept in compact form.
@@ -64,9 +64,9 @@ class SeededDataset(Dataset):
         """Number of different images."""
         return len(self.images)
 
-    def __getitem__(self, place: tuple[int, int]) -> dict:
+    def __getitem__(self, entry: tuple[int, int]) -> dict:
         """(position, index) -> the mapped image."""
-        position, index = place
+        position, index = entry
         seed_random(self.seed, position)
         return self.mapper(self.images[index])
 
@@ -119,11 +119,11 @@ class TrainLoader:
         else:
             sampler = RepeatFactorTrainingSampler(self.repeats, seed=self.seed)
         loader = build_detection_train_loader(
-            SeededDataset(self.images, self.mapper, self.seed),
+            _SeededDataset(self.images, self.mapper, self.seed),
             mapper=None,
-            sampler=Stream(sampler, self.start * self.total_batch_size),
+            sampler=_Stream(sampler, self.start * self.total_batch_size),
             total_batch_size=self.total_batch_size // self.parts,
-            aspect_ratio_grouping=False,  # it would keep images back, and nobody could tell which
+            aspect_ratio_grouping=False,  # its buffer of images would be state
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),  # of images; the few numbers in `Instances` stay where they are
         )

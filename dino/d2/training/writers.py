@@ -1,4 +1,4 @@
-"""Where the numbers of a training go, beyond Detectron2's writers."""
+"""Writers of a training's numbers, beside those of Detectron2."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from detectron2.utils.events import CommonMetricPrinter, EventWriter, get_event_
 
 from dino.utils.files import DataError, write_whole
 
-MAIN_LOSSES = ("total_loss", "loss_ce", "loss_bbox", "loss_giou")
+_MAIN_LOSSES = ("total_loss", "loss_ce", "loss_bbox", "loss_giou")
 
 
 class ConsoleWriter(CommonMetricPrinter):
     """One short line: total loss and the three main terms. All 39 losses go to metrics.json and TensorBoard."""
 
-    told = -1  # the iteration that was printed last
+    printed = -1  # the last printed iteration
 
     def write(self) -> None:
         """Print what the event storage holds."""
         storage = get_event_storage()
         histories = storage.histories()
-        if storage.iter >= self._max_iter or storage.iter == self.told or not histories:
+        if storage.iter >= self._max_iter or storage.iter == self.printed or not histories:
             return
-        self.told = storage.iter
-        latest = {name: histories[name].latest() for name in (*MAIN_LOSSES, "lr") if name in histories}
+        self.printed = storage.iter
+        latest = {name: histories[name].latest() for name in (*_MAIN_LOSSES, "lr") if name in histories}
         times = {name: histories[name].median(self._window_size) for name in ("time", "data_time") if name in histories}
         parts = [f"iter {storage.iter}/{self._max_iter}"]
         parts += [f"{name} {value:.3f}" for name, value in latest.items() if name != "lr"]
@@ -44,7 +44,7 @@ class ConsoleWriter(CommonMetricPrinter):
 
 
 class WandbWriter(EventWriter):
-    """Sends all numbers and the pictures of the run folder to Weights & Biases; a resumed run goes on in the same one.
+    """Sends all numbers and the pictures of the run folder to Weights & Biases. A resumed run continues there.
 
     Args:
         output_dir: of the run; the id is kept there.
@@ -69,7 +69,7 @@ class WandbWriter(EventWriter):
         write_whole(known, lambda part: part.write_text(self.run.id))
 
     def write(self) -> None:
-        """Send what is new."""
+        """Send new numbers and pictures."""
         new = defaultdict(dict)
         for key, (value, iteration) in get_event_storage().latest().items():
             if (key, iteration) not in self.sent:
@@ -84,21 +84,21 @@ class WandbWriter(EventWriter):
             self.run.log(new[iteration], step=iteration)
 
     def close(self) -> None:
-        """Tell that the run is over."""
+        """End the run."""
         self.run.finish()
 
 
 def draw_curves(folder: str) -> None:
-    """Draw `curves.png` from a run's metrics.json: the losses, and what the evaluations measured."""
+    """Draw `curves.png` from a run's metrics.json: losses and AP."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    series = read_metrics(Path(folder) / "metrics.json")
+    series = _read_metrics(Path(folder) / "metrics.json")
     measured = [key for key in series if key.endswith(("bbox/AP", "bbox/AP50"))]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for axes, keys, title in ((left, MAIN_LOSSES, "losses"), (right, measured, "evaluation")):
+    for axes, keys, title in ((left, _MAIN_LOSSES, "losses"), (right, measured, "evaluation")):
         for key in keys:
             if key in series:
                 axes.plot(*zip(*sorted(series[key].items()), strict=True), label=key, marker="." * (axes is right))
@@ -110,18 +110,18 @@ def draw_curves(folder: str) -> None:
     pyplot.close(figure)
 
 
-def read_metrics(path: Path) -> dict[str, dict[int, float]]:
+def _read_metrics(path: Path) -> dict[str, dict[int, float]]:
     """Key -> iteration -> value."""
     series: dict[str, dict[int, float]] = defaultdict(dict)
-    for entry in entries(path):
+    for entry in _entries(path):
         for key, value in entry.items():
             if isinstance(value, int | float) and math.isfinite(value):
                 series[key][entry["iteration"]] = value
     return series
 
 
-def entries(path: Path) -> list[dict]:
-    """The lines of a metrics.json; one that a kill cut short is left out."""
+def _entries(path: Path) -> list[dict]:
+    """Lines of a metrics.json, without one that a kill cut short."""
     found = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError):
@@ -130,7 +130,7 @@ def entries(path: Path) -> list[dict]:
 
 
 def forget_metrics(path: Path, start: int) -> None:
-    """Remove what a run wrote to its metrics.json after the checkpoint from which it continues at iteration `start`."""
-    kept = [x for x in entries(path) if x["iteration"] < start or (x["iteration"] == start and "total_loss" not in x)]
+    """Remove the lines of a metrics.json that follow the checkpoint of iteration `start`, where the run continues."""
+    kept = [x for x in _entries(path) if x["iteration"] < start or (x["iteration"] == start and "total_loss" not in x)]
     if path.is_file():
         write_whole(path, lambda part: part.write_text("".join(json.dumps(x, sort_keys=True) + "\n" for x in kept)))

@@ -5,15 +5,13 @@ import types
 
 import pytest
 
-from dino.d2.training import batch_pictures
-
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import numpy as np
 from detectron2.utils.events import EventStorage
 from PIL import Image
 
-from dino.d2.training import writers
+from dino.d2.training import batch_pictures, writers
 from dino.utils.files import DataError
 
 from ..tiny import random_input, tiny_detector
@@ -101,7 +99,7 @@ def test_metrics_after_the_checkpoint_are_forgotten(tmp_path):
 def test_curves(tmp_path):
     losses = [{"iteration": n, "total_loss": 20.0 / (n + 1), "loss_ce": 1.0} for n in range(5)]
     write_metrics(tmp_path, *losses, {"iteration": 4, "bbox/AP": 3.0, "ema/bbox/AP": float("nan")})
-    assert writers.read_metrics(tmp_path / "metrics.json")["bbox/AP"] == {4: 3.0}
+    assert writers._read_metrics(tmp_path / "metrics.json")["bbox/AP"] == {4: 3.0}
     writers.draw_curves(str(tmp_path))
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.size == (1100, 400)
@@ -123,13 +121,13 @@ def test_the_first_batch_is_drawn_with_its_denoising_queries(tmp_path):
     batch = [random_input("a.png", 2, height=128, width=160), random_input("b.png", 0)]
     for x in batch:
         x["image"].fill_(128)
-    batch_pictures.draw_batch(model, batch, ["red", "green", "blue"], str(tmp_path / "batch.png"))
+    batch_pictures._draw_batch(model, batch, ["red", "green", "blue"], str(tmp_path / "batch.png"))
     green, blue, red = (0, 255, 0), (0, 191, 255), (255, 0, 0)
     assert {green, blue, red} <= colors(tmp_path / "batch.png")
 
 
 def test_a_batch_without_objects_is_drawn(tmp_path):
-    batch_pictures.draw_batch(tiny_detector(), [random_input("a.png", 0)], ["x"] * 3, str(tmp_path / "batch.png"))
+    batch_pictures._draw_batch(tiny_detector(), [random_input("a.png", 0)], ["x"] * 3, str(tmp_path / "batch.png"))
     assert (tmp_path / "batch.png").is_file()
 
 

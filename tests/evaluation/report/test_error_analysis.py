@@ -3,7 +3,7 @@ import pytest
 
 from dino.data.coco import CocoImages
 from dino.evaluation.average_precision import evaluate
-from dino.evaluation.report.error_analysis import KINDS, THRESHOLDS, analyse, best_threshold, confusion, f1_of, rates
+from dino.evaluation.report.error_analysis import KINDS, THRESHOLDS, _best_threshold, analyse, confusion, f1_of, rates
 
 from ...coco_files import write_coco
 from .detections import imperfect
@@ -127,6 +127,6 @@ def test_rows_of_the_confusion_matrix_are_the_objects():
 def test_best_threshold_is_in_the_middle_of_a_plateau():
     f1 = np.zeros(99)
     f1[20:41] = 0.5
-    assert best_threshold(f1) == 0.31
+    assert _best_threshold(f1) == 0.31
     zero = {kind: np.zeros(99, dtype=int) for kind in (*KINDS, "missed")}
     assert f1_of(*rates(zero)).tolist() == [0] * 99
