@@ -71,7 +71,7 @@ def load(results, data):
             if result[key] != found[0][key]:
                 other = f"{found[0]['recipe']}_{found[0]['seed']} has {found[0][key]}"
                 raise DataError(
-                    f"{path}: {key} {result[key]}, but {other}: cells that differ in this can't stand in one table; "
+                    f"{path}: {key} {result[key]}, but {other}: such cells can't share a table; "
                     "remove one of them, or use another --results"
                 )
     return found
@@ -130,7 +130,7 @@ def single_table(results, names):
 
 
 def points(results, recipe, unit):
-    """Mean curve over the seeds: places in `unit` (of the budget, or "processor_seconds"), APs, lowest, highest."""
+    """Mean curve over the seeds: x in `unit` (of the budget, or "processor_seconds"), AP, lowest, highest."""
     found = of_recipe(results, recipe)
     if not found:
         return None
@@ -140,9 +140,9 @@ def points(results, recipe, unit):
         if unit == "processor_seconds"
         else found[0]["budget"][unit]
     )
-    places = [total * iteration / iterations[-1] for iteration in iterations]
+    x = [total * iteration / iterations[-1] for iteration in iterations]
     columns = list(zip(*([point["AP"] for point in r["curve"]] for r in found), strict=True))
-    return places, [statistics.mean(c) for c in columns], [min(c) for c in columns], [max(c) for c in columns]
+    return x, [statistics.mean(c) for c in columns], [min(c) for c in columns], [max(c) for c in columns]
 
 
 def draw(path, panels):

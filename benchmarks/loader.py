@@ -46,7 +46,7 @@ def make_images(folder, count):
 
 
 def to_entries(paths):
-    """Dicts as Detectron2 has them, with objects of random places."""
+    """Dicts as Detectron2 has them, with objects at random locations."""
     draw, entries = np.random.default_rng(1), []
     for number, path in enumerate(paths):
         height, width = read_image(path).shape[:2]

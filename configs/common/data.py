@@ -33,7 +33,9 @@ dataloader.train = L(TrainLoader)(
     repeat_threshold=0.0,  # e.g. 0.1: classes on less than a tenth of the images have theirs shown more often
     num_workers=4,
 )
-dataloader.test = L(build_detection_test_loader)(
+dataloader.test = L(
+    build_detection_test_loader
+)(
     dataset=L(dataset)(name="coco_2017_val"),  # the images to evaluate on
     mapper=L(TestMapper)(augmentations=[L(ShortSide)(sizes=SIZES[-1:], max_size=MAX_SIZE)]),  # what happens to each
     num_workers=4,  # reading processes

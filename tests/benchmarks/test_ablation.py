@@ -1,4 +1,4 @@
-"""The table of recipes and seeds: what is trained in which order, what a kill leaves, and what is told of it."""
+"""The table of recipes and seeds: order of the trainings, kills, messages, tables and pictures."""
 
 import json
 import os
@@ -106,7 +106,7 @@ def test_the_plan_begins_with_what_matters_most():
     assert len(set(names)) == len(names) == 30 + 16 + 3
 
 
-def test_a_broken_cell_is_told_and_the_others_go_on(program, tmp_path):
+def test_a_broken_cell_is_named_and_the_others_continue(program, tmp_path):
     with pytest.raises(SystemExit, match=r"error: 1 cells failed: shapes/broken_0 failed: error: no memory"):
         program.main([*options(tmp_path), "--recipes", "broken", "good", "--seeds", "1"])
     assert [path.name for path in (tmp_path / "results/shapes").iterdir()] == ["good_0.json"]
@@ -208,7 +208,9 @@ def test_results_of_another_budget_are_refused(tmp_path):
     planted(tmp_path)
     path = tmp_path / "shapes/chain_5_twice_0.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "fingerprint": "other"}))
-    with pytest.raises(DataError, match=r"chain_5_twice_0\.json: fingerprint other, but .* can't stand in one table"):
+    with pytest.raises(
+        DataError, match=r"chain_5_twice_0\.json: fingerprint other, but .* such cells can't share a table"
+    ):
         report.load(tmp_path, "shapes")
     path.write_text("{")
     with pytest.raises(DataError, match="is no result of a cell"):
