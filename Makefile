@@ -1,12 +1,12 @@
-# make demo       set up, train a small DINO on synthetic shapes, evaluate, leave a picture in output/demo
+# make demo       set up, train a small DINO on synthetic shapes, evaluate, write a picture to output/demo
 # make test       set up, then the ordinary tests (under 12 minutes on 2 cores)
 # make test-slow  the long tests
 # make gpu RESULTS=folder STEPS="--only build,kernels"  build, test and measure on a machine with a CUDA GPU;
-#                          installs nothing; tools/gpu_suite.py says what STEPS may hold
-# make soak       kill trainings at random moments and compare their ends with unbroken ones (about 15 minutes)
-# make pictures   train a small model and draw the pictures of docs/how_it_works.md and docs/method.md again
+#                          installs nothing; for STEPS see tools/gpu_suite.py
+# make soak       kill trainings at random moments and compare their results with unbroken ones (15 minutes)
+# make pictures   train a small model and redraw the pictures of docs/how_it_works.md and docs/method.md
 # make lint       ruff
-# make clean      remove .venv, the compiled operator and caches; results in output/ stay
+# make clean      remove .venv, the compiled operator and caches; keep the results in output/
 
 PYTHON ?= python3
 RUN = .venv/bin/python
@@ -31,7 +31,7 @@ gpu:
 
 soak:
 	@tools/setup_env.sh test
-	$(RUN) tools/soak.py --results $(or $(RESULTS),output/soak)
+	$(RUN) benchmarks/soak.py --results $(or $(RESULTS),output/soak)
 
 pictures:
 	@tools/setup_env.sh demo

@@ -1,15 +1,16 @@
-"""Tables and pictures of projects/dino/README.md, from the results that tools/ablation.py wrote."""
+"""Tables and pictures of projects/dino/README.md, from the results that benchmarks/ablation.py wrote."""
 
 import json
 import statistics
 
+from plots import plot_curves
 from report import ROOT, replaced
 
 from dino.utils.files import DataError, write_whole
 
 RESULTS = ROOT / "benchmarks/results/ablation"
 PAGE = ROOT / "projects/dino/README.md"
-BEGIN, END = "<!-- begin: made by tools/ablation.py -->", "<!-- end: made by tools/ablation.py -->"
+BEGIN, END = "<!-- begin: made by benchmarks/ablation.py -->", "<!-- end: made by benchmarks/ablation.py -->"
 CHAIN = {
     "chain_1_static": "static queries, no denoising",
     "chain_2_denoising": "+ denoising",
@@ -70,7 +71,7 @@ def load(results, data):
             if result[key] != found[0][key]:
                 other = f"{found[0]['recipe']}_{found[0]['seed']} has {found[0][key]}"
                 raise DataError(
-                    f"{path}: {key} {result[key]}, but {other}: cells that differ in this can't stand in one table; "
+                    f"{path}: {key} {result[key]}, but {other}: such cells can't share a table; "
                     "remove one of them, or use another --results"
                 )
     return found
@@ -129,7 +130,7 @@ def single_table(results, names):
 
 
 def points(results, recipe, unit):
-    """Mean curve over the seeds: places in `unit` (of the budget, or "processor_seconds"), APs, lowest, highest."""
+    """Mean curve over the seeds: x in `unit` (of the budget, or "processor_seconds"), AP, lowest, highest."""
     found = of_recipe(results, recipe)
     if not found:
         return None
@@ -139,36 +140,20 @@ def points(results, recipe, unit):
         if unit == "processor_seconds"
         else found[0]["budget"][unit]
     )
-    places = [total * iteration / iterations[-1] for iteration in iterations]
+    x = [total * iteration / iterations[-1] for iteration in iterations]
     columns = list(zip(*([point["AP"] for point in r["curve"]] for r in found), strict=True))
-    return places, [statistics.mean(c) for c in columns], [min(c) for c in columns], [max(c) for c in columns]
+    return x, [statistics.mean(c) for c in columns], [min(c) for c in columns], [max(c) for c in columns]
 
 
 def draw(path, panels):
     """Write an SVG picture. panels: (title, unit, results, recipe -> label)"""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "dino"
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(5.5 * len(panels), 4.2), layout="constrained", squeeze=False
+    plot_curves(
+        path,
+        [
+            (title, unit.replace("_", " "), [(label, points(results, recipe, unit)) for recipe, label in names.items()])
+            for title, unit, results, names in panels
+        ],
     )
-    for axis, (title, unit, results, names) in zip(axes[0], panels, strict=True):
-        for number, (recipe, label) in enumerate(names.items()):
-            curve = points(results, recipe, unit)
-            if curve:
-                places, mean, low, high = curve
-                style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
-                axis.plot(places, mean, marker=".", label=label, **style)
-                axis.fill_between(places, low, high, color=style["color"], alpha=0.15, linewidth=0)
-        axis.set(title=title, xlabel=unit.replace("_", " "), ylabel="AP", xlim=(0, None), ylim=(0, None))
-        axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend(fontsize=7)
-    write_whole(path, lambda part: figure.savefig(part, format="svg", metadata={"Date": None}))
-    pyplot.close(figure)
 
 
 def budget_line(results):

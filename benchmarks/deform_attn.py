@@ -80,7 +80,7 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(case, device):
-    """Encoder queries look around their own cell, decoder queries around random places; none on a border."""
+    """Encoder queries look around their own cell, decoder queries around random locations; none on a border."""
     torch.manual_seed(0)
     wide = torch.float64 if case.dtype == "float64" else torch.float32
     dtype, levels, sizes = DTYPES[case.dtype], len(SHAPES), torch.tensor([(w, h) for h, w in SHAPES])
@@ -104,11 +104,11 @@ def make_inputs(case, device):
 
 def contenders():
     """name -> (function, names of its differentiable inputs)"""
-    places = ("value", "locations", "weights")
+    arguments = ("value", "locations", "weights")
     forward, fused = torch.ops.dino.deform_attn_forward, torch.ops.dino.deform_attn_fused_forward
     return {
-        "reference": (lambda v, p, w: deform_attn_reference(v, SHAPES, p, w), places),
-        "compiled": (lambda v, p, w: forward(v, FLAT, p, w), places),
+        "reference": (lambda v, p, w: deform_attn_reference(v, SHAPES, p, w), arguments),
+        "compiled": (lambda v, p, w: forward(v, FLAT, p, w), arguments),
         "fused": (lambda v, *rest: fused(v, FLAT, *rest), ("value", "offsets", "logits", "reference")),
     }
 
@@ -132,7 +132,7 @@ PASSES = {"forward": forward_of, "forward+backward": both_of}
 
 
 def extra_memory(run):
-    """Bytes at most in use beyond what is there before and after `run`; None where that can't be told."""
+    """Bytes at most in use beyond what is there before and after `run`; None where unknown."""
     before, peak, results = peak_memory(run, CPU)
     return None if peak is None else peak - before - sum(x.nbytes for x in results)
 

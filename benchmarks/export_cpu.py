@@ -30,7 +30,7 @@ from onnxruntime.quantization import (
     shape_inference,
 )
 
-from dino.data.coco import evaluate, to_results
+from dino.evaluation.average_precision import evaluate, to_results
 from dino.export.export_checkpoint import exportable
 from dino.export.export_formats import run_onnx, write
 from dino.export.export_wrapper import Fixed, describe, prepare
@@ -104,7 +104,7 @@ def measure(runners, source, resize):
             results[name] += to_results(scaled, picture.image_id, source.category_ids)
     return {
         name: {
-            "AP": evaluate(source.truth, results[name], source.names)["AP"],
+            "AP": evaluate(source.data, results[name])["AP"],
             "milliseconds": statistics.median(times[name][1:]),
         }
         for name in runners

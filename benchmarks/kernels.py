@@ -46,7 +46,7 @@ from dino.layers.ops import (  # noqa: E402
     operator,
 )
 
-PLACES = ("value", "locations", "weights")
+ARGUMENTS = ("value", "locations", "weights")
 RAW = ("value", "offsets", "logits", "reference")
 BOUNDS = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 2e-3}
 CASES = [
@@ -55,7 +55,11 @@ CASES = [
     for batch in (2, 1, 8)
     for dtype in ("float32", "bfloat16", "float16")
 ]
-PROVEN = ("compiled", "fused", "original")  # contenders whose numbers must be right; of others the error is told
+PROVEN = (
+    "compiled",
+    "fused",
+    "original",
+)  # contenders whose numbers must be right; of others the error is only reported
 PAUSE = 2_000_000  # clock ticks that the GPU waits, about 1 ms
 REPEATS_OF_TRACE = 5
 
@@ -87,7 +91,7 @@ def by_autograd(function):
         output = function(*leaves)
         return lambda grad: torch.autograd.grad(output, leaves, grad, retain_graph=True)
 
-    return Contender(PLACES, function, backward)
+    return Contender(ARGUMENTS, function, backward)
 
 
 def original_contender(folder, device):
@@ -104,7 +108,7 @@ def original_contender(folder, device):
         types_ = [x.dtype for x in inputs]
         return lambda grad: [x.to(t) for x, t in zip(kernels.backward(grad.float(), *wide), types_, strict=True)]
 
-    return Contender(PLACES, forward, backward)
+    return Contender(ARGUMENTS, forward, backward)
 
 
 def triton_contender(folder, device):
@@ -120,7 +124,7 @@ def triton_contender(folder, device):
 def make_contenders(options, device):
     """name -> contender; those that --contenders leaves out are not made."""
     makers = {
-        "compiled": lambda: own("deform_attn", PLACES),
+        "compiled": lambda: own("deform_attn", ARGUMENTS),
         "fused": lambda: own("deform_attn_fused", RAW),
         "reference": lambda: by_autograd(
             lambda value, *others: deform_attn_reference(value, deform_attn.SHAPES, *others)
@@ -214,7 +218,7 @@ def oracle_of(inputs, arguments):
 
 def places_of(arguments, inputs):
     """Locations and weights, as the fused form makes them of offsets, logits and reference."""
-    if arguments == PLACES:
+    if arguments == ARGUMENTS:
         return inputs[1:]
     _, offsets, logits, reference = inputs
     sizes = offsets.new_tensor([(width, height) for height, width in deform_attn.SHAPES])
@@ -223,7 +227,7 @@ def places_of(arguments, inputs):
 
 
 def extra_bytes(work, device):
-    """Bytes at most in use beyond what is there before and after; None where that can't be told."""
+    """Bytes at most in use beyond what is there before and after; None where unknown."""
     before, peak, results = peak_memory(work.run, device)
     return None if peak is None else peak - before - sum(x.nbytes for x in results)
 

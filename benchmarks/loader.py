@@ -30,7 +30,7 @@ from measure import origin  # noqa: E402
 
 from dino.d2 import data_loading as d2_data  # noqa: E402
 from dino.d2.training.sampler import TrainLoader, seed_random  # noqa: E402
-from dino.data.images import list_images  # noqa: E402
+from dino.data.images import list_images, read_image  # noqa: E402
 
 OBJECTS = 7  # per image, as in COCO
 STEPS = ("decode", "augment", "to tensor", "boxes and copies", "pad to a batch")
@@ -46,10 +46,10 @@ def make_images(folder, count):
 
 
 def to_entries(paths):
-    """Dicts as Detectron2 has them, with objects of random places."""
+    """Dicts as Detectron2 has them, with objects at random locations."""
     draw, entries = np.random.default_rng(1), []
     for number, path in enumerate(paths):
-        height, width = d2_data.read({"file_name": str(path)}).shape[:2]
+        height, width = read_image(path).shape[:2]
         corners = draw.random((OBJECTS, 2, 2)) * [width, height]
         boxes = np.concatenate([corners.min(1), corners.max(1)], 1)
         objects = [{"bbox": list(b), "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0} for b in boxes]
@@ -78,8 +78,8 @@ def seconds_of_steps(mapper, entries):
     mapper(entries[0])
     seconds, images = dict.fromkeys(STEPS, 0.0), []
     augmentations, mapper.augmentations = mapper.augmentations, timed(mapper.augmentations, "augment", seconds)
-    read, to_tensor = timed(d2_data.read, "decode", seconds), timed(d2_data.to_tensor, "to tensor", seconds)
-    with mock.patch.object(d2_data, "read", read), mock.patch.object(d2_data, "to_tensor", to_tensor):
+    read, to_tensor = timed(d2_data._read, "decode", seconds), timed(d2_data._to_tensor, "to tensor", seconds)
+    with mock.patch.object(d2_data, "_read", read), mock.patch.object(d2_data, "_to_tensor", to_tensor):
         start = time.process_time()
         for position, entry in enumerate(entries):
             seed_random(0, position)

@@ -37,7 +37,7 @@ def memory_in_use(entry):
 
 
 def peak_memory(run, device):
-    """Run once -> (bytes in use before, at most while it runs, result); None where the first two can't be told."""
+    """Run once -> (bytes in use before, at most while it runs, result); None where the first two are unknown."""
     gc.collect()
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)

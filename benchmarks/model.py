@@ -87,7 +87,7 @@ CUDA_CASES = [
 
 
 def make_targets(case, device):
-    """Objects of random classes, places and sizes, the same at every call."""
+    """Objects of random classes, locations and sizes, the same at every call."""
     draw = torch.Generator().manual_seed(1)
     targets = []
     for _ in range(case.batch):
@@ -375,7 +375,7 @@ def measure(case, names, options):
 def difference(case, ours, theirs):
     """Of the loss, relative; or the largest of logits and boxes where both selected the same token, and their share.
 
-    Tokens of equal score change places by rounding; self-attention carries that to all other queries. The loss of a
+    Rounding changes the order of tokens of equal score; self-attention carries that to all other queries. The loss of a
     training step differs by the programs' own draws of denoising noise.
     """
     (mine, my_tokens), (other, other_tokens) = ours, theirs

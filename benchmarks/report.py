@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import report_cuda  # noqa: E402
+from plots import plot_growth, plot_ratios  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
 PAGE = ROOT / "docs/performance.md"
@@ -20,13 +21,6 @@ BEGIN, END = "<!-- begin: made by benchmarks/report.py -->", "<!-- end -->"
 BEGIN_MODEL, END_MODEL = "<!-- begin: the model, made by benchmarks/report.py -->", "<!-- end of the model -->"
 BEGIN_CUDA, END_CUDA = "<!-- begin: measured, made by benchmarks/report.py -->", "<!-- end of what was measured -->"
 BEGIN_GROWTH, END_GROWTH = "<!-- begin: growth, made by benchmarks/report.py -->", "<!-- end of growth -->"
-COLOURS = {
-    "reference": "#9aa5b1",
-    "compiled": "#2f6fb5",
-    "fused": "#e08e2b",
-    "original": "#5c9e5c",
-    "triton": "#8a63b5",
-}
 HEADER = ["case", "pass", "contender", "time", "ratio", "processor time", "its ratio", "memory", "error"]
 
 
@@ -66,32 +60,14 @@ def table(report):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def bar(x, y, length, colour):
-    return f'<rect x="{x}" y="{y + 2}" width="{length:.1f}" height="12" fill="{colour}"/>'
-
-
-def plot(report):
-    """An SVG picture: how many times faster than the reference, one bar for each case and pass."""
-    found = references(report["rows"])
-    rows = [row for row in report["rows"] if row["contender"] != "reference"]
-    ratios = [found[key(row)]["seconds"] / row["seconds"] for row in rows]
-    left, width, line = 290, 420, 16
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 100}" height="{line * len(rows) + 40}" '
-        'font-family="sans-serif" font-size="11">',
-        '<rect width="100%" height="100%" fill="white"/>',
-        f'<text x="{left}" y="16">times faster than the reference (in grey: 1)</text>',
+def bars(rows):
+    """(case, contender, how many times faster than the reference) of each row but the references"""
+    found = references(rows)
+    return [
+        (f"{row['name']}, batch {row['batch']}, {row['dtype']}, {row['pass']}", row["contender"], ratio)
+        for row in rows
+        if row["contender"] != "reference" and (ratio := found[key(row)]["seconds"] / row["seconds"])
     ]
-    for number, (row, ratio) in enumerate(zip(rows, ratios, strict=True)):
-        y, length = 26 + number * line, width * ratio / max(ratios)
-        label = f"{row['name']}, batch {row['batch']}, {row['dtype']}, {row['pass']}"
-        parts += [
-            f'<text x="{left - 6}" y="{y + 11}" text-anchor="end">{label}</text>',
-            bar(left, y, length, COLOURS[row["contender"]]),
-            bar(left, y, width / max(ratios), COLOURS["reference"]),
-            f'<text x="{left + length + 4:.1f}" y="{y + 11}">{ratio:.1f} {row["contender"]}</text>',
-        ]
-    return "\n".join([*parts, "</svg>\n"])
 
 
 def section(path):
@@ -102,7 +78,7 @@ def section(path):
     commit = report["commit"][:10] + (" with changes" if report["changed_since_commit"] else "")
     load = report["load_before"][0]
     picture = PAGE.parent / f"{path.stem}.svg"
-    picture.write_text(plot(report))
+    plot_ratios(picture, bars(report["rows"]))
     return (
         f"### {device}, {hardware['threads']} of {hardware['cores']} threads\n\n"
         f"{report['date']}, torch {report['versions']['torch']}, {build.get('compiler', 'unknown compiler')}, commit "
@@ -119,7 +95,7 @@ def model_section(path):
     report = json.loads(path.read_text())
     hardware = report["hardware"]
     commit = report["commit"][:10] + (" with changes" if report["changed_since_commit"] else "")
-    instructions = ", ".join(hardware.get("bfloat16", []))  # older files don't tell
+    instructions = ", ".join(hardware.get("bfloat16", []))  # missing in older files
     device = hardware.get("gpu", hardware["cpu"] + (f" ({instructions})" if instructions else ""))
     rate = ", ".join(f"{dtype} {speed / 1e9:.0f} G" for dtype, speed in report["matrix_product"].items())
     program = report["rows"][-1]["contender"]
@@ -166,8 +142,6 @@ REASONS = {
     "batch": "each image is work of its own",
     "levels": "the fifth level is a finer one: it has three times the cells of the other four together",
 }
-GROWTH_COLOURS = {"inference": "#2f6fb5", "training": "#e08e2b"}
-PANEL_WIDTH, PANEL_HEIGHT = 180, 150
 
 
 def growth_section(path):
@@ -177,7 +151,7 @@ def growth_section(path):
     device = hardware.get("gpu", hardware["cpu"])
     commit = report["commit"][:10] + (" with changes" if report["changed_since_commit"] else "")
     picture = PAGE.parent / f"{path.stem}.svg"
-    picture.write_text(growth_plot(report["rows"]))
+    plot_growth(picture, curves_of(report["rows"]))
     lines = [GROWTH_HEADER, ["---"] * len(GROWTH_HEADER)]
     lines += [growth_cells(points) for points in curves_of(report["rows"]).values()]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -208,62 +182,6 @@ def growth_cells(points):
     return [first["curve"], first["work"], ends, *factors, REASONS[first["curve"]]]
 
 
-def growth_plot(rows):
-    """An SVG picture: a column for each curve, time above memory; what the count says is dashed."""
-    names = list(dict.fromkeys(row["curve"] for row in rows))
-    width, height = PANEL_WIDTH * len(names) + 20, 2 * PANEL_HEIGHT + 40
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        'font-family="sans-serif" font-size="11">',
-        '<rect width="100%" height="100%" fill="white"/>',
-        *(
-            f'<text x="{20 + 90 * i}" y="18" fill="{colour}" font-weight="bold">{work}</text>'
-            for i, (work, colour) in enumerate(GROWTH_COLOURS.items())
-        ),
-        '<text x="200" y="18">dashed: what the count says, from the first point on</text>',
-    ]
-    for column, name in enumerate(names):
-        lines = {work: points for (curve, work), points in curves_of(rows).items() if curve == name}
-        for row, (measured, counted, unit) in enumerate(
-            (("seconds", "multiply_adds", "s"), ("extra_bytes", "bytes_counted", "MiB"))
-        ):
-            parts += panel(20 + column * PANEL_WIDTH, 45 + row * PANEL_HEIGHT, lines, measured, counted, unit)
-        parts.append(
-            f'<text x="{20 + (column + 0.45) * PANEL_WIDTH}" y="{height - 8}" text-anchor="middle">{name}</text>'
-        )
-    return "\n".join([*parts, "</svg>\n"])
-
-
-def panel(x, y, lines, measured, counted, unit):
-    """One small plot: measured and counted values of each work over the values that were changed."""
-    scale = 2**20 if unit == "MiB" else 1
-    series = {}
-    for work, points in lines.items():
-        if any(p[measured] is None for p in points):
-            continue
-        start = points[0]
-        series[work] = [(p[measured] / scale, p[counted] / start[counted] * start[measured] / scale) for p in points]
-    if not series:
-        return []
-    top = max(value for pairs in series.values() for pair in pairs for value in pair)
-    values = [p["value"] for p in next(iter(lines.values()))]
-    step, base = (PANEL_WIDTH - 50) / max(1, len(values) - 1), PANEL_HEIGHT - 40
-    caption = f"memory, 0 to {top:,.0f} MiB" if unit == "MiB" else f"time, 0 to {top:.2f} s"
-    parts = [
-        f'<line x1="{x}" y1="{y + base}" x2="{x + PANEL_WIDTH - 30}" y2="{y + base}" stroke="#9aa5b1"/>',
-        f'<text x="{x}" y="{y - 6}" fill="#555">{caption}</text>',
-        *(
-            f'<text x="{x + 10 + i * step:.0f}" y="{y + base + 13}" text-anchor="middle" font-size="9">{value}</text>'
-            for i, value in enumerate(values)
-        ),
-    ]
-    for work, pairs in series.items():
-        for index, style in enumerate(('stroke-width="2"', 'stroke-width="1" stroke-dasharray="4 3"')):
-            places = [f"{x + 10 + i * step:.1f},{y + base * (1 - p[index] / top):.1f}" for i, p in enumerate(pairs)]
-            parts.append(f'<polyline points="{" ".join(places)}" fill="none" stroke="{GROWTH_COLOURS[work]}" {style}/>')
-    return parts
-
-
 def replaced(page, begin, end, sections):
     """The page with new sections between two marks."""
     before, after = page.split(begin)[0], page.split(end)[1]
@@ -282,7 +200,7 @@ def gpu_picture(folder):
     if not rows:
         return ""
     picture = PAGE_CUDA.parent / f"{folder.name}.svg"
-    picture.write_text(plot({"rows": rows}))
+    plot_ratios(picture, bars(rows))
     return f"\n![encoder, batch 2: times faster than plain PyTorch]({picture.name})\n"
 
 

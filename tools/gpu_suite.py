@@ -1,14 +1,14 @@
-"""Build, prove and measure the CUDA operator and the network on a machine with a CUDA GPU and nvcc.
+"""Build, test and measure the CUDA operator and the network on a machine with a CUDA GPU and nvcc.
 
     bash tools/gpu_suite.sh RESULTS                                 all steps, the most valuable first
-    bash tools/gpu_suite.sh RESULTS --skip-done --budget 570        what 9.5 minutes allow; again and again to go on
+    bash tools/gpu_suite.sh RESULTS --skip-done --budget 570        the steps that fit 9.5 minutes; repeat to continue
     bash tools/gpu_suite.sh RESULTS --only build,operator,kernels   some steps
     bash tools/gpu_suite.sh RESULTS --dry                           no GPU needed: check every step, run none
     bash tools/gpu_suite.sh RESULTS --list                          name the steps
 
 Installs nothing and needs no network: only this Python's torch, numpy, scipy, pytest, hypothesis and safetensors, and
 torchvision for the whole network. RESULTS gets NAME.json for each step (state, command, hardware, versions, commit),
-its output NAME.log and what it measured in data/NAME.json; summary.txt and report.md tell of all of them.
+its output NAME.log and its measurements data/NAME.json; summary.txt and report.md cover all steps.
 
 variables, all of them optional:
     DINO_GOLDEN=FOLDER    golden arrays (a failure if there are none)
@@ -19,8 +19,8 @@ variables, all of them optional:
     DINO_DETREX=FOLDER    checkout of detrex, likewise; needs Detectron2
     DINO_COMMIT=NAME      the commit of a copy of the sources that comes without its repository
 
-Ends with status 1 if a step failed or was cut off at its limit; the others run all the same, but without a GPU or a
-build nothing does.
+Ends with status 1 if a step failed or reached its limit. The other steps run nevertheless, unless the GPU or the build
+is missing.
 """
 
 import argparse
@@ -358,11 +358,11 @@ class Suite:
             return {}
 
     def portable(self, text: str) -> str:
-        """The text without the places of this machine."""
-        places = {str(self.results): "RESULTS", sys.executable: "python3", f"{ROOT}/": ""}
-        places |= {value: f"${name}" for name, value in self.key.items() if name.startswith("DINO_") and value}
-        for place in sorted(places, key=len, reverse=True):
-            text = text.replace(place, places[place])
+        """The text without paths of this machine."""
+        paths = {str(self.results): "RESULTS", sys.executable: "python3", f"{ROOT}/": ""}
+        paths |= {value: f"${name}" for name, value in self.key.items() if name.startswith("DINO_") and value}
+        for path in sorted(paths, key=len, reverse=True):
+            text = text.replace(path, paths[path])
         return text
 
     def key_of(self, step: Step) -> str:
@@ -392,7 +392,7 @@ class Suite:
         return self.keep(step, *found, time.monotonic() - begin)
 
     def keep(self, step: Step, state: str, text: str, seconds: float) -> str:
-        """Write the record of a step and say it; what was measured earlier stays where nothing was run now."""
+        """Write and print the record of a step; keep earlier measurements of a step that did not run."""
         if state != LEFT or not self.record(step):
             record = {"step": step.name, "what": step.what, "state": state, "text": self.portable(text)}
             record |= {
@@ -442,7 +442,7 @@ def summarize(steps: list[Step], suite: Suite) -> str:
 
 
 def check_step(step: Step, log: Path) -> list[str]:
-    """What is wrong with a step, found without a GPU: its check is run, and its limit looked at."""
+    """Issues of a step that show without a GPU: by its check, and by its limit."""
     wrong = []
     if not step.estimate <= step.limit < CALL - 30:
         wrong.append(f"estimate {step.estimate} s, limit {step.limit} s: a call has {CALL} s")
@@ -505,7 +505,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "gpu_suite.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("results", type=Path, metavar="RESULTS", help="folder of what is found")
+    parser.add_argument("results", type=Path, metavar="RESULTS", help="folder of the results")
     parser.add_argument("--only", default="", metavar="STEP,STEP", help="run these; their order stays")
     parser.add_argument("--skip", default="", metavar="STEP,STEP", help="leave these out")
     parser.add_argument("--skip-done", action="store_true", help="leave out what passed with the same sources")

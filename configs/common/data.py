@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 from dino.d2.data_loading import Evaluator, OneOf, ShortSide, TestMapper, TrainMapper, dataset
 from dino.d2.training.sampler import TrainLoader
 
-SIZES = [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
+SIZES = [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]  # of the short side in training, pixels
+MAX_SIZE = 1333  # bound of the long side
 
 dataloader = OmegaConf.create()
 dataloader.train = L(TrainLoader)(
@@ -18,11 +19,11 @@ dataloader.train = L(TrainLoader)(
             L(T.RandomFlip)(),
             L(OneOf)(
                 branches=[
-                    [L(ShortSide)(sizes=SIZES, max_size=1333)],
+                    [L(ShortSide)(sizes=SIZES, max_size=MAX_SIZE)],
                     [
                         L(ShortSide)(sizes=[400, 500, 600]),
                         L(T.RandomCrop)(crop_type="absolute_range", crop_size=(384, 600)),
-                        L(ShortSide)(sizes=SIZES, max_size=1333),
+                        L(ShortSide)(sizes=SIZES, max_size=MAX_SIZE),
                     ],
                 ]
             ),
@@ -32,9 +33,11 @@ dataloader.train = L(TrainLoader)(
     repeat_threshold=0.0,  # e.g. 0.1: classes on less than a tenth of the images have theirs shown more often
     num_workers=4,
 )
-dataloader.test = L(build_detection_test_loader)(
+dataloader.test = L(
+    build_detection_test_loader
+)(
     dataset=L(dataset)(name="coco_2017_val"),  # the images to evaluate on
-    mapper=L(TestMapper)(augmentations=[L(ShortSide)(sizes=[800], max_size=1333)]),  # what happens to each
+    mapper=L(TestMapper)(augmentations=[L(ShortSide)(sizes=SIZES[-1:], max_size=MAX_SIZE)]),  # what happens to each
     num_workers=4,  # reading processes
 )
 dataloader.evaluator = L(Evaluator)(

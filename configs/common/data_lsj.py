@@ -1,6 +1,6 @@
 """COCO with large-scale jitter (arXiv 2012.07177): resized to 0.1 to 2 times 1024 pixels, cropped to 1024 x 1024.
 
-Crops that are smaller are not filled up: what a batch pads is masked.
+Smaller crops are not padded here: the batch pads and masks them.
 """
 
 from detectron2.config import LazyCall as L
@@ -10,9 +10,11 @@ from dino.d2.data_loading import ShortSide
 
 from .data import dataloader
 
+SIZE = 1024  # pixels
+
 dataloader.train.mapper.augmentations = [
     L(T.RandomFlip)(),
-    L(T.ResizeScale)(min_scale=0.1, max_scale=2.0, target_height=1024, target_width=1024),
-    L(T.FixedSizeCrop)(crop_size=(1024, 1024), pad=False),
+    L(T.ResizeScale)(min_scale=0.1, max_scale=2.0, target_height=SIZE, target_width=SIZE),
+    L(T.FixedSizeCrop)(crop_size=(SIZE, SIZE), pad=False),
 ]
-dataloader.test.mapper.augmentations = [L(ShortSide)(sizes=[1024], max_size=1024)]
+dataloader.test.mapper.augmentations = [L(ShortSide)(sizes=[SIZE], max_size=SIZE)]

@@ -27,7 +27,7 @@ train = dict(
         enabled=False,  # keep a running average of the weights, evaluate and store it too
         decay=0.9997,  # share of the average that stays at each step
     ),
-    skip_non_finite=False,  # go on after a loss or gradient that isn't finite, without that step
+    skip_non_finite=False,  # skip a step whose loss or gradient isn't finite, and continue
     parallel="ddp",  # or fsdp, for models that don't fit into one GPU
     ddp=dict(
         broadcast_buffers=False,  # of DistributedDataParallel: copy buffers of the first process at every step

@@ -19,6 +19,7 @@ from dino.d2.training.optimizer import tenth_for_backbone
 from dino.layers import HungarianMatcher, SetCriterion
 from dino.modeling.assembly import build_dino
 from dino.modeling.detector import IMAGENET_MEAN, IMAGENET_STD
+from dino.modeling.transformer import HIDDEN_DIM
 
 
 def add_dino_config(cfg: CfgNode) -> None:
@@ -48,7 +49,7 @@ def add_dino_config(cfg: CfgNode) -> None:
             "NUM_DENOISING": 100,
             "EMBED_DIM": 256,
             "NUM_HEADS": 8,
-            "HIDDEN_DIM": 2048,
+            "HIDDEN_DIM": HIDDEN_DIM,
             "ENCODER_LAYERS": 6,
             "DECODER_LAYERS": 6,
             "MAX_DETECTIONS": 300,

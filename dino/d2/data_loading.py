@@ -1,4 +1,4 @@
-"""Data sets for Detectron2: registered on demand, sanitised, and augmented as DETR does."""
+"""Data sets for Detectron2: registration, cleaning of objects, augmentation of DETR."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import functools
 import io
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -19,8 +19,9 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
-from dino.data.coco import read_annotations, usable_box
+from dino.data.coco import classes_of, clean_objects, read_annotations
 from dino.data.images import read_image
+from dino.evaluation.average_precision import complete_annotations
 from dino.modeling.detector import resized_size
 from dino.utils.files import DataError
 
@@ -28,26 +29,26 @@ logger = logging.getLogger("detectron2.dino")
 
 
 def dataset(name: str, annotations: str | None = None, images: str | None = None) -> list[dict]:
-    """The dicts of a registered data set; where `annotations` and `images` are given, these files are registered first.
+    """Load the dicts of a data set. Register its files first where `annotations` and `images` name them.
 
-    Images without objects are kept; crowd regions and boxes without area are dropped, the latter with a message. The
-    last two data sets are kept in memory; `load_dataset.cache_clear()` frees them.
+    Keeps images without objects. Drops crowd regions, and boxes without area with a warning. The last two data sets
+    stay in memory; `load_dataset.cache_clear()` frees them.
 
     Args:
-        name: under which the set is, or will be, registered in Detectron2's catalog.
-        annotations, images: a COCO-format JSON file and the folder of its images; None for a set that is registered.
+        name: of the set in Detectron2's catalog.
+        annotations, images: a COCO-format JSON file and the folder of its images; None for a registered set.
 
     Raises:
-        DataError: nothing is registered under `name`, the files are faulty, or a label is outside the classes.
+        DataError: `name` is not registered, the files have an issue, or a label is outside the classes.
     """
-    return load_dataset(name, annotations, images)  # by position: the cache takes a keyword for another argument
+    return load_dataset(name, annotations, images)  # by position: the cache distinguishes keywords
 
 
 @functools.lru_cache(maxsize=2)
 def load_dataset(name: str, annotations: str | None, images: str | None) -> list[dict]:
-    """Does what `dataset` says."""
+    """As `dataset`, with a cache."""
     if annotations is not None:
-        register(name, str(annotations), str(images))
+        _register(name, str(annotations), str(images))
     if name not in DatasetCatalog:
         near = ", ".join(DatasetCatalog.list()) if len(DatasetCatalog.list()) < 20 else "see DatasetCatalog.list()"
         raise DataError(f"no data set is registered as {name!r} ({near}). Register it, or give its files")
@@ -55,30 +56,29 @@ def load_dataset(name: str, annotations: str | None, images: str | None) -> list
         dicts = DatasetCatalog.get(name)
     except FileNotFoundError as error:
         raise DataError(f"data set {name!r}: {error}. Is DETECTRON2_DATASETS set?") from error
-    return sanitise(name, dicts)
+    return _sanitise(name, dicts)
 
 
-def register(name: str, annotations: str, images: str) -> None:
-    """Register COCO-format files under `name`, after a check; the same files may be registered again."""
+def _register(name: str, annotations: str, images: str) -> None:
+    """Check COCO-format files and register them under `name`; registering the same files again does nothing."""
     data = read_annotations(annotations, images)
     if name in DatasetCatalog:
         known = MetadataCatalog.get(name)
         if (known.get("json_file"), known.get("image_root")) != (annotations, images):
             raise DataError(f"{name!r} is registered for other files: {known.get('json_file')}")
         return
-    categories = sorted(data["categories"], key=lambda c: c["id"])
-    labels = {c["id"]: label for label, c in enumerate(categories)}
-    DatasetCatalog.register(name, lambda: to_dicts(read_annotations(annotations, images), images, labels))
+    classes = classes_of(data)
+    DatasetCatalog.register(name, lambda: _to_dicts(read_annotations(annotations, images), images, classes.labels))
     MetadataCatalog.get(name).set(
         json_file=annotations,
         image_root=images,
         evaluator_type="coco",
-        thing_classes=[c["name"] for c in categories],
-        thing_dataset_id_to_contiguous_id=labels,
+        thing_classes=classes.names,
+        thing_dataset_id_to_contiguous_id=classes.labels,
     )
 
 
-def to_dicts(data: dict, images: str, labels: dict[int, int]) -> list[dict]:
+def _to_dicts(data: dict, images: str, labels: dict[int, int]) -> list[dict]:
     """Checked annotations -> Detectron2's dicts, boxes only.
 
     (Detectron2's own reader drops boxes whose polygon is empty or too short, and fails on unusual keys.)
@@ -109,7 +109,7 @@ def to_dicts(data: dict, images: str, labels: dict[int, int]) -> list[dict]:
 
 
 def class_names(name: str, annotations: str | None = None, images: str | None = None) -> list[str]:
-    """The class names of a data set, in the order of its labels; arguments as of `dataset`."""
+    """Class names of a data set, in the order of its labels. Arguments as of `dataset`."""
     metadata = MetadataCatalog.get(name)
     if not metadata.get("thing_classes"):
         dataset(name, annotations, images)
@@ -119,28 +119,29 @@ def class_names(name: str, annotations: str | None = None, images: str | None = 
     return list(names)
 
 
-def sanitise(name: str, dicts: list[dict]) -> list[dict]:
-    """Copies of `dicts` with only objects that can be learned; the first dropped box is named in the log."""
+def _sanitise(name: str, dicts: list[dict]) -> list[dict]:
+    """Copy `dicts` with clean objects. Log how many boxes are dropped, and the first one's file."""
     num_classes = len(MetadataCatalog.get(name).get("thing_classes", ()))
-    clean, dropped = [], []
+    clean, dropped, first = [], 0, ""
     for entry in dicts:
-        objects = []
-        for annotation in entry.get("annotations", []):
-            label = annotation["category_id"]
-            if num_classes and not 0 <= label < num_classes:
-                raise DataError(f"{entry['file_name']}: label {label} is not in [0, {num_classes})")
-            x0, y0, x1, y1 = BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS)
-            if annotation.get("iscrowd", 0):
-                continue
-            box = usable_box([x0, y0, x1 - x0, y1 - y0], entry["width"], entry["height"])
-            if box is None:
-                dropped.append(entry["file_name"])
-            else:
-                objects.append({"category_id": label, "bbox": box, "bbox_mode": BoxMode.XYXY_ABS})
+        found = clean_objects(_objects_of(entry, num_classes), entry["width"], entry["height"])
+        objects = [{"category_id": c, "bbox": box, "bbox_mode": BoxMode.XYXY_ABS} for c, box in found.objects]
         clean.append({**entry, "annotations": objects})
+        if found.dropped:
+            dropped, first = dropped + found.dropped, first or entry["file_name"]
     if dropped:
-        logger.warning(f"{name}: {len(dropped)} boxes of no size or outside their image dropped, first in {dropped[0]}")
+        logger.warning(f"{name}: {dropped} boxes of no size or outside their image dropped, first in {first}")
     return clean
+
+
+def _objects_of(entry: dict, num_classes: int) -> Iterator[tuple[int, list[float], bool]]:
+    """Label, box xywh in pixels, and whether it is a crowd region, of each annotation of a dict."""
+    for annotation in entry.get("annotations", []):
+        label = annotation["category_id"]
+        if num_classes and not 0 <= label < num_classes:
+            raise DataError(f"{entry['file_name']}: label {label} is not in [0, {num_classes})")
+        x0, y0, x1, y1 = BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS)
+        yield label, [x0, y0, x1 - x0, y1 - y0], bool(annotation.get("iscrowd", 0))
 
 
 class ShortSide(T.Augmentation):
@@ -180,7 +181,7 @@ class OneOf(T.Augmentation):
 
 
 class TrainMapper:
-    """Reads, augments and sanitises one training image.
+    """Reads and augments one training image.
 
     Args:
         augmentations: Detectron2 augmentations, applied to an RGB image.
@@ -190,9 +191,9 @@ class TrainMapper:
         self.augmentations = T.AugmentationList(list(augmentations))
 
     def __call__(self, entry: dict) -> dict:
-        """Dict of a data set -> dict for `DINODetector` in training; objects cropped away are left out."""
+        """Dict of a data set -> dict for `DINODetector` in training; drops objects that were cropped away."""
         entry = copy.deepcopy(entry)
-        aug_input = T.AugInput(read(entry))
+        aug_input = T.AugInput(_read(entry))
         transforms = self.augmentations(aug_input)
         height, width = aug_input.image.shape[:2]
         objects = entry.pop("annotations", [])
@@ -201,7 +202,7 @@ class TrainMapper:
         boxes.clip((height, width))
         labels = torch.tensor([o["category_id"] for o in objects], dtype=torch.int64)
         instances = Instances((height, width), gt_boxes=boxes, gt_classes=labels)
-        return {**entry, "image": to_tensor(aug_input.image), "instances": instances[boxes.nonempty()]}
+        return {**entry, "image": _to_tensor(aug_input.image), "instances": instances[boxes.nonempty()]}
 
 
 class TestMapper:
@@ -211,20 +212,20 @@ class TestMapper:
         augmentations: as of `TrainMapper`.
     """
 
-    __test__ = False  # not a test case, whatever pytest thinks of the name
+    __test__ = False  # not a test case of pytest
 
     def __init__(self, augmentations: Sequence[T.Augmentation]):
         self.augmentations = T.AugmentationList(list(augmentations))
 
     def __call__(self, entry: dict) -> dict:
         """Dict of a data set -> dict for `DINODetector` in evaluation, without annotations."""
-        aug_input = T.AugInput(read(entry))
+        aug_input = T.AugInput(_read(entry))
         self.augmentations(aug_input)
-        return {**{k: v for k, v in entry.items() if k != "annotations"}, "image": to_tensor(aug_input.image)}
+        return {**{k: v for k, v in entry.items() if k != "annotations"}, "image": _to_tensor(aug_input.image)}
 
 
-def read(entry: dict) -> np.ndarray:
-    """(H, W, 3) uint8 RGB of a dict's file, whose size must be the one that the annotations state."""
+def _read(entry: dict) -> np.ndarray:
+    """Read a dict's file as (H, W, 3) uint8 RGB. Raise a DataError unless its size is that of the annotations."""
     image = read_image(entry["file_name"])
     try:
         utils.check_image_size(entry, image)
@@ -233,15 +234,13 @@ def read(entry: dict) -> np.ndarray:
     return image
 
 
-def to_tensor(image: np.ndarray) -> torch.Tensor:
+def _to_tensor(image: np.ndarray) -> torch.Tensor:
     """(H, W, 3) -> (3, H, W), in memory of its own."""
     return torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
 class Evaluator(COCOEvaluator):
-    """Detectron2's COCOEvaluator for hand-made files too: fills in `area` and `iscrowd` where they are missing.
-
-    Objects are numbered from 1 on, as COCO's evaluation takes an object's id 0 for "not found".
+    """Detectron2's COCOEvaluator, for files without `area` and `iscrowd` too; see `complete_annotations`.
 
     Args:
         dataset_name: of a registered set.
@@ -251,9 +250,7 @@ class Evaluator(COCOEvaluator):
 
     def __init__(self, dataset_name: str, **kwargs):
         super().__init__(dataset_name, **kwargs)
-        for number, annotation in enumerate(self._coco_api.dataset.get("annotations", []), 1):
-            annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
-            annotation.setdefault("iscrowd", 0)
-            annotation["id"] = number
+        data = self._coco_api.dataset
+        data["annotations"] = complete_annotations(data.get("annotations", []))
         with contextlib.redirect_stdout(io.StringIO()):
             self._coco_api.createIndex()

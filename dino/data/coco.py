@@ -1,65 +1,56 @@
-"""COCO-format annotations: checked once before anything is trained, read as a data set, and evaluated."""
+"""The only reader of COCO-format annotations: checks a file, lists its classes, cleans its objects."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional
 
 from dino.layers.boxes import xyxy_to_cxcywh
 from dino.modeling.detector import resized_size
-from dino.structures import Detections, Target
+from dino.structures import Target
 from dino.utils.files import DataError, resolve_inside
 
 from .images import read_image
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six of COCO's twelve
-
 
 def read_annotations(path: str | Path, folder: str | Path) -> dict[str, Any]:
-    """Read and check a COCO-format file.
-
-    Returns:
-        its content, as parsed from JSON.
+    """Read and check a COCO-format file -> its content, as parsed from JSON.
 
     Raises:
         DataError: the file or the folder is missing; the JSON is broken or lacks a list; an id occurs twice or refers
             to nothing; a category has no name of its own; a file name leaves the folder; a box is not four numbers.
     """
-    return check_file(load_json(path, "annotations"), path, folder)
+    return _check_file(load_json(path, "annotations"), path, folder)
 
 
 def read_images(path: str | Path, folder: str | Path) -> dict[str, Any]:
-    """As `read_annotations`, for data that may come without the list of annotations: it is empty then."""
+    """As `read_annotations`. A missing list of annotations counts as empty."""
     data = load_json(path, "annotations")
-    return check_file({"annotations": [], **data} if isinstance(data, dict) else data, path, folder)
+    return _check_file({"annotations": [], **data} if isinstance(data, dict) else data, path, folder)
 
 
-def check_file(data: Any, path: str | Path, folder: str | Path) -> dict[str, Any]:
-    """The parsed content of a file, if it is sound; see `read_annotations`."""
+def _check_file(data: Any, path: str | Path, folder: str | Path) -> dict[str, Any]:
+    """Return the parsed content of a file after `read_annotations`' checks."""
     if not Path(folder).is_dir():
         raise DataError(f"image folder not found: {folder}")
     try:
-        check_annotations(data, folder)
+        _check_annotations(data, folder)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     return data
 
 
 def load_json(path: str | Path, what: str) -> Any:
-    """Parse a JSON file; `what` it should be is named by the DataError where that fails."""
+    """Parse a JSON file. The DataError of a broken one calls it `what`."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -69,19 +60,19 @@ def load_json(path: str | Path, what: str) -> Any:
 
 
 def check_lists(data: Any) -> None:
-    """Raise a DataError unless the three lists of a COCO-format file are there."""
+    """Raise a DataError unless parsed annotations have the three lists of COCO's format."""
     for key in ("images", "annotations", "categories"):
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
             raise DataError(f"the list {key!r} is missing. It must be a JSON file in COCO format")
 
 
-def check_annotations(data: Any, folder: str | Path) -> None:
-    """Raise a DataError that names the first fault of parsed annotations; see `read_annotations`."""
+def _check_annotations(data: Any, folder: str | Path) -> None:
+    """Raise a DataError that names the first issue of parsed annotations; see `read_annotations`."""
     check_lists(data)
-    categories = unique_ids(data["categories"], "category")
-    check_names(data["categories"])
-    images = unique_ids(data["images"], "image")
-    unique_ids(data["annotations"], "annotation")
+    categories = _unique_ids(data["categories"], "category")
+    _check_names(data["categories"])
+    images = _unique_ids(data["images"], "image")
+    _unique_ids(data["annotations"], "annotation")
     for image in data["images"]:
         if not isinstance(image.get("file_name"), str):
             raise DataError(f"image {image['id']} has no file_name")
@@ -89,11 +80,11 @@ def check_annotations(data: Any, folder: str | Path) -> None:
         if not all(isinstance(image.get(key), int) and image[key] > 0 for key in ("height", "width")):
             raise DataError(f"image {image['file_name']}: height and width must be positive whole numbers")
     for annotation in data["annotations"]:
-        check_annotation(annotation, images, categories)
+        _check_annotation(annotation, images, categories)
 
 
-def check_names(categories: list[dict]) -> None:
-    """Raise a DataError unless there are categories, each with a name of its own."""
+def _check_names(categories: list[dict]) -> None:
+    """Raise a DataError unless there are categories with unique names."""
     if not categories:
         raise DataError("there are no categories")
     seen = set()
@@ -106,8 +97,8 @@ def check_names(categories: list[dict]) -> None:
         seen.add(name)
 
 
-def check_annotation(annotation: dict, images: dict[int, dict], categories: dict[int, dict]) -> None:
-    """Raise a DataError if one annotation refers to nothing or has no box. (Boxes without area are dropped later.)"""
+def _check_annotation(annotation: dict, images: dict[int, dict], categories: dict[int, dict]) -> None:
+    """Raise a DataError if an annotation refers to nothing or has no box. (Boxes without area are dropped later.)"""
     image = find(images, annotation.get("image_id"))
     if image is None:
         raise DataError(f"annotation {annotation['id']}: no image has the id {annotation.get('image_id')!r}")
@@ -122,17 +113,17 @@ def check_annotation(annotation: dict, images: dict[int, dict], categories: dict
 
 
 def is_box(value: Any) -> bool:
-    """Whether a value from a file is a list of four numbers, which may still be infinite."""
+    """Whether a value from a file is a list of four numbers, finite or not."""
     return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value from a file is a number that fits a float (JSON knows whole numbers of any length)."""
+    """Whether a value from a file is a number that fits a float (whole numbers in JSON have any length)."""
     return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
-def unique_ids(entries: list, kind: str) -> dict[int, dict]:
-    """Entries by their id, each of which must be a whole number and occur once."""
+def _unique_ids(entries: list, kind: str) -> dict[int, dict]:
+    """Entries by id. Raise a DataError unless each id is a whole number and occurs once."""
     by_id: dict[int, dict] = {}
     for entry in entries:
         number = entry.get("id") if isinstance(entry, dict) else None
@@ -145,7 +136,7 @@ def unique_ids(entries: list, kind: str) -> dict[int, dict]:
 
 
 def find(entries: dict[int, dict], number: Any) -> dict | None:
-    """The entry of this id; None also for what can be no id, such as a list."""
+    """Entry of an id; None for an unknown id, and for values of other types, such as a list."""
     return entries.get(number) if type(number) is int else None
 
 
@@ -158,41 +149,80 @@ def usable_box(box: list[float], width: int, height: int) -> list[float] | None:
     return clipped if clipped[2] > clipped[0] and clipped[3] > clipped[1] else None
 
 
+class Classes(NamedTuple):
+    """The classes of a file in the order of their ids. A label is a position in this order, whatever the ids are."""
+
+    names: list[str]
+    ids: list[int]  # label -> category id
+
+    @property
+    def labels(self) -> dict[int, int]:
+        """Category id -> label."""
+        return {number: label for label, number in enumerate(self.ids)}
+
+
+def classes_of(data: dict[str, Any]) -> Classes:
+    """The classes of checked annotations."""
+    categories = sorted(data["categories"], key=lambda c: c["id"])
+    return Classes([c["name"] for c in categories], [c["id"] for c in categories])
+
+
+class ImageObjects(NamedTuple):
+    """The objects of one image that a detector can learn."""
+
+    objects: list[tuple[int, list[float]]]  # label; box xyxy in pixels, inside the image
+    dropped: int  # boxes without area inside the image
+
+
+def clean_objects(objects: Iterable[tuple[int, list[float], bool]], width: int, height: int) -> ImageObjects:
+    """Clip the boxes of an image. Drop crowd regions, and boxes without area.
+
+    Args:
+        objects: label, box xywh in pixels, and whether it is a crowd region.
+        width, height: of the image in pixels.
+    """
+    boxes = [(label, usable_box(box, width, height)) for label, box, crowd in objects if not crowd]
+    kept = [(label, box) for label, box in boxes if box is not None]
+    return ImageObjects(kept, len(boxes) - len(kept))
+
+
+def objects_of(data: dict[str, Any]) -> dict[int, ImageObjects]:
+    """Image id -> objects of checked annotations; images without objects are there too."""
+    labels = classes_of(data).labels
+    by_image = defaultdict(list)
+    for a in data["annotations"]:
+        by_image[a["image_id"]].append((labels[a["category_id"]], a["bbox"], bool(a.get("iscrowd", 0))))
+    return {i["id"]: clean_objects(by_image[i["id"]], i["width"], i["height"]) for i in data["images"]}
+
+
 class CocoImages(Dataset):
-    """Images and objects of a COCO-format file. Images without objects are kept, crowd regions are not objects.
+    """Images and objects of a COCO-format file. Keeps images without objects; crowd regions are not objects.
 
     Args:
         annotations, folder: the JSON file and the folder of its images.
         transforms: called with a `tv_tensors.Image` (3, H, W) uint8 RGB and {"boxes": BoundingBoxes xyxy in pixels,
             "labels": (G,) int64}, returns the same two (torchvision transforms v2).
+        limit: how many images to keep, the first ones; None keeps all.
+
+    Attributes:
+        data: the content of the file, without the images beyond `limit` and their annotations.
+        images: its entries, in order. objects: image id -> list of (label, box xyxy).
+        names, category_ids: of the classes, by label.
+        dropped: how many boxes had no area inside their image.
 
     Raises:
         DataError: see `read_annotations`; when indexed, see `read_image`.
     """
 
-    def __init__(self, annotations: str | Path, folder: str | Path, transforms: Callable):
-        data = read_annotations(annotations, folder)
+    def __init__(self, annotations: str | Path, folder: str | Path, transforms: Callable, limit: int | None = None):
+        self.data = _first_images(read_annotations(annotations, folder), limit)
         self.folder = Path(folder)
         self.transforms = transforms
-        self.images = data["images"]
-        categories = sorted(data["categories"], key=lambda c: c["id"])
-        self.category_ids = [c["id"] for c in categories]  # label -> id in the file
-        self.names = [c["name"] for c in categories]
-        labels = {number: label for label, number in enumerate(self.category_ids)}
-        sizes = {image["id"]: (image["width"], image["height"]) for image in self.images}
-        self.objects: dict[int, list] = {number: [] for number in sizes}
-        self.dropped = 0
-        for a in data["annotations"]:
-            if a.get("iscrowd", 0):
-                continue
-            box = usable_box(a["bbox"], *sizes[a["image_id"]])
-            self.dropped += box is None
-            if box is not None:
-                self.objects[a["image_id"]].append((labels[a["category_id"]], box))
-        with contextlib.redirect_stdout(io.StringIO()):
-            self.truth = COCO()
-            self.truth.dataset = with_areas(data)
-            self.truth.createIndex()
+        self.images = self.data["images"]
+        self.names, self.category_ids = classes_of(self.data)
+        cleaned = objects_of(self.data)
+        self.objects = {number: found.objects for number, found in cleaned.items()}
+        self.dropped = sum(found.dropped for found in cleaned.values())
 
     def __len__(self) -> int:
         return len(self.images)
@@ -231,6 +261,13 @@ class ShortSide:
         return functional.resize(image, size), {**objects, "boxes": boxes}
 
 
+def to_target(objects: dict, size: tuple[int, int]) -> Target:
+    """Objects of `CocoImages` -> Target, for an image of `size` (height, width) in pixels."""
+    height, width = size
+    boxes = xyxy_to_cxcywh(objects["boxes"].as_subclass(torch.Tensor)) / torch.tensor([width, height, width, height])
+    return Target(objects["labels"], boxes)
+
+
 def collate(samples: list[tuple]) -> tuple[torch.Tensor, torch.Tensor, list[Target], list[dict]]:
     """Samples of `CocoImages`, transformed -> images (B, 3, H, W) zero-padded, padding (B, H, W), targets, entries."""
     images = [image for image, _, _ in samples]
@@ -241,39 +278,14 @@ def collate(samples: list[tuple]) -> tuple[torch.Tensor, torch.Tensor, list[Targ
     for b, (image, objects, _) in enumerate(samples):
         h, w = image.shape[1:]
         batch[b, :, :h, :w], padding[b, :h, :w] = image, False
-        boxes = xyxy_to_cxcywh(objects["boxes"].as_subclass(torch.Tensor)) / torch.tensor([w, h, w, h])
-        targets.append(Target(objects["labels"], boxes))
+        targets.append(to_target(objects, (h, w)))
     return batch, padding, targets, [entry for _, _, entry in samples]
 
 
-def with_areas(data: dict[str, Any]) -> dict[str, Any]:
-    """A copy for COCO's evaluation, which needs `area` and `iscrowd` and takes an object's id 0 for "not found"."""
-    full = [
-        {"area": a["bbox"][2] * a["bbox"][3], "iscrowd": 0, **{k: v for k, v in a.items() if k != "segmentation"}}
-        | {"id": number}
-        for number, a in enumerate(data["annotations"], 1)
-    ]
-    return {"info": {}, **data, "annotations": full}
-
-
-def to_results(found: Detections, image_id: int, category_ids: list[int]) -> list[dict]:
-    """Detections of one image (xyxy in pixels of the file's size) -> entries of COCO's results format."""
-    boxes = torch.cat([found.boxes[:, :2], found.boxes[:, 2:] - found.boxes[:, :2]], 1).tolist()
-    rows = zip(boxes, found.scores.tolist(), found.labels.tolist(), strict=True)
-    return [{"image_id": image_id, "category_id": category_ids[c], "bbox": b, "score": s} for b, s, c in rows]
-
-
-def evaluate(truth: COCO, results: Iterable[dict], names: list[str]) -> dict[str, float]:
-    """COCO box AP in [0, 1], -1 where undefined: AP, AP50, AP75, APs, APm, APl, and `AP-<name>` of each class."""
-    results = list(results)
-    if not results:
-        return dict.fromkeys([*METRICS, *(f"AP-{n}" for n in names)], 0.0)
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco_eval = COCOeval(truth, truth.loadRes(results), "bbox")
-        coco_eval.evaluate()
-        coco_eval.accumulate()
-        coco_eval.summarize()
-    precision = coco_eval.eval["precision"][:, :, :, 0, -1]  # (IoU, recall, class)
-    per_class = [p[p > -1] for p in precision.transpose(2, 0, 1)]
-    metrics = dict(zip(METRICS, map(float, coco_eval.stats[:6]), strict=True))
-    return metrics | {f"AP-{n}": float(np.mean(p)) if p.size else -1.0 for n, p in zip(names, per_class, strict=True)}
+def _first_images(data: dict[str, Any], limit: int | None) -> dict[str, Any]:
+    """The content of a file, cut to its first images."""
+    if limit is None:
+        return data
+    images = data["images"][:limit]
+    kept = {image["id"] for image in images}
+    return {**data, "images": images, "annotations": [a for a in data["annotations"] if a["image_id"] in kept]}

@@ -14,7 +14,7 @@ IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Read an image as (H, W, 3) uint8, RGB, upright (its EXIF orientation applied).
+    """Read an image as (H, W, 3) uint8 RGB and apply its EXIF orientation.
 
     Grey, palette, RGBA (transparency dropped), CMYK and 16-bit files are converted; 16 bits are scaled to 8.
 
@@ -33,39 +33,39 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
-    """(H, W, 3) uint8 of a Pillow image of any mode."""
+    """Pillow image of any mode -> (H, W, 3) uint8."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
-        values = values * full_scale(image.mode, values.max(initial=0))
+        values = values * _full_scale(image.mode, values.max(initial=0))
         return np.repeat(np.clip(values, 0, 255).round().astype(np.uint8)[:, :, None], 3, 2)
     return np.array(image.convert("RGB"))
 
 
-def full_scale(mode: str, largest: float) -> float:
-    """The factor that takes the numbers of a Pillow mode to 0..255; modes without a range go by the largest number."""
+def _full_scale(mode: str, largest: float) -> float:
+    """Factor that scales values of a Pillow mode to 0..255; for modes without a range, from the largest value."""
     if mode.startswith("I;16") or largest > 255:
         return 255 / 65535
     return 255.0 if mode == "F" and largest <= 1 else 1.0
 
 
-def list_images(place: str | Path) -> list[Path]:
-    """The image files that `place` stands for: a file, those directly inside a folder, or the matches of a glob.
+def list_images(source: str | Path) -> list[Path]:
+    """List image files: a file itself, those directly in a folder, or the matches of a glob.
 
     Raises:
         DataError: there is no such file or folder, or no image in it.
     """
-    path = Path(place)
+    path = Path(source)
     if path.is_file():
         return [path]
     if path.is_dir():
         found = list(path.iterdir())
-    elif glob.has_magic(str(place)):
-        found = [Path(name) for name in glob.glob(str(place), recursive=True)]
+    elif glob.has_magic(str(source)):
+        found = [Path(name) for name in glob.glob(str(source), recursive=True)]
     else:
-        raise DataError(f"input not found: {place}")
+        raise DataError(f"input not found: {source}")
     images = sorted(p for p in found if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     if not images:
-        where = f"in the folder {place}" if path.is_dir() else f"match {place}"
+        where = f"in the folder {source}" if path.is_dir() else f"match {source}"
         raise DataError(f"no images {where}; known endings: {' '.join(sorted(IMAGE_SUFFIXES))}")
     return images
 

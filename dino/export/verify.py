@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +12,9 @@ from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_iou
 from tqdm import tqdm
 
-from dino.data.coco import CocoImages, evaluate, to_results
+from dino.data.coco import CocoImages
 from dino.data.images import IMAGE_SUFFIXES, read_image
+from dino.evaluation.average_precision import evaluate, to_results
 from dino.inference.tiling import scale
 from dino.layers import Detections
 from dino.modeling.detector import Detector
@@ -111,7 +110,7 @@ def compare(
             entries += _to_results(found, inputs, picture, data)
     if not differences:
         raise DataError(f"nothing to compare: in {len(source)} images nothing scores {_LOWEST_SCORE} or more")
-    ap = tuple(evaluate(data.truth, entries, data.names)["AP"] for entries in results) if data is not None else None
+    ap = tuple(evaluate(data.data, entries)["AP"] for entries in results) if data is not None else None
     same = [*filter(None, differences)]
     box, score = (max(values) for values in zip(*same, strict=True)) if same else (0.0, 0.0)
     return Comparison(len(source), len(differences), len(same), box, score, ap)
@@ -173,18 +172,11 @@ def read_data(annotations: Path, folder: Path, names: Sequence[str], limit: int)
     Raises:
         DataError: see `read_annotations`; its classes are not those of the model, or it has no image.
     """
-    data = CocoImages(annotations, folder, lambda image, objects: (image, objects))
+    data = CocoImages(annotations, folder, lambda image, objects: (image, objects), limit)
     if data.names != list(names):
         raise DataError(f"{annotations} has the classes {data.names}, the model {list(names)}")
     if not len(data):
         raise DataError(f"no image in {annotations} to verify with")
-    data.images = data.images[:limit]
-    kept = {image["id"] for image in data.images}
-    content = data.truth.dataset
-    content["images"] = data.images
-    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
-    with contextlib.redirect_stdout(io.StringIO()):
-        data.truth.createIndex()
     return data
 
 

@@ -11,7 +11,7 @@ from dino.layers.position_encoding import SinePositionEncoding
 
 from .dino import DINO
 from .neck import ChannelMapper
-from .transformer import Decoder, Encoder, QuerySelection
+from .transformer import HIDDEN_DIM, Decoder, Encoder, QuerySelection
 
 
 def build_dino(
@@ -25,7 +25,7 @@ def build_dino(
     embed_dim: int = 256,
     num_heads: int = 8,
     num_points: int = 4,
-    hidden_dim: int = 2048,
+    hidden_dim: int = HIDDEN_DIM,
     encoder_layers: int = 6,
     decoder_layers: int = 6,
 ) -> DINO:

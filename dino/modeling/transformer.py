@@ -15,6 +15,7 @@ from dino.layers.feed_forward import FeedForward
 from dino.layers.position_encoding import encode_boxes
 from dino.structures import LayerOutputs, Queries, Tokens, at_most
 
+HIDDEN_DIM = 2048  # width of the feed-forward networks, as published
 FOCAL_PRIOR = -math.log((1 - 0.01) / 0.01)  # bias of class heads: every class starts at a probability of 1 %
 
 
@@ -95,7 +96,7 @@ class Encoder(nn.Module):
         num_heads: int = 8,
         num_levels: int = 4,
         num_points: int = 4,
-        hidden_dim: int = 2048,
+        hidden_dim: int = HIDDEN_DIM,
     ):
         super().__init__()
         args = (embed_dim, num_heads, num_levels, num_points, hidden_dim)
@@ -248,7 +249,7 @@ class Decoder(nn.Module):
         num_heads: int = 8,
         num_levels: int = 4,
         num_points: int = 4,
-        hidden_dim: int = 2048,
+        hidden_dim: int = HIDDEN_DIM,
     ):
         super().__init__()
         args = (embed_dim, num_heads, num_levels, num_points, hidden_dim)

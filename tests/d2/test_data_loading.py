@@ -26,7 +26,8 @@ from dino.d2.data_loading import (
     load_dataset,
     resized_size,
 )
-from dino.data.coco import CocoImages, evaluate
+from dino.data.coco import CocoImages
+from dino.evaluation.average_precision import evaluate
 from dino.utils.files import DataError
 
 from ..coco_files import COLOURS, write_coco
@@ -373,7 +374,7 @@ def test_evaluation_equals_that_of_the_plain_road(tmp_path):
     theirs = run_evaluation(TruthTeller(dicts), "both", tmp_path / "results")
     results = json.loads((tmp_path / "results/coco_instances_results.json").read_text())
     plain = CocoImages(*files, lambda image, objects: (image, objects))
-    ours = evaluate(plain.truth, results, plain.names)
+    ours = evaluate(plain.data, results)
     assert 0.1 < ours["AP"] < 0.99
     for name, value in ours.items():
         assert theirs[name] == pytest.approx(100 * value, nan_ok=True) or value == -1

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from dino.data.coco import METRICS, CocoImages, evaluate, read_annotations, to_results, usable_box
-from dino.layers import Detections
+from dino.data.coco import CocoImages, classes_of, collate, objects_of, read_annotations, usable_box
+from dino.structures import Target
 from dino.utils.files import DataError
 
 from ..coco_files import COLOURS, CocoFiles, write_coco
@@ -15,17 +16,6 @@ from ..coco_files import COLOURS, CocoFiles, write_coco
 
 def unchanged(image, objects):
     return image, objects
-
-
-def perfect_results(data):
-    """What a detector would say that finds every object of a `CocoImages`."""
-    results = []
-    for image in data.images:
-        objects = data.objects[image["id"]]
-        boxes = torch.tensor([box for _, box in objects], dtype=torch.float32).reshape(-1, 4)
-        labels = torch.tensor([label for label, _ in objects], dtype=torch.int64)
-        results += to_results(Detections(boxes, torch.ones(len(labels)), labels), image["id"], data.category_ids)
-    return results
 
 
 def test_sound_annotations_are_returned_as_they_are(tmp_path):
@@ -218,63 +208,46 @@ def test_images_are_turned_upright_before_they_are_measured(tmp_path):
     assert CocoImages(*files, unchanged)[0][0].shape == (3, 64, 72)
 
 
-def drop_extras(content):
-    del content["info"]
-    for annotation in content["annotations"]:
-        del annotation["area"], annotation["iscrowd"]
-
-
-@pytest.mark.parametrize("change", [drop_extras, lambda content: None], ids=["bare", "full"])
-def test_true_boxes_reach_the_highest_precision(tmp_path, change):
-    files = write_coco(tmp_path, counts=(2, 0, 3, 1), category_ids=(7, 40, 900))
-    files.change(change)
-    data = CocoImages(*files, unchanged)
-    metrics = evaluate(data.truth, perfect_results(data), data.names)
-    assert metrics["AP"] == metrics["AP50"] == metrics["AP75"] == pytest.approx(1)
-    assert metrics["AP-red"] == pytest.approx(1)
-    assert metrics["APl"] == -1  # no object is as large as that
-
-
-def test_results_carry_the_ids_of_the_file(tmp_path):
-    data = CocoImages(*write_coco(tmp_path, category_ids=(7, 40, 900)), unchanged)
-    assert {r["category_id"] for r in perfect_results(data)} <= {7, 40, 900}
-    found = Detections(torch.tensor([[1.0, 2, 4, 8]]), torch.tensor([0.5]), torch.tensor([2]))
-    (result,) = to_results(found, 17, data.category_ids)
-    assert result == {"image_id": 17, "category_id": 900, "bbox": [1, 2, 3, 6], "score": 0.5}
-
-
-def test_wrong_classes_and_shifted_boxes_score_less(tmp_path):
-    data = CocoImages(*write_coco(tmp_path), unchanged)
-    wrong = [r | {"category_id": r["category_id"] % 3 + 1} for r in perfect_results(data)]
-    assert evaluate(data.truth, wrong, data.names)["AP"] == pytest.approx(0)
-    shifted = [r | {"bbox": [r["bbox"][0] + 3, *r["bbox"][1:]]} for r in perfect_results(data)]
-    metrics = evaluate(data.truth, shifted, data.names)
-    assert 0 < metrics["AP"] < metrics["AP50"] == pytest.approx(1)
-
-
-def test_nothing_found(tmp_path):
-    data = CocoImages(*write_coco(tmp_path), unchanged)
-    metrics = evaluate(data.truth, [], data.names)
-    assert set(metrics) == {*METRICS, "AP-red", "AP-green", "AP-blue"}
-    assert not any(metrics.values())
-
-
-def test_classes_without_objects_have_no_precision(tmp_path):
-    files = write_coco(tmp_path)
-    files.change(lambda content: content["categories"].append({"id": 8, "name": "unseen"}))
-    data = CocoImages(*files, unchanged)
-    assert evaluate(data.truth, perfect_results(data), data.names)["AP-unseen"] == -1
-
-
-def test_the_evaluation_is_silent(tmp_path, capsys):
-    data = CocoImages(*write_coco(tmp_path), unchanged)
-    evaluate(data.truth, perfect_results(data), data.names)
-    assert capsys.readouterr().out == ""
-
-
 def test_deep_folders(tmp_path):
     files = write_coco(tmp_path)
     (tmp_path / "deep").mkdir()
     (tmp_path / "image_1.png").rename(tmp_path / "deep/image_1.png")
     files.change(change_entry("images", 0, file_name="deep/image_1.png"))
     assert CocoImages(*CocoFiles(files.annotations, files.images), unchanged)[0][0].shape == (3, 64, 72)
+
+
+def test_a_limit_keeps_the_first_images(tmp_path):
+    files = write_coco(tmp_path, counts=(2, 0, 3, 1))
+    data = CocoImages(*files, unchanged, limit=2)
+    assert len(data) == 2
+    assert list(data.objects) == [1, 2]
+    assert [a["image_id"] for a in data.data["annotations"]] == [1, 1]
+    assert len(CocoImages(*files, unchanged, limit=99)) == 4
+
+
+def test_classes_and_objects_of_a_file(tmp_path):
+    files = write_coco(tmp_path, category_ids=(7, 40, 900))
+    files.change(lambda content: content["categories"].reverse())
+    data = read_annotations(*files)
+    classes = classes_of(data)
+    assert (classes.names, classes.ids) == (["red", "green", "blue"], [7, 40, 900])
+    assert classes.labels == {7: 0, 40: 1, 900: 2}
+    images = CocoImages(*files, unchanged)
+    assert {number: found.objects for number, found in objects_of(data).items()} == images.objects
+
+
+def test_batches_are_padded_and_masked():
+    def sample(height, width, boxes):
+        boxes = tv_tensors.BoundingBoxes(torch.tensor(boxes).reshape(-1, 4), format="XYXY", canvas_size=(height, width))
+        objects = {"boxes": boxes, "labels": torch.zeros(len(boxes), dtype=torch.int64)}
+        return torch.ones(3, height, width), objects, {"id": height}
+
+    images, padding, targets, entries = collate([sample(8, 20, [[2.0, 2, 12, 6]]), sample(10, 16, [])])
+    assert images.shape == (2, 3, 10, 20)
+    assert torch.equal(images[:, 0] == 0, padding)
+    assert padding.sum((1, 2)).tolist() == [2 * 20, 4 * 10]
+    assert isinstance(targets[0], Target)
+    torch.testing.assert_close(targets[0].boxes, torch.tensor([[7 / 20, 0.5, 0.5, 0.5]]))
+    assert type(targets[0].boxes) is torch.Tensor
+    assert targets[1].boxes.shape == (0, 4)
+    assert [entry["id"] for entry in entries] == [8, 10]

@@ -4,11 +4,12 @@ from PIL import Image
 
 from dino import cli
 from dino.explain.scenes import SCENES, _kinds_of
+from dino.training import plain
 from dino.weights.description import PARTS
 
 from ..coco_files import write_coco
 from ..tiny import TinyBackbone
-from ..tools.programs import contents, load_program
+from ..tools.programs import contents
 
 PICTURES = {*SCENES, "noise"}
 
@@ -17,11 +18,9 @@ PICTURES = {*SCENES, "noise"}
 def files(tmp_path, monkeypatch):
     """Data, and a checkpoint of an untrained network for it."""
     monkeypatch.setitem(PARTS, "dino.modeling.TorchvisionBackbone", lambda **_: TinyBackbone())
-    plain_train = load_program("plain_train")
-    words = ["--size=48", "--embed-dim=64", "--layers=2", "--queries=20", f"--output={tmp_path / 'run'}"]
-    args = plain_train.parse_arguments(words)
-    args.output.mkdir()
-    plain_train.save(plain_train.build(args, 3), args, ["red", "green", "blue"])
+    settings = plain.Settings(device="cpu", size=48, embed_dim=64, layers=2, queries=20)
+    (tmp_path / "run").mkdir()
+    plain.save(tmp_path / "run/model.pth", plain.build(settings, 3), settings, ["red", "green", "blue"])
     return write_coco(tmp_path / "data")
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def load_program(name):
-    """The module in `tools/<name>.py`, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
+def load_program(name, folder="tools"):
+    """The module in `tools/<name>.py`, or in another folder that is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

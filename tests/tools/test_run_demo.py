@@ -17,10 +17,12 @@ def test_both_roads_build_the_same_network():
     pytest.importorskip("detectron2", reason="Detectron2 is not installed")
     from detectron2.config import LazyConfig, instantiate
 
-    demo, plain = load_program("run_demo"), load_program("plain_train")
+    from dino.training import plain
+
+    demo, program = load_program("run_demo"), load_program("plain_train")
     cfg = LazyConfig.load(str(ROOT / demo.RECIPE))
     cfg.model.num_classes = 3
-    arguments = plain.parse_arguments(demo.PLAIN_SETTINGS)
+    arguments = program.settings_of(program.parse_arguments([*demo.PLAIN_SETTINGS, "--device=cpu"]))
     network = plain.build(arguments, num_classes=3)
     ours = {name: x.shape for name, x in instantiate(cfg.model).network.state_dict().items()}
     theirs = {name: x.shape for name, x in resnet_to_detectron2(network.state_dict()).items()}

@@ -8,6 +8,7 @@ from dino.d2 import DINODetector
 from dino.layers import ContrastiveDenoising, HungarianMatcher, SetCriterion, SinePositionEncoding
 from dino.modeling import DINO, ChannelMapper, Decoder, Encoder, QuerySelection
 from dino.modeling.detector import IMAGENET_MEAN, IMAGENET_STD
+from dino.modeling.transformer import HIDDEN_DIM
 
 model = L(DINODetector)(
     num_classes=80,  # replaced by the number of classes of the data
@@ -40,7 +41,7 @@ model = L(DINODetector)(
             num_heads=8,
             num_levels="${..neck.num_levels}",
             num_points=4,
-            hidden_dim=2048,
+            hidden_dim=HIDDEN_DIM,
         ),
         query_selection=L(QuerySelection)(
             num_queries=900, num_classes="${...num_classes}", embed_dim="${..neck.out_channels}"

@@ -1,4 +1,4 @@
-"""Curves as SVG that takes the colours and fonts of the page around it."""
+"""Curves as SVG in the colours and fonts of the surrounding page."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from matplotlib.figure import Figure
 
 from .error_analysis import THRESHOLDS, Analysis, f1_of, rates
 
-INK, SOFT, ACCENT = "#010203", "#040506", "#070809"  # replaced by what the page's style says, light or dark
-COLOURS = ("#14a05a", "#e0353f", "#f2a100", "#a04be0", "#0a93c7", "#d35aa8", "#8a6d3b", "#3f51d6")
-MOST_CURVES = len(COLOURS)  # classes that are told apart by colour
-RECALLS = np.linspace(0, 1, 101)
+_INK, _SOFT, _ACCENT = "#010203", "#040506", "#070809"  # placeholders for the page's colours, light or dark
+_COLOURS = ("#14a05a", "#e0353f", "#f2a100", "#a04be0", "#0a93c7", "#d35aa8", "#8a6d3b", "#3f51d6")
+_MOST_CURVES = len(_COLOURS)  # classes with a colour of their own
+_RECALLS = np.linspace(0, 1, 101)
 
 
-def to_svg(figure: Figure) -> Markup:
-    """The figure as inline SVG, its three placeholder colours replaced by those of the page."""
+def _to_svg(figure: Figure) -> Markup:
+    """Render a figure as inline SVG in the page's colours."""
     buffer = io.StringIO()
     FigureCanvasSVG(figure)
     settings = {"svg.fonttype": "none", "svg.hashsalt": "dino"}
@@ -29,62 +29,66 @@ def to_svg(figure: Figure) -> Markup:
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the page's fonts draw the text
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
-    for placeholder, value in ((INK, "currentColor"), (SOFT, "var(--soft)"), (ACCENT, "var(--accent)")):
+    for placeholder, value in ((_INK, "currentColor"), (_SOFT, "var(--soft)"), (_ACCENT, "var(--accent)")):
         text = text.replace(placeholder, value)
     return Markup(text[text.index("<svg") :])
 
 
-def new_chart(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+def _new_chart(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     """Axes from 0 to 1 in both directions."""
     figure = Figure(figsize=(5.6, 4.2), layout="constrained")
     axes = figure.add_subplot()
     axes.set(xlim=(0, 1), ylim=(0, 1.02))
-    axes.set_xlabel(xlabel, color=INK, size=11)
-    axes.set_ylabel(ylabel, color=INK, size=11)
-    axes.grid(color=SOFT, alpha=0.25, linewidth=0.7)
-    axes.tick_params(colors=SOFT, labelcolor=SOFT, length=0)
+    axes.set_xlabel(xlabel, color=_INK, size=11)
+    axes.set_ylabel(ylabel, color=_INK, size=11)
+    axes.grid(color=_SOFT, alpha=0.25, linewidth=0.7)
+    axes.tick_params(colors=_SOFT, labelcolor=_SOFT, length=0)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(SOFT)
+        spine.set_color(_SOFT)
     return figure, axes
 
 
-def add_legend(axes: Axes) -> None:
+def _add_legend(axes: Axes) -> None:
     """A legend without a frame, in the page's ink."""
-    axes.legend(frameon=False, labelcolor=INK, fontsize=9, loc="best")
+    axes.legend(frameon=False, labelcolor=_INK, fontsize=9, loc="best")
 
 
 def precision_recall(analysis: Analysis) -> Markup:
-    """Precision over recall at IoU 0.5: each class, and the mean of all at 0.5 and 0.75."""
-    figure, axes = new_chart("recall", "precision")
+    """Draw precision over recall: each class at IoU 0.5, the mean of all at 0.5 and 0.75."""
+    figure, axes = _new_chart("recall", "precision")
     at_half = analysis.precision[0]
     defined = [k for k in range(len(analysis.names)) if (at_half[:, k] > -1).any()]
-    named = len(defined) <= MOST_CURVES
-    for place, k in enumerate(defined):
-        look = {"color": COLOURS[place], "label": plain(analysis.names[k])} if named else {"color": SOFT, "alpha": 0.25}
-        axes.plot(RECALLS, at_half[:, k], linewidth=1.6 if named else 0.8, **look)
+    named = len(defined) <= _MOST_CURVES
+    for number, k in enumerate(defined):
+        look = (
+            {"color": _COLOURS[number], "label": _plain(analysis.names[k])}
+            if named
+            else {"color": _SOFT, "alpha": 0.25}
+        )
+        axes.plot(_RECALLS, at_half[:, k], linewidth=1.6 if named else 0.8, **look)
     if defined:
-        axes.plot(RECALLS, at_half[:, defined].mean(1), color=ACCENT, linewidth=3, label="mean, IoU 0.5")
+        axes.plot(_RECALLS, at_half[:, defined].mean(1), color=_ACCENT, linewidth=3, label="mean, IoU 0.5")
         strict = analysis.precision[5][:, defined].mean(1)
-        axes.plot(RECALLS, strict, color=ACCENT, linewidth=2, linestyle="--", label="mean, IoU 0.75")
-        add_legend(axes)
-    return to_svg(figure)
+        axes.plot(_RECALLS, strict, color=_ACCENT, linewidth=2, linestyle="--", label="mean, IoU 0.75")
+        _add_legend(axes)
+    return _to_svg(figure)
 
 
 def over_threshold(analysis: Analysis) -> Markup:
-    """Precision, recall and F1 of all classes together over the score threshold."""
-    figure, axes = new_chart("score threshold", "precision, recall, F1")
+    """Draw precision, recall and F1 of all classes together over the score threshold."""
+    figure, axes = _new_chart("score threshold", "precision, recall, F1")
     precision, recall = rates(analysis.tally)
-    axes.plot(THRESHOLDS, precision, color=COLOURS[4], linewidth=2, label="precision")
-    axes.plot(THRESHOLDS, recall, color=COLOURS[2], linewidth=2, label="recall")
-    axes.plot(THRESHOLDS, f1_of(precision, recall), color=ACCENT, linewidth=3, label="F1")
-    axes.axvline(analysis.threshold, color=INK, linewidth=1, linestyle=":", label=f"best F1: {analysis.threshold:.2f}")
-    add_legend(axes)
-    return to_svg(figure)
+    axes.plot(THRESHOLDS, precision, color=_COLOURS[4], linewidth=2, label="precision")
+    axes.plot(THRESHOLDS, recall, color=_COLOURS[2], linewidth=2, label="recall")
+    axes.plot(THRESHOLDS, f1_of(precision, recall), color=_ACCENT, linewidth=3, label="F1")
+    axes.axvline(analysis.threshold, color=_INK, linewidth=1, linestyle=":", label=f"best F1: {analysis.threshold:.2f}")
+    _add_legend(axes)
+    return _to_svg(figure)
 
 
-def plain(name: str) -> str:
-    """A class name as matplotlib shows it literally: no formulas, not taken for a hidden label."""
+def _plain(name: str) -> str:
+    """Escape a class name for matplotlib: no formulas, no hidden label."""
     text = name.encode("utf-8", "replace").decode().replace("$", r"\$")
     text = text if len(text) <= 24 else text[:23] + "…"
     return f" {text}" if text.startswith("_") else text

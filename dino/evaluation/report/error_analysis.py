@@ -1,39 +1,37 @@
-"""The figures of the report: COCO's AP, and what happens at each score threshold.
+"""Figures of the report: COCO's AP, and the errors at each score threshold.
 
-Matching is COCO's: in each image and class, detections in falling order of score take the free object that they overlap
-most, if the IoU is 0.5 or more. Which detection is right does not depend on the threshold, so one matching serves all.
+Matching is COCO's: in each image and class, detections in falling order of score take the free object of largest
+overlap, if the IoU is at least 0.5. Whether a detection is right does not depend on the threshold: one matching serves
+all.
 Kinds of errors follow TIDE (Bolya et al., arXiv 2008.08115), by overlap alone.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 from pycocotools import mask
-from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dino.data.coco import with_areas
+from dino.data.coco import classes_of
+from dino.evaluation.average_precision import precision_of, run_coco, summarise
 
-THRESHOLDS = np.round(np.arange(0.01, 1.0, 0.01), 2)  # of the slider, and of all figures that depend on one
-IOU, LOOSE_IOU = 0.5, 0.1  # right from here; badly placed from here
+THRESHOLDS = np.round(np.arange(0.01, 1.0, 0.01), 2)  # of the slider and the figures
+_IOU, _LOOSE_IOU = 0.5, 0.1  # at least: right; badly placed
 KINDS = ("found", "misplaced", "confused", "duplicate", "false")
-AREAS = ("all", "small", "medium", "large")
 
 
 class Found(NamedTuple):
-    """A detection and what it is.
+    """A detection and its kind.
 
     Args:
-        image, label: id of the image, place of the class.
+        image, label: id of the image, index of the class.
         box: xywh in pixels.
         kind: one of KINDS.
-        target: id of the object that it takes, or whose place it has; 0 for none.
+        target: id of the object that it takes or overlaps; 0 for none.
     """
 
     image: int
@@ -45,7 +43,7 @@ class Found(NamedTuple):
 
 
 class Object(NamedTuple):
-    """An object of the annotations, no crowd region; `score` is that of the detection that finds it, 0 if none does."""
+    """An object of the annotations, no crowd region. `score`: of the detection that finds it, 0 for none."""
 
     id: int
     image: int
@@ -55,7 +53,7 @@ class Object(NamedTuple):
 
 
 class ClassRow(NamedTuple):
-    """One class: AP as COCO has it (-1 where undefined), and precision, recall and F1 at the threshold of best F1."""
+    """One class: COCO's AP (-1 where undefined); precision, recall and F1 at the threshold of best F1."""
 
     name: str
     objects: int
@@ -73,11 +71,11 @@ class Analysis(NamedTuple):
     """Everything that the report shows.
 
     Args:
-        names: of the classes, in the order of their ids; a label is the place in it.
+        names: of the classes, by label.
         ap: "AP", "AP50", "AP75", "APs", "APm", "APl" in [0, 1], -1 where undefined.
         precision: (IoU 10, recall 101, classes) COCO's interpolated precision, -1 where undefined.
-        tally: for each kind, and "missed", how many there are at each of THRESHOLDS.
-        threshold: of THRESHOLDS, where F1 over all classes is best.
+        tally: number of each kind, and of "missed", at each of THRESHOLDS.
+        threshold: that of THRESHOLDS with the best F1 over all classes.
     """
 
     names: list[str]
@@ -97,75 +95,36 @@ def analyse(data: dict[str, Any], results: list[dict]) -> Analysis:
         data: checked COCO-format annotations with at least one object. results: COCO-format detections, checked.
     """
     coco_eval = run_coco(data, results)
-    categories = sorted(data["categories"], key=lambda c: c["id"])
-    names = [c["name"] for c in categories]
-    labels = {c["id"]: label for label, c in enumerate(categories)}
-    found, objects = match(coco_eval, labels)
-    tally = count(found, objects)
-    precision = coco_eval.eval["precision"][:, :, :, :, -1]  # (IoU 10, recall 101, classes, areas 4)
+    classes = classes_of(data)
+    found, objects = _match(coco_eval, classes.labels)
+    tally = _count(found, objects)
+    precision = precision_of(coco_eval)
     return Analysis(
-        names=names,
+        names=classes.names,
         objects=objects,
         found=found,
-        rows=class_rows(names, precision, found, objects),
+        rows=_class_rows(classes.names, precision, found, objects),
         ap=summarise(precision),
         precision=precision[..., 0],
         tally=tally,
-        threshold=best_threshold(f1_of(*rates(tally))),
+        threshold=_best_threshold(f1_of(*rates(tally))),
     )
 
 
-def run_coco(data: dict[str, Any], results: list[dict]) -> COCOeval:
-    """COCO's own evaluation, silently."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = index(with_areas(data))
-        found = truth.loadRes(results) if results else index({**truth.dataset, "annotations": []})  # it fails on none
-        coco_eval = COCOeval(truth, found, "bbox")
-        coco_eval.evaluate()
-        coco_eval.accumulate()
-    return coco_eval
-
-
-def index(data: dict[str, Any]) -> COCO:
-    """pycocotools' view of parsed annotations."""
-    coco = COCO()
-    coco.dataset = data
-    coco.createIndex()
-    return coco
-
-
-def summarise(precision: np.ndarray) -> dict[str, float]:
-    """COCO's six figures of (IoU 10, recall 101, classes, areas 4)."""
-    return {
-        "AP": mean(precision[..., 0]),
-        "AP50": mean(precision[0, ..., 0]),
-        "AP75": mean(precision[5, ..., 0]),
-        "APs": mean(precision[..., 1]),
-        "APm": mean(precision[..., 2]),
-        "APl": mean(precision[..., 3]),
-    }
-
-
-def mean(precision: np.ndarray) -> float:
-    """Mean of what is defined (COCO writes -1 where there are no objects); -1 if nothing is."""
-    defined = precision[precision > -1]
-    return float(defined.mean()) if defined.size else -1.0
-
-
-def match(coco_eval: COCOeval, labels: dict[int, int]) -> tuple[list[Found], list[Object]]:
-    """Detections and objects of the whole set with what became of them; those in crowd regions are left out."""
+def _match(coco_eval: COCOeval, labels: dict[int, int]) -> tuple[list[Found], list[Object]]:
+    """Kind of every detection, score of every object; without detections in crowd regions."""
     truth, detections = coco_eval.cocoGt.anns, coco_eval.cocoDt.anns
     taken: dict[int, int] = {}  # detection -> object
     left = defaultdict(list)  # image -> detections that take nothing
-    for cell in cells(coco_eval):
+    for cell in _cells(coco_eval):
         for number, target, ignored in zip(cell["dtIds"], cell["dtMatches"][0], cell["dtIgnore"][0], strict=True):
             if target and not ignored:
                 taken[number] = int(target)
             elif not ignored:
                 left[cell["image_id"]].append(detections[number])
-    found = [describe(detections[d], labels, "found", target) for d, target in taken.items()]
+    found = [_describe(detections[d], labels, "found", target) for d, target in taken.items()]
     for image, group in left.items():
-        found += explain(group, coco_eval.cocoGt.imgToAnns[image], labels)
+        found += _explain(group, coco_eval.cocoGt.imgToAnns[image], labels)
     scores = {target: detections[d]["score"] for d, target in taken.items()}
     objects = [
         Object(number, a["image_id"], labels[a["category_id"]], a["bbox"], scores.get(number, 0.0))
@@ -175,50 +134,50 @@ def match(coco_eval: COCOeval, labels: dict[int, int]) -> tuple[list[Found], lis
     return found, objects
 
 
-def cells(coco_eval: COCOeval) -> Iterator[dict]:
-    """COCO's results of single images and classes, over objects of all sizes."""
+def _cells(coco_eval: COCOeval) -> Iterator[dict]:
+    """COCO's results of each image and class, over objects of all sizes."""
     images, areas = len(coco_eval.params.imgIds), len(coco_eval.params.areaRng)
     for start in range(0, len(coco_eval.evalImgs), images * areas):
         yield from filter(None, coco_eval.evalImgs[start : start + images])
 
 
-def explain(detections: list[dict], objects: list[dict], labels: dict[int, int]) -> Iterator[Found]:
-    """What the detections of one image are that take no object."""
+def _explain(detections: list[dict], objects: list[dict], labels: dict[int, int]) -> Iterator[Found]:
+    """Classify the detections of one image that take no object."""
     objects = [o for o in objects if not o["iscrowd"]]
     if not objects:
-        yield from (describe(d, labels, "false") for d in detections)
+        yield from (_describe(d, labels, "false") for d in detections)
         return
     overlaps = mask.iou([d["bbox"] for d in detections], [o["bbox"] for o in objects], [0] * len(objects))
     classes = np.array([o["category_id"] for o in objects])
     for detection, overlap in zip(detections, overlaps, strict=True):
         same = np.where(classes == detection["category_id"], overlap, -1)
         other = np.where(classes == detection["category_id"], -1, overlap)
-        if same.max() >= IOU:
+        if same.max() >= _IOU:
             kind, target = "duplicate", same.argmax()
-        elif other.max() >= IOU:
+        elif other.max() >= _IOU:
             kind, target = "confused", other.argmax()
-        elif same.max() >= LOOSE_IOU:
+        elif same.max() >= _LOOSE_IOU:
             kind, target = "misplaced", same.argmax()
         else:
-            yield describe(detection, labels, "false")
+            yield _describe(detection, labels, "false")
             continue
-        yield describe(detection, labels, kind, objects[target]["id"])
+        yield _describe(detection, labels, kind, objects[target]["id"])
 
 
-def describe(detection: dict, labels: dict[int, int], kind: str, target: int = 0) -> Found:
+def _describe(detection: dict, labels: dict[int, int], kind: str, target: int = 0) -> Found:
     """COCO's dict of a detection -> Found."""
     label = labels[detection["category_id"]]
     return Found(detection["image_id"], label, detection["bbox"], detection["score"], kind, target)
 
 
-def count(found: list[Found], objects: list[Object]) -> dict[str, np.ndarray]:
-    """(99,) int64 for each of KINDS and for "missed": how many there are at each of THRESHOLDS."""
-    tally = {kind: above([f.score for f in found if f.kind == kind]) for kind in KINDS}
+def _count(found: list[Found], objects: list[Object]) -> dict[str, np.ndarray]:
+    """(99,) int64 for each of KINDS and for "missed": the number at each of THRESHOLDS."""
+    tally = {kind: _above([f.score for f in found if f.kind == kind]) for kind in KINDS}
     return tally | {"missed": len(objects) - tally["found"]}
 
 
-def above(scores: list[float]) -> np.ndarray:
-    """How many scores reach each of THRESHOLDS."""
+def _above(scores: list[float]) -> np.ndarray:
+    """Number of scores that reach each of THRESHOLDS."""
     return len(scores) - np.searchsorted(np.sort(np.array(scores, dtype=np.float64)), THRESHOLDS)
 
 
@@ -234,14 +193,14 @@ def f1_of(precision: np.ndarray, recall: np.ndarray) -> np.ndarray:
     return 2 * precision * recall / np.maximum(precision + recall, 1e-12)
 
 
-def best_threshold(f1: np.ndarray) -> float:
-    """The middle one of the thresholds with the largest F1, far from both ends of a plateau."""
+def _best_threshold(f1: np.ndarray) -> float:
+    """The middle one of the thresholds with the largest F1: far from both ends of a plateau."""
     best = np.flatnonzero(f1 >= f1.max() - 1e-12)
     return float(THRESHOLDS[best[len(best) // 2]])
 
 
-def class_rows(names: list[str], precision: np.ndarray, found: list[Found], objects: list[Object]) -> list[ClassRow]:
-    """The line of each class; `precision` as of `summarise`."""
+def _class_rows(names: list[str], precision: np.ndarray, found: list[Found], objects: list[Object]) -> list[ClassRow]:
+    """Row of each class; `precision` as of `precision_of`."""
     found_of, objects_of = defaultdict(list), defaultdict(list)
     for f in found:
         found_of[f.label].append(f)
@@ -249,10 +208,10 @@ def class_rows(names: list[str], precision: np.ndarray, found: list[Found], obje
         objects_of[o.label].append(o)
     rows = []
     for label, name in enumerate(names):
-        precisions, recalls = rates(count(found_of[label], objects_of[label]))
+        precisions, recalls = rates(_count(found_of[label], objects_of[label]))
         f1 = f1_of(precisions, recalls)
-        threshold = best_threshold(f1)
-        place = int(np.searchsorted(THRESHOLDS, threshold))
+        threshold = _best_threshold(f1)
+        at = int(np.searchsorted(THRESHOLDS, threshold))
         ap = summarise(precision[:, :, label : label + 1])
         rows.append(
             ClassRow(
@@ -263,9 +222,9 @@ def class_rows(names: list[str], precision: np.ndarray, found: list[Found], obje
                 ap75=ap["AP75"],
                 by_size=(ap["APs"], ap["APm"], ap["APl"]),
                 threshold=threshold,
-                precision=float(precisions[place]),
-                recall=float(recalls[place]),
-                f1=float(f1[place]),
+                precision=float(precisions[at]),
+                recall=float(recalls[at]),
+                f1=float(f1[at]),
             )
         )
     return rows
@@ -274,8 +233,8 @@ def class_rows(names: list[str], precision: np.ndarray, found: list[Found], obje
 def confusion(analysis: Analysis) -> np.ndarray:
     """(classes + 1, classes + 1) int64 at the analysis' threshold: rows are true classes, columns predicted ones.
 
-    The last column holds missed objects, the last row detections where nothing of the kind is. Each object is counted
-    once: as found, else as the class of the best detection of another class in its place, else as missed.
+    The last column counts missed objects, the last row detections without an object. Each object counts once: as found,
+    else as the class of the best overlapping detection of another class, else as missed.
     """
     size = len(analysis.names) + 1
     matrix = np.zeros((size, size), dtype=np.int64)

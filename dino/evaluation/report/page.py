@@ -1,4 +1,4 @@
-"""HTML pages that need nothing but themselves: templates, style and pictures in one file."""
+"""Self-contained HTML pages: style, script and pictures in one file."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import dino
 from dino.data.images import read_image
 from dino.utils.files import write_whole
 
-TEMPLATES = Path(__file__).parent / "templates"
-LONGEST_SIDE = 900  # pixels of a picture in a page
+_TEMPLATES = Path(__file__).parent / "templates"
+_LONGEST_SIDE = 900  # pixels of a picture in a page
 
 
 class Mark(NamedTuple):
@@ -26,9 +26,9 @@ class Mark(NamedTuple):
     Args:
         box: xywh in pixels of the image.
         label: text at its corner.
-        kind: CSS class that decides about its colour.
-        score: above which threshold it is hidden; None for always shown.
-        title: text that appears under the pointer.
+        kind: CSS class, which sets the colour.
+        score: threshold above which it is hidden; None for never.
+        title: tooltip.
     """
 
     box: Sequence[float]
@@ -46,7 +46,7 @@ class Figure(NamedTuple):
     height: int
     caption: str
     marks: list[Mark]
-    groups: str = ""  # words by which the page filters
+    groups: str = ""  # words for the page's filter
 
     def place(self, mark: Mark) -> str:
         """CSS of a mark, in percent of the picture, cut off at its borders."""
@@ -65,27 +65,27 @@ def draw(path: Path, caption: str, marks: list[Mark], groups: str = "") -> Figur
     """
     pixels = read_image(path)
     image = Image.fromarray(pixels)
-    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=82)
     source = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
     return Figure(source, pixels.shape[1], pixels.shape[0], caption, marks, groups)
 
 
-def include(name: str) -> Markup:
-    """A file of the templates' folder as it stands: style and script."""
-    return Markup((TEMPLATES / name).read_text(encoding="utf-8"))
+def _include(name: str) -> Markup:
+    """A file of the templates' folder, unescaped: style or script."""
+    return Markup((_TEMPLATES / name).read_text(encoding="utf-8"))
 
 
 def write_page(path: str | Path, template: str, **values: Any) -> None:
-    """Render a template into a file, which appears whole or not at all.
+    """Render a template into a file, whole or not at all.
 
     Raises:
         DataError: it can't be written.
     """
-    loader = jinja2.FileSystemLoader(TEMPLATES)
+    loader = jinja2.FileSystemLoader(_TEMPLATES)
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    text = environment.get_template(template).render(include=include, version=dino.__version__, **values)
+    text = environment.get_template(template).render(include=_include, version=dino.__version__, **values)
     write_whole(path, lambda part: part.write_bytes(text.encode("utf-8", "replace")))

@@ -9,16 +9,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dino.data.coco import classes_of
 from dino.utils.files import DataError, resolve_inside
 
 from .charts import over_threshold, precision_recall
 from .error_analysis import THRESHOLDS, Analysis, Found, Object, analyse, confusion
 from .page import Figure, Mark, draw, write_page
 
-LOWEST = float(THRESHOLDS[0])  # score; detections below it are not drawn, and the slider starts there
-MOST_MARKS = 300  # detections drawn in one image
-MOST_CLASSES = 25  # rows of the confusion matrix
-WORDS = {
+_LOWEST = float(THRESHOLDS[0])  # least score that is drawn; start of the slider
+_MOST_MARKS = 300  # detections drawn in one image
+_MOST_CLASSES = 25  # rows of the confusion matrix
+_WORDS = {
     "found": "right",
     "missed": "missed",
     "false": "false",
@@ -26,11 +27,11 @@ WORDS = {
     "misplaced": "badly placed",
     "confused": "wrong class",
 }
-GROUPS = {"missed": ("missed",), "false": ("false", "duplicate"), "misplaced": ("misplaced", "confused")}
+_GROUPS = {"missed": ("missed",), "false": ("false", "duplicate"), "misplaced": ("misplaced", "confused")}
 
 
-class Cell(NamedTuple):
-    """A cell of the confusion matrix: its number, and its share of the row, as colour."""
+class _Cell(NamedTuple):
+    """A cell of the confusion matrix: its number, and its share of the row as colour."""
 
     count: int
     share: float
@@ -56,15 +57,15 @@ def write_report(
     details: dict[str, str],
     shown: int = 24,
 ) -> Analysis | None:
-    """Write the page, which needs no other file and no network.
+    """Write the page. It needs no other file and no network.
 
     Args:
         path: of the page.
-        data: checked COCO-format annotations; without any annotation, the page shows the detections alone.
+        data: checked COCO-format annotations; without annotations, the page shows only the detections.
         results: COCO-format detections, as from `read_results`.
-        files: the image file of each id; those that can't be read are left out of the pictures.
+        files: the image file of each id; unreadable ones are not drawn.
         details: lines for the head of the page, such as the data set and the weights.
-        shown: how many images are drawn.
+        shown: number of images to draw.
 
     Returns:
         the figures; None without annotations.
@@ -73,10 +74,10 @@ def write_report(
         DataError: the page can't be written.
     """
     entries = {image["id"]: image for image in data["images"]}
-    values = {"details": details, "num_images": len(entries), "lowest": LOWEST, "words": WORDS}
+    values = {"details": details, "num_images": len(entries), "lowest": _LOWEST, "words": _WORDS}
     if not any(not a.get("iscrowd") for a in data["annotations"]):
-        figures = draw_predictions(data, results, files, shown)
-        write_page(path, "predictions.html.j2", figures=figures, classes=count_classes(data, results), **values)
+        figures = _draw_predictions(data, results, files, shown)
+        write_page(path, "predictions.html.j2", figures=figures, classes=_count_classes(data, results), **values)
         return None
     analysis = analyse(data, results)
     write_page(
@@ -87,62 +88,64 @@ def write_report(
             ("Precision and recall", precision_recall(analysis)),
             ("Choosing a threshold", over_threshold(analysis)),
         ],
-        matrix=matrix_of(analysis),
-        confusions=frequent_confusions(analysis),
-        figures=draw_worst(analysis, entries, files, shown),
+        matrix=_matrix_of(analysis),
+        confusions=_frequent_confusions(analysis),
+        figures=_draw_worst(analysis, entries, files, shown),
         tally={kind: [int(n) for n in counts] for kind, counts in analysis.tally.items()},
         **values,
     )
     return analysis
 
 
-def count_classes(data: dict[str, Any], results: list[dict]) -> list[tuple[str, list[int]]]:
-    """For each class, how many detections reach 0.3, 0.5 and 0.7."""
+def _count_classes(data: dict[str, Any], results: list[dict]) -> list[tuple[str, list[int]]]:
+    """For each class, the number of detections of at least 0.3, 0.5 and 0.7."""
     counts = {limit: Counter(r["category_id"] for r in results if r["score"] >= limit) for limit in (0.3, 0.5, 0.7)}
-    categories = sorted(data["categories"], key=lambda c: c["id"])
-    return [(c["name"], [counts[limit][c["id"]] for limit in counts]) for c in categories]
+    pairs = zip(*classes_of(data), strict=True)
+    return [(name, [counts[limit][number] for limit in counts]) for name, number in pairs]
 
 
-def draw_predictions(data: dict[str, Any], results: list[dict], files: dict[int, Path], shown: int) -> list[Figure]:
+def _draw_predictions(data: dict[str, Any], results: list[dict], files: dict[int, Path], shown: int) -> list[Figure]:
     """Images with the most detections of 0.3 or more."""
     names = {c["id"]: c["name"] for c in data["categories"]}
-    by_image = defaultdict(list)
+    detections = defaultdict(list)
     for r in results:
-        if r["score"] >= LOWEST:
-            by_image[r["image_id"]].append(r)
-    counts = {image["id"]: sum(r["score"] >= 0.3 for r in by_image[image["id"]]) for image in data["images"]}
+        if r["score"] >= _LOWEST:
+            detections[r["image_id"]].append(r)
+    counts = {image["id"]: sum(r["score"] >= 0.3 for r in detections[image["id"]]) for image in data["images"]}
     figures = []
     for image in sorted(data["images"], key=lambda image: -counts[image["id"]]):
         if len(figures) == shown:
             break
-        best = sorted(by_image[image["id"]], key=lambda r: -r["score"])[:MOST_MARKS]
-        marks = [Mark(r["bbox"], label_of(names[r["category_id"]], r["score"]), "prediction", r["score"]) for r in best]
-        figures += try_to_draw(files[image["id"]], image["file_name"], marks, "")
+        best = sorted(detections[image["id"]], key=lambda r: -r["score"])[:_MOST_MARKS]
+        marks = [
+            Mark(r["bbox"], _label_of(names[r["category_id"]], r["score"]), "prediction", r["score"]) for r in best
+        ]
+        figures += _try_to_draw(files[image["id"]], image["file_name"], marks, "")
     return figures
 
 
-def draw_worst(analysis: Analysis, entries: dict[int, dict], files: dict[int, Path], shown: int) -> list[Figure]:
-    """The images with the most errors of each group at the analysis' threshold, most errors first."""
-    errors = count_errors(analysis)
-    sums = {image: {g: sum(n[kind] for kind in kinds) for g, kinds in GROUPS.items()} for image, n in errors.items()}
+def _draw_worst(analysis: Analysis, entries: dict[int, dict], files: dict[int, Path], shown: int) -> list[Figure]:
+    """Draw the images with the most errors of each group at the analysis' threshold, most errors first."""
+    errors = _count_errors(analysis)
+    sums = {image: {g: sum(n[kind] for kind in kinds) for g, kinds in _GROUPS.items()} for image, n in errors.items()}
     chosen: dict[int, None] = {}
-    ranks = [sorted(errors, key=lambda i: -sums[i][group]) for group in GROUPS]
+    ranks = [sorted(errors, key=lambda i: -sums[i][group]) for group in _GROUPS]
     for row in zip(*ranks, strict=True):
-        for image, group in zip(row, GROUPS, strict=True):
+        for image, group in zip(row, _GROUPS, strict=True):
             if sums[image][group] and len(chosen) < shown:
                 chosen[image] = None
-    found, objects = by_image(analysis.found, chosen), by_image(analysis.objects, chosen)
+    found, objects = _by_image(analysis.found, chosen), _by_image(analysis.objects, chosen)
     figures = []
     for image in sorted(chosen, key=lambda i: -errors[i].total()):
-        marks = [mark_object(o, analysis) for o in objects[image]]
-        marks += [mark_found(f, analysis) for f in found[image] if f.score >= LOWEST][:MOST_MARKS]
-        groups = " ".join(group for group in GROUPS if sums[image][group])
-        figures += try_to_draw(files[image], caption(entries[image]["file_name"], errors[image]), marks, groups)
+        marks = [_mark_object(o, analysis) for o in objects[image]]
+        marks += [_mark_found(f, analysis) for f in found[image] if f.score >= _LOWEST][:_MOST_MARKS]
+        groups = " ".join(group for group in _GROUPS if sums[image][group])
+        figures += _try_to_draw(files[image], _caption(entries[image]["file_name"], errors[image]), marks, groups)
     return figures
 
 
-def count_errors(analysis: Analysis) -> dict[int, Counter]:
-    """For each image with errors, how many of each kind it has at the analysis' threshold."""
+def _count_errors(analysis: Analysis) -> dict[int, Counter]:
+    """For each image with errors, their number of each kind at the analysis' threshold."""
     errors: dict[int, Counter] = defaultdict(Counter)
     for f in analysis.found:
         if f.score >= analysis.threshold and f.kind != "found":
@@ -153,7 +156,7 @@ def count_errors(analysis: Analysis) -> dict[int, Counter]:
     return errors
 
 
-def by_image(entries: Iterable[Found | Object], chosen: dict[int, None]) -> dict[int, list]:
+def _by_image(entries: Iterable[Found | Object], chosen: dict[int, None]) -> dict[int, list]:
     """The detections or objects of the chosen images, highest scores first."""
     groups = defaultdict(list)
     for entry in entries:
@@ -162,60 +165,60 @@ def by_image(entries: Iterable[Found | Object], chosen: dict[int, None]) -> dict
     return defaultdict(list, {image: sorted(group, key=lambda e: -e.score) for image, group in groups.items()})
 
 
-def mark_object(o: Object, analysis: Analysis) -> Mark:
-    """A true object: drawn while the threshold is above the score of what finds it."""
+def _mark_object(o: Object, analysis: Analysis) -> Mark:
+    """Mark of an object, shown while the threshold is above the score of its detection."""
     name = analysis.names[o.label]
     return Mark(o.box, name, "missed", o.score, f"{name}, missed" + (f" above {o.score:.2f}" if o.score else ""))
 
 
-def mark_found(f: Found, analysis: Analysis) -> Mark:
-    """A detection: drawn while the threshold is not above its score."""
-    label = label_of(analysis.names[f.label], f.score)
-    return Mark(f.box, label, f.kind, f.score, f"{label}, {WORDS[f.kind]}")
+def _mark_found(f: Found, analysis: Analysis) -> Mark:
+    """Mark of a detection, shown while its score reaches the threshold."""
+    label = _label_of(analysis.names[f.label], f.score)
+    return Mark(f.box, label, f.kind, f.score, f"{label}, {_WORDS[f.kind]}")
 
 
-def label_of(name: str, score: float) -> str:
+def _label_of(name: str, score: float) -> str:
     """Class and score."""
     return f"{name} {score:.2f}"
 
 
-def caption(name: str, errors: Counter) -> str:
+def _caption(name: str, errors: Counter) -> str:
     """File name and numbers of errors."""
-    return f"{name}: " + ", ".join(f"{errors[kind]} {word}" for kind, word in WORDS.items() if errors[kind])
+    return f"{name}: " + ", ".join(f"{errors[kind]} {word}" for kind, word in _WORDS.items() if errors[kind])
 
 
-def try_to_draw(path: Path, text: str, marks: list[Mark], groups: str) -> list[Figure]:
-    """One figure; none where the image can't be read, as detections can be judged without it."""
+def _try_to_draw(path: Path, text: str, marks: list[Mark], groups: str) -> list[Figure]:
+    """One figure, or none where the image can't be read."""
     try:
         return [draw(path, text, marks, groups)]
     except DataError:
         return []
 
 
-def matrix_of(analysis: Analysis) -> dict[str, Any]:
-    """The confusion matrix for the page: heads, and rows of cells. Many classes are cut to the most confused ones."""
+def _matrix_of(analysis: Analysis) -> dict[str, Any]:
+    """Confusion matrix for the page: heads, and rows of cells. Of many classes, the most confused ones."""
     matrix = confusion(analysis)
     wrong = matrix - np.diag(np.diag(matrix))
     mixed = wrong[:-1, :-1].sum(0) + wrong[:-1, :-1].sum(1)
-    kept = sorted(np.argsort(-mixed, kind="stable")[:MOST_CLASSES].tolist())
-    places, heads = [*kept, len(analysis.names)], [analysis.names[k] for k in kept]
+    kept = sorted(np.argsort(-mixed, kind="stable")[:_MOST_CLASSES].tolist())
+    indices, heads = [*kept, len(analysis.names)], [analysis.names[k] for k in kept]
     rows = []
-    for i in places:
+    for i in indices:
         total = max(matrix[i].sum(), 1)
         true = analysis.names[i] if i < len(analysis.names) else "nothing"
         cells = []
-        for j in places:
+        for j in indices:
             predicted = analysis.names[j] if j < len(analysis.names) else "nothing"
-            hue = "var(--found)" if i == j else "var(--missed)" if j == places[-1] else "var(--false)"
+            hue = "var(--found)" if i == j else "var(--missed)" if j == indices[-1] else "var(--false)"
             title = f"true: {true}, detected: {predicted}, {matrix[i, j]}"
-            cells.append(Cell(int(matrix[i, j]), float(matrix[i, j] / total), hue, title))
+            cells.append(_Cell(int(matrix[i, j]), float(matrix[i, j] / total), hue, title))
         rows.append((true, cells))
-    rows[-1][1][-1] = Cell(0, 0.0, "transparent", "nothing, detected as nothing: not counted")
+    rows[-1][1][-1] = _Cell(0, 0.0, "transparent", "nothing, detected as nothing: not counted")
     return {"heads": heads, "rows": rows, "left_out": len(analysis.names) - len(kept)}
 
 
-def frequent_confusions(analysis: Analysis, most: int = 8) -> list[tuple[str, str, int]]:
-    """True class, predicted class, and how often: the most frequent pairs."""
+def _frequent_confusions(analysis: Analysis, most: int = 8) -> list[tuple[str, str, int]]:
+    """The most frequent pairs: true class, predicted class, number."""
     matrix = confusion(analysis)[:-1, :-1]
     np.fill_diagonal(matrix, 0)
     order = np.argsort(-matrix, axis=None, kind="stable")[:most]

@@ -1,4 +1,4 @@
-"""Detections as COCO's results format has them: read and checked, for any program may have made them."""
+"""Reading of detections in COCO's results format, with checks: any program may have made them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def read_results(path: str | Path, data: dict[str, Any]) -> list[dict]:
         raise DataError(f"{path}: detections must be a list of entries in COCO's results format")
     images = {image["id"]: image for image in data["images"]}
     categories = {category["id"]: category for category in data["categories"]}
-    return [check_entry(f"{path}: detection {n}", entry, images, categories) for n, entry in enumerate(entries)]
+    return [_check_entry(f"{path}: detection {n}", entry, images, categories) for n, entry in enumerate(entries)]
 
 
-def check_entry(where: str, entry: Any, images: dict[int, dict], categories: dict[int, dict]) -> dict:
-    """The four fields of one detection."""
+def _check_entry(where: str, entry: Any, images: dict[int, dict], categories: dict[int, dict]) -> dict:
+    """Check one detection -> its four fields."""
     if not isinstance(entry, dict):
         raise DataError(f"{where} must be an object with image_id, category_id, bbox and score")
     if find(images, entry.get("image_id")) is None:

@@ -5,15 +5,13 @@ import types
 
 import pytest
 
-from dino.d2.training import batch_pictures
-
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import numpy as np
 from detectron2.utils.events import EventStorage
 from PIL import Image
 
-from dino.d2.training import writers
+from dino.d2.training import batch_pictures, writers
 from dino.utils.files import DataError
 
 from ..tiny import random_input, tiny_detector
@@ -123,13 +121,13 @@ def test_the_first_batch_is_drawn_with_its_denoising_queries(tmp_path):
     batch = [random_input("a.png", 2, height=128, width=160), random_input("b.png", 0)]
     for x in batch:
         x["image"].fill_(128)
-    batch_pictures.draw_batch(model, batch, ["red", "green", "blue"], str(tmp_path / "batch.png"))
+    batch_pictures._draw_batch(model, batch, ["red", "green", "blue"], str(tmp_path / "batch.png"))
     green, blue, red = (0, 255, 0), (0, 191, 255), (255, 0, 0)
     assert {green, blue, red} <= colors(tmp_path / "batch.png")
 
 
 def test_a_batch_without_objects_is_drawn(tmp_path):
-    batch_pictures.draw_batch(tiny_detector(), [random_input("a.png", 0)], ["x"] * 3, str(tmp_path / "batch.png"))
+    batch_pictures._draw_batch(tiny_detector(), [random_input("a.png", 0)], ["x"] * 3, str(tmp_path / "batch.png"))
     assert (tmp_path / "batch.png").is_file()
 
 

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from dino.data.coco import CocoImages, evaluate
-from dino.evaluation.report.error_analysis import KINDS, THRESHOLDS, analyse, best_threshold, confusion, f1_of, rates
+from dino.data.coco import CocoImages
+from dino.evaluation.average_precision import evaluate
+from dino.evaluation.report.error_analysis import KINDS, THRESHOLDS, _best_threshold, analyse, confusion, f1_of, rates
 
 from ...coco_files import write_coco
 from .detections import imperfect
@@ -104,11 +105,11 @@ def test_planted_errors_are_counted(seed):
 
 
 def test_ap_is_that_of_the_other_road(tmp_path):
-    """`dino.data.coco.evaluate` reads the same from COCO's summary."""
+    """`evaluate`, which the plain engine and the export use, says the same."""
     files = write_coco(tmp_path, counts=(5, 3, 0, 4))
     results, _ = imperfect(files.read(), seed=1)
     images = CocoImages(*files, transforms=None)
-    expected = evaluate(images.truth, results, images.names)
+    expected = evaluate(images.data, results)
     analysis = analyse(files.read(), results)
     assert analysis.ap == pytest.approx({name: expected[name] for name in analysis.ap})
     assert {row.name: row.ap for row in analysis.rows} == pytest.approx({n: expected[f"AP-{n}"] for n in images.names})
@@ -126,6 +127,6 @@ def test_rows_of_the_confusion_matrix_are_the_objects():
 def test_best_threshold_is_in_the_middle_of_a_plateau():
     f1 = np.zeros(99)
     f1[20:41] = 0.5
-    assert best_threshold(f1) == 0.31
+    assert _best_threshold(f1) == 0.31
     zero = {kind: np.zeros(99, dtype=int) for kind in (*KINDS, "missed")}
     assert f1_of(*rates(zero)).tolist() == [0] * 99

@@ -1,6 +1,6 @@
 """What all ablations share: full DINO, small enough for a few minutes on one processor core.
 
-    python tools/ablation.py
+    python benchmarks/ablation.py
 
 runs the table. Images of 160 pixels (short side), batch 2, ResNet-18 with trainable norms from random weights.
 """

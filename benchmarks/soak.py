@@ -1,12 +1,12 @@
-"""Kills small trainings at random moments, again and again, and compares their ends with those of unbroken ones.
+"""Kill small trainings at random moments and compare their results with those of unbroken ones.
 
-    python tools/soak.py --results output/soak
-    python tools/soak.py --kills 5 --seed 1 --results output/soak     # shorter
+    python benchmarks/soak.py --results output/soak
+    python benchmarks/soak.py --kills 5 --seed 1 --results output/soak     # shorter
 
 A kill is SIGKILL to every process of the training, at a random moment between its start and its end: while it starts,
-trains, evaluates or writes a checkpoint. It is resumed until it ends. Every run must come to the same losses, weights,
-optimizer state and averaged weights as the unbroken run, to the last bit. Needs no GPU and no data; about a
-quarter of an hour on two CPU cores.
+trains, evaluates or writes a checkpoint. Then it is resumed, until it ends. Losses, weights, optimizer state and
+averaged weights must equal those of the unbroken run to the last bit. Needs no GPU and no data; takes a quarter of an
+hour on two CPU cores.
 """
 
 import argparse

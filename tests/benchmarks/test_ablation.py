@@ -1,4 +1,4 @@
-"""The table of recipes and seeds: what is trained in which order, what a kill leaves, and what is told of it."""
+"""The table of recipes and seeds: order of the trainings, kills, messages, tables and pictures."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import pytest
 
 from dino.utils.files import DataError
 
-from .programs import ROOT, load_program
+from ..tools.programs import ROOT, load_program
 
 TRAINER = """
 import json, pathlib, sys, time
@@ -32,14 +32,14 @@ values = {"bbox/AP": 30 + len(folder.name), "bbox/AP50": 50.0, "bbox/APs": None}
 """
 RUNNER = """
 import sys
-from tests.tools.test_ablation import prepared
+from tests.benchmarks.test_ablation import prepared
 prepared(sys.argv[1]).main(sys.argv[2:])
 """
 
 
 def prepared(folder):
     """The program with a trainer, recipes and data that cost nothing."""
-    folder, program = Path(folder), load_program("ablation")
+    folder, program = Path(folder), load_program("ablation", "benchmarks")
     (folder / "trainer.py").write_text(TRAINER)
     for name in ("good", "better", "broken", "waits"):
         (folder / "recipes").mkdir(exist_ok=True)
@@ -95,7 +95,7 @@ def test_cells_run_once_and_in_order(program, tmp_path, capsys):
 
 
 def test_the_plan_begins_with_what_matters_most():
-    plan = load_program("ablation").whole_plan(3)
+    plan = load_program("ablation", "benchmarks").whole_plan(3)
     names = [cell.name for cell in plan]
     chain = ["chain_1_static", "chain_2_denoising", "chain_3_contrastive", "chain_4_mixed", "chain_5_twice"]
     assert names[:6] == [*(f"shapes/{name}_0" for name in chain), "shapes/chain_1_static_1"]
@@ -106,7 +106,7 @@ def test_the_plan_begins_with_what_matters_most():
     assert len(set(names)) == len(names) == 30 + 16 + 3
 
 
-def test_a_broken_cell_is_told_and_the_others_go_on(program, tmp_path):
+def test_a_broken_cell_is_named_and_the_others_continue(program, tmp_path):
     with pytest.raises(SystemExit, match=r"error: 1 cells failed: shapes/broken_0 failed: error: no memory"):
         program.main([*options(tmp_path), "--recipes", "broken", "good", "--seeds", "1"])
     assert [path.name for path in (tmp_path / "results/shapes").iterdir()] == ["good_0.json"]
@@ -121,7 +121,7 @@ def test_a_killed_runner_takes_its_training_with_it(tmp_path):
     )
     pulse = tmp_path / "runs/shapes/pulse"
     wait_for(pulse.exists)
-    program = load_program("ablation")
+    program = load_program("ablation", "benchmarks")
     locked = tmp_path / "runs/shapes/waits_0.lock"
     assert program.lock(locked) is None
     runner.send_signal(signal.SIGKILL)
@@ -141,7 +141,7 @@ def wait_for(condition):
 
 
 def test_unusable_words_are_one_sentence(tmp_path):
-    program = load_program("ablation")
+    program = load_program("ablation", "benchmarks")
     with pytest.raises(SystemExit, match=r"^error: no recipe chain_9 in .*; there are .*base, "):
         program.main(["--recipes", "chain_9", "--plan"])
     with pytest.raises(SystemExit, match=r"^error: --seeds, .* must be 1 or more$"):
@@ -174,7 +174,7 @@ def planted(folder):
 
 
 def test_table_and_pictures_from_planted_results(tmp_path, monkeypatch):
-    report = load_program("ablation").ablation_report
+    report = load_program("ablation", "benchmarks").ablation_report
     planted(tmp_path / "results")
     page = tmp_path / "README.md"
     page.write_text(f"before\n{report.BEGIN}\nolder\n{report.END}\nafter\n")
@@ -204,11 +204,13 @@ def test_table_and_pictures_from_planted_results(tmp_path, monkeypatch):
 
 
 def test_results_of_another_budget_are_refused(tmp_path):
-    report = load_program("ablation").ablation_report
+    report = load_program("ablation", "benchmarks").ablation_report
     planted(tmp_path)
     path = tmp_path / "shapes/chain_5_twice_0.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "fingerprint": "other"}))
-    with pytest.raises(DataError, match=r"chain_5_twice_0\.json: fingerprint other, but .* can't stand in one table"):
+    with pytest.raises(
+        DataError, match=r"chain_5_twice_0\.json: fingerprint other, but .* such cells can't share a table"
+    ):
         report.load(tmp_path, "shapes")
     path.write_text("{")
     with pytest.raises(DataError, match="is no result of a cell"):

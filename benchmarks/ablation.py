@@ -1,14 +1,14 @@
-"""Train a table of recipes x seeds on one budget, and write what came out to projects/dino/README.md.
+"""Train a table of recipes x seeds on one budget, and write the results to projects/dino/README.md.
 
-    python tools/ablation.py --plan          what would be done, and what it costs
-    python tools/ablation.py --jobs 2        do it; again after an interruption: what is done stays
-    python tools/ablation.py --data shapes --recipes chain_5_twice encoder_6 --seeds 3
-    python tools/ablation.py --report        only write the tables and pictures from the results that are there
+    python benchmarks/ablation.py --plan          print the open cells and their cost
+    python benchmarks/ablation.py --jobs 2        train them; after an interruption, the same command continues
+    python benchmarks/ablation.py --data shapes --recipes chain_5_twice encoder_6 --seeds 3
+    python benchmarks/ablation.py --report        only write tables and pictures of the present results
 
-A cell is one training by tools/lazyconfig_train_net.py on one processor core, or one GPU. Its result is a file of its
-own in benchmarks/results/ablation/, which appears whole at the end or not at all. A cell that was interrupted begins
-again, so that its processor seconds are those of a whole training. Several of these programs can run at once: each cell
-is locked, and the lock is held by the training too. If this program is killed, Linux ends its trainings with it.
+A cell is one training by tools/lazyconfig_train_net.py on one processor core, or one GPU. Its result is a file in
+benchmarks/results/ablation/, written whole at the end. An interrupted cell begins again, so that its processor seconds
+are those of a whole training. Several of these programs can run at once: this program and the training lock each cell.
+If this program is killed, Linux ends its trainings with it.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Cell(NamedTuple):
 
 
 class Running(NamedTuple):
-    """A training that goes on. `lock` stays open as long; `about` is what its result says of the start."""
+    """A running training. `lock` stays open as long; `about` goes into its result."""
 
     cell: Cell
     process: subprocess.Popen
@@ -92,10 +92,10 @@ def whole_plan(seeds: int) -> list[Cell]:
 
 
 def plan(args: argparse.Namespace) -> list[Cell]:
-    """The cells that the arguments ask for, those without a recipe left out with a message.
+    """The cells that the arguments ask for. Prints which have no recipe, and leaves them out.
 
     Raises:
-        DataError: a recipe was named that is not there.
+        DataError: there is no recipe of a given name.
     """
     cells = whole_plan(args.seeds)
     if args.recipes:
@@ -112,7 +112,7 @@ def plan(args: argparse.Namespace) -> list[Cell]:
 
 
 def data_files(data: str, runs: Path) -> dict[str, Path]:
-    """Annotations and image folders of a data set; the shapes are drawn where they are not there yet.
+    """Annotations and image folders of a data set. Draws missing shapes.
 
     Raises:
         DataError: a file is missing.
@@ -141,7 +141,7 @@ def fingerprint(files: dict[str, Path]) -> str:
 
 
 def training_command(cell: Cell, files: dict[str, Path], run: Path, overrides: list[str]) -> list[str]:
-    """The words that train a cell, to be said in the root of the repository; paths are relative to it."""
+    """The command that trains a cell, run in the root of the repository; paths are relative to it."""
     options = [word for key in sorted(files) for word in (f"--{key}", os.path.relpath(files[key], ROOT))]
     recipe = os.path.relpath(RECIPES / f"{cell.recipe}.py", ROOT)
     folder = os.path.relpath(run, ROOT)
@@ -150,20 +150,20 @@ def training_command(cell: Cell, files: dict[str, Path], run: Path, overrides: l
 
 
 def die_with_parent(parent: int) -> Callable[[], None]:
-    """What a new process does first: have Linux kill it when the runner ends, however that may be."""
+    """First action of a new process: have Linux kill it when the runner ends."""
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
     def prepare() -> None:
         if prctl:
             prctl(DIE_WITH_PARENT, signal.SIGKILL)
-            if os.getppid() != parent:  # it ended in between
+            if os.getppid() != parent:  # the runner has ended already
                 os._exit(1)
 
     return prepare
 
 
 def lock(path: Path) -> IO | None:
-    """A lock on a cell, which its training inherits; None where another program or an orphan has it."""
+    """Lock a cell. Its training inherits the lock. None if another program or an orphan holds it."""
     make_folder(path.parent)
     file = path.open("w")  # closed when the training has ended
     try:
@@ -175,7 +175,7 @@ def lock(path: Path) -> IO | None:
 
 
 def start(cell: Cell, slot: int, args: argparse.Namespace) -> Running | None:
-    """Begin a training from nothing; None if its cell is locked or has been done meanwhile."""
+    """Begin a training; None if its cell is locked or done by now."""
     run = args.runs / cell.name
     held = lock(run.with_name(f"{run.name}.lock"))
     if held is None:
@@ -211,7 +211,7 @@ def start(cell: Cell, slot: int, args: argparse.Namespace) -> Running | None:
 
 
 def ended(running: Running) -> tuple[int, float] | None:
-    """Exit code and processor seconds of a training that has ended, those of its own children included; else None."""
+    """Exit code and processor seconds of an ended training and its children; None if it still runs."""
     pid, status, usage = os.wait4(running.process.pid, os.WNOHANG)
     if not pid:
         return None
@@ -220,7 +220,7 @@ def ended(running: Running) -> tuple[int, float] | None:
 
 
 def finish(running: Running, processor_seconds: float, args: argparse.Namespace) -> None:
-    """Write the result of a training, then remove its checkpoints; log, curves and predictions stay."""
+    """Write the result of a training, then remove its checkpoints. Keep log, curves and predictions."""
     run = args.runs / running.cell.name
     annotations = json.loads(data_files(running.cell.data, args.runs)["train-json"].read_text())
     training_images = len(annotations["images"])
@@ -243,7 +243,7 @@ def finish(running: Running, processor_seconds: float, args: argparse.Namespace)
 
 
 def budget(run: Path, evaluations: list[dict], images: int) -> dict[str, float]:
-    """Length of a training, in iterations of a batch and in epochs of so many images."""
+    """Length of a training in iterations, and in epochs of `images` images."""
     batch = int(re.search(r"total_batch_size: (\d+)", (run / "config.yaml").read_text()).group(1))
     iterations = evaluations[-1]["iteration"]
     epochs = round(iterations * batch / images, 2)
@@ -251,33 +251,33 @@ def budget(run: Path, evaluations: list[dict], images: int) -> dict[str, float]:
 
 
 def result_path(cell: Cell, results: Path) -> Path:
-    """Where the result of a cell is, or will be."""
+    """File of a cell's result."""
     return results / f"{cell.name}.json"
 
 
 def last_line(path: Path) -> str:
-    """What a training that failed said last."""
+    """Last line of a failed training's output."""
     lines = path.read_text(errors="replace").split("\n") if path.exists() else []
-    return next((line for line in reversed(lines) if line.strip()), "it said nothing")
+    return next((line for line in reversed(lines) if line.strip()), "no output")
 
 
 def settle(running: Running, code: int, seconds: float, args: argparse.Namespace) -> str:
-    """Write the result of a training that has ended -> what went wrong, or ""."""
+    """Write the result of an ended training -> an error message, or ""."""
     output = args.runs / f"{running.cell.name}.txt"
     try:
         if code:
             return f"{running.cell.name} failed: {last_line(output)} ({output})"
         finish(running, seconds, args)
         return ""
-    except (OSError, ValueError, LookupError, AttributeError) as error:  # the run left no whole record
+    except (OSError, ValueError, LookupError, AttributeError) as error:  # the run's record is incomplete
         return f"{running.cell.name} failed: its record can't be read: {error} ({output})"
     finally:
         running.lock.close()
 
 
 def run_cells(cells: list[Cell], args: argparse.Namespace) -> list[str]:
-    """Train what is not done yet, `args.jobs` at a time, in this order -> what went wrong."""
-    waiting, faults = list(cells), []
+    """Train the open cells, `args.jobs` at a time, in this order -> error messages."""
+    waiting, failures = list(cells), []
     busy: list[Running] = []
     try:
         with tqdm(total=len(cells), desc="cells", unit="cell") as bar:
@@ -291,29 +291,29 @@ def run_cells(cells: list[Cell], args: argparse.Namespace) -> list[str]:
                 for running in list(busy):
                     if found := ended(running):
                         busy.remove(running)
-                        fault = settle(running, *found, args)
-                        faults += [fault] if fault else []
+                        failure = settle(running, *found, args)
+                        failures += [failure] if failure else []
                         bar.update()
-                        bar.write(fault or told(running.cell, args.results), file=sys.stderr)
+                        bar.write(failure or summary(running.cell, args.results), file=sys.stderr)
                 time.sleep(args.poll)
     finally:
         for running in busy:
             os.killpg(running.process.pid, signal.SIGKILL)
             running.process.wait()
-    return faults
+    return failures
 
 
-def told(cell: Cell, results: Path) -> str:
-    """One line about a cell that is done."""
+def summary(cell: Cell, results: Path) -> str:
+    """One line about a finished cell."""
     result = json.loads(result_path(cell, results).read_text())
     return f"{cell.name}: AP {result['AP']:.1f}, {result['processor_seconds']:.0f} processor seconds"
 
 
-def tell_plan(cells: list[Cell], args: argparse.Namespace) -> list[Cell]:
-    """Print what is done, what will be, and what it costs, judging by what is done -> the cells to do.
+def print_plan(cells: list[Cell], args: argparse.Namespace) -> list[Cell]:
+    """Print the open cells, and their cost as estimated from the finished ones -> the open cells.
 
     Raises:
-        DataError: what is done had another budget.
+        DataError: the finished cells had another budget.
     """
     open_cells = [cell for cell in cells if not result_path(cell, args.results).exists()]
     print(f"{len(cells)} cells, {len(cells) - len(open_cells)} of them done. To do, in this order:")
@@ -375,19 +375,19 @@ def main(argv: list[str] | None = None) -> None:
     """Plan, train, report."""
     try:
         args = parse(argv)
-        faults = []
+        failures = []
         if not args.report:
-            cells = tell_plan(plan(args), args)
+            cells = print_plan(plan(args), args)
             if args.plan:
                 return
-            faults = run_cells(cells, args)
+            failures = run_cells(cells, args)
         ablation_report.write(args.results)
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on")
-    if faults:
-        sys.exit(f"error: {len(faults)} cells failed: " + "; ".join(faults))
+        sys.exit("stopped; the same command continues")
+    if failures:
+        sys.exit(f"error: {len(failures)} cells failed: " + "; ".join(failures))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,96 @@
+"""Average precision of boxes by pycocotools: the only code that runs COCO's evaluation.
+
+AP is in [0, 1], and -1 where it is undefined because a class or a size has no objects.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from dino.data.coco import classes_of
+from dino.layers import Detections
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six of COCO's twelve
+_IOU_75 = 5  # index of 0.75 among the ten IoU thresholds from 0.5 to 0.95
+
+
+def to_results(found: Detections, image_id: int, category_ids: list[int]) -> list[dict]:
+    """Detections of one image (xyxy in pixels of the file's size) -> entries of COCO's results format.
+
+    Args:
+        category_ids: label -> id in the annotations.
+    """
+    boxes = torch.cat([found.boxes[:, :2], found.boxes[:, 2:] - found.boxes[:, :2]], 1).tolist()
+    rows = zip(boxes, found.scores.tolist(), found.labels.tolist(), strict=True)
+    return [{"image_id": image_id, "category_id": category_ids[c], "bbox": b, "score": s} for b, s, c in rows]
+
+
+def evaluate(data: dict[str, Any], results: list[dict]) -> dict[str, float]:
+    """METRICS, and `AP-<name>` of each class; all 0 if there are no results.
+
+    Args:
+        data: checked COCO-format annotations.
+        results: entries of COCO's results format.
+    """
+    names = classes_of(data).names
+    if not results:
+        return dict.fromkeys([*METRICS, *(f"AP-{name}" for name in names)], 0.0)
+    precision = precision_of(run_coco(data, results))
+    per_class = {f"AP-{name}": _mean(precision[:, :, label, 0]) for label, name in enumerate(names)}
+    return summarise(precision) | per_class
+
+
+def run_coco(data: dict[str, Any], results: list[dict]) -> COCOeval:
+    """Run COCO's evaluation of boxes, silently. Arguments as of `evaluate`; `results` may be empty."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = _index(data)
+        # loadRes fails on an empty list, and adds keys to the entries that it gets
+        found = truth.loadRes([dict(r) for r in results]) if results else _index({**data, "annotations": []})
+        coco_eval = COCOeval(truth, found, "bbox")
+        coco_eval.evaluate()
+        coco_eval.accumulate()
+    return coco_eval
+
+
+def precision_of(coco_eval: COCOeval) -> np.ndarray:
+    """(IoU thresholds 10, recalls 101, classes, sizes 4) interpolated precision at 100 detections per image.
+
+    The sizes are all, small, medium, large. -1 where undefined.
+    """
+    return coco_eval.eval["precision"][..., -1]
+
+
+def summarise(precision: np.ndarray) -> dict[str, float]:
+    """METRICS of `precision_of`, or of a part of its classes."""
+    by_size = [precision[..., size] for size in range(4)]
+    parts = (by_size[0], by_size[0][0], by_size[0][_IOU_75], *by_size[1:])
+    return dict(zip(METRICS, map(_mean, parts), strict=True))
+
+
+def complete_annotations(annotations: list[dict]) -> list[dict]:
+    """Copies with `area` and `iscrowd`, and with ids from 1 on: COCO's evaluation takes 0 for "not found"."""
+    return [
+        {"area": a["bbox"][2] * a["bbox"][3], "iscrowd": 0, **a, "id": number}
+        for number, a in enumerate(annotations, 1)
+    ]
+
+
+def _index(data: dict[str, Any]) -> COCO:
+    """pycocotools' view of parsed annotations."""
+    coco = COCO()
+    coco.dataset = {"info": {}, **data, "annotations": complete_annotations(data["annotations"])}
+    coco.createIndex()
+    return coco
+
+
+def _mean(precision: np.ndarray) -> float:
+    """Mean of the defined values, -1 if there are none."""
+    defined = precision[precision > -1]
+    return float(defined.mean()) if defined.size else -1.0

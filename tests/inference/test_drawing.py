@@ -1,0 +1,59 @@
+import numpy as np
+from PIL import Image
+
+from dino.inference.drawing import colour_of, draw_boxes, draw_detections, tile_images
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+def grey(width=60, height=40):
+    return Image.new("RGB", (width, height), (128, 128, 128))
+
+
+def where(image, colour):
+    """xyxy around the pixels of a colour, the last ones included; None if there are none."""
+    rows, columns = np.nonzero((np.asarray(image) == colour).all(-1))
+    return (columns.min(), rows.min(), columns.max(), rows.max()) if len(rows) else None
+
+
+def test_boxes_are_drawn_on_a_copy():
+    image = grey()
+    drawn = draw_boxes(image, [[10, 5, 30, 25], [40, 10, 50, 30]], [RED, BLUE])
+    assert image.getcolors() == [(60 * 40, (128, 128, 128))]
+    assert where(drawn, RED) == (10, 5, 30, 25)
+    assert where(drawn, BLUE) == (40, 10, 50, 30)
+    assert drawn.getpixel((20, 15)) == (128, 128, 128)
+
+
+def test_boxes_end_at_the_border_and_those_outside_are_left_out():
+    drawn = draw_boxes(grey(), [[-9, 5, 30, 99]], [RED])
+    assert where(drawn, RED) == (0, 5, 30, 39)
+    for outside in ([70, 5, 90, 20], [5, -20, 20, -3], [30, 5, 10, 20]):  # the last one is inverted
+        assert where(draw_boxes(grey(), [outside], [RED], ["x"]), RED) is None
+
+
+def test_the_first_box_is_on_top():
+    drawn = draw_boxes(grey(), [[10, 10, 30, 30], [10, 10, 30, 30]], [RED, BLUE])
+    assert where(drawn, BLUE) is None
+
+
+def test_texts_stay_inside_the_image():
+    drawn = draw_boxes(grey(120, 60), [[0, 0, 20, 20], [110, 40, 119, 59]], [RED, BLUE], ["first", "second"])
+    assert where(drawn, RED)[2] > 22  # the plate is wider than its box
+    assert where(drawn, BLUE)[0] < 100
+    assert where(drawn, BLUE)[2] == 119
+
+
+def test_detections_have_the_colours_of_their_classes():
+    drawn = draw_detections(grey(), [[10, 20, 30, 35], [40, 20, 50, 35]], [0, 7], ["", ""])
+    assert where(drawn, colour_of(0)) is not None
+    assert where(drawn, colour_of(7)) is not None
+
+
+def test_images_of_different_sizes_side_by_side():
+    red, blue = Image.new("RGB", (10, 20), RED), Image.new("RGB", (30, 5), BLUE)
+    grid = tile_images([red, blue, red], columns=2, gap=4)
+    assert grid.size == (64, 44)
+    assert grid.getpixel((0, 0)) == RED
+    assert where(grid, BLUE) == (34, 0, 63, 4)
+    assert grid.getpixel((9, 43)) == RED

@@ -1,0 +1,191 @@
+import json
+import os
+
+import pytest
+
+pytest.importorskip("tqdm", reason="tqdm is not installed")
+
+import torch
+from torch import nn
+
+from dino.data.coco import CocoImages
+from dino.modeling import build_dino
+from dino.training import plain
+from dino.utils.files import DataError
+from dino.weights.description import PARTS, model_from_checkpoint
+
+from ..coco_files import write_coco
+from ..tiny import TinyBackbone
+from ..tools.programs import contents
+
+TINY = {"device": "cpu", "workers": 0, "size": 48, "embed_dim": 64, "layers": 1, "queries": 20, "flips": "both"}
+TINY |= {"epochs": 1, "batch": 2}
+
+
+@pytest.fixture
+def sets(tmp_path):
+    """Training and validation data."""
+    return write_coco(tmp_path / "train"), write_coco(tmp_path / "val", seed=1)
+
+
+@pytest.fixture
+def small_backbone(monkeypatch):
+    """Three convolutions instead of a ResNet, to save time."""
+    monkeypatch.setitem(PARTS, "dino.modeling.TorchvisionBackbone", lambda **_: TinyBackbone())
+
+
+def run(sets, folder, **changes):
+    metrics = plain.train(*sets[0], *sets[1], folder, **{**TINY, **changes})
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    return metrics
+
+
+def read_plain(path):
+    return torch.load(path, weights_only=True)
+
+
+def test_training_and_evaluation(sets, tmp_path, capsys, small_backbone):
+    run_folder = tmp_path / "run"
+    metrics = run(sets, run_folder)
+    assert {"AP", "AP50", "AP-red", "training_seconds"} <= set(metrics)
+    assert metrics["training_seconds"] > 0
+    assert set(map(str, contents(run_folder))) == {"model.pth", "metrics.json", "results.json"}  # and no .part
+    checkpoint = read_plain(run_folder / "model.pth")
+    assert checkpoint["names"] == ["red", "green", "blue"]
+    results = json.loads((run_folder / "results.json").read_text())
+    assert {r["image_id"] for r in results} == {1, 2, 3, 4}
+    assert {r["category_id"] for r in results} <= {1, 2, 3}
+    said = capsys.readouterr().out
+    assert "4 images, 1 without objects, 0 boxes of no size dropped; ['red', 'green', 'blue']" in said
+    assert str(run_folder) in said
+
+    # The same weights with the validation data alone; nothing that exists is written over.
+    before = contents(run_folder)
+    for folder in ("evaluation", "evaluation.1"):
+        assert plain.evaluate(*sets[1], run_folder / "model.pth", run_folder, **TINY) is not None
+        again = json.loads((run_folder / folder / "metrics.json").read_text())
+        assert {**again, "training_seconds": 0} == {**metrics, "training_seconds": 0}
+    after = contents(run_folder)
+    assert {path: after[path] for path in before} == before
+    before = after
+    with pytest.raises(DataError, match="holds a trained model: choose another --output"):
+        run(sets, run_folder)
+    assert contents(run_folder) == before
+
+    # Other data does not fit these weights.
+    sets[1].change(lambda content: content["categories"][0].update(name="crimson"))
+    with pytest.raises(DataError, match=r"was trained for the classes \['red', .* the data has \['crimson'"):
+        plain.evaluate(*sets[1], run_folder / "model.pth", run_folder, **TINY)
+
+
+def test_training_with_a_resnet_in_bfloat16(sets, tmp_path):
+    metrics = run(sets, tmp_path / "run", bf16=True, epochs=0.5, flips="none")
+    assert 0 <= metrics["AP"] <= 1
+    assert "neck.backbone.body.layer4.1.bn2.weight" in read_plain(tmp_path / "run/model.pth")["model"]
+    rebuilt = model_from_checkpoint(tmp_path / "run/model.pth")
+    assert rebuilt.names == ["red", "green", "blue"]
+    assert (rebuilt.preprocessing.short_side, rebuilt.preprocessing.max_size) == (48, 96)
+
+
+def test_weights_to_start_from(sets, tmp_path, small_backbone):
+    run(sets, tmp_path / "first")
+    run(sets, tmp_path / "second", weights=tmp_path / "first/model.pth", lr=0)
+    first, second = (read_plain(tmp_path / name / "model.pth")["model"] for name in ("first", "second"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_seeds_decide(sets, tmp_path, small_backbone):
+    """Twice the same run is twice the same model."""
+    states = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(sets, tmp_path / name, seed=seed)
+        states.append(read_plain(tmp_path / name / "model.pth")["model"]["decoder.norm.weight"])
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
+
+
+def test_other_classes_in_training_are_refused(sets, tmp_path, small_backbone):
+    sets[0].change(lambda content: content["categories"].pop(0))
+    sets[0].change(lambda content: content.update(annotations=[]))
+    with pytest.raises(DataError, match=r"differ in their classes: \['green', 'blue'\]"):
+        run(sets, tmp_path / "run")
+
+
+class Malicious:
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.trace}",)
+
+
+def test_bad_weights_are_named(sets, tmp_path, small_backbone):
+    trace = tmp_path / "trace"
+    bad = {
+        "text.pth": lambda path: path.write_text("no checkpoint"),
+        "evil.pth": lambda path: torch.save({"model": Malicious(trace)}, path),
+        "other.pth": lambda path: torch.save({"model": nn.Linear(1, 1).state_dict()}, path),
+        "list.pth": lambda path: torch.save([1], path),
+        "empty.pth": lambda path: torch.save({}, path),
+    }
+    for name, write in bad.items():
+        write(tmp_path / name)
+        with pytest.raises(DataError, match=f"can't use the weights .*{name}"):
+            run(sets, tmp_path / "run", weights=tmp_path / name)
+    with pytest.raises(DataError, match="weights not found"):
+        run(sets, tmp_path / "run", weights=tmp_path / "absent.pth")
+    assert not trace.exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_non_finite_losses_name_the_images(sets, tmp_path, small_backbone, monkeypatch):
+    class Endless(nn.Module):
+        def __init__(self, **_):
+            super().__init__()
+
+        def forward(self, outputs, _):
+            return {"loss_ce": outputs.decoder.logits.sum() * float("inf")}
+
+    monkeypatch.setattr(plain, "SetCriterion", Endless)
+    with pytest.raises(
+        FloatingPointError, match=r"at step 0, images \['image_\d\.png', 'image_\d\.png'\]\. Lower --lr"
+    ):
+        run(sets, tmp_path / "run")
+
+
+def test_non_finite_predictions_name_the_images(sets, tmp_path, small_backbone, monkeypatch):
+    def broken(**parts):
+        network = build_dino(**parts)
+        nn.init.constant_(network.decoder.norm.weight, float("nan"))
+        return network
+
+    monkeypatch.setitem(PARTS, "dino.modeling.build_dino", broken)
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at step 0, images \['image_\d\.png', "):
+        run(sets, tmp_path / "run")
+
+
+def test_an_unknown_setting_is_named(sets, tmp_path):
+    with pytest.raises(TypeError, match="learning_rate"):
+        run(sets, tmp_path / "run", learning_rate=1e-4)
+
+
+def test_batches_are_normalised_and_padded():
+    settings = plain.Settings(device="cpu")
+    images = [torch.full((3, 8, 20), 124, dtype=torch.uint8), torch.full((3, 10, 16), 0, dtype=torch.uint8)]
+    batch, padding = plain._pad(images, settings)
+    assert batch.shape == (2, 3, 10, 20)
+    assert padding.sum((1, 2)).tolist() == [2 * 20, 4 * 10]
+    assert (batch.permute(0, 2, 3, 1)[padding] == 0).all()
+    torch.testing.assert_close(
+        batch[0, :, 0, 0], torch.tensor([0.325, 7.72, 20.47]) / torch.tensor([58.395, 57.12, 57.375])
+    )
+
+
+def test_transforms_keep_boxes_and_labels_together(sets):
+    settings = plain.Settings(**TINY)
+    for flips in plain.FLIPS:
+        data = CocoImages(*sets[0], plain._transforms(settings, flips))
+        for index in range(len(data)):
+            image, objects, _ = data[index]
+            assert min(image.shape[1:]) == 48
+            assert len(objects["boxes"]) == len(objects["labels"]) == (2, 0, 3, 1)[index]
