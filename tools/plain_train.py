@@ -16,7 +16,7 @@ import torch
 
 from dino.modeling.precision import PRECISIONS
 from dino.training import plain
-from dino.utils.files import DataError, message_of
+from dino.utils.files import DataError, UserError, message_of
 
 DEFAULTS = plain.Settings(device="cuda" if torch.cuda.is_available() else "cpu")
 
