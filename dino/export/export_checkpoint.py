@@ -103,8 +103,7 @@ def export_checkpoint(
         limit: number of these images.
 
     Raises:
-        DataError: the checkpoint can't be used or exported, or the comparison fails; an option can't be used, or the
-            output exists or can't be written.
+        DataError: the checkpoint or an option can't be used, the comparison fails, or the output can't be written.
         ImportError: a library of the format is not installed.
     """
     if output.exists():
