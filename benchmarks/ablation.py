@@ -32,7 +32,7 @@ from typing import IO, NamedTuple
 import torch
 from tqdm import tqdm
 
-from dino.utils.files import DataError, make_folder, write_whole
+from dino.utils.files import DataError, UserError, make_folder, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
@@ -382,7 +382,7 @@ def main(argv: list[str] | None = None) -> None:
                 return
             failures = run_cells(cells, args)
         ablation_report.write(args.results)
-    except DataError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command continues")

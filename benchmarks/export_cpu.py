@@ -33,10 +33,11 @@ from onnxruntime.quantization import (
 from dino.evaluation.average_precision import evaluate, to_results
 from dino.export.export_checkpoint import exportable
 from dino.export.export_formats import run_onnx, write
-from dino.export.export_wrapper import Detector, Fixed, describe, prepare
-from dino.export.verify import pictures_of, read_data, run_exported, run_network, to_original
+from dino.export.export_wrapper import Fixed, describe, prepare
+from dino.export.verify import pictures, read_data, run_exported, run_network
+from dino.inference.tiling import scale
 from dino.utils.files import write_whole
-from dino.weights.description import model_from_checkpoint
+from dino.weights.description import detector_from_checkpoint
 
 MATRIX, CONVOLUTION = ["MatMul", "Gemm"], ["Conv"]
 
@@ -93,13 +94,13 @@ def measure(runners, source, resize):
     """Name -> AP and median time, from one run per image and contender."""
     times = {name: [] for name in runners}
     results = {name: [] for name in runners}
-    for picture in pictures_of(source):
+    for picture in pictures(source):
         inputs = prepare(picture.pixels, resize)
         for name, run in runners.items():
             start = time.perf_counter()
             found = run(inputs)
             times[name].append(1000 * (time.perf_counter() - start))
-            scaled = to_original(found, inputs, picture.pixels.shape)
+            scaled = scale(found, inputs.sizes[0].tolist(), picture.pixels.shape[:2])
             results[name] += to_results(scaled, picture.image_id, source.category_ids)
     return {
         name: {
@@ -127,14 +128,13 @@ def parse_arguments(argv=None):
 @torch.no_grad()
 def main(argv=None):
     args = parse_arguments(argv)
-    rebuilt, fixed = model_from_checkpoint(args.checkpoint), Fixed(1, *args.size)
-    about = describe(rebuilt.names, [0.5] * len(rebuilt.names), rebuilt.preprocessing, fixed)
-    source = read_data(args.val_json, args.val_images, rebuilt.names, args.images)
-    training = read_data(args.train_json, args.train_images, rebuilt.names, args.calibrate)
-    calibration = [prepare(picture.pixels, about["resize"]) for picture in pictures_of(training)]
-    files = {form: write("onnx", exportable(rebuilt), fixed, about, sampling=form) for form in ("grid", "gather")}
+    detector, fixed = detector_from_checkpoint(args.checkpoint), Fixed(1, *args.size)
+    about = describe(detector.names, [0.5] * len(detector.names), detector.preprocessing, fixed)
+    source = read_data(args.val_json, args.val_images, detector.names, args.images)
+    training = read_data(args.train_json, args.train_images, detector.names, args.calibrate)
+    calibration = [prepare(picture.pixels, about["resize"]) for picture in pictures(training)]
+    files = {form: write("onnx", exportable(detector), fixed, about, sampling=form) for form in ("grid", "gather")}
     files |= quantised(files["grid"], calibration)
-    detector = Detector(rebuilt.network, rebuilt.preprocessing).eval()
     runners, refused = find_runners(files, fixed, calibration[0])
     network = {"network": lambda inputs: run_network(detector, inputs)}
     found = measure(network | runners, source, about["resize"]) | refused

@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from measure import MIB, clock, origin, peak_memory  # noqa: E402
 
-from dino.inference.memory import keep_freed_memory  # noqa: E402
+from dino.inference.cpu import keep_freed_memory  # noqa: E402
 from dino.layers import HungarianMatcher, SetCriterion  # noqa: E402
 from dino.modeling import (  # noqa: E402
     TorchvisionBackbone,

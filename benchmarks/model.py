@@ -2,7 +2,8 @@
 
     python benchmarks/model.py --cases 'inference 480x640' --rounds 5
     python benchmarks/model.py --against ../DINO        a checkout of the official program, IDEA-Research/DINO
-    python benchmarks/model.py --against ../detrex      or of IDEA-Research/detrex: recognised by their files
+    python benchmarks/model.py --against ../detrex      or of IDEA-Research/detrex
+    python benchmarks/model.py --against ../before      or an earlier checkout of this project, with its operator built
     python benchmarks/model.py --device cuda --dtypes float32,bfloat16
 
 R50, 4 scales, random weights, the same for all programs. Each contender has a process of its own; every round runs
@@ -11,7 +12,8 @@ measured. `cpu_seconds` is what the process used, `peak_bytes` what it held at m
 tensors). Shares of stages come from one further run.
 
 contenders: `dino` is this project as users get it, beside the `official` program or `detrex`; without a checkout of
-these, beside `reference`, the same network with the attention in plain PyTorch. In bfloat16 and float16 the networks
+these, beside `reference`, the same network with the attention in plain PyTorch. An `earlier` checkout runs its own
+`benchmarks/model.py`. In bfloat16 and float16 the networks
 run under autocast, but for inference by this project, whose predictor casts the network.
 """
 
@@ -37,7 +39,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from measure import MIB, clock, git, origin, peak_memory  # noqa: E402
 from others import NUM_CLASSES, PROGRAMS, Contender, recognise  # noqa: E402
 
-from dino.inference.memory import keep_freed_memory  # noqa: E402
+from dino.inference.cpu import fold_norms, keep_freed_memory, prepare_for_cpu  # noqa: E402
 from dino.layers import (  # noqa: E402
     DenoisingOutputs,
     HungarianMatcher,
@@ -47,7 +49,8 @@ from dino.layers import (  # noqa: E402
     Target,
     deform_attn_implementation,
 )
-from dino.modeling import TorchvisionBackbone, build_dino, fold_norms, share_heads, use_onednn  # noqa: E402
+from dino.layers.cpu_feed_forward import use_cpu_feed_forward  # noqa: E402
+from dino.modeling import TorchvisionBackbone, build_dino, share_heads  # noqa: E402
 from dino.weights import load_weights  # noqa: E402
 from dino.weights import recognise as recognise_weights  # noqa: E402
 
@@ -68,6 +71,7 @@ class Case(NamedTuple):
 
 CPU_CASES = [
     Case("inference", 480, 640, 1, 0, "float32"),
+    Case("inference", 480, 640, 1, 0, "bfloat16"),
     Case("inference", 800, 1066, 1, 0, "float32"),
     Case("inference", 800, 1066, 1, 0, "bfloat16"),
     Case("training", 480, 640, 1, 10, "float32"),
@@ -241,10 +245,12 @@ class Selections(TorchFunctionMode):
 
 
 def prepare(model, case):
-    """What `dino.Predictor` does."""
-    fold_norms(model.eval())
-    model.to(DTYPES[case.dtype])
-    use_onednn(model)
+    """What our programs do: `dino.Predictor`, and the training."""
+    if case.work == "inference":
+        fold_norms(model.eval())
+        prepare_for_cpu(model.to(DTYPES[case.dtype]))
+    elif next(model.parameters()).device.type == "cpu":
+        use_cpu_feed_forward(model)
 
 
 def serve(case, name, options, device):
@@ -252,8 +258,7 @@ def serve(case, name, options, device):
     contender = build(name, options, device)
     if name not in PROGRAMS:  # as our programs do
         keep_freed_memory()
-        if case.work == "inference":
-            prepare(contender.model, case)
+        prepare(contender.model, case)
     work = work_of(case, contender, device)
     with deform_attn_implementation("reference") if name == "reference" else contextlib.nullcontext():
         for line in sys.stdin:
@@ -298,11 +303,27 @@ def gaps(ours, theirs):
     return {name: (x - y).abs().max().item() for name, x, y in zip(("logits", "boxes"), ours, theirs, strict=True)}
 
 
+# An earlier checkout serves by its own program, as its modules have other names. It may not know the case.
+EARLIER = "earlier"
+SERVE_EARLIER = """
+import sys
+sys.path.insert(0, sys.argv[1] + "/benchmarks")
+import model
+work, *sizes, dtype = sys.argv[2:8]
+model.CPU_CASES = model.CUDA_CASES = [model.Case(work, *map(int, sizes), dtype)]
+sys.argv[1:8] = []
+model.main()
+"""
+
+
 class Worker:
     """A process with one contender, so that programs share neither memory nor settings."""
 
     def __init__(self, case, name, options, weights=None):
-        command = [sys.executable, __file__, "--serve", name, "--cases", f"^{re.escape(str(case))}$"]
+        start = [__file__, "--serve", name]
+        if name == EARLIER:
+            start = ["-c", SERVE_EARLIER, Path(options.against).resolve(), *case, "--serve", "dino"]
+        command = [sys.executable, *map(str, start), "--cases", f"^{re.escape(str(case))}$"]
         command += ["--device", options.device, "--threads", str(options.threads), "--dtypes", options.dtypes]
         command += ["--weights", weights] if weights else []
         command += ["--against", options.against] if name in PROGRAMS else []
@@ -325,9 +346,9 @@ def measure(case, names, options):
     """One row for each contender."""
     with tempfile.TemporaryDirectory() as folder:
         other = Worker(case, names[-1], options)
-        if options.against:
-            other.ask(f"weights {folder}/weights")
-        weights = f"{folder}/weights" if options.against else None
+        weights = f"{folder}/weights" if names[-1] in PROGRAMS else None  # all others draw the same ones
+        if weights:
+            other.ask(f"weights {weights}")
         workers = {"dino": Worker(case, "dino", options, weights), names[-1]: other}
         for name, worker in workers.items():  # also warms up
             worker.ask(f"output {folder}/{name}")
@@ -403,12 +424,17 @@ def main():
         compare(cases, options, device)
 
 
+def contender_in(folder):
+    """What to measure in a checkout."""
+    return EARLIER if (folder / "benchmarks/model.py").exists() else recognise(folder)
+
+
 def compare(cases, options, device):
     """Measure all cases and write them down."""
     against = options.against and git("rev-parse", "HEAD", folder=options.against)
     report = {**origin(device), "rounds": options.rounds, "against": against, "rows": []}
     report["matrix_product"] = {name: matrix_product(DTYPES[name], device) for name in options.dtypes.split(",")}
-    other = recognise(Path(options.against)) if options.against else "reference"
+    other = contender_in(Path(options.against)) if options.against else "reference"
     names = ["dino", other]
     options.results.mkdir(parents=True, exist_ok=True)
     path = options.results / f"model_{device.type}_{options.threads}threads_{other}{options.suffix}.json"

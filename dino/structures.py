@@ -6,7 +6,7 @@ Letters used in every shape comment of the package:
     E channels of a token (embed_dim)   M attention heads         D channels of one head (E / M)
     P sampling points                   Q queries                 C classes
     N prediction layers                 G ground-truth boxes of one image
-    T denoising slots, in front of the Q matching queries
+    T denoising queries, in front of the Q matching queries       K detections of one image
 
 Boxes are (cx, cy, w, h) as fractions of the unpadded image unless a name says otherwise. Masks are True where something
 is padded or forbidden.
@@ -33,8 +33,8 @@ class Tokens(NamedTuple):
     """A feature pyramid, flattened over its levels: level after level, row after row."""
 
     features: Tensor  # (B, S, E)
-    position: Tensor  # (B, S, E), sine code of the place plus the code of the level
-    padding: Tensor | None  # (B, S) bool, True on padded cells; None where no image is padded
+    position: Tensor  # (B, S, E), sine code of the location plus the embedding of the level
+    padding_mask: Tensor | None  # (B, S) bool, True on padded cells; None where no image is padded
     shapes: list[tuple[int, int]]  # L pairs (H, W); Python ints, so that reading them never waits for a device
     valid_sizes: Tensor  # (B, L, 2) float32, width and height of the unpadded part in cells
 
@@ -44,15 +44,15 @@ class Tokens(NamedTuple):
         return self.valid_sizes / extents(self.shapes, self.valid_sizes)
 
     def with_features(self, features: Tensor) -> Tokens:
-        """The same with other features (B, S, E). (Compiled by PyTorch 2.11, `_replace` gives an empty tuple.)"""
-        return Tokens(features, self.position, self.padding, self.shapes, self.valid_sizes)
+        """Replace the features by (B, S, E). (`_replace` gives an empty tuple where PyTorch 2.11 compiles it.)"""
+        return Tokens(features, self.position, self.padding_mask, self.shapes, self.valid_sizes)
 
 
 def extents(shapes: list[tuple[int, int]], like: torch.Tensor) -> torch.Tensor:
     """L pairs (H, W) -> (L, 2), widths and heights as numbers of the dtype and on the device of `like`.
 
-    In a compiled or exported graph they are made of single numbers, which it may leave open; those of a list would be
-    fixed, and a compiled graph would be made anew for every size. In a CUDA graph they are made on the device.
+    A compiled or exported graph would fix the numbers of a list, and be compiled again for every size. So single
+    numbers make the tensor there: the graph can leave them open. In a CUDA graph the device makes the tensor.
     """
     if torch.compiler.is_compiling() or recording(like.device):
         return torch.stack([like.new_full((), side) for h, w in shapes for side in (w, h)]).view(-1, 2)
@@ -68,7 +68,7 @@ class Queries(NamedTuple):
     """What the decoder refines."""
 
     content: Tensor  # (B, Q, E)
-    box_logits: Tensor  # (B, Q, 4) float32, the initial boxes before the sigmoid; no gradient but to learned ones
+    box_logits: Tensor  # (B, Q, 4) float32, the initial boxes before the sigmoid; only learned ones have a gradient
     attn_mask: Tensor | None = None  # (Q, Q) bool, True where a row must not attend to a column
 
 
@@ -79,24 +79,24 @@ class LayerOutputs(NamedTuple):
     boxes: Tensor  # (N, B, Q, 4) float32
 
     def split(self, count: int) -> tuple[LayerOutputs, LayerOutputs]:
-        """Separate the first `count` queries from the others."""
-        parts = [x.split([count, x.shape[2] - count], 2) for x in self]  # whose gradient is one operation
+        """Separate the first `count` queries from the rest."""
+        parts = [x.split([count, x.shape[2] - count], 2) for x in self]  # one operation in the backward pass
         head, tail = (LayerOutputs(*pair) for pair in zip(*parts, strict=True))
         return head, tail
 
 
 class DenoisingQueries(NamedTuple):
-    """Denoising queries, and what the criterion must know to charge for them."""
+    """Denoising queries, and what the criterion needs for their losses."""
 
-    queries: Queries  # Q = T slots; `attn_mask` covers the T + Q rows of the decoder
-    targets: list[Target]  # the objects that were noised; fewer than the image has where the budget is exceeded
-    num_groups: int  # 0 when nothing was noised: the single slot is then free of charge
+    queries: Queries  # Q = T; `attn_mask` covers the T + Q rows of the decoder
+    targets: list[Target]  # the denoised objects; fewer than the image has where the budget is exceeded
+    num_groups: int  # 0 where no object is denoised: the losses of the single query are then 0
 
 
 class DenoisingOutputs(NamedTuple):
-    """The decoder's answer to `DenoisingQueries`."""
+    """The decoder's predictions for `DenoisingQueries`."""
 
-    predictions: LayerOutputs  # Q = T slots
+    predictions: LayerOutputs  # Q = T
     targets: list[Target]
     num_groups: int
 
@@ -105,12 +105,20 @@ class Outputs(NamedTuple):
     """Everything DINO returns."""
 
     decoder: LayerOutputs  # N decoder layers; the last one is the result
-    proposals: LayerOutputs  # N = 1: the encoder's own guess for the selected tokens; N = 0 where none are selected
+    proposals: LayerOutputs  # N = 1: the encoder's predictions for the selected tokens; N = 0 where none are selected
     denoising: DenoisingOutputs | None = None  # training only
 
 
+class Detections(NamedTuple):
+    """The detections of one image, best first. In a batch, all three tensors have B in front."""
+
+    boxes: Tensor  # (K, 4) float32, xyxy in pixels
+    scores: Tensor  # (K,) float32 in [0, 1]
+    labels: Tensor  # (K,) int64
+
+
 def concatenate(first: Queries, second: Queries) -> Queries:
-    """Put `first` in front of `second` along Q; the mask is that of `first`, which must cover both."""
+    """Put `first` in front of `second` along Q. The mask is that of `first`, which must cover both."""
     return Queries(
         torch.cat([first.content, second.content], 1),
         torch.cat([first.box_logits, second.box_logits], 1),

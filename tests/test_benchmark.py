@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import subprocess
+from argparse import Namespace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -100,6 +101,39 @@ def test_model_benchmark_and_report(monkeypatch, tmp_path):
     assert "| inference 480x640, batch 1, 0 boxes, float32 | dino | 2000 ms | 1.00 |" in report.model_section(
         tmp_path / "model_cpu_1threads_reference.json"
     )
+
+
+EARLIER = """import json
+import sys
+from typing import NamedTuple
+
+
+class Case(NamedTuple):
+    work: str
+    height: int
+    width: int
+    batch: int
+    boxes: int
+    dtype: str
+
+
+def main():
+    for line in sys.stdin:
+        print(json.dumps([line.strip(), CPU_CASES, sys.argv[1:]]), flush=True)
+"""
+
+
+def test_an_earlier_checkout_serves_by_its_own_program(tmp_path):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks/model.py").write_text(EARLIER)
+    benchmark = program("model")
+    name, case = benchmark.contender_in(tmp_path), benchmark.CPU_CASES[0]
+    worker = benchmark.Worker(case, name, Namespace(against=str(tmp_path), device="cpu", threads=1, dtypes="float32"))
+    request, cases, arguments = worker.ask("time")
+    worker.close()
+    assert (name, request, cases) == ("earlier", "time", [list(case)])
+    assert arguments[:2] == ["--serve", "dino"]
+    assert re.fullmatch(arguments[arguments.index("--cases") + 1], str(case))
 
 
 def test_the_work_of_the_model_benchmark():

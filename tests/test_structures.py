@@ -8,7 +8,7 @@ def test_valid_ratios():
     tokens = Tokens(
         features=torch.zeros(1, 30, 1),
         position=torch.zeros(1, 30, 1),
-        padding=torch.zeros(1, 30, dtype=torch.bool),
+        padding_mask=torch.zeros(1, 30, dtype=torch.bool),
         shapes=[(4, 6), (2, 3)],
         valid_sizes=torch.tensor([[[5.0, 4.0], [3.0, 1.0]]]),
     )

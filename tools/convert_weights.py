@@ -1,12 +1,9 @@
-"""Convert checkpoints between this project, the official program, detrex and Hugging Face's form; see --help."""
+"""Convert checkpoints of DINO programs: `dino convert` for a clone that is not installed."""
 
 import sys
 
-from dino.utils.files import DataError, message_of
-from dino.weights.conversion import main
+from dino.cli import report_errors
+from dino.cli.convert import main
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DataError as error:
-        sys.exit(f"error: {message_of(error)}")
+    sys.exit(report_errors(main))

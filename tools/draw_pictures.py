@@ -2,8 +2,8 @@
 
     python tools/draw_pictures.py      (or, in an environment that is set up: make pictures)
 
-Makes synthetic shapes, trains a small DINO of six layers on them for some minutes (one thread is enough), and lets
-`dino explain` draw a batch. What output/pictures holds already is used again: remove it to begin anew.
+Makes synthetic shapes, trains a small DINO of six layers on them for some minutes on one thread, and draws a batch with
+`dino explain`. An existing model in output/pictures is used again: remove the folder to train another.
 """
 
 import argparse
@@ -26,13 +26,17 @@ def call(*command):
         sys.exit(code)
 
 
-def main(argv=None):
+def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "output/pictures", help="folder of the data and the model")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/pictures", help="folder of the pictures")
-    parser.add_argument("--images", type=int, default=600, help="to train on (default %(default)s)")
-    parser.add_argument("--epochs", type=float, default=4, help="(default %(default)s)")
-    args = parser.parse_args(argv)
+    parser.add_argument("--images", type=int, default=600, help="number of training images (default %(default)s)")
+    parser.add_argument("--epochs", type=float, default=4, help="length of the training (default %(default)s)")
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
     shapes, run = args.work.resolve() / "shapes", args.work.resolve() / "run"
     if not shapes.exists():
         call("tools/make_shapes.py", shapes, "--train", args.images, "--val", 20)

@@ -132,7 +132,7 @@ def first_steps(data: Path) -> list[Step]:
         (sys.executable, "-m", "dino.layers.ops.build"),
         (sys.executable, "-c", "import dino.layers.ops.build"),
     )
-    environment = (sys.executable, "-m", "dino.utils.environment")
+    environment = (sys.executable, "-m", "dino.cli.env")
     compiled = (("DINO_DEFORM_ATTN", "compiled"),)
     return [
         Step("device", "names the GPU and the versions", 8, 60, (*device, "--output", str(data / "device.json")),
@@ -145,7 +145,7 @@ def first_steps(data: Path) -> list[Step]:
 
 
 def test_files(*patterns: str) -> list[str]:
-    return sorted(str(path.relative_to(ROOT)) for p in patterns for path in ROOT.glob(f"tests/layers/{p}.py"))
+    return sorted(str(path.relative_to(ROOT)) for p in patterns for path in ROOT.glob(f"tests/layers/**/{p}.py"))
 
 
 def test_steps(golden: Callable) -> list[Step]:
@@ -501,7 +501,7 @@ def choose(steps: list[Step], only: str, skip: str) -> list[Step]:
     return [step for step in steps if step.name in wanted - unwanted]
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "gpu_suite.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -512,7 +512,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="of this call; steps that don't fit are left")
     parser.add_argument("--dry", action="store_true", help="check every step without a GPU")
     parser.add_argument("--list", action="store_true", help="name the steps")
-    return parser.parse_args(arguments)
+    return parser
 
 
 def absolute(environment: Mapping[str, str]) -> dict[str, str]:
@@ -522,7 +522,7 @@ def absolute(environment: Mapping[str, str]) -> dict[str, str]:
 
 def main(arguments: list[str] | None = None) -> int:
     begin = time.monotonic()
-    options = parse_arguments(arguments)
+    options = build_parser().parse_args(arguments)
     results = options.results.resolve()
     os.environ.update(absolute(os.environ))
     everything = all_steps(results, os.environ)

@@ -2,9 +2,8 @@
 
 import sys
 
-from dino import cli  # comes first: silences warnings of Detectron2's import
-from dino.d2.training import launch
+from dino.cli import report_errors
+from dino.cli.train import main
 
 if __name__ == "__main__":
-    prog = "python tools/lazyconfig_train_net.py"
-    sys.exit(cli.guard(lambda: launch.main(sys.argv[1:], prog)))
+    sys.exit(report_errors(lambda: main(sys.argv[1:], "python tools/lazyconfig_train_net.py")))

@@ -1,9 +1,9 @@
 """Write docs/settings.md: every argument of the programs, every key of a recipe, every part that a recipe can name.
 
-What is said of a setting is taken from where it is defined: the parsers of the programs, the comments of the recipes in
-configs/common, and the docstrings of the parts. A setting that is described nowhere is an error.
+The descriptions come from the `--help` of the programs, the comments of the recipes in configs/common, and the
+docstrings of the parts. A setting without a description is an error.
 
-    python tools/list_settings.py            (--check: only see whether the page is up to date)
+    python tools/list_settings.py            (--check: only compare the page with the code)
 """
 
 from __future__ import annotations
@@ -18,66 +18,56 @@ import re
 import sys
 import tokenize
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 from dino import cli  # comes first: silences warnings of Detectron2's import
-from dino.utils.files import DataError, write_whole
+from dino.utils.files import UserError, write_whole
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/settings.md"
 RECIPE = ROOT / "configs/dino_r50_4scale_12ep.py"
-TOOLS = (
-    "analyze_model",
-    "demo",
-    "draw_pictures",
-    "gpu_suite",
-    "list_settings",
-    "make_shapes",
-    "plain_train",
-    "run_demo",
-)  # the others are verbs of `dino`
 PARTS = """dino.modeling:TorchvisionBackbone,TimmBackbone dino.d2.backbones:vitdet,regnet,AsBackbone
 dino.d2.data_loading:ShortSide,OneOf dino.d2.training.optimizer:layerwise_params
 dino.d2.augmented_detector:AugmentedDetector
 dino.layers.loss_scaling:LossScaling
 dino.modeling.variants:LearnedQueries,PatternSelection,LearnedPositionEncoding"""  # that the recipe does not name
 VARIABLES = {
-    "CUDA_HOME": "`python -m dino.layers.ops.build`: where CUDA's compiler is, if not in `PATH`",
+    "CUDA_HOME": "`python -m dino.layers.ops.build`: the folder of CUDA's compiler, if not in `PATH`",
     "CXX": "`python -m dino.layers.ops.build`: the only C++ compiler to try, such as `g++-12` (default: all)",
-    "DETECTRON2_DATASETS": "the folder that holds COCO and the other sets that Detectron2 knows (default `datasets`)",
+    "DETECTRON2_DATASETS": "the folder of COCO and the other data sets that Detectron2 knows (default `datasets`)",
     "DINO_BCCD": "tests: the folder of the BCCD photographs",
     "DINO_DEFORM_ATTN": "attention operator: `auto` (default), `reference` (plain PyTorch) or `compiled` (or an error)",
     "DINO_GOLDEN": "tests: the folder of the official program's numbers",
-    "DINO_TEST_DEVICE": "tests: run those that can on this device",
+    "DINO_TEST_DEVICE": "tests: the device for tests that support it",
     "DINO_TORCH_HEADERS": "tests: the folder of other torch versions' headers (default `output/torch_headers`)",
-    "FORCE_CUDA": "`python -m dino.layers.ops.build`: 1 to compile for CUDA where no GPU is seen",
-    "FVCORE_CACHE": "where downloaded weights are kept (default `~/.torch/iopath_cache`)",
+    "FORCE_CUDA": "`python -m dino.layers.ops.build`: 1 to compile for CUDA without a GPU",
+    "FVCORE_CACHE": "the folder of downloaded weights (default `~/.torch/iopath_cache`)",
     "TORCH_CUDA_ARCH_LIST": "`python -m dino.layers.ops.build`: the GPUs to compile for, for example `8.0;9.0+PTX`",
 }
-OF_THE_MACHINE = {"device": "a GPU where there is one", "dist_url": "a free port of this machine"}  # defaults
+OF_THE_MACHINE = {"device": "a GPU where there is one", "dist_url": "a port of this machine"}  # defaults
 OF_THE_BASE = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 HEAD = """# Every setting
 
-Made by `python tools/list_settings.py` from the code: change it there.
+`python tools/list_settings.py` writes this page from the code: change the code.
 
 - [Programs](#programs): arguments of the command line
-- [Recipes](#recipes): keys that are set by `key=value` on the command line, or in a recipe
+- [Recipes](#recipes): keys for `key=value` on the command line, or in a recipe
 - [Other parts](#other-parts) that a recipe can name
-- [yacs](#yacs): keys for those who come from Detectron2's older configuration system
+- [yacs](#yacs): keys of Detectron2's older configuration system
 - [Environment variables](#environment-variables)
 """
 RECIPES = f"""## Recipes
 
-Values are those of [{RECIPE.stem}](../configs/{RECIPE.name}). A full key can be set on the command line. A bare name
-is an argument that this recipe leaves at its default: set it in a recipe of your own. Of parts of other libraries, only
-what the recipe states is listed. The letters are those of [structures.py](../dino/structures.py).
+The values are those of [{RECIPE.stem}](../configs/{RECIPE.name}). Set a full key on the command line. A bare name is an
+argument that this recipe leaves at its default: set it in a recipe of your own. For parts of other libraries, the table
+lists only the arguments that the recipe states. [structures.py](../dino/structures.py) explains the letters.
 """
 
 
 class Row(NamedTuple):
-    """A line of a table, all of it Markdown: a setting, its value, and what it means."""
+    """A line of a table in Markdown: a setting, its value, its meaning."""
 
     name: str
     value: str
@@ -102,73 +92,62 @@ def described(name: str, meaning: str | None) -> str:
     """The meaning on one line.
 
     Raises:
-        DataError: there is none.
+        UserError: there is none.
     """
     if not meaning or not meaning.strip():
-        raise DataError(f"the setting {name} is described nowhere: give it a help text, a comment or a docstring")
+        raise UserError(f"the setting {name} has no description: give it a help text, a comment or a docstring")
     return re.sub(r"\s+", " ", meaning).strip().removesuffix(".")
 
 
 # Programs
 
 
-class Caught(BaseException):
-    """A program's parser, before it parses anything."""
-
-    def __init__(self, parser: argparse.ArgumentParser):
-        self.parser = parser
-
-
-def parser_of(program: Callable) -> argparse.ArgumentParser:
-    """The parser that a program's main function makes."""
-
-    def catch(parser, *_, **__):
-        raise Caught(parser)
-
-    with patch.object(sys, "argv", ["program"]), patch.object(argparse.ArgumentParser, "parse_known_args", catch):
-        try:
-            program()
-        except Caught as caught:
-            return caught.parser
-    raise DataError(f"{program} parses no arguments")
+def tools() -> list[Path]:
+    """The tools with arguments. The other tools are verbs of `dino`."""
+    return [path for path in sorted((ROOT / "tools").glob("*.py")) if "def build_parser(" in path.read_text()]
 
 
 def programs() -> Iterator[tuple[str, str, argparse.ArgumentParser]]:
     """(command, what it does, parser) of every verb and tool."""
-    for name, verb in cli.VERBS.items():
-        main = importlib.import_module(verb.module).main
-        yield f"dino {name}", verb.help, parser_of(lambda main=main: main([]))
-    for name in TOOLS:
-        spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
+    for name, does in cli.VERBS.items():
+        yield f"dino {name}", does, importlib.import_module(f"dino.cli.{name}").build_parser()
+    for path in tools():
+        spec = importlib.util.spec_from_file_location(path.stem, path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         does = inspect.cleandoc(module.__doc__).splitlines()[0].rstrip(".")
-        yield f"python tools/{name}.py", does, parser_of(module.main)
+        yield f"python tools/{path.name}", does, module.build_parser()
 
 
 def argument_rows(command: str, parser: argparse.ArgumentParser) -> list[Row]:
-    """What a program takes, but for --help."""
-    rows = []
-    for action in parser._actions:
-        if isinstance(action, argparse._HelpAction):
-            continue
-        name = ", ".join(action.option_strings) or action.metavar or action.dest
-        name = name if isinstance(name, str) else " ".join(name)
-        meaning = described(f"{name} of {command}", action.help) % {**vars(action), "prog": parser.prog}
-        unsaid = action.default is False or action.default in (None, "", [], (), argparse.SUPPRESS)
-        value = "" if unsaid else OF_THE_MACHINE.get(action.dest) or code(action.default)
-        meaning = meaning.removesuffix(f" (default {action.default})")
-        if action.choices:
-            meaning += f" ({', '.join(map(str, action.choices))})"
-        rows.append(Row(code(name), value, meaning))
-    return rows
+    """The arguments of a program, from its help with a line for each argument."""
+    wide = partial(argparse.HelpFormatter, width=10_000, max_help_position=5_000)
+    text = argparse.ArgumentParser(parents=[parser], add_help=False, formatter_class=wide).format_help()
+    lines = re.findall(r"^  (?! |-h\b)(.+?)(?: {2,}(.+))?$", text, re.M)
+    return [argument_row(command, parser, *line) for line in lines]
+
+
+def argument_row(command: str, parser: argparse.ArgumentParser, invocation: str, meaning: str) -> Row:
+    """The row of an argument.
+
+    Args:
+        invocation: as in the help: `opts`, `--size HEIGHT WIDTH` or `--dtype {fp32,bf16}`.
+    """
+    flags = re.findall(r"(?<!\S)--?\w[\w-]*", invocation)
+    name = ", ".join(flags) or invocation
+    key = flags[-1].lstrip("-").replace("-", "_") if flags else invocation
+    default = parser.get_default(key)
+    value = "" if default is False or default in (None, "", [], ()) else OF_THE_MACHINE.get(key) or code(default)
+    meaning = described(f"{name} of {command}", meaning).removesuffix(f" (default {default})")
+    choices = re.search(r"\{(.+?)\}", invocation)
+    return Row(code(name), value, meaning + (f" ({choices[1].replace(',', ', ')})" if choices else ""))
 
 
 # Recipes
 
 
 def comments(path: Path) -> dict[str, str]:
-    """What the comments of a recipe say of its keys, each on the line where the key begins."""
+    """The comments of a recipe, by key: each stands on the line where its key begins."""
     source = path.read_text(encoding="utf-8")
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     remarks = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
@@ -188,7 +167,7 @@ def comments(path: Path) -> dict[str, str]:
 
 
 def arguments_of(part: Callable) -> dict[str, str]:
-    """Names, joined by commas where they share it, and description of each argument in a part's docstring."""
+    """Descriptions of arguments in a docstring, by name; names that share a description are joined by commas."""
     doc = inspect.cleandoc(part.__doc__ or "")
     match = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", doc, re.M | re.S)
     entries = re.findall(r"^    (\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)", match.group(1) if match else "", re.M)
@@ -208,7 +187,7 @@ def is_ours(part: Any) -> bool:
 
 
 def shown(value: Any, resolved: Any) -> str:
-    """A value of a recipe: of a part its name, of an interpolation what it stands for, too."""
+    """A value of a recipe: the name of a part, an interpolation with its result."""
     if isinstance(value, dict) and "_target_" in value:
         return code(value["_target_"])
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
@@ -219,29 +198,39 @@ def shown(value: Any, resolved: Any) -> str:
 
 
 def part_rows(key: str, part: Callable, values: dict, resolved: dict, remarks: dict[str, str]) -> list[Row]:
-    """The settings of a part: of ours all, of others those that the recipe states.
+    """The settings of a part: all of a part of this project, of other parts those that the recipe states.
 
     Args:
         values: what the recipe states; resolved: the same without interpolations.
-        remarks: from `comments`, for what the docstring leaves unsaid.
+        remarks: from `comments`, for arguments without a docstring.
     """
     parameters = signature(part) if is_ours(part) else dict.fromkeys(values)
-    entries = arguments_of(part) if is_ours(part) else {}
-    told = {name for names in entries for name in names.split(", ")}
-    rest = [name for name, p in parameters.items() if name not in told and getattr(p, "kind", None) not in OF_THE_BASE]
     rows = []
-    for names, meaning in [*entries.items(), *((name, None) for name in rest)]:
-        cells = []
-        for name in (n for n in names.split(", ") if n in parameters or n in values):
-            default = getattr(parameters.get(name), "default", inspect.Parameter.empty)
-            stated = shown(values[name], resolved[name]) if name in values else ""
-            empty = default is inspect.Parameter.empty
-            cells.append((code(f"{key}.{name}" if stated else name), stated or ("" if empty else code(default))))
+    for names, meaning in groups_of(part, parameters).items():
+        known = [name for name in names.split(", ") if name in parameters or name in values]
+        cells = [setting_cells(key, name, parameters.get(name), values, resolved) for name in known]
         if cells:
-            meaning = meaning or remarks.get(f"{key}.{names}")
             columns = (", ".join(filter(None, column)) for column in zip(*cells, strict=True))
-            rows.append(Row(*columns, described(f"{key}.{names}", meaning)))
+            rows.append(Row(*columns, described(f"{key}.{names}", meaning or remarks.get(f"{key}.{names}"))))
     return rows
+
+
+def groups_of(part: Callable, parameters: dict) -> dict[str, str | None]:
+    """Descriptions of the arguments of a part, by name or names; None where the docstring has none."""
+    groups = dict(arguments_of(part)) if is_ours(part) else {}
+    named = {name for names in groups for name in names.split(", ")}
+    rest = (name for name, p in parameters.items() if getattr(p, "kind", None) not in OF_THE_BASE)
+    return groups | {name: None for name in rest if name not in named}
+
+
+def setting_cells(
+    key: str, name: str, parameter: inspect.Parameter | None, values: dict, resolved: dict
+) -> tuple[str, str]:
+    """Name and value of an argument: the full key where the recipe states it, else the default."""
+    if name in values:
+        return code(f"{key}.{name}"), shown(values[name], resolved[name])
+    default = getattr(parameter, "default", inspect.Parameter.empty)
+    return code(name), "" if default is inspect.Parameter.empty else code(default)
 
 
 def sections(key: str, node: Any, resolved: Any, remarks: dict[str, str]) -> Iterator[tuple[str, list[Row]]]:
@@ -262,7 +251,7 @@ def sections(key: str, node: Any, resolved: Any, remarks: dict[str, str]) -> Ite
 
 
 def plain_rows(key: str, values: dict, remarks: dict[str, str]) -> Iterator[Row]:
-    """The settings of a group that is no part, and those of the groups below it."""
+    """The settings of a group that is no part, and of the groups below it."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from plain_rows(f"{key}.{name}", value, remarks)
@@ -298,7 +287,7 @@ def other_parts() -> Iterator[tuple[str, list[Row]]]:
 
 
 def yacs_rows() -> list[Row]:
-    """The keys below `MODEL.DINO`, told by the arguments that they become."""
+    """The keys below `MODEL.DINO`, with the descriptions of the arguments that they become."""
     from detectron2.config import get_cfg
 
     from dino.d2 import DINODetector, add_dino_config
@@ -306,9 +295,9 @@ def yacs_rows() -> list[Row]:
 
     cfg = get_cfg()
     add_dino_config(cfg)
-    told = arguments_of(DINODetector) | arguments_of(build_dino)
+    meanings = arguments_of(DINODetector) | arguments_of(build_dino)
     return [
-        Row(code(f"MODEL.DINO.{key}"), code(value), described(f"MODEL.DINO.{key}", told.get(key.lower())))
+        Row(code(f"MODEL.DINO.{key}"), code(value), described(f"MODEL.DINO.{key}", meanings.get(key.lower())))
         for key, value in cfg.MODEL.DINO.items()
     ]
 
@@ -317,7 +306,7 @@ def page() -> str:
     """The page.
 
     Raises:
-        DataError: a setting is described nowhere.
+        UserError: a setting has no description.
     """
     text = [HEAD, "## Programs\n"]
     for command, does, parser in programs():
@@ -335,17 +324,21 @@ def page() -> str:
     return "\n".join(text) + "\n"
 
 
-def main() -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the page is out of date")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    args = build_parser().parse_args()
     text = page()
     if args.check and (not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text):
-        raise DataError(f"{PAGE} is out of date: run python tools/list_settings.py")
+        raise UserError(f"{PAGE} is out of date: run python tools/list_settings.py")
     if not args.check:
         write_whole(PAGE, lambda part: part.write_text(text, encoding="utf-8"))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(cli.guard(main))
+    sys.exit(cli.report_errors(main))

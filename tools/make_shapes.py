@@ -4,11 +4,11 @@
 
 makes datasets/shapes/{train,val}.json and the images in datasets/shapes/{train,val}/. The two splits come from
 different seeds. Each image has 1 to 10 objects, some of them overlapping, a third of them under 32 pixels; one image in
-12 has none. Category ids are 2, 5 and 9, so that programs which take ids for labels fail early.
+12 has none. Category ids are 2, 5 and 9: programs that confuse ids and labels fail early.
 
     python tools/make_shapes.py datasets/hard --train 600 --val 100 --hard
 
-crowds them: 10 to 25 objects in each image, many of them overlapping, half of them under 32 pixels.
+crowds the images: 10 to 25 objects each, many of them overlapping, half of them under 32 pixels.
 """
 
 import argparse
@@ -29,13 +29,13 @@ SMALL, LARGE = (14, 31), (38, 66)  # longer sides of objects in pixels
 
 
 class Scene(NamedTuple):
-    """How an image is filled.
+    """How many objects an image gets.
 
     Args:
-        empty: share of the images that have no object.
-        least, most: number of objects of the others; fewer where there is no room.
-        small_share: of the attempts that are small; small objects find room more easily, so there will be more of them.
-        max_overlap: share of the smaller box that another one may cover; everything must stay recognisable.
+        empty: share of the images without objects.
+        least, most: number of objects of the other images; fewer if there is no room.
+        small_share: share of attempts to place a small object; small objects find room more often than large ones.
+        max_overlap: share of the smaller of two boxes that the other may cover.
     """
 
     empty: float
@@ -140,14 +140,18 @@ def make_shapes(folder, train, val, seed, scene):
     os.replace(part, folder)
 
 
-def main(argv=None):
+def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a new folder for images and annotations")
     parser.add_argument("--train", type=int, default=600, help="number of training images")
     parser.add_argument("--val", type=int, default=200, help="number of validation images")
-    parser.add_argument("--seed", type=int, default=0, help="of the shapes")
+    parser.add_argument("--seed", type=int, default=0, help="of the random shapes")
     parser.add_argument("--hard", action="store_true", help="many overlapping and small objects in each image")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
     if args.folder.exists():
         sys.exit(f"error: {args.folder} exists: choose another folder, or remove it")
     make_shapes(args.folder, args.train, args.val, args.seed, HARD if args.hard else EASY)

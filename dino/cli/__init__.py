@@ -1,50 +1,51 @@
-"""The console command `dino`: one table of verbs, each of which is imported when it is called."""
+"""The console command `dino`: a table of verbs. A verb's module is imported when the verb is called."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import io
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
 
 import dino
-from dino.utils.files import DataError, message_of
+from dino.utils.files import UserError, message_of
 
 for message in (".*torch.jit.*is deprecated.*", ".*pkg_resources is deprecated.*", ".*broadcast_buffers.*"):
     warnings.filterwarnings("ignore", message=message)  # of Detectron2 itself; must come before its import
 
-
-class Verb(NamedTuple):
-    """A verb: the module whose `main(argv) -> exit code or None` does the work, and what that is, in a line.
-
-    Its parser calls itself `dino <verb>`, has an example under `--help`, and raises a DataError for what a person can
-    put right.
-    """
-
-    module: str
-    help: str
-
-
+# Verb -> what it does. Its module here, of the same name, has `build_parser()` and `main(argv)`, imports nothing heavy
+# before the arguments are parsed, and raises a UserError for what a person can correct.
 VERBS = {
-    "train": Verb("dino.d2.training.launch", "train a recipe, on COCO-format files or a registered data set"),
-    "eval": Verb("dino.evaluation.report.evaluate", "AP, curves, confusions and the worst images in one report.html"),
-    "predict": Verb(
-        "dino.inference.predict_files", "draw what a checkpoint finds in images, folders, videos or a webcam"
-    ),
-    "check": Verb("dino.data.check.check_dataset", "look a data set over before training"),
-    "export": Verb("dino.export.export_checkpoint", "a checkpoint as ONNX, TorchScript or a program of torch.export"),
-    "explain": Verb("dino.explain.explain_batch", "pictures of what a checkpoint does with a training batch"),
-    "convert": Verb("dino.weights.conversion", "checkpoints of other DINO programs to and fro"),
-    "env": Verb("dino.utils.environment", "what a bug report needs, and which attention operator runs"),
+    "train": "train or evaluate a recipe, on COCO-format files or a registered data set",
+    "eval": "write AP, curves, confusions and the worst images to one report.html",
+    "predict": "draw a checkpoint's detections in images, folders, videos or a webcam",
+    "check": "check a data set before training",
+    "export": "write a checkpoint as ONNX, TorchScript or a program of torch.export",
+    "explain": "draw what a checkpoint computes for a training batch",
+    "convert": "convert checkpoints from and to the forms of other DINO programs",
+    "env": "print what a bug report needs, and which attention operator runs",
 }
 
 
-def usage() -> str:
+def new_parser(prog: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """A parser without arguments, whose `--help` keeps the line breaks of both texts."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog, description=description, epilog=examples, formatter_class=formatter)
+
+
+def check_arguments(parser: argparse.ArgumentParser, problems: Mapping[str, object]) -> None:
+    """Exit with the first message of `problems` whose condition holds."""
+    for message, holds in problems.items():
+        if holds:
+            parser.error(message)
+
+
+def _usage() -> str:
     """The text of `dino --help`."""
     width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {name:<{width}}  {verb.help}" for name, verb in VERBS.items())
+    verbs = "\n".join(f"  {name:<{width}}  {does}" for name, does in VERBS.items())
     return (
         f"usage: dino VERB [arguments]\n\nDINO for Detectron2, version {dino.__version__}\n\n{verbs}\n\n"
         "example:\n  dino check train.json images\n`dino VERB --help` shows the arguments of a verb and examples."
@@ -52,7 +53,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb. Returns the exit code: 0, 1 for an error that is told in one line, 2 for a wrong command line."""
+    """Run a verb. Returns the exit code: 0, 1 after an error of one line, 2 for a wrong command line."""
     words = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -61,19 +62,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dino {dino.__version__}")
         return 0
     if not words or words[0] in ("-h", "--help"):
-        print(usage())
+        print(_usage())
         return 0 if words else 2
     if words[0] not in VERBS:
         print(f"error: no verb {words[0]!r}; there are {', '.join(VERBS)}", file=sys.stderr)
         return 2
-    return guard(lambda: importlib.import_module(VERBS[words[0]].module).main(words[1:]))
+    return report_errors(lambda: importlib.import_module(f"dino.cli.{words[0]}").main(words[1:]))
 
 
-def guard(run: Callable[[], int | None]) -> int:
-    """Call a program. Returns its exit code, or that of an error, which is told in one line."""
+def report_errors(run: Callable[[], int | None]) -> int:
+    """Call a program. Returns its exit code; prints an error that a person can correct as one line."""
     try:
         return run() or 0
-    except (DataError, FloatingPointError, OSError) as error:  # OSError: a full disk, a folder that is not ours
+    except (UserError, FloatingPointError, OSError) as error:  # OSError: a full disk, a folder of somebody else
         print(f"error: {message_of(error)}", file=sys.stderr)
         return 1
     except ImportError as error:  # Detectron2 is missing, or a library of an extra

@@ -1,14 +1,16 @@
-"""Test-time augmentation: every image is seen at several sizes and mirrored, and the detections are joined."""
+"""Evaluation with test-time augmentation (TTA)."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from detectron2.modeling.test_time_augmentation import DatasetMapperTTA
-from detectron2.structures import Boxes, Instances
-from torchvision.ops import batched_nms
+from torch import Tensor
+
+from dino.inference.tta import join, make_view, views
+from dino.layers import Detections
 
 from .meta_arch import DINODetector
 
@@ -16,13 +18,13 @@ logger = logging.getLogger("detectron2.dino")
 
 
 class AugmentedDetector(DINODetector):
-    """A `DINODetector` that detects in several views of each image; it trains as any other.
+    """A `DINODetector` that detects in several views of each image: resized and mirrored.
 
         --eval-only model._target_=dino.d2.augmented_detector.AugmentedDetector dataloader.test.mapper.augmentations=[]
 
-    Views are made from the image that it is given: leave out the resizing of the test data, as above. Of detections of
-    one class that overlap by more than `overlap`, from whichever views, the best one stays. An AP that was reached in
-    this way is to be named so: the paper's figures for the ResNet-50 and most others are without.
+    Views are made from the given image: switch off the resizing of the test data, as above. Of detections of one class
+    that overlap by more than `overlap`, the best one stays. Training is that of `DINODetector`. State the augmentation
+    beside an AP reached with it: the paper's figures for the ResNet-50 and most others are without.
 
     Args:
         sizes: lengths of the short side of the views in pixels.
@@ -42,29 +44,28 @@ class AugmentedDetector(DINODetector):
         **arguments,
     ):
         super().__init__(**arguments)
-        self.views = DatasetMapperTTA(list(sizes), max_size, True in list(flips))
+        self.sizes = list(sizes)
+        self.max_size = max_size
+        self.flips = list(flips)
         self.overlap = overlap
-        logger.warning(f"test-time augmentation: {list(sizes)} pixels, flips {list(flips)}; name it beside any AP")
+        logger.warning(f"test-time augmentation: {self.sizes} pixels, flips {self.flips}; name it beside any AP")
 
     @torch.no_grad()
-    def detect(self, batched_inputs: list[dict]) -> list[dict[str, Instances]]:
-        """One image after another, view by view, for views differ in size."""
-        return [{"instances": self.detect_in_views(x)} for x in batched_inputs]
-
-    def detect_in_views(self, x: dict) -> Instances:
-        """The joined detections of one image, in pixels of the picture that the image was made from."""
-        height, width = x.get("height", x["image"].shape[1]), x.get("width", x["image"].shape[2])
-        views = self.views({**x, "image": x["image"].cpu(), "height": height, "width": width})
-        found = [self.detect_in_view(view, (height, width)) for view in views]
-        joined = Instances.cat(found)
-        kept = batched_nms(joined.pred_boxes.tensor, joined.scores, joined.pred_classes, self.overlap)
-        return joined[kept[: self.max_detections]]
-
-    def detect_in_view(self, view: dict, size: tuple[int, int]) -> Instances:
-        """The detections of one view, brought back to the picture of `size` (height, width)."""
-        height, width = view["image"].shape[1:]
-        (result,) = super().detect([{**view, "height": height, "width": width}])
-        instances = result["instances"]
-        boxes = view["transforms"].inverse().apply_box(instances.pred_boxes.tensor.cpu().numpy())
-        boxes = torch.as_tensor(boxes, dtype=torch.float32, device=instances.scores.device)
-        return Instances(size, pred_boxes=Boxes(boxes), scores=instances.scores, pred_classes=instances.pred_classes)
+    def detect(
+        self,
+        images: Sequence[Tensor],
+        sizes: Sequence[tuple[int, int]] | None = None,
+        *,
+        sources: Sequence[str] = (),
+        **options: Any,
+    ) -> list[Detections]:
+        """As `Detector.detect`, but for images that were not resized; one view after another."""
+        sizes = [tuple(image.shape[1:]) for image in images] if sizes is None else sizes
+        results = []
+        for i, (image, size) in enumerate(zip(images, sizes, strict=True)):
+            chosen = views(*image.shape[1:], self.sizes, self.max_size, self.flips)
+            seen = [make_view(image, view) for view in chosen]
+            called = [sources[i]] * len(seen) if sources else ()
+            found = super().detect(seen, [size] * len(seen), sources=called, **{"batch_size": 1, **options})
+            results.append(join(found, chosen, size[1], self.overlap, self.preprocessing.max_detections))
+        return results

@@ -1,6 +1,6 @@
-"""Detectron2's backbones whose constructors want classes and functions, from names and numbers alone.
+"""Detectron2's backbones whose constructors take classes and functions, built from names and numbers alone.
 
-ResNet, Swin and MViTv2 need no help: recipes name them directly.
+Recipes name ResNet, Swin and MViTv2 directly.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def vitdet(
     scale_factors: Sequence[float] = (2.0, 1.0, 0.5),
     square_pad: int = 0,
 ) -> SimpleFeaturePyramid:
-    """A plain ViT of patches of 16 pixels with windows, and the simple pyramid of ViTDet (arXiv 2203.16527) behind it.
+    """Build a plain ViT of patches of 16 pixels with windows, and the simple pyramid of ViTDet (arXiv 2203.16527).
 
     Args:
         embed_dim, depth, num_heads: of the ViT; the defaults are ViT-B's.
@@ -71,7 +71,7 @@ def regnet(
     norm: str = "FrozenBN",
     freeze_at: int = 2,
 ) -> RegNet:
-    """A RegNetX, or with `se_ratio` a RegNetY (arXiv 2003.13678, section 3.3), from the numbers that define it.
+    """Build a RegNetX, or with `se_ratio` a RegNetY (arXiv 2003.13678, section 3.3), from the numbers that define it.
 
     Args:
         depth, w_a, w_0, w_m: number of blocks; slope, start and quantisation of their widths.
@@ -98,7 +98,7 @@ def regnet(
 
 
 class AsBackbone(Backbone):
-    """A `TorchvisionBackbone` or `TimmBackbone` where Detectron2 insists on its own class, as in FPN.
+    """Adapts a `TorchvisionBackbone` or `TimmBackbone` to parts that accept Detectron2's class only, such as FPN.
 
     Args:
         net: images -> dict of maps, with `output_shape()`.

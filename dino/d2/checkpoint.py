@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read without running what they contain."""
+"""Checkpoints: written whole or not at all, read without running code that they contain."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
 from dino.d2.training.parallel import from_main, whole
-from dino.utils.files import DataError, write_whole
+from dino.utils.files import DataError, UserError, write_whole
 from dino.weights import MIN_BACKBONE, load_weights, read_content, same_names
 
 from .sources import check_pixels, local_file
 
 logger = logging.getLogger("detectron2.dino")
-NUMBERED = re.compile(r"model_\d{7,}\.pth")
+_NUMBERED = re.compile(r"model_\d{7,}\.pth")
 
 
 class Checkpointer(DetectionCheckpointer):
-    """DetectionCheckpointer that writes files whole or not at all, runs no pickled code, and keeps the class names.
+    """DetectionCheckpointer that writes files whole or not at all, runs no pickled code, and stores the class names.
 
     Args:
         names: class names, stored with every checkpoint.
-        about: plain data on the run, stored too; see `dino.d2.recipe_description`.
+        about: plain data on the run, stored with every checkpoint; see `dino.d2.recipe_description`.
         min_backbone: as of `load_weights`.
     """
 
@@ -45,17 +45,21 @@ class Checkpointer(DetectionCheckpointer):
         self.about = about or {}
         self.min_backbone = min_backbone
         self.source = ""  # the last loaded file
-        self.problems: list[str] = []  # tensors that it lacked or held in another shape, by the network's names
+        self.problems: list[str] = []  # names of tensors that it lacked or had in another shape
+
+    def add_about(self, **about) -> None:
+        """Add plain data on the run to what every checkpoint stores."""
+        self.about = {**self.about, **about}
 
     def save(self, name: str, **kwargs) -> None:
-        """Write `name`.pth, from which the run can continue; all processes must call it where the model is sharded."""
+        """Write `name`.pth, from which the run can continue. All processes of a sharded model must call this."""
         parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
         self.write(name, {**parts, **kwargs})
         if self.save_dir and self.save_to_disk:
             self.tag_last_checkpoint(f"{name}.pth")
 
     def save_weights(self, name: str, **kwargs) -> None:
-        """Write `name`.pth without what a run needs to continue, and don't take it for the last checkpoint."""
+        """Write `name`.pth without what a run needs to continue; the last checkpoint stays the last."""
         self.write(name, kwargs)
 
     def write(self, name: str, parts: dict) -> None:
@@ -66,69 +70,70 @@ class Checkpointer(DetectionCheckpointer):
             write_whole(os.path.join(self.save_dir, f"{name}.pth"), lambda part: torch.save(content, part))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Note which file to continue with."""
+        """Note the file to continue with."""
         path = os.path.join(self.save_dir, "last_checkpoint")
         write_whole(path, lambda part: part.write_text(last_filename_basename))
 
     def newest_first(self) -> list[Path]:
-        """The files from which the run could continue; first the one that was noted."""
+        """The files from which the run could continue, the noted one first."""
         folder = Path(self.save_dir)
         files = [
-            path for path in folder.glob("*.pth") if NUMBERED.fullmatch(path.name) or path.name == "model_final.pth"
+            path for path in folder.glob("*.pth") if _NUMBERED.fullmatch(path.name) or path.name == "model_final.pth"
         ]
         noted = Path(self.get_checkpoint_file() or folder)
         return sorted(files, key=lambda path: (path == noted, path.stat().st_mtime), reverse=True)
 
     def last_whole(self) -> str:
-        """The newest checkpoint that is whole, the same one on all processes; "" where there is none at all.
+        """Find the newest undamaged checkpoint, the same one on all processes; "" where there are no checkpoints.
 
         Raises:
-            DataError: all of them are damaged.
+            DataError: all checkpoints are damaged.
         """
-        found, faults = "", []
+        found, damaged = "", []
         if self.save_to_disk:
             for path in self.newest_first():
-                fault = fault_of(path)
-                if not fault:
+                damage = _damage_of(path)
+                if not damage:
                     found = str(path)
                     break
-                faults.append(f"{path} {fault}")
-        found, faults = from_main((found, faults))
-        if faults and not found:
-            raise DataError(f"nothing to continue with: {'; '.join(faults)}. Start in another train.output_dir")
-        for fault in faults:
-            logger.warning(f"{fault}: the run continues from {found}")
+                damaged.append(f"{path} {damage}")
+        found, damaged = from_main((found, damaged))
+        if damaged and not found:
+            raise DataError(f"nothing to continue with: {'; '.join(damaged)}. Start in another train.output_dir")
+        for damage in damaged:
+            logger.warning(f"{damage}: the run continues from {found}")
         return found
 
     def keep(self, number: int) -> None:
-        """Remove all but the newest `number` of the numbered checkpoints, and what a kill left half written."""
-        files = sorted(path for path in Path(self.save_dir).glob("model_*.pth") if NUMBERED.fullmatch(path.name))
+        """Remove all but the newest `number` of the numbered checkpoints, and files that a kill left incomplete."""
+        files = sorted(path for path in Path(self.save_dir).glob("model_*.pth") if _NUMBERED.fullmatch(path.name))
         for path in [*files[:-number], *Path(self.save_dir).glob("*.pth.part")]:
             path.unlink(missing_ok=True)
 
     def load(self, path: str, *args, **kwargs) -> dict:
-        """Load a file, or what an address stands for, in any form that `dino.weights` knows.
+        """Load a file or an address, in any format that `dino.weights` knows.
 
         Raises:
-            DataError: it is missing, broken, of another model, or holds more than plain data.
+            DataError: the file is missing, broken, of another model, or holds more than plain data.
+            UserError: the address is unknown or can't be fetched.
         """
         if not path:
             return super().load(path, *args, **kwargs)
         self.source = path
         try:
             extra = super().load(local_file(path), *args, **kwargs)
-        except DataError:
+        except UserError:
             raise
         except Exception as error:  # a broken or foreign file can raise anything
             raise DataError(f"can't use the checkpoint {path}: {str(error)[:500]}") from error
         finally:
-            self._parsed_url_during_load = None  # where loading failed, Detectron2 leaves it set and refuses to go on
+            self._parsed_url_during_load = None  # after an error Detectron2 leaves it set, and refuses the next load
         if "names" in extra and not same_names(extra["names"], self.names):
             logger.warning(f"{path} was trained for the classes {extra['names']}, the data has {self.names}")
         return extra
 
     def load_whole(self, path: str) -> dict:
-        """As `load`, for evaluation: raises a DataError unless the file holds every tensor of the model."""
+        """Load a file for evaluation; raises a DataError unless it has every tensor of the model."""
         extra = self.load(path, checkpointables=[])
         if self.problems:
             some = ", ".join(self.problems[:5])
@@ -139,26 +144,23 @@ class Checkpointer(DetectionCheckpointer):
         return extra
 
     def _load_file(self, filename: str) -> dict:
-        content = read_content(filename)
-        if zipfile.is_zipfile(filename) and (fault := fault_of(filename)):  # torch reads altered numbers without a word
-            raise DataError(f"can't use the checkpoint {filename}: it {fault}")
-        return content
+        return read_content(filename)
 
     def _load_model(self, checkpoint: dict) -> None:
-        """Own running averages are left to who asked for the file; those of other programs are what they publish."""
+        """Leave own running averages to the caller of `load`; other programs publish theirs as the weights."""
         copy = "model" if "ema" in checkpoint else "auto"
         report = load_weights(
             self.model, checkpoint, min_backbone=self.min_backbone, copy=copy, name=self.source, classes=self.names
         )
         logger.info(f"weights: {report}")
-        if report.form == "backbone":
+        if report.format == "backbone":
             check_pixels(self.model)
         self.problems = report.problems
         checkpoint.pop("model", None)
 
 
-def fault_of(path: str | Path) -> str:
-    """What is wrong with a file in torch's format, "" for nothing: cut short, or altered since it was written."""
+def _damage_of(path: str | Path) -> str:
+    """How a file in torch's format is damaged; "" for an undamaged one."""
     try:
         with zipfile.ZipFile(path) as file:
             return "was altered since it was written" if file.testzip() else ""
@@ -169,12 +171,12 @@ def fault_of(path: str | Path) -> str:
 
 
 def read_names(path: str) -> list[str]:
-    """The class names that a checkpoint of this project carries.
+    """Read the class names of a checkpoint of this project.
 
     Raises:
-        DataError: the file is missing, broken, holds more than plain data, or has no names.
+        DataError: the file is missing or broken, holds more than plain data, or has no names.
     """
     names = read_content(path).get("names")
     if not names:
-        raise DataError(f"{path} carries no class names: it was not written by tools/lazyconfig_train_net.py")
+        raise DataError(f"{path} has no class names: tools/lazyconfig_train_net.py did not write it")
     return names

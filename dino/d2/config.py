@@ -1,4 +1,4 @@
-"""The yacs road: with `add_dino_config`, Detectron2's own DefaultTrainer and DefaultPredictor build a DINODetector.
+"""Yacs configs: with `add_dino_config`, Detectron2's own DefaultTrainer and DefaultPredictor build a DINODetector.
 
 cfg = get_cfg()
 add_dino_config(cfg)
@@ -18,21 +18,22 @@ from torch import nn
 from dino.d2.training.optimizer import tenth_for_backbone
 from dino.layers import HungarianMatcher, SetCriterion
 from dino.modeling.assembly import build_dino
+from dino.modeling.detector import IMAGENET_MEAN, IMAGENET_STD
 from dino.modeling.transformer import HIDDEN_DIM
 
 
 def add_dino_config(cfg: CfgNode) -> None:
     """Add `MODEL.DINO` and set what DINO needs elsewhere: R50 without pre-trained weights, 4 scales, RGB images.
 
-    The keys hold the published 4-scale settings; see `build_dino` for their meaning. No key can say that AdamW is
-    wanted: DefaultTrainer takes SGD unless its `build_optimizer` is overridden with `build_adamw`.
+    The keys hold the published 4-scale settings; see `build_dino` for their meaning. There is no key for AdamW:
+    DefaultTrainer uses SGD unless `build_adamw` overrides its `build_optimizer`.
     """
     cfg.MODEL.META_ARCHITECTURE = "DINODetector"
     cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res3", "res4", "res5"]
     cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
-    cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
-    cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]
+    cfg.MODEL.PIXEL_MEAN = list(IMAGENET_MEAN)
+    cfg.MODEL.PIXEL_STD = list(IMAGENET_STD)
     cfg.INPUT.FORMAT = "RGB"
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
     cfg.SOLVER.BASE_LR = 1e-4
@@ -57,8 +58,8 @@ def add_dino_config(cfg: CfgNode) -> None:
 
 
 def build_adamw(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW as published, from the keys of `SOLVER`: a tenth of the learning rate for the backbone, and all gradients
-    clipped together to the norm of `CLIP_GRADIENTS.CLIP_VALUE`.
+    """Build AdamW as published, from the keys of `SOLVER`: a tenth of the learning rate for the backbone, and the norm
+    of all gradients together clipped to `CLIP_GRADIENTS.CLIP_VALUE`.
 
         class Trainer(DefaultTrainer):
             build_optimizer = staticmethod(build_adamw)
@@ -70,7 +71,7 @@ def build_adamw(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def parts_from_config(cfg: CfgNode) -> dict:
-    """The constructor arguments of `DINODetector` from a yacs config."""
+    """Constructor arguments of `DINODetector` from a yacs config."""
     dino = cfg.MODEL.DINO
     backbone = build_backbone(cfg)
     network = build_dino(

@@ -20,8 +20,9 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
 from dino.data.coco import classes_of, clean_objects, read_annotations
-from dino.data.images import read_image, resized_size
+from dino.data.images import read_image
 from dino.evaluation.average_precision import complete_annotations
+from dino.modeling.detector import resized_size
 from dino.utils.files import DataError
 
 logger = logging.getLogger("detectron2.dino")

@@ -1,9 +1,9 @@
-"""Detections of a checkpoint on a data set, for `dino eval`."""
+"""Run a checkpoint over a data set, for `dino eval`."""
 
 from __future__ import annotations
 
-import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,117 +12,135 @@ from detectron2.data.datasets import convert_to_coco_json
 from detectron2.engine import default_setup
 from omegaconf import DictConfig
 
-from dino.d2.training.launch import launch
 from dino.data.coco import load_json
-from dino.inference.memory import keep_freed_memory
-from dino.utils.files import DataError, make_folder, write_whole
+from dino.evaluation.report.evaluate import Detected
+from dino.inference.cpu import keep_freed_memory
+from dino.utils.files import DataError, UserError, make_folder, write_whole
+from dino.utils.recipes import find_recipe
 
 from . import recipe, recipe_description
 from .training import engine
+from .training.launch import launch
+from .training.parallel import Processes
 
 
-class Detected(NamedTuple):
-    """Annotations (parsed, COCO format), the file of each image id, detections in COCO's results format, and names.
+class _Job(NamedTuple):
+    """What each process needs; Detectron2's set-up logs it and reads the first two."""
+
+    config_file: str  # empty: the recipe that the checkpoint describes
+    eval_only: bool
+    weights: str  # empty: the recipe's
+    overrides: Sequence[str]
+    files: recipe.DataFiles
+    output: str
+
+
+def detect(
+    folder: Path,
+    *,
+    weights: str | None = None,
+    config_file: str = "",
+    overrides: Sequence[str] = (),
+    val_json: str | None = None,
+    val_images: str | None = None,
+    dataset: str | None = None,
+    num_gpus: int = 1,
+) -> Detected:
+    """Run a checkpoint over a data set.
 
     Args:
-        details: what was evaluated, for the head of a report.
-    """
-
-    data: dict[str, Any]
-    files: dict[int, Path]
-    results: Path
-    details: dict[str, str]
-
-
-def detect(args: argparse.Namespace, folder: Path) -> Detected:
-    """Run a checkpoint over the data that the arguments name.
-
-    Args:
-        args: as of `recipe.argument_parser`, and two of which each may be None: `weights`, a path, and `dataset`, the
-            name of a registered set. Without `config_file`, the model is the one that the checkpoint describes.
         folder: a new folder for log, config and detections.
+        weights: a checkpoint; without it, `train.init_checkpoint` of the recipe.
+        config_file: recipe, by name or file; without it, the recipe that the checkpoint describes.
+        overrides: of the recipe, each key=value.
+        val_json, val_images: data in COCO format, instead of the recipe's.
+        dataset: name of a data set registered in Detectron2, instead of the recipe's.
+        num_gpus: processes to start.
 
     Raises:
-        DataError: recipe, weights or data are missing or don't fit.
+        UserError: recipe or weights are missing or don't fit.
+        DataError: the data are missing or broken.
     """
-    args.eval_only, args.resume, args.output = True, False, str(folder)
-    source = args.val_json
-    if source:
-        args.val_json = add_annotations(Path(source), folder)
-    if args.dataset:
-        keys = ("dataloader.test.dataset.name", "dataloader.evaluator.dataset_name")
-        args.opts += [f"{key}={args.dataset}" for key in keys]
-    cfg = load(args)
-    weights = cfg.train.init_checkpoint
-    if not weights:
-        raise DataError("give the weights: --weights PATH")
-    if "://" not in weights and not Path(weights).is_file():
-        raise DataError(f"weights not found: {weights}")
+    keys = ("dataloader.test.dataset.name", "dataloader.evaluator.dataset_name") if dataset else ()
+    job = _Job(
+        config_file=str(find_recipe(config_file)) if config_file else "",
+        eval_only=True,
+        weights=weights or "",
+        overrides=[*overrides, *(f"{key}={dataset}" for key in keys)],
+        files=recipe.DataFiles(val_json=val_json and _add_annotations(val_json, folder), val_images=val_images),
+        output=str(folder),
+    )
+    cfg = _load(job)
+    _check_weights(cfg.train.init_checkpoint)
     make_folder(folder)
-    launch(work, args)
+    launch(_work, Processes(num_gpus), job)
     name = cfg.dataloader.evaluator.dataset_name
+    details = {"Data": val_json or name, "Weights": cfg.train.init_checkpoint}
     return Detected(
-        data=annotations_of(name, folder),
+        data=_annotations_of(name, folder),
         files={entry["image_id"]: Path(entry["file_name"]) for entry in DatasetCatalog.get(name)},
         results=folder / "inference/coco_instances_results.json",
-        details={"Data": source or name, "Weights": weights, **recipe_name(args)},
+        details={**details, "Recipe": Path(job.config_file).stem} if config_file else details,
     )
 
 
-def recipe_name(args: argparse.Namespace) -> dict[str, str]:
-    """For the head of a report; nothing where the checkpoint itself said what its model is."""
-    return {"Recipe": Path(args.config_file).stem} if args.config_file else {}
+def _check_weights(weights: str | None) -> None:
+    """Raise an error if there are no weights."""
+    if not weights:
+        raise UserError("give the weights: --weights PATH")
+    if "://" not in weights and not Path(weights).is_file():
+        raise DataError(f"weights not found: {weights}")
 
 
-def add_annotations(path: Path, folder: Path) -> str:
-    """The path; for a file without the list of annotations, that of a copy with an empty one."""
+def _work(job: _Job) -> None:
+    """One process."""
+    keep_freed_memory()
+    cfg = _load(job)
+    default_setup(cfg, job)
+    engine.evaluate_checkpoint(cfg)
+
+
+def _load(job: _Job) -> DictConfig:
+    """The recipe with data, output folder and weights of the job."""
+    if job.config_file:
+        cfg = recipe.load_recipe(job.config_file, job.overrides, job.files, eval_only=True)
+    elif job.weights:
+        cfg = _load_described(job)
+    else:
+        raise UserError("give the weights: --weights PATH")
+    cfg.train.output_dir = job.output
+    if job.weights:
+        cfg.train.init_checkpoint = job.weights
+    return cfg
+
+
+def _load_described(job: _Job) -> DictConfig:
+    """The recipe that the checkpoint describes.
+
+    Raises:
+        DataError: the checkpoint describes none, or the data has another number of classes.
+    """
+    cfg = recipe_description.recipe_of(job.weights)
+    classes = cfg.model.num_classes
+    cfg = recipe.complete(cfg, job.overrides, job.files, eval_only=True)
+    if cfg.model.num_classes != classes:
+        raise DataError(f"{job.weights} has {classes} classes, the data has {cfg.model.num_classes}")
+    return cfg
+
+
+def _add_annotations(path: str, folder: Path) -> str:
+    """The path; for a file without the list of annotations, the path of a copy with an empty list."""
     data = load_json(path, "annotations")
     if not isinstance(data, dict) or "annotations" in data:
-        return str(path)
+        return path
     make_folder(folder)
     copy = folder / "images.json"
     write_whole(copy, lambda part: part.write_text(json.dumps({**data, "annotations": []}), encoding="utf-8"))
     return str(copy)
 
 
-def load(args: argparse.Namespace) -> DictConfig:
-    """The recipe, or the one that the weights describe, set to the data and the folder of the arguments."""
-    if args.config_file:
-        cfg = recipe.load_recipe(args)
-    elif args.weights:
-        cfg = load_described(args)
-    else:
-        raise DataError("give the weights: --weights PATH")
-    cfg.train.output_dir = args.output
-    if args.weights:
-        cfg.train.init_checkpoint = args.weights
-    return cfg
-
-
-def load_described(args: argparse.Namespace) -> DictConfig:
-    """The recipe of a checkpoint that describes its model.
-
-    Raises:
-        DataError: it does not, or the data has another number of classes.
-    """
-    cfg = recipe_description.recipe_of(args.weights)
-    classes = cfg.model.num_classes
-    cfg = recipe.complete(cfg, args)
-    if cfg.model.num_classes != classes:
-        raise DataError(f"{args.weights} has {classes} classes, the data has {cfg.model.num_classes}")
-    return cfg
-
-
-def work(args: argparse.Namespace) -> None:
-    """One process of an evaluation."""
-    keep_freed_memory()
-    cfg = load(args)
-    default_setup(cfg, args)
-    engine.evaluate_checkpoint(cfg)
-
-
-def annotations_of(name: str, folder: Path) -> dict[str, Any]:
-    """A registered set's annotations in COCO format, from its file or from its dicts."""
+def _annotations_of(name: str, folder: Path) -> dict[str, Any]:
+    """A registered data set in COCO format, from its file or from its dicts."""
     path = MetadataCatalog.get(name).get("json_file")
     if not path:
         path = str(folder / f"{name}.json")

@@ -1,4 +1,4 @@
-"""The `Predictor` with the contract of Detectron2's `DefaultPredictor`."""
+"""A `Predictor` with the contract of Detectron2's `DefaultPredictor`."""
 
 from __future__ import annotations
 

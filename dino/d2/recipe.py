@@ -1,21 +1,21 @@
-"""From the command line to a complete recipe: files, classes and epochs are resolved before anything is built."""
+"""Complete a recipe before anything is built: data files, overrides, classes, epochs and output folder."""
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import logging
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from detectron2.config import LazyCall, LazyConfig, instantiate
-from detectron2.engine import default_argument_parser
 from omegaconf import DictConfig, OmegaConf
 
 from dino.d2.training.parallel import from_main, restarted, started_by_same
-from dino.utils.files import DataError, free_name
+from dino.utils.files import DataError, UserError, free_name
 from dino.utils.recipes import find_recipe
 
 from .data_loading import class_names, dataset
@@ -23,99 +23,100 @@ from .data_loading import class_names, dataset
 logger = logging.getLogger("detectron2.dino")
 
 BATCH = "dataloader.train.total_batch_size"
-HELP = {  # of Detectron2's arguments
-    "config_file": "recipe, by name or file",
-    "resume": "continue the run in train.output_dir",
-    "eval_only": "evaluate train.init_checkpoint, train nothing",
-    "num_gpus": "processes on this machine, one for each GPU",
-    "num_machines": "how many machines take part",
-    "machine_rank": "number of this machine, from 0 on",
-    "dist_url": "where the machines meet, such as tcp://HOST:29500; one machine finds a port of its own",
-    "opts": "overrides of the recipe, key=value",
-}
-# The one place of a recipe that states it, the parts interpolate; the second is that of Detectron2's R-CNNs.
-NUM_CLASSES = ("model.num_classes", "model.roi_heads.num_classes")
+# The key of a recipe that states the number of classes, and that of Detectron2's R-CNNs. Other parts interpolate it.
+_NUM_CLASSES = ("model.num_classes", "model.roi_heads.num_classes")
 
 
-def argument_parser(epilog: str) -> argparse.ArgumentParser:
-    """Detectron2's arguments, told in this program's words, and four for data in COCO format."""
-    parser = default_argument_parser(epilog)
-    for action in parser._actions:
-        action.help = HELP.get(action.dest, action.help)
-    add_data_arguments(parser)
-    return parser
+class DataFiles(NamedTuple):
+    """COCO-format annotations and image folders that replace a recipe's data; None leaves a split as it is."""
+
+    train_json: str | None = None
+    train_images: str | None = None
+    val_json: str | None = None
+    val_images: str | None = None
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """The four arguments for data in COCO format."""
-    for split in ("train", "val"):
-        group = parser.add_argument_group(f"{split} data in COCO format, instead of the recipe's")
-        group.add_argument(f"--{split}-json", help="annotations")
-        group.add_argument(f"--{split}-images", help="folder of their images")
+NO_FILES = DataFiles()
 
 
-def load_recipe(args: argparse.Namespace) -> DictConfig:
-    """Read the recipe, and complete it.
+def load_recipe(
+    config_file: str, overrides: Sequence[str] = (), files: DataFiles = NO_FILES, *, eval_only: bool = False
+) -> DictConfig:
+    """Read a recipe and complete it, see `complete`.
+
+    Args:
+        config_file: name or file of the recipe.
 
     Raises:
-        DataError: a file is missing, a key is unknown, or what was asked for makes no sense; says what to do.
+        UserError: the recipe is missing or incomplete; see `complete`.
     """
-    args.config_file = str(find_recipe(args.config_file))
-    cfg = LazyConfig.load(args.config_file)
-    check_recipe(cfg, args.config_file)
-    return complete(cfg, args)
+    path = str(find_recipe(config_file))
+    cfg = LazyConfig.load(path)
+    check_recipe(cfg, path)
+    return complete(cfg, overrides, files, eval_only=eval_only)
 
 
-def complete(cfg: DictConfig, args: argparse.Namespace) -> DictConfig:
-    """Apply the data and the overrides of the command line to a recipe, and fill in what follows from the data.
+def complete(
+    cfg: DictConfig, overrides: Sequence[str] = (), files: DataFiles = NO_FILES, *, eval_only: bool = False
+) -> DictConfig:
+    """Apply data files and overrides to a recipe, and fill in what follows from the data.
+
+    Args:
+        overrides: each key=value.
+        eval_only: training data and schedule don't matter.
 
     Raises:
-        DataError: see `load_recipe`.
+        UserError: a key is unknown, a flag lacks its pair, or the schedule does not fit the epochs.
+        DataError: a file is broken, or the classes don't fit.
     """
-    use_files(cfg, args)
+    _use_files(cfg, files, eval_only)
     if cfg.train.get("reference_batch") is None:
         cfg.train.reference_batch = OmegaConf.select(cfg, BATCH)
-    check_overrides(cfg, args.opts)
-    cfg = LazyConfig.apply_overrides(cfg, args.opts)
+    check_overrides(cfg, overrides)
+    cfg = LazyConfig.apply_overrides(cfg, list(overrides))
     if not torch.cuda.is_available() and str(cfg.train.device).startswith("cuda"):
         cfg.train.device = "cpu"
-    use_classes(cfg, any(o.split("=")[0] in NUM_CLASSES for o in args.opts), args.eval_only)
-    if not args.eval_only:
-        check_schedule(cfg)
+    _use_classes(cfg, _keys(overrides), eval_only)
+    if not eval_only:
+        _check_schedule(cfg)
     return cfg
 
 
+def _keys(overrides: Sequence[str]) -> set[str]:
+    return {override.partition("=")[0] for override in overrides}
+
+
 def check_recipe(cfg: DictConfig, path: str) -> None:
-    """Raise a DataError where a recipe lacks one of its five parts."""
+    """Raise a UserError if a recipe lacks one of its five parts."""
     missing = [key for key in ("model", "dataloader", "optimizer", "lr_multiplier", "train") if key not in cfg]
     if missing:
-        raise DataError(f"{path} is no recipe: it does not define {', '.join(missing)}")
+        raise UserError(f"{path} is no recipe: it does not define {', '.join(missing)}")
 
 
-def check_schedule(cfg: DictConfig) -> None:
-    """Raise a DataError where the schedule does not fit the epochs, as after an override of the epochs alone."""
+def _check_schedule(cfg: DictConfig) -> None:
+    """Raise a UserError if the schedule does not fit the epochs, as after an override of the epochs alone."""
     try:
         instantiate(cfg.lr_multiplier)
     except ValueError as error:
-        raise DataError(
+        raise UserError(
             f"lr_multiplier does not fit train.epochs={cfg.train.epochs}: {error}. Override "
             "lr_multiplier.milestones too"
         ) from error
 
 
-def check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
-    """Raise a DataError for an override whose key the recipe does not have, with the nearest key that it has."""
+def check_overrides(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Raise a UserError for an override whose key the recipe lacks. The message names the nearest key."""
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals:
-            raise DataError(f"can't understand {override!r}: overrides are key=value, and options come before them")
-        if not has_key(cfg, key):
-            near = difflib.get_close_matches(key, all_keys(cfg), n=1, cutoff=0)
-            raise DataError(f"the recipe has no key {key!r}; the nearest is {near[0]!r}")
+            raise UserError(f"{override!r} is no override: write key=value, and flags before overrides")
+        if not _has_key(cfg, key):
+            near = difflib.get_close_matches(key, _all_keys(cfg), n=1, cutoff=0)
+            raise UserError(f"the recipe has no key {key!r}; the nearest is {near[0]!r}")
 
 
-def has_key(cfg: DictConfig, key: str) -> bool:
-    """Whether `key`, dotted, with numbers for places in lists, leads anywhere; a value of None counts."""
+def _has_key(cfg: DictConfig, key: str) -> bool:
+    """Whether the recipe has the dotted `key`; lists are indexed by numbers. A value of None counts."""
     *path, last = key.split(".")
     node = OmegaConf.select(cfg, ".".join(path)) if path else cfg
     if OmegaConf.is_list(node):
@@ -123,7 +124,7 @@ def has_key(cfg: DictConfig, key: str) -> bool:
     return OmegaConf.is_dict(node) and (last in node or last == "_target_")
 
 
-def all_keys(node, prefix: str = "") -> list[str]:
+def _all_keys(node, prefix: str = "") -> list[str]:
     """Every dotted key of a config."""
     if not OmegaConf.is_config(node):
         return []
@@ -132,51 +133,63 @@ def all_keys(node, prefix: str = "") -> list[str]:
     for key in keys:
         name = f"{prefix}{key}"
         child = None if OmegaConf.is_interpolation(node, key) else node[key]
-        found += [name, *all_keys(child, f"{name}.")]
+        found += [name, *_all_keys(child, f"{name}.")]
     return found
 
 
-def use_files(cfg: DictConfig, args: argparse.Namespace) -> None:
-    """Point the recipe at the COCO-format files of the command line."""
-    for split, loader in (("train", "train"), ("val", "test")):
-        annotations, images = getattr(args, f"{split}_json"), getattr(args, f"{split}_images")
-        if bool(annotations) != bool(images):
-            raise DataError(f"--{split}-json and --{split}-images belong together: give both")
-        if annotations:
-            paths = {"annotations": os.path.abspath(annotations), "images": os.path.abspath(images)}
-            cfg.dataloader[loader].dataset = LazyCall(dataset)(name=f"custom_{split}", **paths)
-            if split == "val":
-                cfg.dataloader.evaluator.dataset_name = f"custom_{split}"
-    if args.train_json and not args.val_json and not args.eval_only:
-        raise DataError("--train-json without --val-json: give validation data of the same classes too")
+def _use_files(cfg: DictConfig, files: DataFiles, eval_only: bool) -> None:
+    """Point the recipe at COCO-format files."""
+    pairs = {"train": (files.train_json, files.train_images), "val": (files.val_json, files.val_images)}
+    for split, pair in pairs.items():
+        if any(pair) and not all(pair):
+            raise UserError(f"--{split}-json and --{split}-images belong together: give both")
+    if files.train_json and not files.val_json and not eval_only:
+        raise UserError("--train-json without --val-json: give validation data of the same classes too")
+    if files.train_json:
+        cfg.dataloader.train.dataset = _dataset_node("train", *pairs["train"])
+    if files.val_json:
+        cfg.dataloader.test.dataset = node = _dataset_node("val", *pairs["val"])
+        cfg.dataloader.evaluator.dataset_name = node.name
 
 
-def use_classes(cfg: DictConfig, stated: bool, eval_only: bool) -> None:
-    """Take the number of classes from the data; a number `stated` on the command line must agree."""
+def _dataset_node(split: str, annotations: str, images: str) -> DictConfig:
+    paths = {"annotations": os.path.abspath(annotations), "images": os.path.abspath(images)}
+    return LazyCall(dataset)(name=f"custom_{split}", **paths)
+
+
+def _use_classes(cfg: DictConfig, stated: set[str], eval_only: bool) -> None:
+    """Take the number of classes from the data. Where the number is among the `stated` keys, it must agree."""
+    classes = len(_common_names(cfg, eval_only))
+    key = next((key for key in _NUM_CLASSES if _has_key(cfg, key)), _NUM_CLASSES[0])
+    current = OmegaConf.select(cfg, key)
+    if not stated.isdisjoint(_NUM_CLASSES) and current != classes:
+        raise UserError(f"{key}={current}, but the data has {classes} classes: write {key}={classes}")
+    OmegaConf.update(cfg, key, classes)
+
+
+def _common_names(cfg: DictConfig, eval_only: bool) -> list[str]:
+    """Class names of the data; training and validation data must agree."""
     val = names_of(cfg.dataloader.test.dataset)
     train = val if eval_only else names_of(cfg.dataloader.train.dataset)
     if train != val:
-        only_train, only_val = ([n for n in a if n not in b] for a, b in ((train, val), (val, train)))
+        only_train, only_val = [n for n in train if n not in val], [n for n in val if n not in train]
+        order = "" if only_train or only_val else ": the same names in another order"
         raise DataError(
             f"training and validation data differ in their classes: only in training {only_train}, only in validation "
-            f"{only_val}" + ("" if only_train or only_val else ": the same names in another order")
+            f"{only_val}{order}"
         )
-    key = next((key for key in NUM_CLASSES if has_key(cfg, key)), NUM_CLASSES[0])
-    current = OmegaConf.select(cfg, key)
-    if stated and current != len(train):
-        raise DataError(f"{key}={current}, but the data has {len(train)} classes: write {key}={len(train)}")
-    OmegaConf.update(cfg, key, len(train))
+    return val
 
 
 def names_of(node: DictConfig) -> list[str]:
-    """Class names of the data set that a recipe's `L(dataset)(…)` describes."""
+    """Class names of the data set in a recipe's `L(dataset)(…)`."""
     if "name" not in node:
-        raise DataError("the recipe's data sets must be written as L(dino.d2.data_loading.dataset)(name=…)")
+        raise UserError("the recipe's data sets must be written as L(dino.d2.data_loading.dataset)(name=…)")
     return class_names(node.name, node.get("annotations"), node.get("images"))
 
 
 def use_epochs(cfg: DictConfig, num_images: int) -> None:
-    """Turn epochs into iterations, wherever the recipe leaves a number of iterations open (None)."""
+    """Turn epochs into iterations wherever the recipe leaves a number of iterations open (None)."""
     train = cfg.train
     per_epoch = max(1, math.ceil(num_images / cfg.dataloader.train.total_batch_size))
     if train.max_iter is None:
@@ -188,36 +201,37 @@ def use_epochs(cfg: DictConfig, num_images: int) -> None:
     logger.info(f"1 epoch = {per_epoch} iterations, {train.max_iter} iterations in all")
 
 
-def choose_output(cfg: DictConfig, args: argparse.Namespace) -> None:
+def choose_output(cfg: DictConfig, *, eval_only: bool = False, resume: bool = False) -> bool:
     """Keep runs apart: an evaluation gets a folder of its own below `train.output_dir`, a new training a fresh one.
 
-    A training that torchrun or Slurm starts again continues (`args.resume`), if it was they who started it.
+    Returns:
+        whether the training resumes: on request, or because torchrun or Slurm restarts the run that it started.
 
     Raises:
-        DataError: the folder holds a run that is not to be resumed, or there is nothing to evaluate.
+        UserError: the folder holds another run, or there is nothing to evaluate.
     """
     folder = Path(cfg.train.output_dir)
-    if args.eval_only:
+    if eval_only:
         if not cfg.train.init_checkpoint:
-            raise DataError("--eval-only needs weights: write train.init_checkpoint=PATH")
+            raise UserError("--eval-only needs weights: write train.init_checkpoint=PATH")
         cfg.train.output_dir = from_main(str(free_name(folder / "evaluation")))
-        return
+        return False
     again = restarted() and started_by_same(folder)
-    args.resume, used = from_main((args.resume or again, any(folder.glob("*.pth"))))
-    if used and not args.resume:
-        raise DataError(f"{folder} holds the checkpoints of a run: add --resume, or choose another train.output_dir")
+    resume, used = from_main((resume or again, any(folder.glob("*.pth"))))
+    if used and not resume:
+        raise UserError(f"{folder} holds the checkpoints of a run: add --resume, or choose another train.output_dir")
+    return resume
 
 
-def scale_to_batch(cfg: DictConfig, overrides: list[str]) -> None:
+def scale_to_batch(cfg: DictConfig, overrides: Sequence[str]) -> None:
     """Adapt a recipe to a total batch other than `train.reference_batch`.
 
-    The learning rate is proportional to it, numbers of iterations are inversely so. Numbers stated on the command line
-    are taken as they stand.
+    The learning rate grows with the batch, numbers of iterations shrink. Numbers among the overrides stay as they are.
     """
     batch, reference = OmegaConf.select(cfg, BATCH), cfg.train.reference_batch
     if not batch or batch == reference:
         return
-    stated = {override.split("=")[0] for override in overrides}
+    stated = _keys(overrides)
     changes = []
     if "optimizer.lr" not in stated and "lr" in cfg.optimizer:
         changes.append(f"optimizer.lr {cfg.optimizer.lr:.2e} -> {cfg.optimizer.lr * batch / reference:.2e}")

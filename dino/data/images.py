@@ -1,4 +1,4 @@
-"""Reading image files: every mode becomes 8-bit RGB, and every failure names the file. Resizing as DETR does."""
+"""Reading image files: every mode becomes 8-bit RGB, and every failure names the file."""
 
 from __future__ import annotations
 
@@ -70,15 +70,6 @@ def list_images(source: str | Path) -> list[Path]:
     return images
 
 
-def resized_size(height: int, width: int, short_side: int, max_size: int | None) -> tuple[int, int]:
-    """New (height, width) for a short side of `short_side` pixels and a long one of `max_size` at most.
-
-    Rounds as the official program does (torchvision's truncation), which differs from Detectron2's by a pixel.
-    """
-    short, long = min(height, width), max(height, width)
-    if max_size is not None and long / short * short_side > max_size:
-        short_side = max(1, round(max_size * short / long))
-    if short == short_side:
-        return height, width
-    other = max(1, int(short_side * long / short))
-    return (short_side, other) if height <= width else (other, short_side)
+def resize_image(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W, 3) uint8 -> (h, w, 3) uint8 of `size` (h, w), bilinear with antialiasing."""
+    return np.array(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR))

@@ -1,4 +1,4 @@
-"""What a DINO does with one batch, recorded by hooks and drawn: `dino explain`."""
+"""Pictures of one batch inside a DINO: recorded by hooks, then drawn (`dino explain`)."""
 
 from .record import Record, Samples, record
 

@@ -1,4 +1,4 @@
-"""Colours, frames and labels that all pictures share, and how they become small files."""
+"""Colours, frames and labels of all pictures, and writing of small files."""
 
 from __future__ import annotations
 
@@ -21,19 +21,42 @@ from dino.utils.files import write_whole
 
 from .record import Record
 
-INK, SOFT, PAPER = "#1f2933", "#7b8794", "#ffffff"
+INK, SOFT, _PAPER = "#1f2933", "#7b8794", "#ffffff"
 POSITIVE, NEGATIVE, EMPTY, MATCHING = "#009e73", "#d55e00", "#a8b0b8", "#3b6fb6"  # kinds of queries; EMPTY: padding
 BLOCKED = "#f1f3f5"
 LOSSES = {"ce": "#3b6fb6", "bbox": "#e69f00", "giou": "#b07aa1"}
-OBJECTS = ("#c8102e", "#0067b1", "#d98200", "#6a3d9a", "#128a3a", "#c2187f", "#008c95", "#7a4a20", "#44525c", "#8a8f00")
+_OBJECTS = (
+    "#c8102e",
+    "#0067b1",
+    "#d98200",
+    "#6a3d9a",
+    "#128a3a",
+    "#c2187f",
+    "#008c95",
+    "#7a4a20",
+    "#44525c",
+    "#8a8f00",
+)
 LEVELS = ("#2274a5", "#e08e00", "#c2187f", "#3a8f3a", "#5b4b8a")  # from fine to coarse
-ACCENTS = [
+_ACCENTS = [
     channel
-    for colour in (INK, SOFT, PAPER, POSITIVE, NEGATIVE, EMPTY, MATCHING, BLOCKED, *LOSSES.values(), *OBJECTS, *LEVELS)
+    for colour in (
+        INK,
+        SOFT,
+        _PAPER,
+        POSITIVE,
+        NEGATIVE,
+        EMPTY,
+        MATCHING,
+        BLOCKED,
+        *LOSSES.values(),
+        *_OBJECTS,
+        *LEVELS,
+    )
     for channel in ImageColor.getrgb(colour)
 ]  # kept exactly, however little of a picture they cover
-DOTS_PER_INCH = 120
-SHADES = 192  # colours of a finished file beside those above
+_DOTS_PER_INCH = 120
+_SHADES = 192  # colours of a finished file beside those above
 
 
 class Scene(NamedTuple):
@@ -59,14 +82,14 @@ class Scene(NamedTuple):
 def new_figure(
     width: float, height: float, rows: int = 1, columns: int = 1, **layout: object
 ) -> tuple[Figure, np.ndarray]:
-    """A figure of so many inches, and its axes (rows, columns)."""
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
+    """Make a figure, width and height in inches, and its axes (rows, columns)."""
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor=_PAPER)
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     return figure, figure.subplots(rows, columns, squeeze=False, **layout)
 
 
 def show_image(axes: Axes, pixels: np.ndarray, title: str = "") -> None:
-    """The image, pale, so that what is drawn over it stands out."""
+    """Show the image, pale, so that drawings on it stand out."""
     grey = pixels.mean(-1, keepdims=True)
     pale = 0.32 + 0.68 * (0.65 * pixels + 0.35 * grey)
     height, width = pixels.shape[:2]
@@ -76,7 +99,7 @@ def show_image(axes: Axes, pixels: np.ndarray, title: str = "") -> None:
 
 
 def frame(axes: Axes, title: str) -> None:
-    """Title and a quiet border."""
+    """Add a title and a quiet border."""
     axes.set_title(title, color=INK, fontsize=10)
     for spine in axes.spines.values():
         spine.set(color=SOFT, linewidth=0.6)
@@ -86,21 +109,21 @@ def add_boxes(axes: Axes, boxes: np.ndarray, colours: Iterable[str] | str, **loo
     """Outlines of boxes (K, 4), xyxy in pixels; one colour for all or one for each."""
     colours = [colours] * len(boxes) if isinstance(colours, str) else colours
     look = {"linewidth": 1.7, "fill": False} | look
-    halo = patheffects.withStroke(linewidth=look["linewidth"] + 1.4, foreground=PAPER, alpha=0.8)
+    halo = patheffects.withStroke(linewidth=look["linewidth"] + 1.4, foreground=_PAPER, alpha=0.8)
     look = {"path_effects": [halo]} | look
     for (x0, y0, x1, y1), colour in zip(boxes, colours, strict=True):
         axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, edgecolor=colour, **look))
 
 
 def add_label(axes: Axes, x: float, y: float, text: str, colour: str = INK, **look: object) -> None:
-    """Text that can be read on any ground."""
-    halo = patheffects.withStroke(linewidth=2.4, foreground=PAPER)
+    """Add text with a halo."""
+    halo = patheffects.withStroke(linewidth=2.4, foreground=_PAPER)
     look = {"fontsize": 8, "va": "center", "ha": "center"} | look
     axes.text(x, y, text.replace("$", r"\$"), color=colour, path_effects=[halo], clip_on=True, **look)
 
 
 def add_legend(figure: Figure, entries: dict[str, str], **look: object) -> None:
-    """Colours and what they stand for, in one row below the figure."""
+    """Add a legend of colours in one row below the figure."""
     patches = [Patch(facecolor=colour, label=text, edgecolor=SOFT, linewidth=0.4) for text, colour in entries.items()]
     look = {"loc": "outside lower center", "ncols": len(patches), "frameon": False, "fontsize": 9} | look
     figure.legend(handles=patches, labelcolor=INK, **look)
@@ -108,17 +131,17 @@ def add_legend(figure: Figure, entries: dict[str, str], **look: object) -> None:
 
 def object_colours(count: int) -> list[str]:
     """A colour for each object of an image, the same in all pictures."""
-    return [OBJECTS[g % len(OBJECTS)] for g in range(count)]
+    return [_OBJECTS[g % len(_OBJECTS)] for g in range(count)]
 
 
 def save(figure: Figure, path: Path) -> None:
     """Write a PNG of few colours."""
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
+    figure.savefig(buffer, format="png", dpi=_DOTS_PER_INCH)
     image = Image.open(buffer).convert("RGB")
     palette = Image.new("P", (1, 1))
-    palette.putpalette(image.quantize(SHADES).getpalette()[: 3 * SHADES] + ACCENTS)
+    palette.putpalette(image.quantize(_SHADES).getpalette()[: 3 * _SHADES] + _ACCENTS)
     small = image.quantize(palette=palette, dither=Image.Dither.NONE)
     margin = 3 * small.getpixel((0, 0))  # Pillow takes a colour near to white for it
     small.putpalette(small.getpalette()[:margin] + [255] * 3 + small.getpalette()[margin + 3 :])

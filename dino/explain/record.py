@@ -1,9 +1,8 @@
-"""What happens to one batch inside a DINO. Hooks look on: nothing in the network knows of this module."""
+"""Recording of one batch inside a DINO, by hooks: nothing in the network knows of this module."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -24,26 +23,28 @@ from dino.modeling import DINO, Decoder, QuerySelection
 from dino.modeling.variants import LookForwardOnce, PureSelection
 from dino.structures import concatenate
 
-LOOKS = {"once": LookForwardOnce, "twice": Decoder}
-CALLS = 2  # of a box head in its decoder layer: for the predicted box, then for the box that the next layer starts from
+_LOOKS = {"once": LookForwardOnce, "twice": Decoder}
+_CALLS = (
+    2  # of a box head in its decoder layer: for the predicted box, then for the box that the next layer starts from
+)
 
 
 class Samples(NamedTuple):
-    """Where one attention layer of the decoder looks."""
+    """Sampling points of one attention layer of the decoder."""
 
-    boxes: Tensor  # (B, T+Q, 4), the boxes around which it looks
+    boxes: Tensor  # (B, T+Q, 4), its reference boxes
     locations: Tensor  # (B, T+Q, M, L, P, 2) as (x, y), fractions of the unpadded image
     weights: Tensor  # (B, T+Q, M, L, P), one in sum for each head
 
 
 class Record(NamedTuple):
-    """All that is drawn of a batch; no tensor carries a gradient."""
+    """Recorded values of a batch; no tensor carries a gradient."""
 
     memory: Tokens  # the encoder's result
     tokens: Tensor  # (B, Q) int64, the selected ones, best first
     scores: Tensor  # (B, Q) the highest class score of each of them, in [0, 1]
-    anchors: Tensor  # (B, Q, 4) the boxes that stand at these tokens before the network has said anything
-    queries: Queries  # what the selection made of them
+    anchors: Tensor  # (B, Q, 4) their anchors, which do not depend on the image
+    queries: Queries  # initial queries of the decoder
     noised: DenoisingQueries
     noised_labels: Tensor  # (B, T) int64, the classes whose embeddings the denoising queries carry; -1 without object
     samples: list[Samples]  # of each decoder layer
@@ -52,25 +53,32 @@ class Record(NamedTuple):
     losses: dict[str, float]  # weighted, by name
     gradients: dict[str, Tensor]  # "once" and "twice" -> (N, N, 2), see `box_gradients`
 
+    def count_tokens(self, image: int) -> int:
+        """Number of tokens of an image that are not padding."""
+        padding = self.memory.padding_mask
+        return self.memory.features.shape[1] if padding is None else int((~padding[image]).sum())
 
-def record(network: DINO, images: Tensor, padding: Tensor, targets: list[Target], criterion: SetCriterion) -> Record:
-    """Run a batch as in training, but in the mode (`train` or `eval`) in which the network is, and keep what happens.
+
+def record(
+    network: DINO, images: Tensor, padding: Tensor | None, targets: list[Target], criterion: SetCriterion
+) -> Record:
+    """Run a batch as in training, in the mode (`train` or `eval`) of the network, and record it.
 
     Args:
         network: any DINO whose queries are selected as by `QuerySelection` and noised as by `ContrastiveDenoising`.
         images, padding: as of `DINO.forward`.
         targets: the objects of each image, at least one in all.
-        criterion: whose losses and matching are recorded.
+        criterion: its losses and matching are recorded.
 
     Raises:
-        ValueError: there is no object in the batch, denoising is switched off, or the network has a variant of a part
-            of which there is nothing to draw.
+        ValueError: there is no object in the batch, denoising is switched off, or a part of the network is a variant
+            with nothing to draw.
     """
-    check_parts(network)
+    _check_parts(network)
     selection = network.query_selection
     attentions = [layer.cross_attention for layer in network.decoder.layers]
     watched = {"selection": selection, "classes": selection.class_head, "denoising": network.denoising}
-    with torch.no_grad(), watch(watched | {f"layer {i}": part for i, part in enumerate(attentions)}) as calls:
+    with torch.no_grad(), _watch(watched | {f"layer {i}": part for i, part in enumerate(attentions)}) as calls:
         outputs = network(images, padding, targets)
     (memory,), (queries, _) = calls["selection"][0]
     _, noised = calls["denoising"][0]
@@ -79,8 +87,8 @@ def record(network: DINO, images: Tensor, padding: Tensor, targets: list[Target]
     with torch.no_grad():
         logits = calls["classes"][0][1]  # (B, S, C)
         anchors, usable = selection.anchors(memory)
-        tokens = selection.select(logits, usable, memory.padding)
-        samples = [look(a, *calls[f"layer {i}"][0][0], memory.valid_ratios) for i, a in enumerate(attentions)]
+        tokens = selection.select(logits, usable, memory.padding_mask)
+        samples = [_look(a, *calls[f"layer {i}"][0][0], memory.valid_ratios) for i, a in enumerate(attentions)]
         losses = {name: loss.item() for name, loss in criterion(outputs, targets).items()}
         matches = criterion.matcher(type(outputs.decoder)(*(x[-1:] for x in outputs.decoder)), targets)[0]
 
@@ -94,17 +102,17 @@ def record(network: DINO, images: Tensor, padding: Tensor, targets: list[Target]
         anchors=anchors.take_along_dim(tokens[..., None], 1).sigmoid(),
         queries=queries,
         noised=noised,
-        noised_labels=labels_of(noised.queries.content, network.denoising.label_embed.weight.detach()),
+        noised_labels=_labels_of(noised.queries.content, network.denoising.label_embed.weight.detach()),
         samples=samples,
         outputs=outputs,
         matches=[(torch.as_tensor(query), torch.as_tensor(target)) for query, target in matches],
         losses=losses,
-        gradients={name: pulls(looking(network.decoder, kind)) for name, kind in LOOKS.items()},
+        gradients={name: pulls(_looking(network.decoder, kind)) for name, kind in _LOOKS.items()},
     )
 
 
-def check_parts(network: DINO) -> None:
-    """Raise a ValueError that names the part of a network that has no selected tokens, or no negatives, to record."""
+def _check_parts(network: DINO) -> None:
+    """Raise a ValueError that names a part of the network without selected tokens, or without negatives, to record."""
     selection, denoising = network.query_selection, network.denoising
     classes = network.decoder.class_heads[0].out_features
     if type(selection) not in (QuerySelection, PureSelection) or selection.class_head.out_features != classes:
@@ -116,16 +124,16 @@ def check_parts(network: DINO) -> None:
         raise ValueError(f"{type(denoising).__name__} makes no negatives: there is nothing to draw as for DINO")
 
 
-def looking(decoder: Decoder, kind: type[Decoder]) -> Decoder:
-    """The same decoder, with the same modules and hooks, but looking forward as `kind` does."""
-    other = copy.copy(decoder)
-    other.__class__ = kind
+def _looking(decoder: Decoder, kind: type[Decoder]) -> Decoder:
+    """A decoder of class `kind`, which looks forward in its own way, over the same modules and hooks."""
+    other = kind.__new__(kind)
+    vars(other).update(vars(decoder))
     return other
 
 
 @contextlib.contextmanager
-def watch(parts: dict[str, nn.Module]) -> Iterator[dict[str, list[tuple]]]:
-    """Keep (inputs, output) of every call of these modules, under their names."""
+def _watch(parts: dict[str, nn.Module]) -> Iterator[dict[str, list[tuple]]]:
+    """Record (inputs, output) of every call of these modules, under their names."""
     calls: dict[str, list[tuple]] = {name: [] for name in parts}
 
     def keep(name: str):
@@ -139,16 +147,16 @@ def watch(parts: dict[str, nn.Module]) -> Iterator[dict[str, list[tuple]]]:
             handle.remove()
 
 
-def look(
+def _look(
     attention: MultiScaleDeformableAttention,
     query: Tensor,
     reference: Tensor,
     value: Tensor,
-    padding: Tensor,
+    padding: Tensor | None,
     shapes: list[tuple[int, int]],
     valid_ratios: Tensor,
 ) -> Samples:
-    """Where `attention` looks, given the arguments of its forward pass and the unpadded fractions (B, L, 2)."""
+    """Sampling points of `attention`, from the arguments of its forward pass and the unpadded fractions (B, L, 2)."""
     sizes = (*query.shape[:2], attention.num_heads, attention.num_levels, attention.num_points)  # (B, Q, M, L, P)
     weights = attention.attention_weights(query).view(*sizes[:3], -1).softmax(-1).view(sizes)
     offsets = attention.sampling_offsets(query).view(*sizes, 2).to(reference.dtype)
@@ -157,7 +165,7 @@ def look(
     return Samples(boxes, locations / valid_ratios[:, None, None, :, None], weights)
 
 
-def labels_of(content: Tensor, embedding: Tensor) -> Tensor:
+def _labels_of(content: Tensor, embedding: Tensor) -> Tensor:
     """(B, T, E) contents of denoising queries and the (C, E) embeddings of classes -> (B, T) int64, -1 for zeros."""
     labels = torch.cdist(content, embedding[None].to(content)).argmin(-1)
     return labels.masked_fill((content == 0).all(-1), -1)
@@ -172,11 +180,11 @@ def box_gradients(
     criterion: SetCriterion,
     targets: list[Target],
 ) -> Tensor:
-    """How strongly the box losses of layer i pull at what the box head of layer j says -> (N, N, CALLS).
+    """Gradients of the box losses of layer i with respect to the outputs of the box head of layer j -> (N, N, 2).
 
-    A head speaks twice in its layer: the step to the predicted box, and the step to the box that the next layer starts
-    from. Entries are Euclidean norms of the gradient of `loss_bbox` + `loss_giou` of layer i. The decoder runs once
-    more; nothing is left in `.grad`.
+    A head has two outputs in its layer: the step to the predicted box, and the step to the box that the next layer
+    starts from. Entries are Euclidean norms of the gradient of `loss_bbox` + `loss_giou` of layer i. Runs the decoder
+    once more; leaves nothing in `.grad`.
     """
     steps: list[Tensor] = []
     heads = set(decoder.box_heads)  # a shared one is watched once
@@ -194,4 +202,4 @@ def box_gradients(
         loss = losses[f"loss_bbox{suffix}"] + losses[f"loss_giou{suffix}"]
         pulls = torch.autograd.grad(loss, steps, retain_graph=True, allow_unused=True)
         rows.append(torch.stack([loss.new_zeros(()) if pull is None else pull.norm() for pull in pulls]))
-    return torch.stack(rows).view(layers, layers, CALLS)
+    return torch.stack(rows).view(layers, layers, _CALLS)

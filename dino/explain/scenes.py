@@ -1,4 +1,4 @@
-"""The pictures: each is a function from a scene to a figure."""
+"""Functions that draw a scene: each returns a figure."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ from .canvas import (
     show_image,
 )
 
-SHOWN_ANCHORS = 12  # the best ones; more can't be told apart
-MOST_NAMED = 12  # objects that are written on; beyond, the words would hide the image
-DRAWS = 400  # of noise around one box
-EXAMPLE = (0.5, 0.5, 0.3, 0.24)  # a box (cx, cy, w, h) from which no noise reaches the border of the image
-STEPS = (("step to the predicted box", MATCHING), ("step to the box from which the next layer goes on", POSITIVE))
-STEP_PLACES = (0.0, 0.36)  # in their column
-KINDS = {"positive": POSITIVE, "negative": NEGATIVE, "slot without object": EMPTY, "matching query": MATCHING}
+_SHOWN_ANCHORS = 12  # the best ones; more would overlap
+_MOST_NAMED = 12  # objects with a name; more names would hide the image
+_DRAWS = 400  # of noise around one box
+_EXAMPLE = (0.5, 0.5, 0.3, 0.24)  # a box (cx, cy, w, h) from which no noise reaches the border of the image
+_STEPS = (("step to the predicted box", MATCHING), ("step to the box where the next layer starts", POSITIVE))
+_STEP_PLACES = (0.0, 0.36)  # in their column
+_KINDS = {"positive": POSITIVE, "negative": NEGATIVE, "slot without object": EMPTY, "matching query": MATCHING}
 
 
 def anchors(scene: Scene) -> Figure:
-    """The selected tokens, the anchors of the best of them, and the boxes with which the decoder starts."""
+    """Draw the selected tokens, the anchors of the best of them, and the initial boxes of the decoder."""
     record, b = scene.record, scene.image
     height, width = scene.pixels.shape[:2]
-    levels = level_of(record.tokens[b], record.memory.shapes)
+    levels = _level_of(record.tokens[b], record.memory.shapes)
     centers = record.anchors[b, :, :2].numpy() * [width, height]
-    shown = min(SHOWN_ANCHORS, len(centers))
+    shown = min(_SHOWN_ANCHORS, len(centers))
     figure, ((places, boxes, starts),) = new_figure(10.5, 3.6, 1, 3)
-    show_image(places, scene.pixels, f"the {len(centers)} selected of {(~record.memory.padding[b]).sum()} tokens")
+    show_image(places, scene.pixels, f"the {len(centers)} selected of {record.count_tokens(b)} tokens")
     for level, colour in zip(range(len(record.memory.shapes)), LEVELS, strict=False):
         x, y = centers[levels == level].T
         places.scatter(x, y, s=14 * 1.7**level, color=colour, edgecolor="white", linewidth=0.6)
@@ -68,14 +68,14 @@ def anchors(scene: Scene) -> Figure:
     return figure
 
 
-def level_of(tokens: torch.Tensor, shapes: list[tuple[int, int]]) -> np.ndarray:
+def _level_of(tokens: torch.Tensor, shapes: list[tuple[int, int]]) -> np.ndarray:
     """Indices of tokens -> the level of each."""
     ends = np.cumsum([h * w for h, w in shapes])
     return np.searchsorted(ends, tokens.numpy(), side="right")
 
 
 def denoising(scene: Scene) -> Figure:
-    """The objects, and the positives and negatives that one group makes of them."""
+    """Draw the objects, and their positives and negatives in one group."""
     record, b = scene.record, scene.image
     target = record.noised.targets[b]
     count, half = len(target.labels), record.noised.queries.content.shape[1] // (2 * record.noised.num_groups)
@@ -84,7 +84,7 @@ def denoising(scene: Scene) -> Figure:
     figure, ((left, middle, right),) = new_figure(10.5, 3.5, 1, 3)
     show_image(left, scene.pixels, f"{count} objects")
     add_boxes(left, truth, INK)
-    for (x0, y0, x1, y1), label in zip(truth, target.labels.tolist() if count <= MOST_NAMED else (), strict=False):
+    for (x0, y0, x1, y1), label in zip(truth, target.labels.tolist() if count <= _MOST_NAMED else (), strict=False):
         add_label(left, (x0 + x1) / 2, (y0 + y1) / 2, scene.names[label])
     for axes, first, colour, kind in ((middle, 0, POSITIVE, "positives"), (right, half, NEGATIVE, "negatives")):
         chosen = slice(first, first + count)
@@ -96,16 +96,16 @@ def denoising(scene: Scene) -> Figure:
         for (x0, y0, x1, y1), carried, true in labels:
             if carried != true:
                 add_label(axes, (x0 + x1) / 2, (y0 + y1) / 2, f"as {scene.names[carried]}", colour)
-    legend = {"object (dashed: where it is)": INK, "positive: give back its object": POSITIVE}
-    add_legend(figure, legend | {"negative: say that nothing is here": NEGATIVE})
+    legend = {"object (dashed: where it is)": INK, "positive: to be refined to its object": POSITIVE}
+    add_legend(figure, legend | {"negative: to be rejected": NEGATIVE})
     return figure
 
 
 def noise(denoising: ContrastiveDenoising) -> Figure:
-    """Positives and negatives around one box: some of them, all their corners, and how well they overlap."""
-    target = Target(torch.zeros(1, dtype=torch.int64), torch.tensor([EXAMPLE]))
+    """Draw positives and negatives around one box: some of them, all their corners, and their overlap."""
+    target = Target(torch.zeros(1, dtype=torch.int64), torch.tensor([_EXAMPLE]))
     with torch.no_grad():
-        drawn = denoising.noise_boxes(target.boxes, denoising.draw(2 * DRAWS, target.labels))[:, 0]  # (2 * DRAWS, 4)
+        drawn = denoising.noise_boxes(target.boxes, denoising.draw(2 * _DRAWS, target.labels))[:, 0]  # (2 * DRAWS, 4)
     true = cxcywh_to_xyxy(target.boxes)
     corners = cxcywh_to_xyxy(drawn)
     figure, ((boxes, ends, overlaps),) = new_figure(10.5, 3.7, 1, 3)
@@ -118,8 +118,8 @@ def noise(denoising: ContrastiveDenoising) -> Figure:
         overlaps.hist(box_iou(upright, true)[:, 0].numpy(), np.linspace(0, 1, 26), color=colour, alpha=0.75, label=kind)
     for axes in (boxes, ends):
         add_boxes(axes, true.numpy(), INK, linewidth=2.2, zorder=3)
-        axes.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[], aspect="equal")
-    half = np.array(EXAMPLE[2:]) / 2 * denoising.box_noise
+        axes.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[], _aspect="equal")
+    half = np.array(_EXAMPLE[2:]) / 2 * denoising.box_noise
     for reach in (1, 2):
         x, y = true[0, :2].numpy() - reach * half
         add_boxes(
@@ -132,7 +132,7 @@ def noise(denoising: ContrastiveDenoising) -> Figure:
         text = f"{reach * denoising.box_noise:g} half side{'s' if reach > 1 else ''}"
         add_label(ends, x + reach * half[0], y - 0.008, text, SOFT, va="bottom")
     frame(boxes, "7 positives and 7 negatives of one box")
-    frame(ends, f"top left corners of {DRAWS} each")
+    frame(ends, f"top left corners of {_DRAWS} each")
     frame(overlaps, "IoU with the true box")
     overlaps.set(xlim=(0, 1), yticks=[], box_aspect=1)
     overlaps.tick_params(colors=SOFT, labelsize=8)
@@ -141,13 +141,13 @@ def noise(denoising: ContrastiveDenoising) -> Figure:
 
 
 def mask(scene: Scene) -> Figure:
-    """The attention mask of the batch: who sees whom, coloured by what is seen in this image."""
+    """Draw the attention mask of the batch, coloured by the kind of the seen query in this image."""
     noised, b = scene.record.noised, scene.image
     attn_mask = noised.queries.attn_mask.cpu().numpy()
     slots = noised.queries.content.shape[1]
     half = slots // (2 * noised.num_groups)
-    kinds = kinds_of(len(attn_mask), slots, half, len(noised.targets[b].labels))
-    colours = np.array([to_rgb(colour) for colour in KINDS.values()])
+    kinds = _kinds_of(len(attn_mask), slots, half, len(noised.targets[b].labels))
+    colours = np.array([to_rgb(colour) for colour in _KINDS.values()])
     seen = np.where(attn_mask[..., None], to_rgb(BLOCKED), colours[kinds][None])  # (T+Q, T+Q, 3)
     figure, ((whole, part),) = new_figure(10.5, 6.0, 1, 2)
     whole.imshow(seen, interpolation="nearest")
@@ -168,15 +168,15 @@ def mask(scene: Scene) -> Figure:
     names = [*(f"group {k + 1}" for k in range(shown // (2 * half))), "some matching\nqueries"]
     part.set_xticks(middles, names, fontsize=8, color=INK)
     part.set_yticks(middles, names, fontsize=8, color=INK, rotation=90, va="center")
-    for axes, title in ((whole, "the whole mask: rows look at columns"), (part, "its first groups, nearer")):
+    for axes, title in ((whole, "the whole mask: rows attend to columns"), (part, "its first groups, enlarged")):
         axes.tick_params(length=0)
         frame(axes, title)
-    add_legend(figure, {f"sees a {kind}": colour for kind, colour in KINDS.items()} | {"blocked": BLOCKED})
+    add_legend(figure, {f"sees a {kind}": colour for kind, colour in _KINDS.items()} | {"blocked": BLOCKED})
     return figure
 
 
-def kinds_of(total: int, slots: int, half: int, objects: int) -> np.ndarray:
-    """(total,) places in `KINDS` of the decoder's queries for an image with so many objects."""
+def _kinds_of(total: int, slots: int, half: int, objects: int) -> np.ndarray:
+    """(total,) indices into `_KINDS` of the decoder's queries, for an image with `objects` objects."""
     place = np.arange(total)
     kinds = np.where(place // half % 2 == 0, 0, 1)
     kinds[place % half >= objects] = 2
@@ -185,39 +185,39 @@ def kinds_of(total: int, slots: int, half: int, objects: int) -> np.ndarray:
 
 
 def layers(scene: Scene) -> Figure:
-    """The queries that the last layer matches to the objects, from their initial boxes through all layers."""
+    """Draw the queries matched in the last layer, from their initial boxes through all layers."""
     record, b = scene.record, scene.image
     queries, objects = record.matches[b]
     found, start = record.outputs.decoder, record.queries.box_logits[b, queries].sigmoid()
-    return course(scene, objects, start, found.boxes[:, b, queries], found.logits[-1, b, queries].sigmoid())
+    return _course(scene, objects, start, found.boxes[:, b, queries], found.logits[-1, b, queries].sigmoid())
 
 
 def denoised(scene: Scene) -> Figure:
-    """The positives of the first group, from their noised boxes through all layers."""
+    """Draw the positives of the first group, from their noised boxes through all layers."""
     record, b = scene.record, scene.image
     objects = torch.arange(len(record.noised.targets[b].labels))
-    if len(objects) < len(scene.target.labels):  # a choice was noised
+    if len(objects) < len(scene.target.labels):  # a random choice of the objects
         scene = scene._replace(targets=record.noised.targets)
     found, start = record.outputs.denoising.predictions, record.noised.queries.box_logits[b, objects].sigmoid()
-    return course(scene, objects, start, found.boxes[:, b, objects], found.logits[-1, b, objects].sigmoid())
+    return _course(scene, objects, start, found.boxes[:, b, objects], found.logits[-1, b, objects].sigmoid())
 
 
-def course(
+def _course(
     scene: Scene, objects: torch.Tensor, start: torch.Tensor, boxes: torch.Tensor, scores: torch.Tensor
 ) -> Figure:
-    """K queries by layers, beside the objects (K,) that they are for; boxes (K, 4), (N, K, 4), scores (K, C)."""
+    """Draw K queries layer by layer, and their objects (K,); boxes (K, 4) and (N, K, 4), scores (K, C)."""
     truth = scene.target.boxes[objects]
     colours = np.array(object_colours(len(scene.target.labels)))[objects.numpy()]
     steps = [start, *boxes]
     columns = 4
     rows = -(-(len(steps) + 1) // columns)
-    figure, grid = new_figure(10.5, rows * (0.3 + 2.55 * aspect(scene)), rows, columns)
+    figure, grid = new_figure(10.5, rows * (0.3 + 2.55 * _aspect(scene)), rows, columns)
     for number, (axes, step) in enumerate(zip(grid.flat, steps, strict=False)):
         overlap = box_iou(cxcywh_to_xyxy(step), cxcywh_to_xyxy(truth)).diagonal().mean().item()
         name = f"layer {number}" if number else "initial boxes"
         show_image(axes, scene.pixels, f"{name}, mean IoU {overlap:.2f}")
         add_boxes(axes, scene.corners(step), colours)
-    written = zip(scene.corners(steps[-1]), scores, colours, strict=True) if len(scores) <= MOST_NAMED else ()
+    written = zip(scene.corners(steps[-1]), scores, colours, strict=True) if len(scores) <= _MOST_NAMED else ()
     for (x0, y0, x1, _), score, colour in written:
         at_right = x0 > 0.65 * scene.pixels.shape[1]  # where the text would leave the picture
         x, side = (x1 - 1, "right") if at_right else (max(x0, 0) + 1, "left")
@@ -230,13 +230,13 @@ def course(
     return figure
 
 
-def aspect(scene: Scene) -> float:
+def _aspect(scene: Scene) -> float:
     """Height of the image over its width."""
     return scene.pixels.shape[0] / scene.pixels.shape[1]
 
 
 def sampling(scene: Scene) -> Figure:
-    """Where three queries look, in the first and in the last layer: large, middling and small objects."""
+    """Draw sampling points in the first and the last layer, for queries of a large, a middling and a small object."""
     record, b = scene.record, scene.image
     queries, objects = record.matches[b]
     order = scene.target.boxes[objects, 2:].prod(1).argsort(descending=True)
@@ -248,16 +248,16 @@ def sampling(scene: Scene) -> Figure:
             score, label = record.outputs.decoder.logits[-1, b, query].sigmoid().max(-1)
             name = f"{scene.names[label]} {score:.2f}"
             show_image(axes, scene.pixels, f"layer {layer + 1}, query {query} ({name})")
-            add_samples(axes, scene, layer, slots + query)
+            _add_samples(axes, scene, layer, slots + query)
     levels = {
         f"level {i} ({h} x {w})": c for (i, (h, w)), c in zip(enumerate(record.memory.shapes), LEVELS, strict=False)
     }
-    add_legend(figure, {"box it looks around": INK} | levels)
+    add_legend(figure, {"reference box": INK} | levels)
     return figure
 
 
-def add_samples(axes: Axes, scene: Scene, layer: int, query: int) -> None:
-    """The points that a query reads in a layer, larger where they weigh more, and a window around them."""
+def _add_samples(axes: Axes, scene: Scene, layer: int, query: int) -> None:
+    """Draw the sampling points of a query in a layer, sized by weight, in a window around them."""
     height, width = scene.pixels.shape[:2]
     boxes, locations, weights = (values[scene.image, query] for values in scene.record.samples[layer])
     x0, y0, x1, y1 = scene.corners(boxes)
@@ -273,16 +273,16 @@ def add_samples(axes: Axes, scene: Scene, layer: int, query: int) -> None:
 
 
 def gradients(scene: Scene) -> Figure:
-    """Which steps of the box heads the box losses of each layer train, measured: looking forward once, and twice."""
+    """Draw the measured gradients of the box losses of each layer at the box heads, looking forward once, and twice."""
     most = max(pulls.max().item() for pulls in scene.record.gradients.values())
     figure, (grid,) = new_figure(10.5, 3.9, 1, 2)
     for axes, (name, pulls) in zip(grid, scene.record.gradients.items(), strict=True):
         count = len(pulls)
         for (i, j, step), pull in np.ndenumerate(pulls.numpy()):
             if pull:
-                add_pull(axes, (i, 0), (j + STEP_PLACES[step], 1), pull.item(), most, STEPS[step][1])
+                _add_pull(axes, (i, 0), (j + _STEP_PLACES[step], 1), pull.item(), most, _STEPS[step][1])
         for j in range(count):
-            for place, (_, colour) in zip(STEP_PLACES, STEPS, strict=True):
+            for place, (_, colour) in zip(_STEP_PLACES, _STEPS, strict=True):
                 axes.scatter(j + place, 1, s=46, color=colour, edgecolor="white", linewidth=0.6, zorder=3)
         axes.scatter(range(count), [0] * count, s=46, color=INK, marker="s", edgecolor="white", linewidth=0.6, zorder=3)
         axes.set_xticks(range(count), [f"layer {j + 1}" for j in range(count)], fontsize=8, color=INK)
@@ -290,14 +290,14 @@ def gradients(scene: Scene) -> Figure:
         axes.set(xlim=(-0.45, count - 0.35), ylim=(-0.15, 1.15))
         axes.tick_params(length=0)
         frame(axes, f"looking forward {name}")
-    add_legend(figure, {"box losses of a layer": INK} | dict(STEPS))
+    add_legend(figure, {"box losses of a layer": INK} | dict(_STEPS))
     return figure
 
 
-def add_pull(
+def _add_pull(
     axes: Axes, loss: tuple[float, float], step: tuple[float, float], pull: float, most: float, colour: str
 ) -> None:
-    """An arrow from a loss to the step that it trains, as wide as the gradient is strong, and its number."""
+    """Draw an arrow from a loss to a step of a box head, its width the norm of the gradient, and the number."""
     look = {"arrowstyle": "-|>", "linewidth": 0.8 + 3 * pull / most, "color": colour, "shrinkA": 6, "shrinkB": 6}
     axes.annotate("", step, loss, arrowprops=look)
     x, y = (0.42 * a + 0.58 * b for a, b in zip(loss, step, strict=True))
@@ -305,7 +305,7 @@ def add_pull(
 
 
 def losses(scene: Scene) -> Figure:
-    """The weighted losses of the batch: class, L1 and GIoU of every prediction set."""
+    """Draw the weighted losses of the batch: class, L1 and GIoU of every prediction set."""
     values = scene.record.losses
     suffixes = [name.removeprefix("loss_ce") for name in values if name.startswith("loss_ce")]
     suffixes.sort(key=lambda suffix: ("_dn" in suffix, "_interm" not in suffix, suffix in ("", "_dn"), suffix))

@@ -1,4 +1,5 @@
-"""A checkpoint as one file that runs without this project: a program of `torch.export`, ONNX, or TorchScript.
+"""Export of a checkpoint to one file that runs without this project: `torch.export`, ONNX, or TorchScript.
 
-`graph` is what is exported, `formats` writes it and runs what was written, `verify` compares it with the network.
+`export_wrapper` is the exported module, `export_formats` writes it and runs the file, `verify` compares the file with
+the network.
 """

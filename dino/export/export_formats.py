@@ -1,4 +1,4 @@
-"""The forms of an exported program: each is written to bytes and run from bytes."""
+"""Formats of exported programs: each is written to bytes and run from bytes."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ from torch.export import Dim, ExportedProgram
 from dino.layers import deform_attn_implementation
 from dino.utils.files import DataError
 
-from .export_wrapper import Detector, Fixed
+from .export_wrapper import ExportWrapper, Fixed
 
-KEY = "dino"  # of the description inside a file
+_KEY = "dino"  # of the description inside a file
 OPSET = 18  # of ONNX; GridSample needs 16
-OUTPUTS = ("boxes", "scores", "labels")
+_OUTPUTS = ("boxes", "scores", "labels")
 
 Run = Callable[[np.ndarray, np.ndarray], list[np.ndarray]]  # images, sizes -> boxes, scores, labels
 
 
 class Format(NamedTuple):
-    """How to write a program, and how to run what was written."""
+    """A format's writer, and the function that runs its files."""
 
-    write: Callable[[Detector, Fixed | None, dict[str, Any]], bytes]
+    write: Callable[[ExportWrapper, Fixed | None, dict[str, Any]], bytes]
     run: Callable[[bytes], Run]
 
 
-def trace(detector: Detector, fixed: Fixed | None) -> ExportedProgram:
-    """The graph of `detector`, for one size or for any.
+def trace(wrapper: ExportWrapper, fixed: Fixed | None) -> ExportedProgram:
+    """Trace the graph of `wrapper`, for one size or for any.
 
     Raises:
         DataError: the network can't be exported like this.
     """
-    network = detector.network
+    network = wrapper.detector.network
     open_sizes = {}
     if fixed is None:
-        lowest = coarsest_stride(network) + 1
+        lowest = _coarsest_stride(network) + 1
         batch, height, width = Dim("batch"), Dim("height", min=lowest), Dim("width", min=lowest)
         open_sizes = {"images": {0: batch, 2: height, 3: width}, "sizes": {0: batch}}
     size = fixed or Fixed(2, 256, 320)
     try:
-        return torch.export.export(detector, example(size), dynamic_shapes=open_sizes or None, strict=False)
+        return torch.export.export(wrapper, _example(size), dynamic_shapes=open_sizes or None, strict=False)
     except (torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError) as error:
         hint = "" if fixed else "; a fixed size may be possible: --size HEIGHT WIDTH"
         first = str(error).strip().splitlines()[0][:300]
@@ -56,30 +56,30 @@ def trace(detector: Detector, fixed: Fixed | None) -> ExportedProgram:
         ) from error
 
 
-def coarsest_stride(network: torch.nn.Module) -> int:
-    """How many pixels a cell of the last level is wide."""
+def _coarsest_stride(network: torch.nn.Module) -> int:
+    """Width of a cell of the last level in pixels."""
     neck = network.neck
-    return neck.backbone.output_shape()[neck.in_features[-1]].stride * 2 ** len(neck.coarser)
+    return neck.backbone.output_shape()[neck.in_features[-1]].stride * 2 ** len(neck.extra_levels)
 
 
-def example(size: Fixed) -> tuple[Tensor, Tensor]:
-    """Images of noise, the last of which is padded where there are several."""
+def _example(size: Fixed) -> tuple[Tensor, Tensor]:
+    """Images of noise; where there are several, all but the first are padded."""
     images = torch.randint(256, (size.batch, 3, size.height, size.width), dtype=torch.uint8)
     sizes = torch.tensor([[size.height, size.width]]).repeat(size.batch, 1)
     sizes[1:] = sizes[1:] * 3 // 4
     return images, sizes
 
 
-def to_torch_export(detector: Detector, fixed: Fixed | None, about: dict[str, Any]) -> bytes:
+def _to_torch_export(wrapper: ExportWrapper, fixed: Fixed | None, about: dict[str, Any]) -> bytes:
     """A program that `torch.export.load` reads; the description is the extra file `dino.json`."""
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # "No complete tensor found in the group": views of one weight
-        torch.export.save(trace(detector, fixed), file, extra_files={f"{KEY}.json": json.dumps(about)})
+        torch.export.save(trace(wrapper, fixed), file, extra_files={f"{_KEY}.json": json.dumps(about)})
     return file.getvalue()
 
 
-def to_torchscript(detector: Detector, fixed: Fixed | None, about: dict[str, Any]) -> bytes:
+def _to_torchscript(wrapper: ExportWrapper, fixed: Fixed | None, about: dict[str, Any]) -> bytes:
     """A traced module that `torch.jit.load` reads; the description is the extra file `dino.json`.
 
     Raises:
@@ -89,36 +89,36 @@ def to_torchscript(detector: Detector, fixed: Fixed | None, about: dict[str, Any
         raise DataError("TorchScript is for one size: give --size HEIGHT WIDTH")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about Python numbers, which are meant to be constants here
-        traced = torch.jit.trace(detector, example(fixed), check_trace=False)
-        return bytes(torch.jit.freeze(traced).save_to_buffer(_extra_files={f"{KEY}.json": json.dumps(about)}))
+        traced = torch.jit.trace(wrapper, _example(fixed), check_trace=False)
+        return bytes(torch.jit.freeze(traced).save_to_buffer(_extra_files={f"{_KEY}.json": json.dumps(about)}))
 
 
-def to_onnx(detector: Detector, fixed: Fixed | None, about: dict[str, Any]) -> bytes:
+def _to_onnx(wrapper: ExportWrapper, fixed: Fixed | None, about: dict[str, Any]) -> bytes:
     """ONNX in standard operators; the description is in the metadata under `dino`.
 
     Raises:
         ImportError: onnx or onnxscript is not installed.
     """
-    need("onnx", "onnxscript")
+    _need("onnx", "onnxscript")
     for library in ("torch.onnx", "onnxscript"):
         logging.getLogger(library).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about itself
-        names = {"input_names": ["images", "sizes"], "output_names": list(OUTPUTS)}
+        names = {"input_names": ["images", "sizes"], "output_names": list(_OUTPUTS)}
         if fixed is None:
             names["dynamic_shapes"] = ({0: "batch", 2: "height", 3: "width"}, {0: "batch"})  # what the axes are called
-        graph = trace(detector, fixed)
+        graph = trace(wrapper, fixed)
         program = torch.onnx.export(graph, opset_version=OPSET, dynamo=True, verbose=False, optimize=False, **names)
-    tidy(program.model)
-    program.model.metadata_props[KEY] = json.dumps(about)
+    _tidy(program.model)
+    program.model.metadata_props[_KEY] = json.dumps(about)
     return program.model_proto.SerializeToString()
 
 
-def tidy(model) -> None:
+def _tidy(model) -> None:
     """Simplify an ONNX model (of `onnx_ir`) in place.
 
-    Not by all rules of onnxscript's `optimize`: 0.7.2 merges two clamps of one value into bounds of the same name, of
-    which one is lost. Programs that run the model fuse what can be fused anyway.
+    Uses some rules of onnxscript's `optimize` only: 0.7.2 merges two clamps of one value into bounds of the same name
+    and loses one of them. Programs that run the model fuse operators anyway.
     """
     from onnxscript import optimizer
 
@@ -127,8 +127,8 @@ def tidy(model) -> None:
     optimizer.remove_unused_functions(model)
 
 
-def need(*packages: str) -> None:
-    """Raise an ImportError that says what to install unless all of `packages` are there."""
+def _need(*packages: str) -> None:
+    """Raise an ImportError with the install command if one of `packages` is missing."""
     for package in packages:
         try:
             __import__(package)
@@ -137,26 +137,26 @@ def need(*packages: str) -> None:
 
 
 def run_onnx(content: bytes) -> Run:
-    """In ONNX Runtime on the CPU."""
-    need("onnxruntime")
+    """Run in ONNX Runtime on the CPU."""
+    _need("onnxruntime")
     import onnxruntime
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    return lambda images, sizes: session.run(list(OUTPUTS), {"images": images, "sizes": sizes})
+    return lambda images, sizes: session.run(list(_OUTPUTS), {"images": images, "sizes": sizes})
 
 
-def run_torch_export(content: bytes) -> Run:
-    """In torch, operator by operator."""
-    return from_torch(torch.export.load(io.BytesIO(content)).module())
+def _run_torch_export(content: bytes) -> Run:
+    """Run in torch, operator by operator."""
+    return _from_torch(torch.export.load(io.BytesIO(content)).module())
 
 
-def run_torchscript(content: bytes) -> Run:
-    """In torch's interpreter."""
-    return from_torch(torch.jit.load(io.BytesIO(content)))
+def _run_torchscript(content: bytes) -> Run:
+    """Run in torch's interpreter."""
+    return _from_torch(torch.jit.load(io.BytesIO(content)))
 
 
-def from_torch(module: Callable) -> Run:
-    """A function of tensors as one of arrays."""
+def _from_torch(module: Callable) -> Run:
+    """Turn a function of tensors into one of arrays."""
 
     @torch.no_grad()
     def run(images: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
@@ -166,22 +166,22 @@ def from_torch(module: Callable) -> Run:
 
 
 FORMATS = {
-    "onnx": Format(to_onnx, run_onnx),
-    "torch-export": Format(to_torch_export, run_torch_export),
-    "torchscript": Format(to_torchscript, run_torchscript),
+    "onnx": Format(_to_onnx, run_onnx),
+    "torch-export": Format(_to_torch_export, _run_torch_export),
+    "torchscript": Format(_to_torchscript, _run_torchscript),
 }
-SAMPLING = {"grid": "reference", "gather": "gather"}  # what the command line calls the implementations of deform_attn
+SAMPLING = {"grid": "reference", "gather": "gather"}  # command line's word -> implementation of deform_attn
 
 
 @torch.no_grad()
 def write(
-    form: str, detector: Detector, fixed: Fixed | None, about: dict[str, Any], *, sampling: str = "grid"
+    form: str, wrapper: ExportWrapper, fixed: Fixed | None, about: dict[str, Any], *, sampling: str = "grid"
 ) -> bytes:
     """Export in standard operators.
 
     Args:
         form: a key of `FORMATS`.
-        detector: in evaluation mode, on the CPU.
+        wrapper: in evaluation mode, on the CPU.
         fixed: the only size, or None for any batch and size.
         about: from `describe`.
         sampling: "grid" samples by GridSample, "gather" by look-ups.
@@ -191,9 +191,9 @@ def write(
         ImportError: a library of this form is not installed.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # it is one operator that no other program knows
+    torch.backends.mha.set_fastpath_enabled(False)  # one operator that no other program knows
     try:
         with deform_attn_implementation(SAMPLING[sampling]):
-            return FORMATS[form].write(detector, fixed, about)
+            return FORMATS[form].write(wrapper, fixed, about)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

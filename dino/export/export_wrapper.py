@@ -1,4 +1,4 @@
-"""What is exported: from pixels to boxes in pixels; and what its file says about itself."""
+"""The exported module, the description in its file, and the inputs that it expects."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 import dino
-from dino.data.images import resized_size
-from dino.layers import batch_detections
-from dino.modeling import DINO
-from dino.weights.description import Preprocessing
+from dino.data.images import resize_image
+from dino.modeling.detector import Detector, Preprocessing, resized_size
 
 
 class Fixed(NamedTuple):
@@ -25,45 +22,33 @@ class Fixed(NamedTuple):
     width: int
 
 
-class Detector(nn.Module):
-    """A network with its normalisation in front and the choice of detections behind it.
+class ExportWrapper(nn.Module):
+    """A `Detector` with tensors for inputs and outputs, as `torch.export` and TorchScript need.
 
     Args:
-        network: in evaluation mode.
-        preprocessing: what it expects of images.
+        detector: in evaluation mode.
     """
 
-    def __init__(self, network: DINO, preprocessing: Preprocessing):
+    def __init__(self, detector: Detector):
         super().__init__()
-        self.network = network
-        self.max_detections = preprocessing.max_detections
-        self.register_buffer("mean", torch.tensor(preprocessing.pixel_mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(preprocessing.pixel_std).view(3, 1, 1))
+        self.detector = detector
 
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Detect.
 
         Args:
-            images: (B, 3, H, W) uint8, RGB, each in the upper left corner; what lies outside does not matter.
+            images: (B, 3, H, W) uint8, RGB, each in the upper left corner; values outside do not matter.
             sizes: (B, 2) int64, height and width of each image in pixels.
 
         Returns:
             boxes (B, K, 4) float32, xyxy in pixels of `images`; scores (B, K) float32, best first; labels (B, K) int64.
         """
-        pixels, padding = self.normalise(images, sizes)
-        predictions = self.network(pixels, padding).decoder
-        return tuple(batch_detections(predictions.logits[-1], predictions.boxes[-1], sizes, self.max_detections))
-
-    def normalise(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """-> (B, 3, H, W) float32, zero where padded, and the padding (B, H, W)."""
-        row = torch.arange(images.shape[2], device=images.device)[:, None]  # (H, 1)
-        column = torch.arange(images.shape[3], device=images.device)  # (W,)
-        padding = (row >= sizes[:, :1, None]) | (column >= sizes[:, 1:, None])
-        return ((images.float() - self.mean) / self.std).masked_fill(padding[:, None], 0), padding
+        outputs = self.detector.network(*self.detector.pad(images, sizes))
+        return tuple(self.detector.postprocess(outputs, sizes))
 
 
 def describe(names: Sequence[str], thresholds: Sequence[float], preprocessing: Preprocessing, fixed: Fixed | None):
-    """What travels with an exported program, as a dict of plain values; `docs/export.md` explains the keys."""
+    """Describe an exported program for its file, as a dict of plain values; `docs/export.md` explains the keys."""
     resize: dict[str, Any] = {"short_side": preprocessing.short_side, "max_size": preprocessing.max_size}
     if fixed:
         resize = {"fit": [fixed.height, fixed.width]}
@@ -79,7 +64,7 @@ def describe(names: Sequence[str], thresholds: Sequence[float], preprocessing: P
 
 
 class Prepared(NamedTuple):
-    """One image as an exported program wants it."""
+    """One image in the form of an exported program's inputs."""
 
     images: np.ndarray  # (1, 3, H, W) uint8
     sizes: np.ndarray  # (1, 2) int64, height and width inside `images`
@@ -94,7 +79,6 @@ def prepare(image: np.ndarray, resize: dict[str, Any]) -> Prepared:
         h, w = (max(1, int(side * scale + 0.5)) for side in (height, width))
     else:
         canvas = h, w = resized_size(height, width, resize["short_side"], resize["max_size"])
-    resized = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BILINEAR))
     images = np.zeros((1, 3, *canvas), np.uint8)
-    images[0, :, :h, :w] = resized.transpose(2, 0, 1)
+    images[0, :, :h, :w] = resize_image(image, (h, w)).transpose(2, 0, 1)
     return Prepared(images, np.array([[h, w]], np.int64))

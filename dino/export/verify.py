@@ -1,4 +1,4 @@
-"""An exported program against the network it was made from, on real images."""
+"""Comparison of an exported program with its network, on real images."""
 
 from __future__ import annotations
 
@@ -15,25 +15,27 @@ from tqdm import tqdm
 from dino.data.coco import CocoImages
 from dino.data.images import IMAGE_SUFFIXES, read_image
 from dino.evaluation.average_precision import evaluate, to_results
-from dino.layers import Detections, detections
+from dino.inference.tiling import scale
+from dino.layers import Detections
+from dino.modeling.detector import Detector
 from dino.utils.files import DataError
 
 from .export_formats import Run
-from .export_wrapper import Detector, Fixed, Prepared, prepare
+from .export_wrapper import ExportWrapper, Fixed, Prepared, prepare
 
-LOWEST_SCORE = 0.05  # of the detections that are compared; AP counts all
-SAME_IOU = 0.9  # above it, two boxes of a label are the same detection
+_LOWEST_SCORE = 0.05  # of the detections that are compared; AP counts all
+_SAME_IOU = 0.9  # above it, two boxes of a label are the same detection
 
 
-class Picture(NamedTuple):
-    """An image to be compared on."""
+class _Picture(NamedTuple):
+    """An image of the comparison."""
 
     pixels: np.ndarray  # (H, W, 3) uint8 RGB
     image_id: int | None  # in the annotations
 
 
 class Limits(NamedTuple):
-    """What a program may differ by."""
+    """Largest differences that are accepted."""
 
     missing: float = 0.02  # share of detections without a partner: a tie in the selection of tokens moves one or two
     box: float = 0.5  # pixels of the resized image
@@ -42,10 +44,10 @@ class Limits(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """What was found."""
+    """Result of `compare`."""
 
     images: int
-    detections: int  # of the network, with a score of at least `LOWEST_SCORE`
+    detections: int  # of the network, with a score of at least `_LOWEST_SCORE`
     matched: int
     box: float  # the largest difference of a coordinate, pixels of the resized image
     score: float
@@ -63,8 +65,8 @@ class Comparison(NamedTuple):
             )
         return "\n".join(lines)
 
-    def faults(self, limits: Limits) -> list[str]:
-        """What lies above the limits; empty if all is well."""
+    def issues(self, limits: Limits) -> list[str]:
+        """Differences above the limits, in words; empty if there are none."""
         found = []
         if self.detections - self.matched > limits.missing * self.detections:
             found.append(f"{self.detections - self.matched} of {self.detections} detections are missing or moved")
@@ -90,54 +92,56 @@ def compare(
     Args:
         detector: the network with its preprocessing, not the copy that was exported.
         run: the exported program.
-        source: what to compare on, from `read_folder` or `read_data`; only the latter gives an AP.
+        source: images, from `read_folder` or `read_data`; only the latter gives an AP.
         resize: the rule, see `prepare`.
         fixed: the only size that the program takes.
 
     Raises:
         DataError: no detection scores enough to be compared.
     """
-    count = total = matched = 0
-    box = score = 0.0
-    results: tuple[list, list] = [], []
     data = source if isinstance(source, CocoImages) else None
-    for picture in tqdm(pictures_of(source), desc="verify", total=len(source), disable=None):
+    differences: list[tuple[float, float] | None] = []
+    results: tuple[list, list] = [], []  # of the network and of the exported program, in COCO's format
+    for picture in tqdm(pictures(source), desc="verify", total=len(source), disable=None):
         inputs = prepare(picture.pixels, resize)
         pair = run_network(detector, inputs), run_exported(run, inputs, fixed)
-        differences = match(*pair)
-        count, total, matched = count + 1, total + len(differences), matched + sum(d is not None for d in differences)
-        box = max([box, *(d[0] for d in differences if d)])
-        score = max([score, *(d[1] for d in differences if d)])
-        if data is not None:
-            for found, entries in zip(pair, results, strict=True):
-                scaled = to_original(found, inputs, picture.pixels.shape)
-                entries += to_results(scaled, picture.image_id, data.category_ids)
-    if not total:
-        raise DataError(f"nothing to compare: in {count} images nothing scores {LOWEST_SCORE} or more")
+        differences += match(*pair)
+        for found, entries in zip(pair, results, strict=True):
+            entries += _to_results(found, inputs, picture, data)
+    if not differences:
+        raise DataError(f"nothing to compare: in {len(source)} images nothing scores {_LOWEST_SCORE} or more")
     ap = tuple(evaluate(data.data, entries)["AP"] for entries in results) if data is not None else None
-    return Comparison(count, total, matched, box, score, ap)
+    same = [*filter(None, differences)]
+    box, score = (max(values) for values in zip(*same, strict=True)) if same else (0.0, 0.0)
+    return Comparison(len(source), len(differences), len(same), box, score, ap)
 
 
 @torch.no_grad()
 def run_network(detector: Detector, inputs: Prepared) -> Detections:
-    """The detections of the network itself, by the operator that runs by default."""
-    size = inputs.sizes[0].tolist()
-    predictions = detector.network(*detector.normalise(*map(torch.from_numpy, inputs))).decoder
-    return detections(predictions.logits[-1, 0], predictions.boxes[-1, 0], size, detector.max_detections)
+    """Detect by the network itself, with the operator that runs by default."""
+    return Detections(*(x[0] for x in ExportWrapper(detector)(*map(torch.from_numpy, inputs))))
+
+
+def _to_results(found: Detections, inputs: Prepared, picture: _Picture, data: CocoImages | None) -> list[dict]:
+    """Entries of COCO's results format, in pixels of the picture; none without data."""
+    if data is None:
+        return []
+    scaled = scale(found, inputs.sizes[0].tolist(), picture.pixels.shape[:2])
+    return to_results(scaled, picture.image_id, data.category_ids)
 
 
 def run_exported(run: Run, inputs: Prepared, fixed: Fixed | None) -> Detections:
-    """The detections of an exported program, for the first image where it takes several at once."""
+    """Detect by an exported program; of several images at once, the first counts."""
     batch = fixed.batch if fixed else 1
     found = run(*(np.repeat(x, batch, 0) for x in inputs))
     return Detections(*(torch.from_numpy(np.array(x[0])) for x in found))
 
 
 def match(expected: Detections, found: Detections) -> list[tuple[float, float] | None]:
-    """For each expected detection of a sufficient score the differences of box and score, or None if it is missing."""
-    keep = expected.scores >= LOWEST_SCORE
+    """Differences of box and score of each expected detection with a sufficient score, or None if it is missing."""
+    keep = expected.scores >= _LOWEST_SCORE
     boxes, scores, labels = (x[keep] for x in expected)
-    same = (box_iou(boxes, found.boxes) >= SAME_IOU) & (labels[:, None] == found.labels)  # (expected, found)
+    same = (box_iou(boxes, found.boxes) >= _SAME_IOU) & (labels[:, None] == found.labels)  # (expected, found)
     moved = (boxes[:, None] - found.boxes).abs().amax(-1)
     changed = (scores[:, None] - found.scores).abs()
     cost = (moved + 100 * changed).masked_fill(~same, 1e6)
@@ -146,13 +150,6 @@ def match(expected: Detections, found: Detections) -> list[tuple[float, float] |
         (moved[i, j].item(), changed[i, j].item()) if (j := pairs.get(i)) is not None and same[i, j] else None
         for i in range(len(boxes))
     ]
-
-
-def to_original(found: Detections, inputs: Prepared, shape: Sequence[int]) -> Detections:
-    """Boxes in pixels of the image before it was resized, `shape` of which is (H, W, 3)."""
-    height, width = inputs.sizes[0]
-    x, y = shape[1] / width, shape[0] / height
-    return found._replace(boxes=found.boxes * torch.tensor([x, y, x, y], dtype=torch.float32))
 
 
 def read_folder(folder: Path, limit: int) -> list[Path]:
@@ -183,11 +180,11 @@ def read_data(annotations: Path, folder: Path, names: Sequence[str], limit: int)
     return data
 
 
-def pictures_of(source: list[Path] | CocoImages) -> Iterator[Picture]:
+def pictures(source: list[Path] | CocoImages) -> Iterator[_Picture]:
     """Read one after the other."""
     for index in range(len(source)):
         if isinstance(source, CocoImages):
             image, _, entry = source[index]
-            yield Picture(image.permute(1, 2, 0).numpy(), entry["id"])
+            yield _Picture(image.permute(1, 2, 0).numpy(), entry["id"])
         else:
-            yield Picture(read_image(source[index]), None)
+            yield _Picture(read_image(source[index]), None)

@@ -1,8 +1,7 @@
-"""`dino predict`: draw what a checkpoint finds in images, folders, videos or a webcam, and write it as JSON."""
+"""Draw detections in images, folders, videos or a webcam, and write them as JSON."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
@@ -18,131 +17,69 @@ from tqdm import tqdm
 
 from dino.data.images import list_images
 from dino.layers import detections, one_label_detections
-from dino.modeling.cuda_graphs import MOST
-from dino.modeling.precision import PRECISIONS
-from dino.utils.files import DataError, counted, free_name, make_folder, write_whole
+from dino.utils.files import DataError, UserError, counted, make_folder, write_whole
 
-from .memory import keep_freed_memory
+from .cpu import keep_freed_memory
 from .predictor import Prediction, Predictor
 from .video import VIDEO_SUFFIXES, VideoReader, VideoWriter
 
-EXAMPLES = """
-examples:
-  dino predict model_final.pth photo.jpg
-  dino predict model_final.pth photos clip.mp4 --output drawn --score-thresh 0.5
-  dino predict model_final.pth "aerial/*.tif" --tile 1024 --overlap 0.2
-  dino predict model_final.pth 0                     (a webcam, until Ctrl-C)
-Pictures go to the output folder under their own names, beside predictions.json: COCO format, with a score in each
-annotation. A video becomes an MP4 file without sound, with a JSON file of its own. Nothing that exists is overwritten.
-"""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}  # of drawn pictures; others become PNG
 
 
 class Job(NamedTuple):
-    """Something to look at, and the picture or video that comes of it."""
+    """An input, and the picture or video to write."""
 
     source: Path | int
     target: Path
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="dino predict",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint of this project (see `dino convert` for others)")
-    parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="image, folder, glob, video, or the number of a webcam"
-    )
-    parser.add_argument("--output", type=Path, help="folder to write to (default: a new one, output/predictions)")
-    parser.add_argument(
-        "--score-thresh", type=float, default=0.4, help="lowest score that is drawn and written (default %(default)s)"
-    )
-    parser.add_argument("--max-detections", type=int, help="per picture (default: what the checkpoint says)")
-    parser.add_argument("--nms", type=float, metavar="IOU", help="suppress boxes of one class that overlap by more")
-    parser.add_argument("--one-label", action="store_true", help="no box with two labels")
-    parser.add_argument("--tile", type=int, metavar="PIXELS", help="look at larger pictures in tiles of this size, too")
-    parser.add_argument("--overlap", type=float, default=0.2, help="of tiles, as a fraction (default %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=1, help="pictures that run together (default %(default)s)")
-    parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU where there is one)")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the network (default %(default)s)")
-    parser.add_argument(
-        "--float32-precision",
-        choices=PRECISIONS,
-        default="high",
-        help="of products in fp32 on a GPU; highest: no TensorFloat-32 (default %(default)s)",
-    )
-    parser.add_argument("--compile", action="store_true", help="compile the network: a slow start, then faster")
-    parser.add_argument(
-        "--cuda-graphs",
-        type=int,
-        default=MOST,
-        metavar="N",
-        help="on a GPU, sizes of pictures whose kernels are recorded; 0 for none (default %(default)s)",
-    )
-    return parser.parse_args(argv)
+def make_predictor(
+    checkpoint: Path, *, dtype: str = "fp32", one_label: bool = False, compile: bool = False, **options: Any
+) -> Predictor:
+    """A predictor of a checkpoint.
 
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The verb."""
-    args = parse_arguments(argv)
-    folder = args.output or free_name(Path("output/predictions"))
-    jobs = plan(args.inputs, folder)
-    predict(make_predictor(args), jobs, folder)
-
-
-def make_predictor(args: argparse.Namespace) -> Predictor:
-    """What the command line asks for.
+    Args:
+        dtype: of the network, a key of DTYPES.
+        one_label: give no box two labels.
+        compile: compile the network.
+        options: of `Predictor.from_checkpoint`.
 
     Raises:
-        DataError: the checkpoint or an argument can't be used.
+        UserError: an option can't be used.
+        DataError: the checkpoint can't be used.
     """
+    select = one_label_detections if one_label else detections
     try:
-        predictor = Predictor.from_checkpoint(
-            args.checkpoint,
-            device=args.device,
-            dtype=DTYPES[args.dtype],
-            float32_precision=args.float32_precision,
-            score_thresh=args.score_thresh,
-            max_detections=args.max_detections,
-            nms=args.nms,
-            select=one_label_detections if args.one_label else detections,
-            tile=args.tile,
-            overlap=args.overlap,
-            batch_size=args.batch_size,
-            cuda_graphs=args.cuda_graphs,
-        )
+        predictor = Predictor.from_checkpoint(checkpoint, dtype=DTYPES[dtype], select=select, **options)
+    except DataError:
+        raise
     except (ValueError, RuntimeError, AssertionError) as error:  # a number out of its range, a device that is not there
-        raise DataError(str(error).partition("\n")[0]) from error
+        raise UserError(str(error).partition("\n")[0]) from error
     if predictor.network.level_embed.device.type == "cpu":
         keep_freed_memory()
-    return predictor.compile() if args.compile else predictor
+    return predictor.compile() if compile else predictor
 
 
 def plan(inputs: Sequence[str], folder: Path) -> list[Job]:
-    """All there is to do, each with its own place in the output folder.
+    """List all inputs, each with its own file in the output folder.
 
     Raises:
-        DataError: an input does not exist, or its result would take the place of a file.
+        DataError: an input does not exist, or its result would replace a file.
     """
-    sources = dict.fromkeys(source for text in inputs for source in find_sources(text))
-    jobs = [Job(source, folder / target_name(source)) for source in sources]
-    places = Counter(place for job in jobs for place in places_of(job)) + Counter([folder / "predictions.json"])
-    for job in jobs:
-        for place in places_of(job):
-            if place.exists() or places[place] > 1:
-                raise DataError(f"{job.source}: {place} is taken. Choose another --output")
-    if (folder / "predictions.json").exists():
-        raise DataError(f"{folder / 'predictions.json'} is taken. Choose another --output")
+    sources = dict.fromkeys(source for text in inputs for source in _find_sources(text))
+    jobs = [Job(source, folder / _target_name(source)) for source in sources]
+    written = [(f"{job.source}: ", path) for job in jobs for path in _outputs(job)]
+    written.append(("", folder / "predictions.json"))
+    counts = Counter(path for _, path in written)
+    for source, path in written:
+        if path.exists() or counts[path] > 1:
+            raise DataError(f"{source}{path} is taken. Choose another --output")
     return jobs
 
 
-def find_sources(text: str) -> list[Path | int]:
-    """What an input on the command line means."""
+def _find_sources(text: str) -> list[Path | int]:
+    """Files or webcam of an input of the command line."""
     path = Path(text)
     if text.isdecimal() and not path.exists():
         return [int(text)]
@@ -151,51 +88,51 @@ def find_sources(text: str) -> list[Path | int]:
     return list(list_images(text))
 
 
-def is_video(source: Path | int) -> bool:
-    """Whether it is read frame by frame."""
+def _is_video(source: Path | int) -> bool:
+    """Whether a source is read frame by frame."""
     return isinstance(source, int) or source.suffix.lower() in VIDEO_SUFFIXES
 
 
-def target_name(source: Path | int) -> str:
-    """The name of the drawn picture or video: the own one, where the format can be kept."""
+def _target_name(source: Path | int) -> str:
+    """Name of the drawn picture or video: that of the source, where the format can be kept."""
     if isinstance(source, int):
         return f"webcam_{source}.mp4"
-    kept = {".mp4"} if is_video(source) else FORMATS
-    return source.name if source.suffix.lower() in kept else f"{source.name}{'.mp4' if is_video(source) else '.png'}"
+    kept = {".mp4"} if _is_video(source) else FORMATS
+    return source.name if source.suffix.lower() in kept else f"{source.name}{'.mp4' if _is_video(source) else '.png'}"
 
 
-def places_of(job: Job) -> list[Path]:
-    """The files that a job writes."""
-    return [job.target, job.target.with_suffix(".json")] if is_video(job.source) else [job.target]
+def _outputs(job: Job) -> list[Path]:
+    """Files that a job writes."""
+    return [job.target, job.target.with_suffix(".json")] if _is_video(job.source) else [job.target]
 
 
 def predict(predictor: Predictor, jobs: Sequence[Job], folder: Path) -> None:
-    """Do the jobs. What can't be read is left out and told at the end; what was done stays.
+    """Do the jobs. Unreadable inputs are skipped and reported at the end; finished results stay.
 
     Raises:
         DataError: something could not be read or written.
     """
     make_folder(folder)
-    images = [job for job in jobs if not is_video(job.source)]
-    faults: list[DataError] = []
+    images = [job for job in jobs if not _is_video(job.source)]
+    issues: list[DataError] = []
     if images:
-        predict_images(predictor, images, folder, faults)
+        _predict_images(predictor, images, folder, issues)
     for job in jobs:
-        if is_video(job.source):
-            predict_video(predictor, job, faults)
-    if faults:
-        more = f" ({len(faults)} of {len(jobs)} inputs could not be read whole; this was the first)"
-        raise DataError(f"{faults[0]}{more if len(jobs) > 1 else ''}")
+        if _is_video(job.source):
+            _predict_video(predictor, job, issues)
+    if issues:
+        more = f" ({len(issues)} of {len(jobs)} inputs could not be read whole; this was the first)"
+        raise DataError(f"{issues[0]}{more if len(jobs) > 1 else ''}")
 
 
-def predict_images(predictor: Predictor, jobs: Sequence[Job], folder: Path, faults: list[DataError]) -> None:
-    """Draw pictures; `faults` receives the errors of those that can't be read."""
+def _predict_images(predictor: Predictor, jobs: Sequence[Job], folder: Path, issues: list[DataError]) -> None:
+    """Draw pictures; `issues` receives the errors of unreadable ones."""
     targets = {job.source: job.target for job in jobs}
     with (
-        open_coco(folder / "predictions.json", predictor.names) as coco,
+        _open_coco(folder / "predictions.json", predictor.names) as coco,
         tqdm(total=len(jobs), desc="predict", unit="image", disable=None) as bar,
     ):
-        skip = chain(faults.append, lambda _: bar.update())
+        skip = _chain(issues.append, lambda _: bar.update())
         for found in predictor.stream(list(targets), on_error=skip):
             picture = found.draw()
             target = targets[found.source]
@@ -206,8 +143,8 @@ def predict_images(predictor: Predictor, jobs: Sequence[Job], folder: Path, faul
     print(f"{counted(coco.images, 'picture')} with {counted(coco.objects, 'object')} written to {folder}")
 
 
-def chain(*functions: Callable[[Any], object]) -> Callable[[Any], None]:
-    """A function that calls all of them with its argument."""
+def _chain(*functions: Callable[[Any], object]) -> Callable[[Any], None]:
+    """Make a function that calls all of these with its argument."""
 
     def call(argument: Any) -> None:
         for function in functions:
@@ -216,17 +153,17 @@ def chain(*functions: Callable[[Any], object]) -> Callable[[Any], None]:
     return call
 
 
-def predict_video(predictor: Predictor, job: Job, faults: list[DataError]) -> None:
-    """Draw the frames of a video; Ctrl-C ends it early, and is how a webcam is ended."""
+def _predict_video(predictor: Predictor, job: Job, issues: list[DataError]) -> None:
+    """Draw the frames of a video; Ctrl-C ends it early, and is the only end of a webcam."""
     try:
         video = VideoReader(job.source)
     except DataError as error:
-        faults.append(error)
+        issues.append(error)
         return
     interrupted = False
     writer, start = None, time.monotonic()
     with (
-        open_coco(job.target.with_suffix(".json"), predictor.names) as coco,
+        _open_coco(job.target.with_suffix(".json"), predictor.names) as coco,
         tqdm(total=video.count, desc=video.name, unit="frame", disable=None) as bar,
     ):
         try:
@@ -234,12 +171,12 @@ def predict_video(predictor: Predictor, job: Job, faults: list[DataError]) -> No
                 writer = writer or VideoWriter(job.target, video.fps, found.image_size)
                 frame = np.asarray(found.draw())
                 due = 1 if video.count else round((time.monotonic() - start) * video.fps) - writer.written
-                for _ in range(max(due, 1)):  # a camera's frames stay on screen for as long as the network needs
+                for _ in range(max(due, 1)):  # in real time: a frame of a camera lasts as long as the network needs
                     writer.write(frame)
                 coco.add(found, file_name=f"{video.name}#{coco.images}", frame=coco.images)
                 bar.update()
         except DataError as error:
-            faults.append(error)
+            issues.append(error)
         except KeyboardInterrupt:
             interrupted = isinstance(job.source, Path)
         finally:
@@ -251,7 +188,7 @@ def predict_video(predictor: Predictor, job: Job, faults: list[DataError]) -> No
         raise KeyboardInterrupt
 
 
-class CocoWriter:
+class _CocoWriter:
     """Writes predictions in COCO's format, one by one, so that their number has no bound.
 
     Args:
@@ -261,7 +198,7 @@ class CocoWriter:
     def __init__(self, file: IO[str], names: Sequence[str]):
         self.file = file
         self.objects = 0
-        self.entries: list[str] = []  # of the images, which are listed behind the annotations
+        self.entries: list[str] = []  # of the images, which follow the annotations
         categories = [{"id": number, "name": name} for number, name in enumerate(names, 1)]
         file.write(f'{{"categories": {json.dumps(categories)},\n"annotations": [')
 
@@ -271,7 +208,7 @@ class CocoWriter:
         return len(self.entries)
 
     def add(self, found: Prediction, **facts: Any) -> None:
-        """One image and its objects; `facts` go with the image."""
+        """Add an image, with `facts` in its entry, and its objects."""
         height, width = found.image_size
         image_id = self.images + 1
         self.entries.append(json.dumps({"id": image_id, **facts, "width": width, "height": height}))
@@ -284,14 +221,14 @@ class CocoWriter:
             self.objects += 1
 
     def finish(self) -> None:
-        """Write what comes behind the annotations."""
+        """Write the list of images and the end of the file."""
         images = ",\n".join(self.entries)
         self.file.write(f'],\n"images": [\n{images}]}}\n')
 
 
 @contextmanager
-def open_coco(path: Path, names: Sequence[str]) -> Iterator[CocoWriter]:
-    """A `CocoWriter` whose file appears at the end, whole, with all that was added, even if an error ends the block.
+def _open_coco(path: Path, names: Sequence[str]) -> Iterator[_CocoWriter]:
+    """Open a `_CocoWriter`; its file appears whole at the end of the block, also after an error.
 
     Raises:
         DataError: it can't be written.
@@ -299,7 +236,7 @@ def open_coco(path: Path, names: Sequence[str]) -> Iterator[CocoWriter]:
     part = path.with_name(f"{path.name}.part")
     try:
         with open(part, "w", encoding="utf-8") as file:
-            writer = CocoWriter(file, names)
+            writer = _CocoWriter(file, names)
             try:
                 yield writer
             finally:

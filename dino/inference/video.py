@@ -12,11 +12,11 @@ import numpy as np
 from dino.utils.files import DataError
 
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"}
-USUAL_FPS = 25.0  # where a file or a camera states none
+_USUAL_FPS = 25.0  # where a file or a camera states none
 
 
-def load_opencv() -> ModuleType:
-    """OpenCV, told to keep its complaints to itself: what matters becomes an error here.
+def _load_opencv() -> ModuleType:
+    """Import OpenCV with its log switched off: what matters becomes an error here.
 
     Raises:
         DataError: it is not installed.
@@ -41,7 +41,7 @@ class VideoReader:
     """
 
     def __init__(self, source: Path | int):
-        cv2 = load_opencv()
+        cv2 = _load_opencv()
         self.name = f"webcam {source}" if isinstance(source, int) else str(source)
         if isinstance(source, Path) and not source.is_file():
             raise DataError(f"input not found: {source}")
@@ -49,12 +49,12 @@ class VideoReader:
         if not self.capture.isOpened():
             raise DataError(f"can't read {self.name}: no video, a broken one, or a camera that is missing or in use")
         fps = self.capture.get(cv2.CAP_PROP_FPS)
-        self.fps = fps if 0 < fps <= 1000 else USUAL_FPS
+        self.fps = fps if 0 < fps <= 1000 else _USUAL_FPS
         count = self.capture.get(cv2.CAP_PROP_FRAME_COUNT)
         self.count = int(count) if isinstance(source, Path) and 0 < count < 1e9 else None  # as the file states it
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Read to the end.
+        """Yield frames to the end.
 
         Raises:
             DataError: no frame can be read, or far fewer than the file states.
@@ -72,15 +72,15 @@ class VideoReader:
             )
 
     def close(self) -> None:
-        """Let go of the file or the camera."""
+        """Release the file or the camera."""
         self.capture.release()
 
 
 class VideoWriter:
-    """An MP4 file (MPEG-4 part 2, no sound) that appears whole, when it is closed, or not at all.
+    """Writes an MP4 file (MPEG-4 part 2, no sound), which appears whole when it is closed, or not at all.
 
     Args:
-        path: where it shall be.
+        path: of the file.
         fps: frames per second.
         image_size: height and width of the frames in pixels; an odd last row or column is left out.
 
@@ -89,7 +89,7 @@ class VideoWriter:
     """
 
     def __init__(self, path: Path, fps: float, image_size: tuple[int, int]):
-        self.cv2 = load_opencv()
+        self.cv2 = _load_opencv()
         self.path = path
         self.part = path.with_name(f"{path.stem}.part.mp4")
         self.height, self.width = (side - side % 2 for side in image_size)
@@ -106,7 +106,7 @@ class VideoWriter:
         self.written += 1
 
     def close(self) -> None:
-        """Finish the file; as OpenCV says nothing of a full disk, the frames in it are counted.
+        """Finish the file and count its frames, since OpenCV does not report a full disk.
 
         Raises:
             DataError: not all of them are there.
@@ -125,6 +125,6 @@ class VideoWriter:
             raise DataError(f"can't write {self.path}: {error}") from error
 
     def abandon(self) -> None:
-        """Remove what was written."""
+        """Remove the unfinished file."""
         self.writer.release()
         self.part.unlink(missing_ok=True)

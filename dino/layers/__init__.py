@@ -1,16 +1,29 @@
 """The parts of DINO that know tensors only: torch, and scipy for the assignment."""
 
-from dino.layers.ops.operator import deform_attn_implementation
-from dino.structures import DenoisingOutputs, DenoisingQueries, LayerOutputs, Outputs, Queries, Target, Tokens
+from dino.structures import (
+    DenoisingOutputs,
+    DenoisingQueries,
+    Detections,
+    LayerOutputs,
+    Outputs,
+    Queries,
+    Target,
+    Tokens,
+)
 
 from .boxes import cxcywh_to_xyxy, generalized_iou, inverse_sigmoid, refine, xyxy_to_cxcywh
-from .criterion import SetCriterion
-from .deform_attn import MultiScaleDeformableAttention, deform_attn, deform_attn_gather, deform_attn_reference
+from .criterion import SetCriterion, global_loss_normalizer
+from .deform_attn import MultiScaleDeformableAttention
 from .denoising import ContrastiveDenoising, denoising_mask
 from .loss_scaling import LossScaling, Reweighting
 from .matcher import HungarianMatcher, NonFiniteCostError
+from .ops.operator import (
+    deform_attn,
+    deform_attn_implementation,
+)  # after the module `.deform_attn`, whose name it takes
+from .ops.reference import deform_attn_gather, deform_attn_reference
 from .position_encoding import SinePositionEncoding
-from .postprocess import Detections, batch_detections, detections, one_label_detections
+from .postprocess import detections, one_label_detections
 
 __all__ = [
     "ContrastiveDenoising",
@@ -29,7 +42,6 @@ __all__ = [
     "SinePositionEncoding",
     "Target",
     "Tokens",
-    "batch_detections",
     "cxcywh_to_xyxy",
     "deform_attn",
     "deform_attn_gather",
@@ -38,6 +50,7 @@ __all__ = [
     "denoising_mask",
     "detections",
     "generalized_iou",
+    "global_loss_normalizer",
     "inverse_sigmoid",
     "one_label_detections",
     "refine",

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-INVERSE_SIGMOID_EPS = 1e-3  # caps references at 0.000999 .. 0.999001 of the image, as the published models were trained
-IOU_EPS = 1e-6  # in units of the image's area: a perfect match of a 0.001 x 0.001 box reaches a GIoU of 0.5 only
+_INVERSE_SIGMOID_EPS = 1e-3  # clamps references to 0.000999 .. 0.999001 of the image, as in the published models
+_IOU_EPS = 1e-6  # in units of the image's area: a perfect match of a 0.001 x 0.001 box has a GIoU of only 0.5
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """(..., 4) centre and size -> (..., 4) corners, in the same unit."""
-    center, size = boxes.split(2, -1)  # whose gradient is one operation; that of a slice is two
+    center, size = boxes.split(2, -1)  # one operation in the backward pass; slices are two
     return torch.cat([center - 0.5 * size, center + 0.5 * size], -1)
 
 
@@ -20,12 +20,12 @@ def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
 
 
 def inverse_sigmoid(x: Tensor) -> Tensor:
-    """Logit of `x` clamped to [0, 1], with numerator and denominator kept above 1e-3; any shape.
+    """Logit of `x` clamped to [0, 1], with numerator and denominator at least 1e-3; any shape.
 
-    The gradient is 0 outside [0, 1]; within 0.001 of a border only the unclamped one of the two logarithms passes any.
+    The gradient is 0 outside [0, 1]; within 0.001 of a border, one of the two logarithms is clamped and has none.
     """
     x = x.clamp(0, 1)
-    return torch.log(x.clamp(min=INVERSE_SIGMOID_EPS) / (1 - x).clamp(min=INVERSE_SIGMOID_EPS))
+    return torch.log(x.clamp(min=_INVERSE_SIGMOID_EPS) / (1 - x).clamp(min=_INVERSE_SIGMOID_EPS))
 
 
 def refine(boxes: Tensor, delta: Tensor) -> Tensor:
@@ -33,8 +33,8 @@ def refine(boxes: Tensor, delta: Tensor) -> Tensor:
     return (inverse_sigmoid(boxes) + delta.to(boxes.dtype)).sigmoid()
 
 
-def area(sides: Tensor) -> Tensor:
-    """(..., 2) width and height -> (...). (The gradient of `prod` is a dozen operations.)"""
+def _area(sides: Tensor) -> Tensor:
+    """(..., 2) width and height -> (...). (`prod` takes a dozen operations in the backward pass.)"""
     width, height = sides.unbind(-1)
     return width * height
 
@@ -42,15 +42,15 @@ def area(sides: Tensor) -> Tensor:
 def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     """Generalized IoU of xyxy boxes that broadcast: (..., 4), (..., 4) -> (...).
 
-    Both denominators carry the 1e-6 of the published program, for boxes in [0,1]. Degenerate boxes give finite values.
+    Both denominators have the 1e-6 of the official program, for boxes in [0,1]. Degenerate boxes give finite values.
     """
     (low_a, high_a), (low_b, high_b) = a.split(2, -1), b.split(2, -1)  # (..., 2) each
-    overlap = area((torch.min(high_a, high_b) - torch.max(low_a, low_b)).clamp(min=0))
-    union = area(high_a - low_a) + area(high_b - low_b) - overlap
-    hull = area((torch.max(high_a, high_b) - torch.min(low_a, low_b)).clamp(min=0))
-    return overlap / (union + IOU_EPS) - (hull - union) / (hull + IOU_EPS)
+    overlap = _area((torch.min(high_a, high_b) - torch.max(low_a, low_b)).clamp(min=0))
+    union = _area(high_a - low_a) + _area(high_b - low_b) - overlap
+    hull = _area((torch.max(high_a, high_b) - torch.min(low_a, low_b)).clamp(min=0))
+    return overlap / (union + _IOU_EPS) - (hull - union) / (hull + _IOU_EPS)
 
 
 def to_float32(x: Tensor) -> Tensor:
-    """`x` in float32 or wider: box algebra, matching and losses never run in half precision."""
+    """`x` in float32 or float64: box algebra, matching and losses never run in half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

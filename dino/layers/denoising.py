@@ -1,4 +1,4 @@
-"""Contrastive denoising: queries made of noised ground truth, positives and negatives (paper section 3.3)."""
+"""Contrastive denoising: queries from ground truth with added noise, positives and negatives (paper section 3.3)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from .boxes import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
 
 
 class Noise(NamedTuple):
-    """The random draws of one batch; R = KINDS * groups repeats of the K objects of all images, even ones positive."""
+    """The random numbers of one batch, for R = KINDS * groups copies of the K objects of all images.
+
+    Of contrastive denoising, even copies are positives and odd ones negatives.
+    """
 
     label_chance: Tensor  # (R, K) uniform in [0, 1)
     new_labels: Tensor  # (R, K) int64 in [0, C)
@@ -33,13 +36,13 @@ def denoising_mask(num_groups: int, group_size: int, num_queries: int, device: t
 
 
 class ContrastiveDenoising(nn.Module):
-    """Noises the ground truth of a batch into decoder queries.
+    """Makes decoder queries from the ground truth of a batch by adding noise.
 
     Args:
         num_classes: C, number of classes.
         embed_dim: E, width of the queries.
-        num_denoising: a budget of so many positives (and as many negatives) per image. Objects fill it group by group;
-            an image with more objects than that has a random choice of them noised; 0 switches denoising off.
+        num_denoising: budget of positives (and as many negatives) per image, filled group by group. Where an image has
+            more objects, a random choice of them is denoised. 0 switches denoising off.
         label_noise: half of this fraction of the labels is replaced by a random class, which may be the true one.
         box_noise: corners of positives move by less than this many half sides, of negatives by one to two times that.
 
@@ -47,7 +50,7 @@ class ContrastiveDenoising(nn.Module):
         ValueError: a negative budget.
     """
 
-    KINDS = 2  # of slots that an object has in its group: a positive, then a negative
+    KINDS = 2  # of queries for each object in a group: a positive, then a negative
 
     def __init__(
         self,
@@ -67,7 +70,7 @@ class ContrastiveDenoising(nn.Module):
         self.box_noise = box_noise
 
     def forward(self, targets: list[Target], num_queries: int) -> DenoisingQueries:
-        """Noise the objects of B images into T slots that stand in front of `num_queries` matching queries.
+        """Make T denoising queries, in front of `num_queries` matching queries, from the objects of B images.
 
         T = KINDS * groups * (objects of the fullest image), never more than KINDS * num_denoising.
         """
@@ -78,6 +81,10 @@ class ContrastiveDenoising(nn.Module):
         num_groups = self.num_groups(longest)
         noise = self.draw(self.KINDS * num_groups, torch.cat([t.labels for t in targets]))
         return self.build(targets, num_queries, num_groups, noise)
+
+    def num_denoised(self, counts: list[int]) -> int:
+        """Number of objects that `forward` denoises, of images with `counts` objects."""
+        return sum(min(count, self.num_denoising) for count in counts)
 
     def sample(self, target: Target) -> Target:
         """At most `num_denoising` objects. (The published programs have no bound and run out of memory in crowds.)"""
@@ -92,7 +99,7 @@ class ContrastiveDenoising(nn.Module):
         return max(1, self.num_denoising // longest)
 
     def draw(self, repeats: int, labels: Tensor) -> Noise:
-        """Fresh noise for (K,) labels."""
+        """New random numbers for `repeats` copies of K objects with (K,) labels."""
         shape, device = (repeats, len(labels)), labels.device
         return Noise(
             label_chance=torch.rand(shape, device=device),
@@ -102,25 +109,25 @@ class ContrastiveDenoising(nn.Module):
         )
 
     def build(self, targets: list[Target], num_queries: int, num_groups: int, noise: Noise) -> DenoisingQueries:
-        """Apply `noise`; object g of an image takes slot r * G + g in repeat r, with G objects in the fullest image.
+        """Add `noise`; copy r of an image's object g becomes query r * G + g, with G objects in the fullest image.
 
-        Slots beyond an image's own objects hold a zero content and the box (0.5, 0.5, 0.5, 0.5). Other slots see them
-        and the class loss trains them as background, as in the official program.
+        Images with fewer objects get padding queries: zero content and the box (0.5, 0.5, 0.5, 0.5). Other queries
+        attend to them and the class loss trains them as background, as in the official program.
         """
         counts = [len(t.labels) for t in targets]
         repeats, longest = self.KINDS * num_groups, max(counts)
         content = self.label_embed(self.noise_labels(torch.cat([t.labels for t in targets]), noise))  # (R, K, E)
         box_logits = inverse_sigmoid(self.noise_boxes(torch.cat([t.boxes for t in targets]), noise))  # (R, K, 4)
-        places = [[i for i, n in enumerate(counts) for _ in range(n)], [g for n in counts for g in range(n)]]
-        image, place = to_device(places, content.device)  # (K,) each
+        indices = [[i for i, n in enumerate(counts) for _ in range(n)], [g for n in counts for g in range(n)]]
+        image, index = to_device(indices, content.device)  # (K,) each
 
-        def to_slots(x: Tensor) -> Tensor:
-            slots = x.new_zeros(len(counts), longest, repeats, x.shape[-1])
-            slots[image, place] = x.transpose(0, 1)
-            return slots.transpose(1, 2).flatten(1, 2)  # (B, T, ·)
+        def pad(x: Tensor) -> Tensor:
+            padded = x.new_zeros(len(counts), longest, repeats, x.shape[-1])
+            padded[image, index] = x.transpose(0, 1)
+            return padded.transpose(1, 2).flatten(1, 2)  # (B, T, ·)
 
         mask = denoising_mask(num_groups, self.KINDS * longest, num_queries, content.device)
-        return DenoisingQueries(Queries(to_slots(content), to_slots(box_logits), mask), targets, num_groups)
+        return DenoisingQueries(Queries(pad(content), pad(box_logits), mask), targets, num_groups)
 
     def noise_labels(self, labels: Tensor, noise: Noise) -> Tensor:
         """(K,) -> (R, K)."""
@@ -129,19 +136,18 @@ class ContrastiveDenoising(nn.Module):
     def noise_boxes(self, boxes: Tensor, noise: Noise) -> Tensor:
         """(K, 4) -> (R, K, 4), corners clamped to the image.
 
-        Corners are not put in order again, so a negative's side can become negative; the inverse sigmoid's clamp makes
-        0.001 of it.
+        Corners are not sorted, so the side of a negative can be below 0; the inverse sigmoid clamps it to 0.001.
         """
         half_sides = boxes[:, 2:].repeat(1, 2) / 2  # (K, 4)
         return xyxy_to_cxcywh((cxcywh_to_xyxy(boxes) + self.steps(noise) * half_sides).clamp(0, 1))
 
     def steps(self, noise: Noise) -> Tensor:
-        """(R, K, 4): by how many half sides each number of (x0, y0, x1, y1) moves."""
+        """(R, K, 4): shift of each number of (x0, y0, x1, y1) in half sides."""
         negative = (torch.arange(len(noise.box_parts), device=noise.box_parts.device) % self.KINDS)[:, None, None]
         return (noise.box_parts + negative) * (2 * noise.box_signs - 1) * self.box_noise
 
     def placeholder(self, targets: list[Target], num_queries: int) -> DenoisingQueries:
-        """One slot that costs nothing, for a batch without objects: every parameter stays in the graph."""
+        """A single query whose losses are 0, for a batch without objects: keeps every parameter in the graph."""
         content = self.label_embed.weight[0].expand(len(targets), 1, -1)  # (B, 1, E)
         box_logits = targets[0].boxes.new_zeros(len(targets), 1, 4)
         mask = denoising_mask(1, 1, num_queries, content.device)

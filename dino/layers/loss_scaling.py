@@ -1,8 +1,9 @@
-"""Losses of a criterion at other weights, for recipes that treat prediction sets unequally."""
+"""Scales losses of a criterion, for recipes that weight sets of predictions unequally."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ class LossScaling(nn.Module):
 
     Args:
         criterion: (Outputs, targets) -> dict of losses, see `SetCriterion`.
-        factors: beginning of a loss's name -> factor: `{"loss_ce_dn": 0.5}` halves the denoising's class losses.
+        factors: beginning of a loss's name -> factor: `{"loss_ce_dn": 0.5}` halves the class losses of denoising.
     """
 
     def __init__(self, *, criterion: nn.Module, factors: Mapping[str, float]):
@@ -22,13 +23,16 @@ class LossScaling(nn.Module):
         self.criterion = criterion
         self.factors = dict(factors)
 
-    def forward(self, outputs: Outputs, targets: list[Target]) -> dict[str, Tensor]:
-        """Outputs and B targets -> the criterion's losses, weighted.
+    def forward(self, outputs: Outputs, targets: list[Target], **options: Any) -> dict[str, Tensor]:
+        """Outputs and B targets -> the criterion's losses, scaled.
+
+        Args:
+            outputs, targets, options: arguments of the criterion, see `SetCriterion.forward`.
 
         Raises:
-            ValueError: a factor is for no loss that there is.
+            ValueError: no loss begins as a key of `factors`.
         """
-        losses = self.criterion(outputs, targets)
+        losses = self.criterion(outputs, targets, **options)
         for beginning, factor in self.factors.items():
             names = [name for name in losses if name.startswith(beginning)]
             if not names and outputs.denoising:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,8 +19,11 @@ from .boxes import cxcywh_to_xyxy, generalized_iou, to_float32
 
 Pairs = list[list[tuple[np.ndarray, np.ndarray]]]  # for each layer, for each image: (query indices, object indices)
 
-MANY = 1000  # objects of all problems together; SciPy takes 5 to 8 microseconds for each, among 900 queries
-THREADS = 4  # for so many objects
+NonFinite = Literal["raise", "match"]  # the answer to a cost that is NaN or infinite, see `HungarianMatcher.forward`
+
+_MANY = 1000  # objects of all problems together; SciPy takes 5 to 8 microseconds for each, among 900 queries
+_THREADS = 4  # for so many objects
+_CHEAPEST = -1e30  # replaces a non-finite cost; no finite cost is lower
 
 
 class NonFiniteCostError(FloatingPointError):
@@ -31,11 +35,11 @@ class NonFiniteCostError(FloatingPointError):
 
 
 class HungarianMatcher(nn.Module):
-    """Finds, for every image and layer, the assignment of least total cost.
+    """Finds the assignment of least total cost, for every image and layer.
 
     Args:
         class_cost, l1_cost, giou_cost: weights of the three terms.
-        alpha, gamma: of the focal class term.
+        alpha, gamma: parameters of the focal class term.
     """
 
     def __init__(
@@ -54,70 +58,87 @@ class HungarianMatcher(nn.Module):
         self.alpha = alpha
         self.gamma = gamma
 
-    def forward(self, predictions: LayerOutputs, targets: list[Target]) -> Pairs:
+    def forward(self, predictions: LayerOutputs, targets: list[Target], *, non_finite: NonFinite = "raise") -> Pairs:
         """Match N layers of B images.
+
+        Args:
+            predictions, targets: N layers of B images; the objects of each image.
+            non_finite: "raise" ends with an error where a cost is NaN or infinite. "match" returns pairs all the same,
+                and pairs such predictions first, so that the losses are not finite either. Then all processes reach
+                the end of the step and can skip it together.
 
         Returns:
             for each layer, for each image, (query indices, ascending; object indices), both int64 of min(Q, G) entries.
 
         Raises:
-            NonFiniteCostError: a cost is NaN or infinite.
+            NonFiniteCostError: a cost is NaN or infinite, and `non_finite` is "raise".
         """
-        return self.start(predictions, targets)()
+        return self.start(predictions, targets, non_finite=non_finite)()
 
     @torch.no_grad()
-    def start(self, predictions: LayerOutputs, targets: list[Target]) -> Callable[[], Pairs]:
-        """Let the device compute the costs.
+    def start(
+        self, predictions: LayerOutputs, targets: list[Target], *, non_finite: NonFinite = "raise"
+    ) -> Callable[[], Pairs]:
+        """Start to compute the costs on the device. Arguments are those of `forward`.
 
         Returns:
-            a function that waits for them, matches on the host, and returns or raises what `forward` does. What the
-            device is given before the call runs meanwhile.
+            a function that waits for the costs, matches on the host, and returns or raises what `forward` does. The
+            device can do other work before the call.
         """
         costs = to_host(self.cost(predictions, targets))  # the one transfer to the host of a training step
         counts = [len(t.labels) for t in targets]
-        return lambda: assign(costs().numpy(), counts)
+        return lambda: _assign(costs().numpy(), counts, non_finite)
 
     def cost(self, predictions: LayerOutputs, targets: list[Target]) -> Tensor:
         """(N, B, Q, G) with G objects in the fullest image; columns past an image's own objects mean nothing."""
         logits, boxes = to_float32(predictions.logits), to_float32(predictions.boxes)
-        labels, true_boxes = pad_targets(targets)
+        labels, true_boxes = _pad_targets(targets)
         labels = labels[None, :, None].expand(*logits.shape[:3], -1)  # (N, B, Q, G)
         l1 = torch.cdist(boxes, true_boxes.to(boxes)[None], p=1)
         giou = generalized_iou(cxcywh_to_xyxy(boxes)[:, :, :, None], cxcywh_to_xyxy(true_boxes.to(boxes))[:, None])
-        class_term = focal_cost(logits.gather(3, labels), self.alpha, self.gamma)
+        class_term = _focal_cost(logits.gather(3, labels), self.alpha, self.gamma)
         return self.class_cost * class_term + self.l1_cost * l1 - self.giou_cost * giou
 
 
-def start_matching(matcher: nn.Module, predictions: LayerOutputs, targets: list[Target]) -> Callable[[], Pairs]:
-    """`HungarianMatcher.start` of any matcher: one that has no `start` does all its work at the call."""
+def start_matching(
+    matcher: nn.Module, predictions: LayerOutputs, targets: list[Target], non_finite: NonFinite = "raise"
+) -> Callable[[], Pairs]:
+    """Start any matcher as `HungarianMatcher.start`; a matcher without `start` does all its work at the call.
+
+    A matcher of two arguments works as long as `non_finite` is "raise".
+    """
+    options = {} if non_finite == "raise" else {"non_finite": non_finite}
     start = getattr(matcher, "start", None)
-    return start(predictions, targets) if start else partial(matcher, predictions, targets)
+    return start(predictions, targets, **options) if start else partial(matcher, predictions, targets, **options)
 
 
-def assign(cost: np.ndarray, counts: list[int]) -> Pairs:
-    """Solve N * B problems, many objects in several threads: SciPy lets them run side by side.
+def _assign(cost: np.ndarray, counts: list[int], non_finite: NonFinite = "raise") -> Pairs:
+    """Solve N * B assignment problems; where there are many objects, in several threads, which SciPy lets run at once.
 
     Args:
-        cost: (N, B, Q, G), in each image's first columns for its own objects.
+        cost: (N, B, Q, G); an image's own objects come first along G.
         counts: objects of each of B images.
+        non_finite: see `HungarianMatcher.forward`.
 
     Raises:
-        NonFiniteCostError: a cost is NaN or infinite.
+        NonFiniteCostError: see `HungarianMatcher.forward`.
     """
-    for image, count in enumerate(counts):
-        if not np.isfinite(cost[:, image, :, :count]).all():
-            raise NonFiniteCostError(image)
+    broken = [image for image, count in enumerate(counts) if not np.isfinite(cost[:, image, :, :count]).all()]
+    if broken and non_finite != "match":
+        raise NonFiniteCostError(broken[0])
+    if broken:
+        cost = np.where(np.isfinite(cost), cost, _CHEAPEST)
     problems = [layer[image, :, :count] for layer in cost for image, count in enumerate(counts)]
-    if len(cost) * sum(counts) < MANY:
+    if len(cost) * sum(counts) < _MANY:
         pairs = iter([linear_sum_assignment(problem) for problem in problems])
-    else:  # threads end with the block: none is left behind for a process that forks
-        with ThreadPoolExecutor(THREADS) as threads:
+    else:  # threads end with the block: a process that forks later has none
+        with ThreadPoolExecutor(_THREADS) as threads:
             pairs = threads.map(linear_sum_assignment, problems)
     return [[next(pairs) for _ in counts] for _ in cost]
 
 
-def pad_targets(targets: list[Target]) -> tuple[Tensor, Tensor]:
-    """-> labels (B, G) and boxes (B, G, 4) with G objects in the fullest image; any object stands behind its own."""
+def _pad_targets(targets: list[Target]) -> tuple[Tensor, Tensor]:
+    """-> labels (B, G) and boxes (B, G, 4) with G objects in the fullest image; the rest repeats objects of any image."""
     counts = [len(t.labels) for t in targets]
     longest = max(counts)
     first = np.cumsum([0, *counts[:-1]])[:, None]
@@ -126,8 +147,8 @@ def pad_targets(targets: list[Target]) -> tuple[Tensor, Tensor]:
     return torch.cat([t.labels for t in targets])[index], torch.cat([t.boxes for t in targets])[index]
 
 
-def focal_cost(logits: Tensor, alpha: float, gamma: float) -> Tensor:
-    """What it costs to call a logit positive instead of negative; any shape."""
+def _focal_cost(logits: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Focal loss of a logit as a positive minus its focal loss as a negative; any shape."""
     p = logits.sigmoid()
     positive = alpha * (1 - p) ** gamma * -(p + 1e-8).log()
     negative = (1 - alpha) * p**gamma * -(1 - p + 1e-8).log()

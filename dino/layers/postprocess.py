@@ -1,56 +1,46 @@
-"""From the last layer's predictions to the detections of one image."""
+"""From the last layer's predictions to detections."""
+
+from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino.structures import at_most
+from dino.structures import Detections, at_most
 from dino.utils.device import to_device
 
 from .boxes import cxcywh_to_xyxy, to_float32
 
 
-class Detections(NamedTuple):
-    """K detections of one image, best first."""
-
-    boxes: Tensor  # (K, 4) float32, xyxy in pixels
-    scores: Tensor  # (K,) float32 in [0, 1]
-    labels: Tensor  # (K,) int64
-
-
-def detections(logits: Tensor, boxes: Tensor, image_size: tuple[int, int], max_detections: int) -> Detections:
-    """The best (query, class) pairs; a box can appear with two labels. No threshold, no suppression, no clipping.
+def detections(
+    logits: Tensor, boxes: Tensor, sizes: Tensor | Sequence[int] | Sequence[Sequence[int]], max_detections: int
+) -> Detections:
+    """Choose the best (query, class) pairs; a box can appear with two labels. No threshold, no NMS, no clipping.
 
     Args:
-        logits: (Q, C) of one image. boxes: (Q, 4) cxcywh in [0, 1].
-        image_size: height and width in pixels of the unpadded image that the boxes shall refer to.
+        logits: (..., Q, C), of one image or of a batch.
+        boxes: (..., Q, 4) cxcywh in [0, 1].
+        sizes: (..., 2), height and width in pixels of the unpadded image that the boxes refer to.
         max_detections: K; less where there are fewer pairs.
+
+    Returns:
+        Detections with the leading dimensions in front.
     """
-    sizes = to_device([image_size], boxes.device)
-    return Detections(*(x[0] for x in batch_detections(logits[None], boxes[None], sizes, max_detections)))
+    scores = to_float32(logits).sigmoid().flatten(-2)  # (..., Q*C)
+    scores, pair = scores.topk(at_most(max_detections, scores.shape[-1]))  # (..., K)
+    query = torch.div(pair, logits.shape[-1], rounding_mode="floor")
+    corners = cxcywh_to_xyxy(to_float32(boxes).gather(-2, query[..., None].expand(*query.shape, 4)))  # (..., K, 4)
+    width_height = to_device(sizes, boxes.device).flip(-1).to(corners.dtype)  # (..., 2)
+    return Detections(corners * torch.cat([width_height] * 2, -1)[..., None, :], scores, pair % logits.shape[-1])
 
 
-def batch_detections(logits: Tensor, boxes: Tensor, sizes: Tensor, max_detections: int) -> Detections:
-    """`detections` of all images of a batch: their tensors have B in front.
-
-    Args:
-        logits: (B, Q, C). boxes: (B, Q, 4) cxcywh in [0, 1].
-        sizes: (B, 2), height and width of each image in pixels.
-        max_detections: K.
-    """
-    scores = to_float32(logits).sigmoid().flatten(1)  # (B, Q*C)
-    scores, pair = scores.topk(at_most(max_detections, scores.shape[1]), dim=1)  # (B, K)
-    query = torch.div(pair, logits.shape[2], rounding_mode="floor")
-    boxes = cxcywh_to_xyxy(to_float32(boxes).gather(1, query[..., None].expand(-1, -1, 4)))
-    pixels = sizes.flip(1).repeat(1, 2)[:, None].to(boxes.dtype)  # (B, 1, 4)
-    return Detections(boxes * pixels, scores, pair % logits.shape[2])
-
-
-def one_label_detections(logits: Tensor, boxes: Tensor, image_size: tuple[int, int], max_detections: int) -> Detections:
+def one_label_detections(
+    logits: Tensor, boxes: Tensor, sizes: Tensor | Sequence[int] | Sequence[Sequence[int]], max_detections: int
+) -> Detections:
     """As `detections`, but every query counts with its best class alone, so that no box appears twice."""
-    best = F.one_hot(logits.argmax(-1), logits.shape[-1]).bool()  # (Q, C)
+    best = F.one_hot(logits.argmax(-1), logits.shape[-1]).bool()  # (..., Q, C)
     logits = to_float32(logits).masked_fill(~best, -math.inf)
-    return detections(logits, boxes, image_size, min(max_detections, len(logits)))
+    return detections(logits, boxes, sizes, at_most(max_detections, logits.shape[-2]))

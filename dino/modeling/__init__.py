@@ -1,8 +1,5 @@
 """The network: torch only, torchvision for its backbones."""
 
-from dino.inference.folding import fold_norms
-from dino.inference.onednn import use_onednn
-
 from .assembly import build_dino
 from .backbones import TimmBackbone, TorchvisionBackbone
 from .compile import compile_network
@@ -24,8 +21,6 @@ __all__ = [
     "build_dino",
     "compile_network",
     "float32_precision",
-    "fold_norms",
     "share_heads",
     "use_float32_precision",
-    "use_onednn",
 ]

@@ -1,4 +1,4 @@
-"""The whole assembly as one expression, for programs that do without Detectron2's configuration system."""
+"""A whole network from one function call, for programs without Detectron2's configuration system."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def build_dino(
         num_heads: M, heads of attention.
         num_points: P, sampling points of each head, in each level.
         hidden_dim: width of the feed-forward networks.
-        encoder_layers: how many there are.
-        decoder_layers: how many there are.
+        encoder_layers: number of encoder layers.
+        decoder_layers: number of decoder layers.
     """
     attention = {"num_heads": num_heads, "num_levels": num_levels, "num_points": num_points, "hidden_dim": hidden_dim}
     return DINO(

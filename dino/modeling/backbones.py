@@ -1,7 +1,7 @@
-"""Feature extractors of other libraries with the same face as Detectron2's backbones, and what any backbone asks for.
+"""Backbones of torchvision and timm with the interface of Detectron2's, and the padding that a backbone needs.
 
-Their maps are named by stride as Detectron2's ResNet names them: `res2` has stride 4, `res3` 8, `res4` 16, `res5` 32.
-They start from random weights, and their arguments are names and numbers, so that a recipe can be stored as plain text.
+Feature maps are named by stride, as in Detectron2's ResNet: `res2` has stride 4, `res3` 8, `res4` 16, `res5` 32.
+Weights are random at first. Arguments are names and numbers, so that a recipe can be stored as plain text.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TORCHVISION_FAMILIES = re.compile(r"resnet|resnext|convnext|swin|efficientnet")
-NORMS = ("FrozenBN", "BN")
-ODD_SIZE = (75, 101)  # pixels; no stride divides either side
-CELLS = (1, 2, 4, 7, 8, 12, 14, 16)  # of the coarsest map: what networks with windows want the sides to be multiples of
+_TORCHVISION_FAMILIES = re.compile(r"resnet|resnext|convnext|swin|efficientnet")
+_NORMS = ("FrozenBN", "BN")
+_ODD_SIZE = (75, 101)  # pixels; no stride divides either side
+# Sides in cells of the coarsest map: networks with windows need a multiple of one of these.
+_CELLS = (1, 2, 4, 7, 8, 12, 14, 16)
 
 
 class FeatureShape(NamedTuple):
-    """What a neck must know of a feature map."""
+    """Channels and stride of a feature map, as a neck needs them."""
 
     channels: int
     stride: int
 
 
 class Padding(NamedTuple):
-    """What a backbone asks of the size of its images: a divisor of both sides, and their least length, in pixels."""
+    """Image sizes that a backbone accepts: multiples of `multiple`, and at least `square`, for both sides in pixels."""
 
     multiple: int
     square: int
@@ -40,10 +41,10 @@ class TorchvisionBackbone(nn.Module):
     """A ResNet, ConvNeXt, Swin (v1, v2) or EfficientNet (v1, v2) of torchvision; parameters keep torchvision's names.
 
     Args:
-        name: what `torchvision.models.get_model` calls it, for example `resnet50`, `convnext_tiny` or `swin_v2_t`.
-        out_features: names of the maps, finest first. Layers behind the last of them are left out.
-        norm: `FrozenBN`, for fine-tuning pre-trained weights as DINO does, or `BN` to train from random ones. Matters
-            only where the network has BatchNorm.
+        name: of `torchvision.models.get_model`, for example `resnet50`, `convnext_tiny` or `swin_v2_t`.
+        out_features: names of the maps, finest first. Layers after the last one are dropped.
+        norm: `FrozenBN` to fine-tune pre-trained weights as DINO does, `BN` to train from random ones. Changes
+            BatchNorm only.
         freeze: prefixes of parameter names (`conv1`, `bn1`, `layer1`, `features.0.`, …) that are not trained.
 
     Raises:
@@ -61,15 +62,15 @@ class TorchvisionBackbone(nn.Module):
         super().__init__()
         import torchvision  # here, because the network needs torch only
 
-        known = [n for n in torchvision.models.list_models(torchvision.models) if TORCHVISION_FAMILIES.search(n)]
+        known = [n for n in torchvision.models.list_models(torchvision.models) if _TORCHVISION_FAMILIES.search(n)]
         if name not in known:
             raise ValueError(f"unknown torchvision backbone {name!r}; there are {', '.join(known)}")
         model = torchvision.models.get_model(name, weights=None)
         self.channels_last = "swin" in name
         self.nested = hasattr(model, "features")  # all but ResNets keep their stages there
         layers = dict((model.features if self.nested else model).named_children())
-        stages = find_stages(layers, self.channels_last)
-        check_features(name, out_features, stages)
+        stages = _find_stages(layers, self.channels_last)
+        _check_features(name, out_features, stages)
         self.names = {stages[feature][0]: feature for feature in out_features}
         self._shapes = {feature: stages[feature][1] for feature in out_features}
         last = list(layers).index(stages[out_features[-1]][0])
@@ -77,9 +78,9 @@ class TorchvisionBackbone(nn.Module):
         for layer in list(layers)[: last + 1]:
             kept.add_module(layer, layers[layer])
         self.body = nn.ModuleDict({"features": kept}) if self.nested else kept
-        use_norm(self.body, norm)
-        freeze_parameters(self.body, freeze)
-        self.size_divisibility = measure_multiple(self)
+        _use_norm(self.body, norm)
+        _freeze_parameters(self.body, freeze)
+        self.size_divisibility = _measure_multiple(self)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> maps by name, each (B, channels, H / stride, W / stride)."""
@@ -96,16 +97,16 @@ class TorchvisionBackbone(nn.Module):
 
 
 class TimmBackbone(nn.Module):
-    """Any model of timm that offers `features_only`.
+    """Any timm model that supports `features_only`.
 
     Plain ViTs have maps of a single stride, 16 or 14: `out_features=["res4"]`, or `["stride14"]`.
 
     Args:
-        name: what `timm.create_model` calls it, for example `tf_mobilenetv3_small_075`; no address of a hub.
-        out_features: names of the maps, finest first; a stride that is no power of two is called `stride<n>`.
+        name: of `timm.create_model`, for example `tf_mobilenetv3_small_075`; addresses of a hub are refused.
+        out_features: names of the maps, finest first; `stride<n>` for a stride that is no power of two.
         norm: as of `TorchvisionBackbone`.
         freeze: prefixes of parameter names that are not trained.
-        options: further arguments of `timm.create_model`, plain values only, for example `{"drop_path_rate": 0.2}`.
+        options: more arguments of `timm.create_model`, plain values, for example `{"drop_path_rate": 0.2}`.
 
     Raises:
         ImportError: timm is not installed.
@@ -122,33 +123,33 @@ class TimmBackbone(nn.Module):
         options: Mapping[str, object] | None = None,
     ):
         super().__init__()
-        self.body = create_timm(name, dict(options or {}))
-        places = timm_places(self.body)
-        check_features(name, out_features, places)
-        if places[out_features[-1]] < max(places.values()):  # what lies behind would never get a gradient
-            wanted = sorted(places[feature] for feature in out_features)
-            self.body = create_timm(name, {**(options or {}), "out_indices": wanted})
-            places = timm_places(self.body)
-        self.places = {feature: places[feature] for feature in out_features}
+        self.body = _create_timm(name, dict(options or {}))
+        indices = _timm_indices(self.body)
+        _check_features(name, out_features, indices)
+        if indices[out_features[-1]] < max(indices.values()):  # later layers would never get a gradient
+            wanted = sorted(indices[feature] for feature in out_features)
+            self.body = _create_timm(name, {**(options or {}), "out_indices": wanted})
+            indices = _timm_indices(self.body)
+        self.indices = {feature: indices[feature] for feature in out_features}
         channels, strides = self.body.feature_info.channels(), self.body.feature_info.reduction()
-        self._shapes = {f: FeatureShape(channels[i], strides[i]) for f, i in self.places.items()}
+        self._shapes = {f: FeatureShape(channels[i], strides[i]) for f, i in self.indices.items()}
         self.channels_last = getattr(self.body, "output_fmt", "NCHW") == "NHWC"
-        use_norm(self.body, norm)
-        freeze_parameters(self.body, freeze)
-        self.size_divisibility = measure_multiple(self)
+        _use_norm(self.body, norm)
+        _freeze_parameters(self.body, freeze)
+        self.size_divisibility = _measure_multiple(self)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> maps by name, each (B, channels, H / stride, W / stride)."""
         maps = self.body(images)
-        return {f: maps[i].permute(0, 3, 1, 2) if self.channels_last else maps[i] for f, i in self.places.items()}
+        return {f: maps[i].permute(0, 3, 1, 2) if self.channels_last else maps[i] for f, i in self.indices.items()}
 
     def output_shape(self) -> dict[str, FeatureShape]:
         """Channels and stride of each map."""
         return self._shapes
 
 
-def create_timm(name: str, options: dict) -> nn.Module:
-    """timm's feature extractor `name` with random weights, for images of any size where it can be asked for that."""
+def _create_timm(name: str, options: dict) -> nn.Module:
+    """timm's feature extractor `name` with random weights, for images of any size if the model supports that."""
     try:
         import timm
     except ImportError as error:
@@ -160,29 +161,29 @@ def create_timm(name: str, options: dict) -> nn.Module:
     try:
         try:
             return timm.create_model(name, **{"dynamic_img_size": True, **create})
-        except TypeError:  # convolutional networks take any size and know no such argument
+        except TypeError:  # convolutional networks take any size and have no such argument
             return timm.create_model(name, **create)
     except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
         raise ValueError(f"timm can't make a backbone of {name!r} with {options}: {error}") from error
 
 
-def timm_places(body: nn.Module) -> dict[str, int]:
-    """Name of a map -> its place in what timm's extractor returns; of several maps of one stride, the deepest."""
-    return {feature_name(stride): place for place, stride in enumerate(body.feature_info.reduction())}
+def _timm_indices(body: nn.Module) -> dict[str, int]:
+    """Name of a map -> its index in the output of timm's extractor; of several maps of one stride, the deepest."""
+    return {_feature_name(stride): index for index, stride in enumerate(body.feature_info.reduction())}
 
 
-def feature_name(stride: int) -> str:
-    """`res3` for a stride of 8, as in Detectron2's ResNet; `stride14` where it is no power of two."""
+def _feature_name(stride: int) -> str:
+    """`res3` for a stride of 8, as in Detectron2's ResNet; `stride14` for a stride that is no power of two."""
     power = math.log2(stride)
     return f"res{power:.0f}" if power.is_integer() else f"stride{stride}"
 
 
 @torch.no_grad()
-def find_stages(layers: dict[str, nn.Module], channels_last: bool) -> dict[str, tuple[str, FeatureShape]]:
-    """Name of a map -> (layer of torchvision's network that ends with it, its shape), from a run on a black image.
+def _find_stages(layers: dict[str, nn.Module], channels_last: bool) -> dict[str, tuple[str, FeatureShape]]:
+    """Run the layers on a black image: name of a map -> (layer that returns it, its shape).
 
-    Stages are plain Sequentials. Of several of one stride the last one counts; an EfficientNet's last convolution,
-    which belongs to its classifier, is no stage.
+    Stages are plain Sequentials. Of several with one stride, the last one counts. The last convolution of an
+    EfficientNet belongs to the classifier and is no stage.
     """
     size = 64
     x, stages = torch.zeros(1, 3, size, size), {}
@@ -193,14 +194,14 @@ def find_stages(layers: dict[str, nn.Module], channels_last: bool) -> dict[str, 
         if type(layer) is nn.Sequential:
             shape = x.permute(0, 3, 1, 2).shape if channels_last else x.shape
             stride = size // shape[2]
-            stages[feature_name(stride)] = (name, FeatureShape(shape[1], stride))
+            stages[_feature_name(stride)] = (name, FeatureShape(shape[1], stride))
         if name in ("7", "layer4"):  # pooling and classification follow
             break
     return stages
 
 
-def check_features(name: str, wanted: Sequence[str], found: Mapping[str, object]) -> None:
-    """Raise a ValueError where a backbone lacks a map, or where the maps are not sorted."""
+def _check_features(name: str, wanted: Sequence[str], found: Mapping[str, object]) -> None:
+    """Raise a ValueError if a map does not exist, or if the maps are not sorted."""
     unknown = [feature for feature in wanted if feature not in found]
     if unknown or not wanted:
         raise ValueError(f"unknown out_features {unknown} of {name!r}; there are {list(found)}")
@@ -208,20 +209,20 @@ def check_features(name: str, wanted: Sequence[str], found: Mapping[str, object]
         raise ValueError(f"out_features {list(wanted)} of {name!r} must go from the finest to the coarsest")
 
 
-def use_norm(module: nn.Module, norm: str) -> None:
-    """Replace every BatchNorm in `module` by one with fixed statistics, scale and shift if `norm` is `FrozenBN`."""
-    if norm not in NORMS:
-        raise ValueError(f"unknown norm {norm!r}; there are {', '.join(NORMS)}")
+def _use_norm(module: nn.Module, norm: str) -> None:
+    """Replace every BatchNorm in `module` by a frozen one if `norm` is `FrozenBN`."""
+    if norm not in _NORMS:
+        raise ValueError(f"unknown norm {norm!r}; there are {', '.join(_NORMS)}")
     if norm == "BN":
         return
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.BatchNorm2d):
-                setattr(parent, name, frozen_norm(child))
+                setattr(parent, name, _frozen_norm(child))
 
 
-def frozen_norm(norm: nn.BatchNorm2d) -> nn.Module:
-    """The frozen twin of a BatchNorm of torch, or of one of timm's, which hold an activation as well."""
+def _frozen_norm(norm: nn.BatchNorm2d) -> nn.Module:
+    """The frozen form of a BatchNorm of torch, or of timm's, which includes an activation."""
     if type(norm) is not nn.BatchNorm2d:
         from timm.layers import freeze_batch_norm_2d
 
@@ -234,8 +235,8 @@ def frozen_norm(norm: nn.BatchNorm2d) -> nn.Module:
     return frozen
 
 
-def freeze_parameters(module: nn.Module, prefixes: Sequence[str]) -> None:
-    """Stop the training of all parameters whose name begins with one of `prefixes`."""
+def _freeze_parameters(module: nn.Module, prefixes: Sequence[str]) -> None:
+    """Freeze all parameters whose name begins with one of `prefixes`."""
     for prefix in prefixes:
         chosen = [p for name, p in module.named_parameters() if name.startswith(prefix)]
         if not chosen and not any(name.startswith(prefix) for name, _ in module.named_buffers()):
@@ -245,19 +246,19 @@ def freeze_parameters(module: nn.Module, prefixes: Sequence[str]) -> None:
 
 
 @torch.no_grad()
-def measure_multiple(backbone: nn.Module) -> int:
-    """What both sides of an image must be a multiple of, found by running `backbone` on black images.
+def _measure_multiple(backbone: nn.Module) -> int:
+    """Find the number that both sides of an image must be a multiple of, by running `backbone` on black images.
 
-    0 where any size gives maps of ceil(H / stride) rows, as a ResNet's. Others lose the last rows of an odd image, or
+    0 if any size gives maps of ceil(H / stride) rows, as with a ResNet. Others drop the last rows of an odd image, or
     refuse it.
 
     Raises:
-        ValueError: no such number is known.
+        ValueError: no number works.
     """
     training = backbone.training
     backbone.eval()
     coarsest = max(shape.stride for shape in backbone.output_shape().values())
-    sizes = [(0, ODD_SIZE), *((n * coarsest, (n * coarsest, 2 * n * coarsest)) for n in CELLS)]
+    sizes = [(0, _ODD_SIZE), *((n * coarsest, (n * coarsest, 2 * n * coarsest)) for n in _CELLS)]
     try:
         for multiple, size in sizes:
             try:
@@ -265,7 +266,7 @@ def measure_multiple(backbone: nn.Module) -> int:
             except (AssertionError, RuntimeError, ValueError) as error:
                 reason = error
                 continue
-            if has_every_cell(backbone, maps, size):
+            if _has_every_cell(backbone, maps, size):
                 return multiple
             reason = f"maps of {[tuple(m.shape) for m in maps.values()]} for an image of {size}"
     finally:
@@ -273,8 +274,8 @@ def measure_multiple(backbone: nn.Module) -> int:
     raise ValueError(f"can't use this network for images of any size, even if padded: {reason}")
 
 
-def has_every_cell(backbone: nn.Module, maps: dict[str, Tensor], size: tuple[int, int]) -> bool:
-    """Whether all maps have ceil(side / stride) cells along both sides, and the channels that were announced."""
+def _has_every_cell(backbone: nn.Module, maps: dict[str, Tensor], size: tuple[int, int]) -> bool:
+    """Whether all maps have ceil(side / stride) cells along both sides, and the channels of `output_shape`."""
     return all(
         maps[name].shape[1:] == (channels, *(-(-side // stride) for side in size))
         for name, (channels, stride) in backbone.output_shape().items()
@@ -282,10 +283,10 @@ def has_every_cell(backbone: nn.Module, maps: dict[str, Tensor], size: tuple[int
 
 
 def padding_of(backbone: nn.Module) -> Padding:
-    """What `backbone` asks of the size of its images.
+    """The image sizes that `backbone` accepts.
 
-    The one place that knows how Detectron2's backbones say so: the Swin Transformer's `size_divisibility` raises an
-    AttributeError (it needs none), and SimpleFeaturePyramid has only `padding_constraints`, with a misspelt key.
+    Handles two oddities of Detectron2: `size_divisibility` of its Swin Transformer raises an AttributeError (it needs
+    none), and SimpleFeaturePyramid has only `padding_constraints`, with a misspelt key.
     """
     try:
         multiple = backbone.size_divisibility
@@ -297,9 +298,9 @@ def padding_of(backbone: nn.Module) -> Padding:
 
 
 def extract(backbone: nn.Module, images: Tensor, padding: Padding) -> dict[str, Tensor]:
-    """Run `backbone` on images padded with zeros as it asks, and cut its maps to the images' own size.
+    """Run `backbone` on images padded with zeros to an accepted size, and crop its maps to the images' own size.
 
-    An image that is larger than the square asked for is padded to a multiple only, never cropped.
+    An image larger than `padding.square` is padded to a multiple only, never cropped.
 
     Args:
         backbone: images -> dict of maps.
@@ -307,7 +308,7 @@ def extract(backbone: nn.Module, images: Tensor, padding: Padding) -> dict[str, 
         padding: from `padding_of`.
 
     Returns:
-        maps by name, each (B, channels, ceil(H / stride), ceil(W / stride)) where `padding` asks for anything.
+        maps by name, each (B, channels, ceil(H / stride), ceil(W / stride)) if `padding` requires anything.
     """
     if padding == Padding(1, 0):
         return backbone(images)

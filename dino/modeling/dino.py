@@ -14,7 +14,7 @@ class DINO(nn.Module):
 
     Args:
         neck: images -> L maps of one width, see `ChannelMapper`.
-        position_encoding: padding (B, H, W) -> (B, E, H, W), see `SinePositionEncoding`.
+        position_encoding: padding mask (B, H, W) -> (B, E, H, W), see `SinePositionEncoding`.
         encoder: Tokens -> Tokens, see `Encoder`.
         query_selection: Tokens -> (Queries, LayerOutputs), see `QuerySelection`.
         denoising: (targets, number of queries) -> DenoisingQueries, see `ContrastiveDenoising`.
@@ -41,25 +41,25 @@ class DINO(nn.Module):
         self.decoder = decoder
 
     def forward(self, images: Tensor, padding: Tensor | None, targets: list[Target] | None = None) -> Outputs:
-        """Detect; with targets, also denoise them.
+        """Predict; with targets, also denoise them.
 
         Args:
             images: (B, 3, H, W), normalised, zero where padded.
-            padding: (B, H, W) bool, True where padded; None where no image is, which saves work.
+            padding: the padding mask (B, H, W) bool, True where padded; None where no image is padded, which is faster.
             targets: the objects of each image (training), or None (inference).
         """
         memory = self.encoder(self.tokenize(self.neck(images), padding))
         queries, proposals = self.query_selection(memory)
         if targets is None:
             return Outputs(self.decoder(queries, memory), proposals)
-        noised = self.denoising(targets, queries.content.shape[1])
-        predictions = self.decoder(concatenate(noised.queries, queries), memory)
-        denoising, decoder = predictions.split(noised.queries.content.shape[1])
-        return Outputs(decoder, proposals, DenoisingOutputs(denoising, noised.targets, noised.num_groups))
+        dn = self.denoising(targets, queries.content.shape[1])
+        predictions = self.decoder(concatenate(dn.queries, queries), memory)
+        denoising, decoder = predictions.split(dn.queries.content.shape[1])
+        return Outputs(decoder, proposals, DenoisingOutputs(denoising, dn.targets, dn.num_groups))
 
-    def tokenize(self, maps: list[Tensor], padding: Tensor | None) -> Tokens:
-        """L maps (B, E, h, w) and the padding of the images -> one sequence of tokens."""
-        masks = [shrink(padding, m) for m in maps]  # (B, h, w)
+    def tokenize(self, maps: list[Tensor], padding_mask: Tensor | None) -> Tokens:
+        """L maps (B, E, h, w) and the padding mask (B, H, W) of the images -> one sequence of tokens."""
+        masks = [_downsample(padding_mask, m) for m in maps]  # (B, h, w)
         position = [
             self.position_encoding(mask) + code[:, None, None]
             for mask, code in zip(masks, self.level_embed, strict=True)
@@ -68,19 +68,19 @@ class DINO(nn.Module):
         return Tokens(
             features=features,
             position=torch.cat([p.flatten(2).transpose(1, 2) for p in position], 1).to(features.dtype),
-            padding=None if padding is None else torch.cat([m.flatten(1) for m in masks], 1),
+            padding_mask=None if padding_mask is None else torch.cat([m.flatten(1) for m in masks], 1),
             shapes=[(m.shape[-2], m.shape[-1]) for m in maps],
             valid_sizes=torch.stack([valid_size(m) for m in masks], 1),
         )
 
 
-def shrink(padding: Tensor | None, features: Tensor) -> Tensor:
-    """The padding (B, H, W) of images, or None, at the size of features (B, E, h, w) -> (B, h, w) bool."""
-    if padding is None:
+def _downsample(padding_mask: Tensor | None, features: Tensor) -> Tensor:
+    """Padding mask (B, H, W) of the images, or None, at the size of features (B, E, h, w) -> (B, h, w) bool."""
+    if padding_mask is None:
         return features.new_zeros((features.shape[0], *features.shape[-2:]), dtype=torch.bool)
-    return F.interpolate(padding[None].float(), size=features.shape[-2:])[0].bool()
+    return F.interpolate(padding_mask[None].float(), size=features.shape[-2:])[0].bool()
 
 
-def valid_size(padding: Tensor) -> Tensor:
-    """(B, H, W) -> (B, 2) float32: width and height of the unpadded part, read off the first row and column."""
-    return torch.stack([(~padding[:, 0]).sum(1), (~padding[:, :, 0]).sum(1)], -1).float()
+def valid_size(padding_mask: Tensor) -> Tensor:
+    """(B, H, W) -> (B, 2) float32: width and height of the unpadded part, from the first row and column."""
+    return torch.stack([(~padding_mask[:, 0]).sum(1), (~padding_mask[:, :, 0]).sum(1)], -1).float()

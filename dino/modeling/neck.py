@@ -1,4 +1,4 @@
-"""The pyramid that DINO reads: a backbone's feature maps at one width, and coarser levels behind them."""
+"""The feature pyramid: a backbone's maps projected to one width, and extra coarser levels."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from .backbones import extract, padding_of
 
 
 class ChannelMapper(nn.Module):
-    """Wraps a backbone, asks its channels and strides, and projects its maps to one width.
+    """Projects the maps of a backbone to one width and adds extra levels.
 
-    Extra levels halve the size: the first is made from the backbone's last raw map, each further one from the level
+    Each extra level halves the size: the first comes from the backbone's last map, each further one from the level
     before it.
 
     Args:
-        backbone: images (B, 3, H, W) -> dict of maps; `output_shape()` tells `.channels` and `.stride` of each name.
-            Where it wants images of certain sizes (see `padding_of`), it gets them.
+        backbone: images (B, 3, H, W) -> dict of maps; `output_shape()` has `.channels` and `.stride` for each name. Its
+            images are padded to the sizes that it needs (see `padding_of`).
         in_features: names of the maps to use, finest first.
         out_channels: E, a multiple of `norm_groups`.
         num_levels: L, at least as many as `in_features`.
-        norm_groups: groups of the GroupNorm behind each projection.
+        norm_groups: groups of the GroupNorm after each projection.
 
     Raises:
         ValueError: unknown feature names, names not sorted by stride, too few levels, or an odd width.
@@ -49,8 +49,9 @@ class ChannelMapper(nn.Module):
         self.num_levels = num_levels
         channels = [shapes[name].channels for name in in_features]
         extra = [channels[-1], *[out_channels] * num_levels][: num_levels - len(channels)]
-        self.lateral = nn.ModuleList(projection(c, out_channels, 1, 1, norm_groups) for c in channels)
-        self.coarser = nn.ModuleList(projection(c, out_channels, 3, 2, norm_groups) for c in extra)
+        self.lateral = nn.ModuleList(_projection(c, out_channels, 1, 1, norm_groups) for c in channels)
+        self.extra_levels = nn.ModuleList(_projection(c, out_channels, 3, 2, norm_groups) for c in extra)
+        self.register_load_state_dict_pre_hook(_rename_former_keys)
         self.to(memory_format=torch.channels_last)  # faster on every device, and tokens need no transposition
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -59,10 +60,17 @@ class ChannelMapper(nn.Module):
         maps = extract(self.backbone, images, self.padding)
         levels = [project(maps[name]) for project, name in zip(self.lateral, self.in_features, strict=True)]
         last = maps[self.in_features[-1]]
-        for project in self.coarser:
+        for project in self.extra_levels:
             last = project(last)
             levels.append(last)
         return levels
+
+
+def _rename_former_keys(neck: ChannelMapper, state_dict: dict, prefix: str, *_) -> None:
+    """Let the neck load what earlier versions saved: they called `extra_levels` `coarser`."""
+    front = f"{prefix}coarser."
+    for key in [key for key in state_dict if key.startswith(front)]:
+        state_dict[f"{prefix}extra_levels.{key.removeprefix(front)}"] = state_dict.pop(key)
 
 
 def check_features(names: list[str], strides: dict[str, int], num_levels: int) -> None:
@@ -76,7 +84,7 @@ def check_features(names: list[str], strides: dict[str, int], num_levels: int) -
         raise ValueError(f"num_levels {num_levels} is less than the number of in_features {names}")
 
 
-def projection(in_channels: int, out_channels: int, kernel_size: int, stride: int, norm_groups: int) -> nn.Sequential:
+def _projection(in_channels: int, out_channels: int, kernel_size: int, stride: int, norm_groups: int) -> nn.Sequential:
     """Convolution and GroupNorm, without activation."""
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2)
     nn.init.xavier_uniform_(conv.weight)

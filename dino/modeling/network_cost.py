@@ -1,6 +1,6 @@
-"""What a network costs: parameters, multiply-adds, activations for the backward pass, and time.
+"""The cost of a network: parameters, multiply-adds, activations for the backward pass, and time.
 
-All but the time is found without computing anything, with torch's fake tensors: in seconds, for images of any size.
+All but the time comes from torch's fake tensors, without computing anything: in seconds, for images of any size.
 """
 
 from __future__ import annotations
@@ -18,24 +18,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from dino.layers.ops.operator import use_compiled
 from dino.structures import Target
 
-PARTS = ("neck.backbone", "neck", "encoder", "query_selection", "denoising", "decoder")
-SAMPLE = 5  # multiply-adds per channel of a sample: four for the bilinear interpolation, one for its weight
+_PARTS = ("neck.backbone", "neck", "encoder", "query_selection", "denoising", "decoder")
+_SAMPLE = 5  # multiply-adds per channel of a sample: four for the bilinear interpolation, one for its weight
 
 
-def parts_of(network: nn.Module) -> dict[str, nn.Module]:
-    """The parts of a `DINO` whose cost is worth a line, by name."""
-    return {name: network.get_submodule(name) for name in PARTS}
+def _parts_of(network: nn.Module) -> dict[str, nn.Module]:
+    """The parts of a `DINO` whose costs are listed, by name."""
+    return {name: network.get_submodule(name) for name in _PARTS}
 
 
 def count_parameters(network: nn.Module) -> dict[str, tuple[int, int]]:
-    """(all, trainable) parameters of each part of a `DINO` and of the whole, under `total`.
+    """Count the (all, trainable) parameters of each part of a `DINO`, and of the whole under `total`.
 
-    A part that lies inside another is not counted there again: `neck` is what it has besides the backbone. Parameters
-    outside the parts (the level embeddings) are in the total only.
+    `neck` does not include the backbone. Parameters outside the parts (the level embeddings) are in the total only.
     """
     inside = set(network.neck.backbone.parameters())
     counts = {}
-    for name, part in {**parts_of(network), "total": network}.items():
+    for name, part in {**_parts_of(network), "total": network}.items():
         own = [p for p in part.parameters() if name != "neck" or p not in inside]
         counts[name] = (sum(p.numel() for p in own), sum(p.numel() for p in own if p.requires_grad))
     return counts
@@ -44,34 +43,34 @@ def count_parameters(network: nn.Module) -> dict[str, tuple[int, int]]:
 def count_multiply_adds(
     network: nn.Module, batch: int, height: int, width: int, targets: list[Target] | None = None
 ) -> dict[str, int]:
-    """Multiply-adds of each part of a `DINO` in inference, and of the whole, under `total`.
+    """Count the multiply-adds of each part of a `DINO`, and of the whole under `total`: of an inference.
 
-    With targets, those of the forward pass of a training step, denoising included.
+    With targets: of the forward pass of a training step, denoising included.
 
-    Counts convolutions, matrix products, attention and the deformable attention operator. Norms, activations and other
-    element-wise work, a few per cent, are left out, as in the figures that papers state.
+    Counts convolutions, matrix products, attention and the deformable attention operator. Does not count norms,
+    activations and other element-wise work (a few per cent), as in the figures of papers.
 
     Args:
         batch, height, width: of the images, in pixels.
         targets: the objects of each image, or None.
     """
     with nothing_computed(network, training=targets is not None):
-        counter = FlopCounterMode(display=False, custom_mapping=operator_formulas())
+        counter = FlopCounterMode(display=False, custom_mapping=_operator_formulas())
         with counter:
             network(*empty_images(network, batch, height, width), targets)
     flops = {name: sum(found.values()) for name, found in counter.get_flop_counts().items()}
     whole = type(network).__name__
-    counts = {name: flops.get(f"{whole}.{name}", 0) // 2 for name in PARTS}
+    counts = {name: flops.get(f"{whole}.{name}", 0) // 2 for name in _PARTS}
     counts["neck"] -= counts["neck.backbone"]
     return {**counts, "total": counter.get_total_flops() // 2}
 
 
 @contextlib.contextmanager
 def nothing_computed(network: nn.Module, training: bool) -> Iterator[FakeTensorMode]:
-    """Run `network` for the shapes alone in a block of code, in the mode of training or of inference."""
+    """Run `network` for the shapes alone within the block, in training or evaluation mode."""
     before = network.training
     network.train(training)
-    use_compiled(device_of(network))  # loads the operator while that can be done
+    use_compiled(_device_of(network))  # loads the operator, which fake tensors can not
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             yield fake
@@ -79,29 +78,29 @@ def nothing_computed(network: nn.Module, training: bool) -> Iterator[FakeTensorM
         network.train(before)
 
 
-def device_of(network: nn.Module) -> torch.device:
-    """Where the parameters are."""
+def _device_of(network: nn.Module) -> torch.device:
+    """Device of the parameters."""
     return next(network.parameters()).device
 
 
 def empty_images(network: nn.Module, batch: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Images (B, 3, H, W) of zeros and their padding (B, H, W), of which there is none, where `network` is."""
-    images = torch.zeros(batch, 3, height, width, device=device_of(network))
+    """Images (B, 3, H, W) of zeros and their padding mask (B, H, W), all False, on the device of `network`."""
+    images = torch.zeros(batch, 3, height, width, device=_device_of(network))
     return images, torch.zeros(batch, height, width, dtype=torch.bool, device=images.device)
 
 
-def operator_formulas() -> dict:
-    """Formulas for `FlopCounterMode` of what it does not know: both forms of deformable attention, and the reference.
+def _operator_formulas() -> dict:
+    """Formulas for `FlopCounterMode`: both forms of the deformable attention operator, and its reference.
 
-    The reference samples level by level with `grid_sample` and weighs what it has sampled by products that are not
-    counted; the weights are counted with the samples.
+    The reference samples each level with `grid_sample`, then multiplies the samples by their weights. The counter
+    ignores these products, so they are counted with the samples.
     """
 
     def of_reference(image: tuple, grid: tuple, *_, out_shape=None, **__) -> int:
-        return 2 * SAMPLE * math.prod(grid[:-1]) * image[1]  # image (B*M, D, H, W), grid (B*M, Q, P, 2)
+        return 2 * _SAMPLE * math.prod(grid[:-1]) * image[1]  # image (B*M, D, H, W), grid (B*M, Q, P, 2)
 
-    def of_operator(value: tuple, shapes: list[int], places: tuple, *_, out_shape=None, **__) -> int:
-        return 2 * SAMPLE * math.prod(places[:-1]) * value[-1]  # value (B, S, M, D), places (B, Q, M, L, P, 2)
+    def of_operator(value: tuple, shapes: list[int], locations: tuple, *_, out_shape=None, **__) -> int:
+        return 2 * _SAMPLE * math.prod(locations[:-1]) * value[-1]  # value (B, S, M, D), locations (B, Q, M, L, P, 2)
 
     compiled = [getattr(torch.ops.dino, form, None) for form in ("deform_attn_forward", "deform_attn_fused_forward")]
     formulas = {torch.ops.aten.grid_sampler_2d: of_reference, torch.ops.aten.grid_sampler: of_reference}
@@ -111,10 +110,10 @@ def operator_formulas() -> dict:
 def count_activations(
     network: nn.Module, batch: int, height: int, width: int, targets: list[Target] | None = None
 ) -> int:
-    """Bytes that a training step keeps for the backward pass, parameters not counted, in float32.
+    """Count the bytes of activations that a training step keeps for the backward pass, in float32.
 
-    Each block of memory counts once, however many operations keep it; what activation checkpointing computes again is
-    not counted, the inputs that it keeps are.
+    Each block of memory counts once, however many operations keep it. With activation checkpointing, the inputs of
+    blocks count; recomputed activations do not.
 
     Args:
         batch, height, width: of the images, in pixels.
@@ -123,26 +122,26 @@ def count_activations(
     kept = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[storage_of(tensor)] = tensor  # held, so that the address is not used again
+        kept[_storage_of(tensor)] = tensor  # held, so that the address is not used again
         return tensor
 
     with nothing_computed(network, training=True) as fake, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         real = [*network.parameters(), *network.buffers()]
-        own = [*real, *map(fake.from_tensor, real)]  # some operations keep the one, some the other
+        own = [*real, *map(fake.from_tensor, real)]  # some operations keep real tensors, others fake ones
         outputs = network(*empty_images(network, batch, height, width), targets)
     del outputs
     for tensor in own:
-        kept.pop(storage_of(tensor), None)
+        kept.pop(_storage_of(tensor), None)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def storage_of(tensor: Tensor) -> int:
-    """What tells one block of memory from another."""
+def _storage_of(tensor: Tensor) -> int:
+    """Identifies a block of memory."""
     return tensor.untyped_storage()._cdata
 
 
 def inference(network: nn.Module, batch: int, height: int, width: int) -> Callable[[], object]:
-    """A function that runs `network` on black images; reading, resizing and post-processing are not in it."""
+    """A function that runs `network` on black images, without reading, resizing and post-processing."""
     images, padding = empty_images(network, batch, height, width)
     network.eval()
     return torch.inference_mode()(lambda: network(images, padding))
@@ -151,7 +150,7 @@ def inference(network: nn.Module, batch: int, height: int, width: int) -> Callab
 def training_step(
     network: nn.Module, criterion: nn.Module, batch: int, height: int, width: int, objects: int = 10
 ) -> Callable[[], object]:
-    """A function that computes losses and gradients for noise with `objects` boxes on each image; nothing is updated.
+    """A function that computes losses and gradients for noise images with `objects` boxes each; weights stay the same.
 
     Args:
         criterion: (Outputs, targets) -> dict of losses.
@@ -176,7 +175,7 @@ def some_targets(batch: int, objects: int, device: torch.device) -> list[Target]
 
 
 def measure_seconds(run: Callable[[], object], device: torch.device, runs: int = 5) -> list[float]:
-    """Seconds of each of `runs` calls, after two that do not count; on a GPU, until it has finished."""
+    """Seconds of each of `runs` calls, after two calls to warm up; on a GPU, until it has finished."""
     seconds = []
     for _ in range(runs + 2):
         start = time.perf_counter()

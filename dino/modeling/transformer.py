@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dino.layers.boxes import refine, to_float32
 from dino.layers.deform_attn import MultiScaleDeformableAttention
-from dino.layers.feed_forward import PART, RecomputedFeedForward
+from dino.layers.feed_forward import FeedForward
 from dino.layers.position_encoding import encode_boxes
 from dino.structures import LayerOutputs, Queries, Tokens, at_most
 
@@ -45,41 +45,10 @@ def box_head(embed_dim: int) -> MLP:
 
 
 def xavier_(module: nn.Module) -> None:
-    """Initialise the weights of all linear layers below `module`; their biases keep torch's default."""
+    """Initialise the weights of all linear layers in `module`; biases keep torch's default."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight)
-
-
-class FeedForward(nn.Module):
-    """Two linear layers with a residual connection and a norm behind it.
-
-    A CPU goes over many tokens in parts, whose hidden state then stays in its caches and is not kept.
-    """
-
-    def __init__(self, embed_dim: int, hidden_dim: int):
-        super().__init__()
-        self.linear1 = nn.Linear(embed_dim, hidden_dim)
-        self.linear2 = nn.Linear(hidden_dim, embed_dim)
-        self.norm = nn.LayerNorm(embed_dim)
-        xavier_(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, ·, E) -> the same shape."""
-        if x.device.type != "cpu" or torch.compiler.is_compiling() or x.shape[1] <= PART:
-            return self.part(x)
-        if not torch.is_grad_enabled():
-            return torch.cat([self.part(part) for part in x.split(PART, 1)], 1)
-        if torch.is_autocast_enabled("cpu"):
-            return self.part(x)
-        args = (self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias)
-        return self.norm(x + RecomputedFeedForward.apply(x, *args))
-
-    def part(self, x: Tensor) -> Tensor:
-        """The same in one go."""
-        # Not in place where there will be a gradient: that of a view changed in place is copied twice.
-        hidden = F.relu(self.linear1(x), inplace=not torch.is_grad_enabled())
-        return self.norm(x + self.linear2(hidden))
 
 
 class EncoderLayer(nn.Module):
@@ -93,7 +62,7 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tokens, reference: Tensor) -> Tensor:
         """x (B, S, E), reference (B, S, L, 2) -> (B, S, E)."""
-        read = self.attention(x + tokens.position, reference, x, tokens.padding, tokens.shapes)
+        read = self.attention(x + tokens.position, reference, x, tokens.padding_mask, tokens.shapes)
         return self.feed_forward(self.norm(x + read))
 
 
@@ -109,7 +78,7 @@ def token_centers(tokens: Tokens) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """Lets the cells of all levels exchange information.
+    """Exchanges information between the tokens of all levels, by deformable self-attention.
 
     Args:
         num_layers: N, number of layers.
@@ -142,8 +111,8 @@ class Encoder(nn.Module):
         return tokens.with_features(x)
 
 
-def rows(x: Tensor, index: Tensor) -> Tensor:
-    """x (B, S, ·), index (B, Q) -> (B, Q, ·). (`take_along_dim` does the same, but ties an exported graph to its B.)"""
+def _gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, S, ·), index (B, Q) -> (B, Q, ·). (`take_along_dim` would fix B in an exported graph.)"""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
@@ -151,7 +120,7 @@ class QuerySelection(nn.Module):
     """Mixed query selection (paper section 3.4): boxes come from the best tokens, contents are learned.
 
     Args:
-        num_queries: Q, candidates of an image. Images with fewer tokens get as many queries as tokens.
+        num_queries: Q, queries of an image. Images with fewer tokens get as many queries as tokens.
         num_classes, embed_dim: C; E, width of the tokens.
         anchor_size: side of the anchors of the finest level as a fraction of the image; it doubles with every level.
     """
@@ -171,31 +140,31 @@ class QuerySelection(nn.Module):
         """Memory -> Q queries, and the encoder's own predictions for the selected tokens (N = 1)."""
         anchors, usable = self.anchors(memory)
         tokens = memory.features.masked_fill(~usable[..., None], 0)  # (B, S, E)
-        best = self.select(self.class_head(self.project(tokens)), usable, memory.padding)  # (B, Q)
-        features = self.project(rows(tokens, best))  # (B, Q, E); again, so that nothing of the other tokens is kept
+        best = self.select(self.class_head(self.project(tokens)), usable, memory.padding_mask)  # (B, Q)
+        features = self.project(_gather_tokens(tokens, best))  # (B, Q, E); again: other tokens keep no activations
         logits = self.class_head(features)  # (B, Q, C)
-        box_logits = rows(anchors, best) + to_float32(self.box_head(features))  # (B, Q, 4)
+        box_logits = _gather_tokens(anchors, best) + to_float32(self.box_head(features))  # (B, Q, 4)
         proposals = LayerOutputs(logits[None], box_logits.sigmoid()[None])
         return Queries(self.contents(features), box_logits.detach()), proposals
 
     def contents(self, features: Tensor) -> Tensor:
-        """What the queries ask for, given the features (B, Q, E) of their tokens -> (B, Q, E)."""
+        """Contents of the queries, given the features (B, Q, E) of their tokens -> (B, Q, E)."""
         return self.content.weight[: features.shape[1]].expand(features.shape[0], -1, -1)
 
-    def select(self, logits: Tensor, usable: Tensor, padding: Tensor | None) -> Tensor:
+    def select(self, logits: Tensor, usable: Tensor, padding_mask: Tensor | None) -> Tensor:
         """(B, Q) indices of the tokens of highest score over all classes, best first.
 
-        Tokens without an anchor come after all others and padded tokens last. (In the official program both compete
-        with the logits of a zero vector, and can win.)
+        Tokens without a usable anchor come after all others, and padded tokens last. (In the official program both
+        compete with the logits of a zero vector, and can win.)
         """
         scores = to_float32(logits.detach()).amax(-1)  # (B, S)
         scores = scores.masked_fill(~usable, torch.finfo(scores.dtype).min)
-        if padding is not None:
-            scores = scores.masked_fill(padding, -math.inf)
+        if padding_mask is not None:
+            scores = scores.masked_fill(padding_mask, -math.inf)
         return scores.topk(at_most(self.num_queries, scores.shape[1]), dim=1).indices
 
     def anchors(self, memory: Tokens) -> tuple[Tensor, Tensor]:
-        """One box per token in logit space (B, S, 4), +inf where unusable; and whether it is usable (B, S).
+        """One box per token in logit space (B, S, 4), +inf where unusable; whether it is usable (B, S) bool.
 
         An anchor is usable if all its numbers lie within (0.01, 0.99) and its token is not padding.
         """
@@ -205,15 +174,15 @@ class QuerySelection(nn.Module):
         ]
         boxes = torch.cat([centers, torch.cat(sizes).expand(centers.shape[0], -1, -1)], -1)  # (B, S, 4)
         usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1)
-        if memory.padding is not None:
-            usable = usable & ~memory.padding
+        if memory.padding_mask is not None:
+            usable = usable & ~memory.padding_mask
         return torch.log(boxes / (1 - boxes)).masked_fill(~usable[..., None], math.inf), usable
 
 
 class SelfAttention(nn.MultiheadAttention):
-    """Attention among queries with the parameters of PyTorch's module, in fewer operations.
+    """Self-attention among queries, with the parameters of PyTorch's module but fewer operations.
 
-    Queries and keys come from one matrix product, and nothing is copied to have the queries' dimension in front.
+    One matrix product computes queries and keys, and no tensor is copied to have the dimension of queries in front.
 
     Args:
         embed_dim, num_heads: E, M.
@@ -223,7 +192,7 @@ class SelfAttention(nn.MultiheadAttention):
         super().__init__(embed_dim, num_heads, batch_first=True)
 
     def forward(self, x: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
-        """x and position (B, Q, E), mask (Q, Q) to be added to the scores -> (B, Q, E)."""
+        """x and position (B, Q, E), additive mask (Q, Q) -> (B, Q, E)."""
         sizes = (2 * self.embed_dim, self.embed_dim)
         (weight_qk, weight_v), (bias_qk, bias_v) = self.in_proj_weight.split(sizes), self.in_proj_bias.split(sizes)
         qk = F.linear(x + position, weight_qk, bias_qk).unflatten(-1, (2, self.num_heads, -1))  # (B, Q, 2, M, D)
@@ -234,7 +203,7 @@ class SelfAttention(nn.MultiheadAttention):
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention among the queries, deformable attention to the memory, feed-forward network; norms behind each."""
+    """Self-attention among queries, deformable attention to the memory, feed-forward network; a norm after each."""
 
     def __init__(self, embed_dim: int, num_heads: int, num_levels: int, num_points: int, hidden_dim: int):
         super().__init__()
@@ -246,21 +215,21 @@ class DecoderLayer(nn.Module):
         xavier_(self.self_attention)
 
     def forward(self, x: Tensor, position: Tensor, reference: Tensor, memory: Tokens, mask: Tensor | None) -> Tensor:
-        """x and position (B, Q, E), reference (B, Q, L, 4), mask (Q, Q) to be added to the scores -> (B, Q, E)."""
+        """x and position (B, Q, E), reference (B, Q, L, 4), additive mask (Q, Q) -> (B, Q, E)."""
         x = self.self_norm(x + self.self_attention(x, position, mask))
-        read = self.cross_attention(x + position, reference, memory.features, memory.padding, memory.shapes)
+        read = self.cross_attention(x + position, reference, memory.features, memory.padding_mask, memory.shapes)
         return self.feed_forward(self.cross_norm(x + read))
 
 
-def added_mask(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bool -> minus infinity where True, 0 elsewhere; once for all layers, each of which would do it by itself."""
+def _additive_mask(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bool -> minus infinity where True, 0 elsewhere; once for all layers instead of once in each."""
     return torch.zeros_like(attn_mask, dtype=dtype).masked_fill_(attn_mask, -math.inf)
 
 
 class Decoder(nn.Module):
     """Refines the boxes of the queries layer by layer and predicts after each (paper section 3.5).
 
-    Each layer has its own pair of heads; `share_heads` makes one pair serve all, as in the official program.
+    Each layer has its own pair of heads; with `share_heads` all layers use one pair, as in the official program.
 
     Args:
         num_classes: C, number of classes.
@@ -293,17 +262,16 @@ class Decoder(nn.Module):
         xavier_(self.position)
 
     def forward(self, queries: Queries, memory: Tokens) -> LayerOutputs:
-        """Queries and memory -> N predictions.
+        """Queries and memory -> predictions of N layers.
 
-        Look forward twice: the boxes of layer i are a step from `previous`, the boxes of layer i-1 with their gradient,
-        so that the loss of layer i also trains the step of layer i-1. The attention of layer i reads the same boxes
-        without gradient. The step for the next layer comes from the state before the norm, the predicted one from
-        behind it.
+        Look forward twice: layer i refines `previous`, the boxes of layer i-1 with their gradient, so that the loss of
+        layer i also trains the step of layer i-1. The attention of layer i reads the same boxes without gradient. The
+        predicted boxes come from the state after the norm, the boxes for the next layer from the state before it.
         """
         x, boxes = queries.content, queries.box_logits.sigmoid()
         previous = boxes
         ratios = memory.valid_ratios.repeat(1, 1, 2)[:, None]  # (B, 1, L, 4)
-        mask = None if queries.attn_mask is None else added_mask(queries.attn_mask, x.dtype)
+        mask = None if queries.attn_mask is None else _additive_mask(queries.attn_mask, x.dtype)
         logits, refined = [], []
         for layer, to_class, to_delta in zip(self.layers, self.class_heads, self.box_heads, strict=True):
             reference = boxes[:, :, None] * ratios  # (B, Q, L, 4)
@@ -317,12 +285,12 @@ class Decoder(nn.Module):
         return LayerOutputs(torch.stack(logits), torch.stack(refined))
 
     def look_forward(self, boxes: Tensor) -> Tensor:
-        """What the next layer's predictions are steps from, given the boxes that this layer leaves to it."""
+        """The boxes (B, Q, 4) of this layer, as the next layer refines them."""
         return boxes
 
 
 def share_heads(decoder: Decoder) -> Decoder:
-    """Let the first layer's heads serve all layers of `decoder`, in place, as in the official program."""
+    """Use the first layer's heads in all layers of `decoder`, in place, as in the official program."""
     for heads in (decoder.class_heads, decoder.box_heads):
         for i in range(len(heads)):
             heads[i] = heads[0]

@@ -1,13 +1,14 @@
-"""What the paper and its readers compare DINO with: each class takes the place of the part whose signature it has.
+"""Variants of DINO's parts, from its ancestors and for ablations. Each class replaces the part of the same signature.
 
-In a recipe, `model.network.decoder._target_ = LookForwardOnce` is enough; projects/dino/configs/ablation has them all.
-Two variants need no class: `num_denoising=0` switches denoising off, and `num_classes=1` makes `QuerySelection` ask
-whether a token holds any object at all (with `ObjectnessCriterion`, which charges for that).
+In a recipe, `model.network.decoder._target_ = LookForwardOnce` is enough; projects/dino/configs/ablation uses them all.
+Two variants need no class: `num_denoising=0` switches denoising off, and `num_classes=1` makes `QuerySelection` score
+whether a token holds any object at all (with the losses of `ObjectnessCriterion`).
 """
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,17 +34,17 @@ __all__ = [
     "ShiftDenoising",
 ]
 
-AUXILIARY = re.compile(r"loss_[a-z]+(_dn)?_\d+")  # names of the losses of all decoder layers but the last
+_AUXILIARY = re.compile(r"loss_[a-z]+(_dn)?_\d+")  # names of the losses of all decoder layers but the last
 
 
-# Where queries come from: in place of `QuerySelection`
+# Query selection: replaces `QuerySelection`
 
 
 class LearnedQueries(nn.Module):
     """Static queries: boxes and contents are learned, the same for all images (DAB-DETR, arXiv 2201.12329).
 
-    The encoder proposes nothing, so there are no `_interm` losses. Anchors start as DAB-DETR's do, from a normal
-    distribution in logit space: large boxes around the middle. Unlike selected boxes, they get a gradient.
+    The encoder proposes nothing, so there are no `_interm` losses. Anchors are initialised as DAB-DETR's, from a normal
+    distribution in logit space: large boxes around the middle. Unlike selected boxes, they have a gradient.
 
     Args:
         num_queries: Q, candidates of an image.
@@ -59,7 +60,7 @@ class LearnedQueries(nn.Module):
         nn.init.xavier_uniform_(self.content.weight)
 
     def forward(self, memory: Tokens) -> tuple[Queries, LayerOutputs]:
-        """Memory -> Q queries, whatever it holds, and predictions of no layer (N = 0)."""
+        """Memory -> the same Q queries for every image, and predictions of no layer (N = 0)."""
         images = memory.features.shape[0]
         content = self.content.weight.expand(images, -1, -1)  # (B, Q, E)
         box_logits = to_float32(self.anchors.weight).expand(images, -1, -1)  # (B, Q, 4)
@@ -68,10 +69,11 @@ class LearnedQueries(nn.Module):
 
 
 class PureSelection(QuerySelection):
-    """Boxes and contents come from the best tokens (the paper's figure 5 b; two-stage Deformable DETR selects so, too).
+    """Pure query selection: boxes and contents come from the best tokens (the paper's figure 5 b).
 
     Contents are the tokens' features without gradient, as in the official program with `embed_init_tgt=False`.
-    (Deformable DETR makes them from the code of the box.) Arguments are those of `QuerySelection`.
+    Two-stage Deformable DETR selects the same way, but encodes contents from the box. Arguments are those of
+    `QuerySelection`.
     """
 
     def __init__(self, *, num_queries: int, num_classes: int, embed_dim: int = 256, anchor_size: float = 0.05):
@@ -84,15 +86,14 @@ class PureSelection(QuerySelection):
 
 
 class PatternSelection(PureSelection):
-    """From each selected box start several queries, told apart by learned patterns (Anchor DETR, arXiv 2109.07107).
+    """Several queries for each selected box, with learned patterns as contents (Anchor DETR, arXiv 2109.07107).
 
-    All boxes carry the same patterns, which are all that is learned of the contents. There are more queries than
-    proposals, which wants a `SeparateCriterion`.
+    All boxes share the patterns. There are more queries than proposals: use `SeparateCriterion`.
 
     Args:
-        num_queries: boxes that are selected; the decoder gets `num_patterns` queries for each.
+        num_queries: number of selected boxes; the decoder gets `num_patterns` queries for each.
         num_classes, embed_dim, anchor_size: as of `QuerySelection`.
-        num_patterns: contents of a box.
+        num_patterns: number of contents for each box.
     """
 
     def __init__(
@@ -116,43 +117,43 @@ class PatternSelection(PureSelection):
         return Queries(content, queries.box_logits.repeat(1, len(self.patterns.weight), 1)), proposals
 
 
-# What is noised: in place of `ContrastiveDenoising`
+# Denoising: replaces `ContrastiveDenoising`
 
 
 class PositiveDenoising(ContrastiveDenoising):
     """Denoising without negatives (DN-DETR, arXiv 2203.01305): a group holds one positive for each object.
 
-    Groups, mask, budget and noise are those of `ContrastiveDenoising`, so that the two differ in the negatives alone.
-    (DN-DETR itself has 5 groups, and shifts and scales boxes instead of moving their corners.)
+    Groups, mask, budget and noise are those of `ContrastiveDenoising`: only the negatives differ. (DN-DETR itself has 5
+    groups, and shifts and scales boxes instead of moving their corners.)
     """
 
     KINDS = 1
 
 
 class ShiftDenoising(ContrastiveDenoising):
-    """Contrastive denoising whose negatives are boxes of the object's own size, moved aside.
+    """Contrastive denoising whose negatives are shifted boxes of the object's own size.
 
     The centre (cx, cy) moves to (cx + sx (1 + ux) box_noise w/2, cy + sy (1 + uy) box_noise h/2), with signs sx, sy
-    and ux, uy uniform in [0, 1): along each axis by one to two half sides, at a `box_noise` of 1. So at most a quarter
-    of the object stays covered, an IoU of 1/7 at most, and no side is ever inverted. Corners are then clamped to the
-    image, which cuts boxes off at its border. Positives are those of `ContrastiveDenoising`.
+    and ux, uy uniform in [0, 1): along each axis by one to two half sides, at a `box_noise` of 1. So a negative covers
+    at most a quarter of the object, its IoU is at most 1/7, and no side is below 0. Corners are then clamped to the
+    image. Positives are those of `ContrastiveDenoising`.
     """
 
     def steps(self, noise: Noise) -> Tensor:
-        """(R, K, 4): by how many half sides each number of (x0, y0, x1, y1) moves; two corners of a negative alike."""
+        """(R, K, 4): shift of each number of (x0, y0, x1, y1) in half sides, equal for both corners of a negative."""
         steps = super().steps(noise)
         steps[1::2, :, 2:] = steps[1::2, :, :2]
         return steps
 
 
-# How boxes are refined, and how tokens know their place: in place of `Decoder`, `Encoder`, `SinePositionEncoding`
+# Refinement and position encoding: replaces `Decoder`, `Encoder`, `SinePositionEncoding`
 
 
 class LookForwardOnce(Decoder):
-    """Boxes of layer i are a step from the boxes that the layer read, without their gradient (Deformable DETR).
+    """Look forward once: layer i refines the boxes that it read, without their gradient (Deformable DETR).
 
-    The loss of layer i then trains the box head of layer i alone. `use_detached_boxes_dec_out=True` of the official
-    program. Arguments are those of `Decoder`.
+    The loss of layer i then trains the box head of layer i alone, as with `use_detached_boxes_dec_out=True` of the
+    official program. Arguments are those of `Decoder`.
     """
 
     def look_forward(self, boxes: Tensor) -> Tensor:
@@ -161,9 +162,9 @@ class LookForwardOnce(Decoder):
 
 
 class PlacedEncoder(Encoder):
-    """Adds the tokens' positions to their features, in front of its layers.
+    """Adds the position encoding to the features before the first layer.
 
-    For an encoder of no layers, where nothing else would read the codes of place and level. Arguments are those of
+    For an encoder without layers: nothing else would read positions and level embeddings. Arguments are those of
     `Encoder`.
     """
 
@@ -173,14 +174,14 @@ class PlacedEncoder(Encoder):
 
 
 class LearnedPositionEncoding(nn.Module):
-    """Learned absolute codes of rows and columns in place of sines (DETR's appendix, arXiv 2005.12872).
+    """Learned absolute embeddings of rows and columns instead of sines (DETR's appendix, arXiv 2005.12872).
 
-    A cell's place is taken relative to the unpadded part of its image, as by `SinePositionEncoding`, and read off
-    between the two nearest of `num_codes` learned codes. (DETR numbers the cells and fails beyond 50.)
+    Locations are relative to the unpadded part of the image, as of `SinePositionEncoding`, and interpolate between the
+    two nearest of `num_codes` embeddings. (DETR numbers the cells and fails beyond 50.)
 
     Args:
         embed_dim: number of channels; the first half encodes y, the second half x.
-        num_codes: along each axis.
+        num_codes: number of embeddings along each axis.
     """
 
     def __init__(self, embed_dim: int, *, num_codes: int = 50):
@@ -190,65 +191,66 @@ class LearnedPositionEncoding(nn.Module):
         for codes in (self.rows, self.columns):
             nn.init.uniform_(codes.weight)
 
-    def forward(self, padding: Tensor) -> Tensor:
+    def forward(self, padding_mask: Tensor) -> Tensor:
         """(B, H, W) bool, True on padding -> (B, E, H, W) float32."""
-        valid = ~padding
+        valid = ~padding_mask
         codes = []
         for table, axis in ((self.rows, 1), (self.columns, 2)):
             count = valid.cumsum(axis, dtype=torch.float32)  # (B, H, W)
-            place = (count - 0.5) / count.amax(axis, keepdim=True).clamp(min=1)
-            codes.append(between(table.weight, place.clamp(min=0)))
+            location = (count - 0.5) / count.amax(axis, keepdim=True).clamp(min=1)
+            codes.append(_interpolate(table.weight, location.clamp(min=0)))
         return torch.cat(codes, -1).permute(0, 3, 1, 2)
 
 
-def between(codes: Tensor, place: Tensor) -> Tensor:
-    """codes (K, D), places (...) in [0, 1], of which 0 is the first code and 1 the last -> (..., D) in float32."""
+def _interpolate(codes: Tensor, location: Tensor) -> Tensor:
+    """codes (K, D), locations (...) from 0, the first code, to 1, the last -> (..., D) in float32."""
     codes = to_float32(codes)
-    scaled = place * (len(codes) - 1)
+    scaled = location * (len(codes) - 1)
     low = scaled.floor().clamp(max=len(codes) - 2).long()
     part = (scaled - low)[..., None]
     return codes[low] * (1 - part) + codes[low + 1] * part
 
 
-# What is charged: in place of `SetCriterion`
+# Losses: replaces `SetCriterion`
 
 
 class FinalCriterion(SetCriterion):
-    """Without auxiliary losses: all decoder layers but the last are free of charge; the proposals are not.
+    """Without auxiliary losses: only the last decoder layer and the proposals have losses.
 
-    The free losses are named as ever and 0, and so are the gradients of the heads that nothing else trains: with all
-    parameters in the graph, distributed training goes on. Arguments are those of `SetCriterion`.
+    The auxiliary losses keep their names and are 0, as are the gradients of the heads that nothing else trains. So all
+    parameters stay in the graph, which distributed training needs. Arguments are those of `SetCriterion`.
     """
 
-    def forward(self, outputs: Outputs, targets: list[Target]) -> dict[str, Tensor]:
-        """Outputs and B targets -> named scalars."""
-        losses = super().forward(outputs, targets)
-        return {name: 0 * loss if AUXILIARY.fullmatch(name) else loss for name, loss in losses.items()}
+    def forward(self, outputs: Outputs, targets: list[Target], **options: Any) -> dict[str, Tensor]:
+        """Outputs and B targets -> named scalars. `options` are those of `SetCriterion.forward`."""
+        losses = super().forward(outputs, targets, **options)
+        return {name: 0 * loss if _AUXILIARY.fullmatch(name) else loss for name, loss in losses.items()}
 
 
 class SeparateCriterion(SetCriterion):
-    """Charges the encoder's proposals by themselves: they may differ from the decoder's predictions in number.
+    """Matches the encoder's proposals separately, so that their number may differ from that of the decoder's queries.
 
-    Names, weights and numbers are those of `SetCriterion`, as are the arguments.
+    Names and weights of the losses and the arguments are those of `SetCriterion`.
     """
 
-    def forward(self, outputs: Outputs, targets: list[Target]) -> dict[str, Tensor]:
-        """Outputs and B targets -> named scalars."""
-        losses = super().forward(outputs._replace(proposals=no_layers(outputs.decoder)), targets)
-        proposed = Outputs(outputs.proposals, no_layers(outputs.proposals))
+    def forward(self, outputs: Outputs, targets: list[Target], **options: Any) -> dict[str, Tensor]:
+        """Outputs and B targets -> named scalars. `options` are those of `SetCriterion.forward`."""
+        losses = super().forward(outputs._replace(proposals=_no_layers(outputs.decoder)), targets, **options)
+        proposed = Outputs(outputs.proposals, _no_layers(outputs.proposals))
         targets = [self.proposal_target(target) for target in targets]
-        return losses | {f"{name}_interm": loss for name, loss in super().forward(proposed, targets).items()}
+        proposal_losses = super().forward(proposed, targets, **options)
+        return losses | {f"{name}_interm": loss for name, loss in proposal_losses.items()}
 
     def proposal_target(self, target: Target) -> Target:
-        """What the proposals of an image shall find."""
+        """The ground truth of the proposals of an image."""
         return target
 
 
 class ObjectnessCriterion(SeparateCriterion):
-    """For a `QuerySelection` with `num_classes=1`: proposals shall find objects of whatever class.
+    """Class-agnostic losses of the proposals, for a `QuerySelection` with `num_classes=1`.
 
-    Two-stage Deformable DETR (arXiv 2010.04159) selects so: five numbers for each token, an objectness and a box. (Its
-    losses are for all tokens, these for the selected ones, as DINO's.)
+    Two-stage Deformable DETR (arXiv 2010.04159) predicts an objectness and a box for each token. (Its losses are for
+    all tokens, these for the selected ones, as DINO's.)
     """
 
     def proposal_target(self, target: Target) -> Target:
@@ -256,6 +258,6 @@ class ObjectnessCriterion(SeparateCriterion):
         return target._replace(labels=torch.zeros_like(target.labels))
 
 
-def no_layers(predictions: LayerOutputs) -> LayerOutputs:
-    """Outputs of the same sizes, but N = 0."""
+def _no_layers(predictions: LayerOutputs) -> LayerOutputs:
+    """The same shape, but with N = 0."""
     return LayerOutputs(*(x[:0] for x in predictions))

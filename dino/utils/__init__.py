@@ -1,1 +1,1 @@
-"""What every part may use: errors and files written whole, devices, recipes by name."""
+"""Errors, files written whole, devices, recipes by name, the environment report. Imports nothing of dino."""

@@ -1,4 +1,4 @@
-"""Small tensors on their way between host and device, without a wait for other work of the device."""
+"""Copies of small tensors between host and device that do not wait for other work of the device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-STAGED = 2**16  # bytes that CUDA's driver takes over at once; for more it may wait for the stream
+STAGED = 2**16  # bytes that CUDA's driver copies at once; for more it may wait for the stream
 
 
 def recording(device: torch.device) -> bool:
@@ -16,14 +16,14 @@ def recording(device: torch.device) -> bool:
 
 
 def to_device(values: Tensor | Sequence, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor, or numbers, of the host -> a tensor on `device`, without waiting for what the device does.
+    """Copy a tensor or numbers of the host to `device`, without waiting for other work of the device.
 
-    The host may change `values` afterwards, unless they are a tensor in pinned memory: PyTorch waits for the device in
-    an ordinary copy, and in this one the driver has taken over other memory when the call returns.
+    The host may change `values` after the call, unless they are a tensor in pinned memory. The driver has copied other
+    memory when the call returns.
     """
     values = torch.as_tensor(values, dtype=dtype)
     if device.type == "cuda" and values.device.type == "cpu" and values.nbytes > STAGED:
-        values = values.pin_memory()  # no copy if it is pinned; PyTorch keeps such memory until it has been read
+        values = values.pin_memory()  # no copy if pinned already; PyTorch keeps the memory until the device has read it
     return values.to(device, non_blocking=True)
 
 
@@ -31,7 +31,7 @@ def to_host(x: Tensor) -> Callable[[], Tensor]:
     """Start to copy `x` to the host.
 
     Returns:
-        a function that waits for the copy, but for nothing that the device was given later, and returns it.
+        a function that waits for the copy and returns it. It does not wait for later work of the device.
     """
     if not x.is_cuda:
         copy = x.cpu()

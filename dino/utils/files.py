@@ -1,4 +1,4 @@
-"""Files that people give and files that are written for them: faults are named, and nothing is lost or half there."""
+"""Errors that a person can fix, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,39 +7,47 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 
-class DataError(ValueError):
-    """Something is wrong with a file that a person gave; the message names it and says what to do."""
+class UserError(ValueError):
+    """A flag, a setting, a disk or a missing library stops the program; the message says what to do."""
+
+
+class DataError(UserError):
+    """A data set, an image or a checkpoint can't be used; the message names the file and says what to do."""
 
 
 def message_of(error: BaseException) -> str:
-    """What to tell a person: the text of an error, without the traceback that a data loader's worker puts around it."""
+    """The text of an error, without the traceback that a data loader's worker puts around it."""
     text = str(error)
     return text.rstrip().rpartition(f"{type(error).__name__}: ")[2] if "Original Traceback" in text else text
 
 
 def counted(number: int, thing: str, things: str = "") -> str:
-    """Such as "1 picture", "2,000 pictures"; `things`: the plural, where that is not `thing` with an s."""
+    """A number and its noun, such as "1 picture" or "2,000 pictures"; `things` is an irregular plural."""
     return f"{number:,} {thing if number == 1 else things or f'{thing}s'}"
 
 
 def resolve_inside(folder: str | Path, file_name: str) -> Path:
-    """`folder / file_name`, if that lies inside the folder.
+    """`folder / file_name`, checked to lie inside the folder.
 
     Raises:
-        DataError: the name is absolute, empty, or climbs out of the folder.
+        DataError: the name is empty, absolute, or leads out of the folder.
     """
     pure = PurePosixPath(file_name)
-    climbs = ".." in pure.parts or ".." in PureWindowsPath(file_name).parts
-    if not file_name or pure.is_absolute() or PureWindowsPath(file_name).is_absolute() or climbs:
+    leads_out = ".." in pure.parts or ".." in PureWindowsPath(file_name).parts
+    if not file_name or pure.is_absolute() or PureWindowsPath(file_name).is_absolute() or leads_out:
         raise DataError(f"file_name {file_name!r} leaves the image folder {folder}: write it relative to that folder")
     return Path(folder) / pure
 
 
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file under another name, then put it in the place of `path`: it appears whole or not at all.
+    """Write a file under a temporary name, then move it to `path`: the file appears whole or not at all.
+
+    Args:
+        path: the file to write or replace.
+        write: writes the content to the path that it gets.
 
     Raises:
-        DataError: the disk is full, or the folder can't be written; what `path` held before is untouched.
+        UserError: the disk is full, or the folder can't be written. The old content of `path` stays.
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")
@@ -50,26 +58,24 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         part.unlink(missing_ok=True)
-        reason = (
-            error if isinstance(error, OSError) else f"the disk is full, or that is too large a file for it ({error})"
-        )
-        raise DataError(f"can't write {path}: {reason}") from error
+        full = f"the disk is full, or the file is too large for its file system ({error})"
+        raise UserError(f"can't write {path}: {error if isinstance(error, OSError) else full}") from error
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and those above it, unless it is there.
+    """Make a folder and its parents, unless it exists.
 
     Raises:
-        DataError: it can't be made.
+        UserError: the folder can't be made.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"can't make the folder {path}: {error}") from error
+        raise UserError(f"can't make the folder {path}: {error}") from error
 
 
 def free_name(path: Path) -> Path:
-    """`path` if nothing is there, else `path.1`, `path.2` … whichever is free first."""
+    """`path` if nothing is there, else the first free of `path.1`, `path.2`, …"""
     number, free = 0, path
     while free.exists():
         number += 1

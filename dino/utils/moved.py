@@ -1,7 +1,7 @@
-"""Modules that have moved: checkpoints, saved recipes and people's programs still name them by their old paths.
+"""Old paths of modules that have moved, for checkpoints, saved recipes and people's programs.
 
-`import dino.d2.data` gives the module `dino.d2.data_loading` itself, not a copy. Renamed classes have their old name in
-the module that holds them.
+`import dino.d2.data` gives the module `dino.d2.data_loading` itself, not a copy. A renamed class keeps its old name as
+an alias in its module. To move a module, change or add its line in `MOVED`: no value may be a key.
 """
 
 import importlib
@@ -21,7 +21,7 @@ MOVED = {
     "dino.check.pictures": "dino.data.check.image_files",
     "dino.check.program": "dino.data.check.check_dataset",
     "dino.check.repair": "dino.data.check.repair",
-    "dino.check.sheet": "dino.data.check.preview",
+    "dino.check.sheet": "dino.evaluation.report.preview",
     "dino.check.sizes": "dino.data.check.object_sizes",
     "dino.check.splits": "dino.data.check.splits",
     "dino.coco": "dino.data.coco",
@@ -48,7 +48,7 @@ MOVED = {
     "dino.d2.tta": "dino.d2.augmented_detector",
     "dino.d2.writers": "dino.d2.training.writers",
     "dino.drawing": "dino.inference.drawing",
-    "dino.env": "dino.utils.environment",
+    "dino.env": "dino.cli.env",
     "dino.explain.pictures": "dino.explain.scenes",
     "dino.explain.program": "dino.explain.explain_batch",
     "dino.export.formats": "dino.export.export_formats",
@@ -61,11 +61,11 @@ MOVED = {
     "dino.layers.self_test": "dino.layers.ops.self_test",
     "dino.layers.structures": "dino.structures",
     "dino.layers.transfer": "dino.utils.device",
-    "dino.memory": "dino.inference.memory",
+    "dino.memory": "dino.inference.cpu",
     "dino.modeling.build": "dino.modeling.assembly",
-    "dino.modeling.folding": "dino.inference.folding",
+    "dino.modeling.folding": "dino.inference.cpu",
     "dino.modeling.network": "dino.modeling.dino",
-    "dino.modeling.onednn": "dino.inference.onednn",
+    "dino.modeling.onednn": "dino.inference.cpu",
     "dino.pickles": "dino.weights.pickles",
     "dino.predict": "dino.inference.predict_files",
     "dino.predictor": "dino.inference.predictor",
@@ -87,7 +87,17 @@ MOVED = {
 }
 
 
+def current_name(name: str) -> str:
+    """The path of a module today: of one that has moved, or that lies in a package that has; else `name`."""
+    parent, _, last = name.rpartition(".")
+    if name in MOVED or not parent:
+        return MOVED.get(name, name)
+    return f"{current_name(parent)}.{last}"
+
+
 class _Loader(Loader):
+    """Gives the module `target` to whoever imports it by an old path."""
+
     def __init__(self, target: str):
         self.target = target
 
@@ -97,23 +107,29 @@ class _Loader(Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self.own_spec  # the import system has put that of the old name in its place
+        module.__spec__ = self.own_spec  # the import system has replaced it by the spec of the old path
 
     def get_code(self, name: str) -> CodeType | None:
-        """For `python -m` with an old name."""
+        """The code that `python -m` runs for an old path."""
         return find_spec(self.target).loader.get_code(self.target)
+
+    def is_package(self, name: str) -> bool:
+        """Whether the module has submodules."""
+        return find_spec(self.target).submodule_search_locations is not None
 
 
 class _Finder(MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None):
-        if name not in MOVED:
+        target = current_name(name) if name.startswith("dino.") else name
+        found = find_spec(target) if target != name else None
+        if found is None:
             return None
-        spec = spec_from_loader(name, _Loader(MOVED[name]), origin=find_spec(MOVED[name]).origin)
+        spec = spec_from_loader(name, _Loader(target), origin=found.origin)
         spec.has_location = True
         return spec
 
 
 def install() -> None:
-    """Let imports by old paths find what has moved; repeating is harmless."""
+    """Let imports by old paths find the moved modules. Repeated calls change nothing."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())  # before the one that reads folders, or it would load a copy
+        sys.meta_path.insert(0, _Finder())  # before the finder that reads folders, which would load a copy

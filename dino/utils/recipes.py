@@ -5,29 +5,29 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from .files import DataError
+from .files import UserError
 
 PACKAGE = Path(__file__).parents[1]
 FOLDERS = ("configs", "projects/dino/configs", "projects/dino/configs/ablation")
-PARTS = ("__init__", "base")  # names of files that are parts of recipes, not recipes
+_PARTS = ("__init__", "base")  # files that recipes share, which are no recipes
 
 
 def recipe_root() -> Path:
-    """The folder that holds FOLDERS: beside the package in a source tree, inside of it where setup.py copied them."""
+    """The folder that holds FOLDERS: beside the package in a source tree, inside the package after an installation."""
     return PACKAGE.parent if (PACKAGE.parent / "setup.py").is_file() else PACKAGE / "recipe_files"
 
 
 def recipes() -> dict[str, Path]:
-    """File of each recipe that comes with the package, by its name without `.py`."""
+    """The file of each recipe that comes with the package, by its name without `.py`."""
     files = [path for folder in FOLDERS for path in sorted((recipe_root() / folder).glob("*.py"))]
-    return {path.stem: path for path in files if path.stem not in PARTS}
+    return {path.stem: path for path in files if path.stem not in _PARTS}
 
 
 def find_recipe(name: str) -> Path:
-    """A recipe's file, from its path or its name.
+    """Find a recipe's file by its path or its name.
 
     Raises:
-        DataError: there is none; lists what there is, the nearest first.
+        UserError: there is no such recipe. The message lists all names, the most similar first.
     """
     if name and Path(name).is_file():
         return Path(name)
@@ -37,4 +37,4 @@ def find_recipe(name: str) -> Path:
         return known[stem]
     near = difflib.get_close_matches(Path(stem).name, known, n=1)
     names = ", ".join([*near, *(other for other in known if other not in near)])
-    raise DataError(f"recipe not found: {name!r}. Give --config-file a path or one of these names: {names}")
+    raise UserError(f"recipe not found: {name!r}. Give --config-file a path or one of these names: {names}")

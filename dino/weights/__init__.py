@@ -1,10 +1,10 @@
-"""Weights of this and other programs: read without running code, told by their keys, converted, loaded."""
+"""Weights of this and other programs: read without running code, format detected from the keys, converted, loaded."""
 
 from .addresses import SCHEMES, cannot_fetch, locate
 from .checkpoint_formats import convert, recognise
 from .load_report import Report
 from .loading import MIN_BACKBONE, load_weights, same_names
-from .names import resnet_to_detectron2, resnet_to_torchvision
+from .names import resnet_to_detectron2, resnet_to_torchvision, to_current_names
 from .reading import read_content, weights_of
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "resnet_to_detectron2",
     "resnet_to_torchvision",
     "same_names",
+    "to_current_names",
     "weights_of",
 ]

@@ -1,4 +1,4 @@
-"""Addresses of ImageNet weights in torchvision and timm, and the files they stand for."""
+"""Addresses of ImageNet weights in torchvision and timm, and their local files."""
 
 from __future__ import annotations
 
@@ -7,34 +7,34 @@ from pathlib import Path
 import torch
 import torchvision
 
-from dino.utils.files import DataError
+from dino.utils.files import UserError
 
 SCHEMES = ("torchvision://", "timm://")
 
 
 def locate(address: str) -> str:
-    """The local file of an address, fetched once and kept in the cache of PyTorch or of Hugging Face's hub.
+    """Fetch the weights of an address once, into the cache of PyTorch or of Hugging Face's hub -> the local file.
 
     Args:
         address: `torchvision://NAME/WEIGHTS`, for example `torchvision://resnet50/IMAGENET1K_V1`, or `timm://NAME`, for
             example `timm://convnext_tiny.fb_in1k`.
 
     Raises:
-        DataError: the name is unknown, or the file can't be fetched; says which file to put where.
+        UserError: the name is unknown, or the file can't be fetched. The message says which file to put where.
     """
     scheme, _, name = address.partition("://")
-    return {"torchvision": locate_torchvision, "timm": locate_timm}[scheme](name)
+    return {"torchvision": _locate_torchvision, "timm": _locate_timm}[scheme](name)
 
 
-def locate_torchvision(name: str) -> str:
-    """`NAME/WEIGHTS` -> file."""
+def _locate_torchvision(name: str) -> str:
+    """`NAME/WEIGHTS` -> the local file."""
     model, _, weights = name.partition("/")
     try:
         entry = torchvision.models.get_model_weights(model)[weights]
     except (KeyError, ValueError):
         known = torchvision.models.list_models(torchvision.models)
         choice = list(torchvision.models.get_model_weights(model).__members__) if model in known else known
-        raise DataError(f"torchvision has no weights {name!r}; write torchvision://NAME/WEIGHTS, of {choice}") from None
+        raise UserError(f"torchvision has no weights {name!r}; write torchvision://NAME/WEIGHTS, of {choice}") from None
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(entry.url).name
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,17 +45,17 @@ def locate_torchvision(name: str) -> str:
     return str(path)
 
 
-def locate_timm(name: str) -> str:
-    """Name of a model -> file."""
+def _locate_timm(name: str) -> str:
+    """Name of a model -> the local file."""
     try:
         import timm
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as error:
-        raise DataError("timm:// needs timm: pip install timm") from error
+        raise UserError("timm:// needs timm: pip install timm") from error
     config = timm.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
     if config is None or not config.hf_hub_id:
-        raise DataError(f"timm has no weights {name!r}; see timm.list_pretrained()")
+        raise UserError(f"timm has no weights {name!r}; see timm.list_pretrained()")
     try:
         return hf_hub_download(config.hf_hub_id, "model.safetensors")
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -63,10 +63,10 @@ def locate_timm(name: str) -> str:
         raise cannot_fetch(url, f"{name}.safetensors", error) from error
 
 
-def cannot_fetch(url: str, place: str, error: Exception) -> DataError:
-    """What to do where there is no network."""
+def cannot_fetch(url: str, place: str, error: Exception) -> UserError:
+    """The error where there is no network; its message says where to put the file `url` by hand."""
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return DataError(
+    return UserError(
         f"can't fetch {url} ({first[:150]}). Fetch it on another machine and put it into {place}, or anywhere and "
         "write train.init_checkpoint=FILE"
     )

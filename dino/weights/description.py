@@ -1,12 +1,13 @@
-"""A network from its checkpoint alone, without a recipe and, where its backbone allows, without Detectron2.
+"""A network or a `Detector` from its checkpoint alone: no recipe, and for most backbones no Detectron2.
 
-A checkpoint of this project carries `names`, and under `about` the recipe's `model` as JSON text (`config`) and what is
-done to images (`preprocessing`). Files are not trusted: what they describe is built from the parts listed here, and
-nothing in a description can name another class, a file or an address.
+A checkpoint of this project has `names`, and under `about` the recipe's `model` as JSON text (`config`) and what the
+network expects of its images (`preprocessing`). Files are not trusted: a description can build the parts listed here
+and nothing else, and can't name a file or an address.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,154 +17,155 @@ from typing import Any, NamedTuple
 import dino.modeling
 from dino.layers import ContrastiveDenoising, SinePositionEncoding
 from dino.modeling import DINO, TorchvisionBackbone, variants
+from dino.modeling.detector import Detector, Preprocessing
 from dino.utils.files import DataError
 
 from . import load_weights, read_content
 
-TEXT = re.compile(r"[\w.+-]*")  # what any text of a description may consist of: no path and no address
-FETCHING = re.compile(r"pretrained.*|weights.*|checkpoint.*|cache_dir|file|.*(url|hub).*")  # arguments that name files
+_WORD = re.compile(r"[\w.+-]*")  # any text of a description: no path and no address
+_FETCHING = re.compile(r"pretrained.*|weights.*|checkpoint.*|cache_dir|file|.*(url|hub).*")  # arguments that name files
 
 
-class Preprocessing(NamedTuple):
-    """What a network expects of its images, which are RGB.
-
-    Args:
-        pixel_mean, pixel_std: of the channels, for values from 0 to 255.
-        short_side: length in pixels to which the shorter side is resized,
-        max_size: unless the longer one would exceed this; None for no bound.
-        max_detections: per image.
-    """
-
-    pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
-    pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
-    short_side: int = 800
-    max_size: int | None = 1333
-    max_detections: int = 300
-
-
-class Rebuilt(NamedTuple):
-    """What `model_from_checkpoint` returns."""
+class ModelFromCheckpoint(NamedTuple):
+    """The result of `model_from_checkpoint`."""
 
     network: DINO  # in evaluation mode, on the CPU
     names: list[str]  # of the classes
     preprocessing: Preprocessing
 
 
-def model_from_checkpoint(path: str | Path, *, copy: str = "auto") -> Rebuilt:
-    """Rebuild the network of a checkpoint with its weights.
+def detector_from_checkpoint(path: str | Path, copy: str = "auto") -> Detector:
+    """Build the `Detector` of a checkpoint: network, weights, class names and preprocessing.
 
-    Detectron2's ResNets are rebuilt from torchvision's; its other backbones need Detectron2.
+    Arguments and errors as of `model_from_checkpoint`.
+
+    Returns:
+        the detector, in evaluation mode, on the CPU.
+    """
+    network, names, preprocessing = model_from_checkpoint(path, copy=copy)
+    return Detector(network, preprocessing, names).eval()
+
+
+def model_from_checkpoint(path: str | Path, *, copy: str = "auto") -> ModelFromCheckpoint:
+    """Build the network of a checkpoint with its weights.
+
+    torchvision's ResNets replace Detectron2's. Other backbones of Detectron2 need Detectron2.
 
     Args:
         path: a file that this project wrote (training, `tools/plain_train.py`, `dino convert`).
         copy: "model", "ema" or "auto", as of `load_weights`.
 
     Raises:
-        DataError: the file is missing, broken or unsafe, carries no description, or asks for a part that is not on the
-            list, or for Detectron2 where that is not installed.
+        DataError: the file is missing, broken or unsafe; it has no description; or the description asks for a part that
+            is not on the list, or for Detectron2 where that is not installed.
     """
     content = read_content(path)
     config, names, preprocessing = read_description(content, path)
     try:
         network = build_network(config)
-    except DataError as error:
-        raise DataError(f"can't rebuild the model of {path}: {error}") from error
     except Exception as error:  # wrong arguments can raise anything
-        raise DataError(f"can't rebuild the model of {path}: {type(error).__name__}: {str(error)[:300]}") from error
+        raise _cannot_build(path, error) from error
     problems = load_weights(network, content, copy=copy, name=str(path)).problems
     if problems:
-        raise DataError(f"{path} does not hold all of its own model: {', '.join(problems[:3])}")
+        raise DataError(f"{path} lacks weights of its own model: {', '.join(problems[:3])}")
     if len(names) != len(network.decoder.class_heads[0].bias):
         raise DataError(f"{path} has {len(names)} names for {len(network.decoder.class_heads[0].bias)} classes")
-    return Rebuilt(network.eval(), names, preprocessing)
+    return ModelFromCheckpoint(network.eval(), names, preprocessing)
 
 
 def read_description(content: Mapping, path: str | Path) -> tuple[dict, list[str], Preprocessing]:
-    """What the content of a checkpoint says about its model: the config, of which `network` is checked, and the names.
+    """Read the config, the class names and the preprocessing from the content of a checkpoint, and check them.
 
     Raises:
         DataError: see `model_from_checkpoint`.
     """
     about, names = content.get("about"), content.get("names")
-    if not isinstance(about, Mapping) or not isinstance(about.get("config"), str) or not is_list_of(names, str):
+    if not isinstance(about, Mapping) or not isinstance(about.get("config"), str) or not _is_list_of(names, str):
         raise DataError(
-            f"{path} does not say how to build its model: only checkpoints of this project do. Files of other programs "
-            "become such with `dino convert`"
+            f"{path} does not describe its model: only checkpoints of this project do. `dino convert` makes one from a "
+            "file of another program"
         )
     try:
-        preprocessing = read_preprocessing(about.get("preprocessing"))
+        preprocessing = _read_preprocessing(about.get("preprocessing"))
         config = json.loads(about["config"])
-        check(config["network"])
-    except DataError as error:
-        raise DataError(f"can't rebuild the model of {path}: {error}") from error
+        _check(config["network"])
     except Exception as error:  # JSON can hold anything
-        raise DataError(f"can't rebuild the model of {path}: {type(error).__name__}: {str(error)[:300]}") from error
+        raise _cannot_build(path, error) from error
     return config, list(names), preprocessing
 
 
+def _cannot_build(path: str | Path, error: Exception) -> DataError:
+    why = error if isinstance(error, DataError) else f"{type(error).__name__}: {str(error)[:300]}"
+    return DataError(f"can't build the model of {path}: {why}")
+
+
 def build_network(config: Mapping) -> DINO:
-    """The `network` of a description that was checked, with random weights.
+    """Build the `network` of a checked description, with random weights.
 
     Raises:
-        DataError: it is no DINO.
+        DataError: the result is no DINO.
     """
-    network = build(config["network"])
+    network = _build(config["network"])
     if not isinstance(network, DINO):
         raise DataError(f"a DINO was expected, not {type(network).__name__}")
     return network
 
 
-def check(node: Any) -> None:
+def _check(node: Any) -> None:
     """Raise a DataError where a description asks for what is not allowed; see `model_from_checkpoint`."""
-    if isinstance(node, str) and not TEXT.fullmatch(node):
-        raise DataError(f"{node!r} is no plain word; addresses and paths are not followed")
+    if isinstance(node, str) and not _WORD.fullmatch(node):
+        raise DataError(f"{node!r} is no plain word: a description can't name addresses and paths")
     if isinstance(node, list):
         for child in node:
-            check(child)
-    if not isinstance(node, dict):
-        return
-    if fetching := [key for key, value in node.items() if FETCHING.fullmatch(key) and value]:
-        raise DataError(f"the argument {fetching[0]!r} would read or download another file, which is not done")
+            _check(child)
+    if isinstance(node, dict):
+        _check_arguments(node)
+
+
+def _check_arguments(node: dict) -> None:
+    """`_check` for a part and its arguments."""
     for key, value in node.items():
-        find_part(value) if key == "_target_" else check(value)
+        if _FETCHING.fullmatch(key) and value:
+            raise DataError(f"the argument {key!r} would read or download another file: a description can't")
+        if key == "_target_":
+            _find_part(value)
+        else:
+            _check(value)
 
 
-def build(node: Any) -> Any:
-    """What a description says: parts of the list for dicts with a `_target_`; containers and plain values as they are.
-
-    The description was checked.
-    """
+def _build(node: Any) -> Any:
+    """Build a checked description: parts of the list from dicts with a `_target_`, everything else as it is."""
     if isinstance(node, list):
-        return [build(child) for child in node]
+        return [_build(child) for child in node]
     if not isinstance(node, dict):
         return node
-    part = find_part(node["_target_"]) if "_target_" in node else dict
-    return part(**{key: build(value) for key, value in node.items() if key != "_target_"})
+    part = _find_part(node["_target_"]) if "_target_" in node else dict
+    return part(**{key: _build(value) for key, value in node.items() if key != "_target_"})
 
 
-def find_part(target: Any) -> Callable:
-    """The class or function of the list that goes by the name `target`.
+def _find_part(target: Any) -> Callable:
+    """The class or function that the list has under the name `target`.
 
     Raises:
-        DataError: it is not on the list, or needs Detectron2.
+        DataError: the list has no such name, or the part needs Detectron2.
     """
     if not isinstance(target, str):
         raise DataError(f"{str(target)[:100]!r} is no name of a part")
-    parts = PARTS
-    if target not in parts and target.startswith(("detectron2.", "dino.d2.")):
-        try:
-            from dino.d2.recipe_description import PARTS as parts
-        except ImportError as error:
-            raise DataError(
-                f"{target} needs Detectron2, which is not installed here ({error}). README.md says how to install it; "
-                "ResNets and the backbones of torchvision and timm do without"
-            ) from error
-    if target not in parts:
+    if target in PARTS:
+        return PARTS[target]
+    if target not in PARTS_OF_DETECTRON2:
         raise DataError(f"{target[:100]!r} is not on the list of parts that a checkpoint may ask for")
-    return parts[target]
+    module, _, attribute = PARTS_OF_DETECTRON2[target].partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise DataError(
+            f"{target} needs Detectron2, which is not installed here ({error}). README.md says how to install it. "
+            "ResNets and the backbones of torchvision and timm do without"
+        ) from error
 
 
-class Stages(NamedTuple):
+class _Stages(NamedTuple):
     """The arguments of Detectron2's `ResNet.make_default_stages`."""
 
     depth: int
@@ -171,36 +173,60 @@ class Stages(NamedTuple):
     stride_in_1x1: bool = False
 
 
-def torchvision_resnet(
-    *, stem: str, stages: Stages, out_features: Sequence[str], freeze_at: int = 0
+def _torchvision_resnet(
+    *, stem: str, stages: _Stages, out_features: Sequence[str], freeze_at: int = 0
 ) -> TorchvisionBackbone:
-    """Detectron2's ResNet from torchvision's, which computes the same; the frozen part does not matter here."""
+    """Detectron2's ResNet from torchvision's, which computes the same. `freeze_at` matters in training only."""
     norm = {"SyncBN": "BN"}.get(stages.norm, stages.norm)
     if stages.stride_in_1x1 or norm not in ("BN", "FrozenBN") or stem not in ("BN", "FrozenBN", "SyncBN"):
-        raise DataError(f"a ResNet with {stages} is not torchvision's: Detectron2 would be needed")
+        raise DataError(f"a ResNet with {tuple(stages)} is not torchvision's: Detectron2 would be needed")
     return TorchvisionBackbone(f"resnet{stages.depth}", out_features=out_features, norm=norm)
 
 
-def resnet_stem(*, in_channels: int = 3, out_channels: int = 64, norm: str = "BN") -> str:
+def _resnet_stem(*, in_channels: int = 3, out_channels: int = 64, norm: str = "BN") -> str:
     """The norm of Detectron2's `BasicStem`."""
     if (in_channels, out_channels) != (3, 64):
-        raise DataError("a ResNet with another stem than torchvision's can't be rebuilt")
+        raise DataError("a ResNet with another stem than torchvision's can't be built")
     return norm
 
 
-# All that a checkpoint may ask for. To add a part of the network, export it from `dino.modeling` or its `variants`.
+_OF_MODELING = (
+    "DINO",
+    "ChannelMapper",
+    "Decoder",
+    "Encoder",
+    "QuerySelection",
+    "TimmBackbone",
+    "TorchvisionBackbone",
+    "build_dino",
+    "share_heads",
+)
+# All that a checkpoint may ask for. To add a part of the network, name it here, or export it from `modeling.variants`.
 PARTS: dict[str, Callable] = {
-    **{f"dino.modeling.{name}": getattr(dino.modeling, name) for name in dino.modeling.__all__},
+    **{f"dino.modeling.{name}": getattr(dino.modeling, name) for name in _OF_MODELING},
     **{f"dino.modeling.variants.{name}": getattr(variants, name) for name in variants.__all__},
     "dino.layers.ContrastiveDenoising": ContrastiveDenoising,
     "dino.layers.SinePositionEncoding": SinePositionEncoding,
-    "detectron2.modeling.ResNet": torchvision_resnet,
-    "detectron2.modeling.ResNet.make_default_stages": Stages,
-    "detectron2.modeling.backbone.BasicStem": resnet_stem,
+    "detectron2.modeling.ResNet": _torchvision_resnet,
+    "detectron2.modeling.ResNet.make_default_stages": _Stages,
+    "detectron2.modeling.backbone.BasicStem": _resnet_stem,
+}
+# The parts that need Detectron2, as module:attribute. Strings, because the module is imported only for a file that asks
+# for the part.
+PARTS_OF_DETECTRON2 = {
+    "detectron2.modeling.FPN": "detectron2.modeling:FPN",
+    "detectron2.modeling.MViT": "detectron2.modeling:MViT",
+    "detectron2.modeling.SimpleFeaturePyramid": "detectron2.modeling:SimpleFeaturePyramid",
+    "detectron2.modeling.SwinTransformer": "detectron2.modeling:SwinTransformer",
+    "detectron2.modeling.backbone.fpn.LastLevelMaxPool": "detectron2.modeling.backbone.fpn:LastLevelMaxPool",
+    "detectron2.modeling.backbone.fpn.LastLevelP6P7": "detectron2.modeling.backbone.fpn:LastLevelP6P7",
+    "dino.d2.backbones.AsBackbone": "dino.d2.backbones:AsBackbone",
+    "dino.d2.backbones.regnet": "dino.d2.backbones:regnet",
+    "dino.d2.backbones.vitdet": "dino.d2.backbones:vitdet",
 }
 
 
-def read_preprocessing(values: Any) -> Preprocessing:
+def _read_preprocessing(values: Any) -> Preprocessing:
     """Check what a checkpoint says about images.
 
     Raises:
@@ -208,18 +234,31 @@ def read_preprocessing(values: Any) -> Preprocessing:
     """
     if not isinstance(values, Mapping) or set(values) != set(Preprocessing._fields):
         raise DataError(f"preprocessing must be a dict of {', '.join(Preprocessing._fields)}")
-    read = Preprocessing(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in values.items()})
-    for name in ("pixel_mean", "pixel_std"):
-        value = getattr(read, name)
-        if not is_list_of(value, (int, float)) or len(value) != 3 or (name == "pixel_std" and min(value) <= 0):
-            raise DataError(f"preprocessing: {name} is {value!r}, three numbers were expected")
-    for name in ("short_side", "max_size", "max_detections"):
-        value = getattr(read, name)
-        if not (type(value) is int and value > 0) and not (name == "max_size" and value is None):
-            raise DataError(f"preprocessing: {name} is {value!r}, a positive number was expected")
-    return read
+    for name, value in values.items():
+        expected, fits = _EXPECTED[name]
+        if not fits(value):
+            raise DataError(f"preprocessing: {name} is {value!r}, {expected} was expected")
+    return Preprocessing(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in values.items()})
 
 
-def is_list_of(value: Any, kind: type | tuple) -> bool:
+def _is_list_of(value: Any, kind: type | tuple) -> bool:
     """Whether `value` is a list or tuple of nothing but `kind`, and not empty."""
     return isinstance(value, list | tuple) and bool(value) and all(isinstance(item, kind) for item in value)
+
+
+def _is_color(value: Any) -> bool:
+    return _is_list_of(value, (int, float)) and len(value) == 3
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+# Field of `Preprocessing` -> what a message calls its values, and the test of a value.
+_EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "pixel_mean": ("a list of three numbers", _is_color),
+    "pixel_std": ("a list of three positive numbers", lambda value: _is_color(value) and min(value) > 0),
+    "short_side": ("a positive integer", _is_count),
+    "max_size": ("a positive integer or null", lambda value: value is None or _is_count(value)),
+    "max_detections": ("a positive integer", _is_count),
+}

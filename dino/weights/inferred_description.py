@@ -1,4 +1,4 @@
-"""The structure of a model, read off its tensors: other programs' files do not describe it."""
+"""The description of a model, inferred from its tensors: files of other programs have none."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from typing import Any
 from .levels import count_projections
 from .names import StateDict, resnet_to_detectron2
 
-NUM_HEADS = 8  # of every published model; no tensor tells it
-RESNETS = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101", (3, 8, 36, 3): "resnet152"}
-Node = dict[str, Any]
+_NUM_HEADS = 8  # of every published model; no tensor shows it
+_RESNETS = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101", (3, 8, 36, 3): "resnet152"}
+_Node = dict[str, Any]
 
 
-def describe_network(own: StateDict, temperature: float, offset: float) -> Node | None:
-    """The description of the network of a state dict in own form; None unless its backbone is a ResNet.
+def describe_network(own: StateDict, temperature: float, offset: float) -> _Node | None:
+    """Describe the network of a state dict in own format; None unless its backbone is a ResNet.
 
     Args:
         own: the state dict.
-        temperature, offset: of the position encoding, which leaves no trace in the tensors.
+        temperature, offset: of the position encoding, which no tensor shows.
     """
-    backbone = describe_backbone(own)
+    backbone = _describe_backbone(own)
     if backbone is None:
         return None
     levels, embed_dim = own["level_embed"].shape
     classes, queries = len(own["decoder.class_heads.0.bias"]), len(own["query_selection.content.weight"])
     attention = {
         "embed_dim": embed_dim,
-        "num_heads": NUM_HEADS,
+        "num_heads": _NUM_HEADS,
         "num_levels": levels,
-        "num_points": len(own["encoder.layers.0.attention.attention_weights.bias"]) // (NUM_HEADS * levels),
+        "num_points": len(own["encoder.layers.0.attention.attention_weights.bias"]) // (_NUM_HEADS * levels),
         "hidden_dim": len(own["encoder.layers.0.feed_forward.linear1.bias"]),
     }
     encoder, decoder = (
-        {**attention, "num_layers": count(own, rf"{part}\.layers\.")} for part in ("encoder", "decoder")
+        {**attention, "num_layers": _count(own, rf"{part}\.layers\.")} for part in ("encoder", "decoder")
     )
     features = backbone["out_features"]
     neck = {"backbone": backbone, "in_features": features, "out_channels": embed_dim, "num_levels": levels}
@@ -50,16 +50,16 @@ def describe_network(own: StateDict, temperature: float, offset: float) -> Node 
     }
 
 
-def describe_backbone(own: StateDict) -> Node | None:
-    """A ResNet by the number of its blocks; None for any other backbone."""
+def _describe_backbone(own: StateDict) -> _Node | None:
+    """Describe a ResNet by the number of its blocks; None for any other backbone."""
     named = resnet_to_detectron2({k: v for k, v in own.items() if k.startswith("neck.backbone.")})
-    name = RESNETS.get(tuple(count(named, rf"neck\.backbone\.res{stage}\.") for stage in range(2, 6)))
+    name = _RESNETS.get(tuple(_count(named, rf"neck\.backbone\.res{stage}\.") for stage in range(2, 6)))
     if name is None or "neck.backbone.stem.conv1.weight" not in named:
         return None
     features = ["res2", "res3", "res4", "res5"][-count_projections(own)["lateral"] :]
     return {"_target_": "dino.modeling.TorchvisionBackbone", "name": name, "out_features": features, "norm": "FrozenBN"}
 
 
-def count(state_dict: StateDict, front: str) -> int:
-    """How many different numbers stand behind `front`, a regular expression, at the beginning of keys."""
+def _count(state_dict: StateDict, front: str) -> int:
+    """Count the different numbers that follow the regular expression `front` at the beginning of keys."""
     return len({match[1] for match in (re.match(rf"{front}(\d+)\.", key) for key in state_dict) if match})

@@ -1,10 +1,11 @@
-"""What became of the tensors of a file and of a model."""
+"""The report of `load_weights`: which tensors of the file and of the model were loaded."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
-PARTS = ("neck.backbone", "neck", "level_embed", "encoder", "query_selection", "denoising", "decoder")
+_PARTS = ("neck.backbone", "neck", "level_embed", "encoder", "query_selection", "denoising", "decoder")
 
 
 @dataclass
@@ -13,16 +14,16 @@ class Report:
 
     Args:
         source: the file, or "state dict".
-        form: own, official, detrex, huggingface, or "backbone" for a file without a detector.
-        loaded: names of the tensors that were taken.
-        reinitialised: {name: reason} of those that stay as the model was built, because the file's have another size.
-        missing: names of those that stay as the model was built, because the file has none.
-        unexpected: what the file has and the model has not, by own names as far as they are known.
+        format: own, official, detrex, huggingface, or "backbone" for a file without a detector.
+        loaded: names of the tensors that were loaded.
+        reinitialised: {name: reason} of tensors that keep their initial values, because the file's have another size.
+        missing: names of tensors that keep their initial values, because the file has none.
+        unexpected: tensors of the file that the model lacks, under own names where these are known.
         notes: sentences for people.
     """
 
     source: str
-    form: str
+    format: str
     loaded: list[str] = field(default_factory=list)
     reinitialised: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
@@ -30,39 +31,48 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def form(self) -> str:
+        """`format`, under its former name."""
+        return self.format
+
+    @property
     def problems(self) -> list[str]:
-        """What keeps the model from being the one in the file: re-initialised and missing tensors."""
+        """The tensors in which the model differs from the file's: re-initialised and missing ones."""
         return [f"{name} ({why})" for name, why in self.reinitialised.items()] + self.missing
 
     def __str__(self) -> str:
+        lines = [f"{self.source} (format: {self.format})", *self._table()]
+        lines += [f"  {what}: {shorten(names)}" for what, names in self._named().items() if names]
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+    def _table(self) -> list[str]:
+        """Lines with the number of tensors, by part of the model and by outcome."""
         columns = {
             "loaded": self.loaded,
             "re-initialised": list(self.reinitialised),
             "missing": self.missing,
             "unexpected": self.unexpected,
         }
-        counts = {title: [part_of(name) for name in names] for title, names in columns.items()}
-        parts = [part for part in (*PARTS, "other") if any(part in found for found in counts.values())]
+        counts = [Counter(map(_part_of, names)) for names in columns.values()]
         rows = [["", *columns]]
-        rows += [[part, *(found.count(part) for found in counts.values())] for part in parts]
+        rows += [
+            [part, *(count[part] for count in counts)] for part in (*_PARTS, "other") if part in sum(counts, Counter())
+        ]
         rows += [["all", *map(len, columns.values())]]
-        lines = [f"{self.source} (form: {self.form})"]
-        lines += ["  {:<16}{:>8}{:>16}{:>9}{:>12}".format(*row) for row in rows]
-        lines += [f"  {what}: {shorten(names)}" for what, names in self.named().items() if names]
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+        return ["  {:<16}{:>8}{:>16}{:>9}{:>12}".format(*row) for row in rows]
 
-    def named(self) -> dict[str, list[str]]:
-        """The names of all that was not loaded, by what became of them."""
+    def _named(self) -> dict[str, list[str]]:
+        """The names of all tensors that were not loaded, by the reason."""
         reasons = sorted(set(self.reinitialised.values()))
         named = {f"re-initialised, {r}": [n for n, why in self.reinitialised.items() if why == r] for r in reasons}
         return {**named, "missing": self.missing, "unexpected": self.unexpected}
 
 
-def part_of(name: str) -> str:
-    """The row of the table for a tensor."""
-    return next((part for part in PARTS if name == part or name.startswith(f"{part}.")), "other")
+def _part_of(name: str) -> str:
+    """The row of a tensor in the table."""
+    return next((part for part in _PARTS if name == part or name.startswith(f"{part}.")), "other")
 
 
 def shorten(names: list[str], most: int = 6) -> str:
-    """The first names of a list, and how many there are more."""
+    """The first names of a list, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

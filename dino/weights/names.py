@@ -1,7 +1,7 @@
-"""Names of a DINO's tensors in this project and in other programs, one row for each group of them.
+"""Names of a DINO's tensors in this project and in other programs, one row for each group of tensors.
 
-In a row, `{i}` stands for a number and `*` for the rest of the key; they appear in the same order in all columns. A key
-belongs to the first row that it fits. Keys that no row knows keep their name: loading reports them as unexpected.
+In a row, `{i}` stands for a number and `*` for the rest of the key, in the same order in all columns. The first row
+that fits a key renames it. Keys that fit no row keep their name: loading reports them as unexpected.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from collections.abc import Iterable
 from torch import Tensor
 
 StateDict = dict[str, Tensor]
-Rules = list[tuple[re.Pattern, str]]
+_Rules = list[tuple[re.Pattern, str]]
 
-# own · official (IDEA-Research/DINO) · detrex. Four things are no mere names, see `forms.py`: which projections of the
-# official neck make coarser levels, the second names of heads, the number of detrex' encoder head ("last" here), and
-# rows of the label embedding that belong to no class.
+# own · official (IDEA-Research/DINO) · detrex. Four things are more than names, see `checkpoint_formats.py`: which
+# projections of the official neck make extra levels ("extra" here), the second names of heads, the number of detrex'
+# encoder head ("last" here), and rows of the label embedding that belong to no class.
 DINO_NAMES = (
     ("neck.backbone.*", "backbone.0.*", "backbone.*"),
     ("neck.lateral.{i}.0.*", "input_proj.{i}.0.*", "neck.convs.{i}.conv.*"),
     ("neck.lateral.{i}.1.*", "input_proj.{i}.1.*", "neck.convs.{i}.norm.*"),
-    ("neck.coarser.{i}.0.*", "input_proj.coarser.{i}.0.*", "neck.extra_convs.{i}.conv.*"),
-    ("neck.coarser.{i}.1.*", "input_proj.coarser.{i}.1.*", "neck.extra_convs.{i}.norm.*"),
+    ("neck.extra_levels.{i}.0.*", "input_proj.extra.{i}.0.*", "neck.extra_convs.{i}.conv.*"),
+    ("neck.extra_levels.{i}.1.*", "input_proj.extra.{i}.1.*", "neck.extra_convs.{i}.norm.*"),
     ("level_embed", "transformer.level_embed", "transformer.level_embeds"),
     *(
         (
@@ -80,8 +80,8 @@ DINO_NAMES = (
     ("denoising.label_embed.*", "label_enc.*", "label_enc.*"),
 )
 
-# official · the port to Hugging Face transformers that was proposed there, by its conversion script alone: no file in
-# this form has been released.
+# official · the port to Hugging Face transformers, after the conversion script of its proposal: no file in this format
+# has been released.
 HUGGING_FACE_NAMES = (
     ("transformer.encoder.layers.{i}.norm1.*", "model.transformer.encoder.layers.{i}.self_attn_layer_norm.*"),
     ("transformer.encoder.layers.{i}.norm2.*", "model.transformer.encoder.layers.{i}.final_layer_norm.*"),
@@ -93,7 +93,7 @@ HUGGING_FACE_NAMES = (
 )
 
 # torchvision · Detectron2
-RESNET_NAMES = (
+_RESNET_NAMES = (
     *(
         (f"layer{stage}.{{i}}.{torchvision}", f"res{stage + 1}.{{i}}.{detectron2}")
         for stage in range(1, 5)
@@ -109,24 +109,24 @@ RESNET_NAMES = (
 )
 
 
-def pattern(template: str) -> str:
-    """A regular expression for the keys that a template of the tables describes."""
+def _pattern(template: str) -> str:
+    """The regular expression of a template of the tables."""
     return re.escape(template).replace(r"\{i\}", r"(\d+)").replace(r"\*", r"(.+)")
 
 
-def replacement(template: str, first: int = 1) -> str:
-    """What `re.sub` puts in the place of a key; the groups are counted from `first`."""
+def _replacement(template: str, first: int = 1) -> str:
+    """The replacement of `re.sub` for a template; `first` is the number of its first group."""
     parts = re.split(r"\{i\}|\*", template)
     return "".join(f"\\g<{n}>{part}" if n >= first else part for n, part in enumerate(parts, first - 1))
 
 
-def rules(pairs: Iterable[tuple[str, str]]) -> Rules:
+def rules(pairs: Iterable[tuple[str, str]]) -> _Rules:
     """(from, to) templates -> rules for `rename`."""
-    return [(re.compile(pattern(old)), replacement(new)) for old, new in pairs]
+    return [(re.compile(_pattern(old)), _replacement(new)) for old, new in pairs]
 
 
-def rename(state_dict: StateDict, table: Rules) -> StateDict:
-    """Give every key the name that the first fitting rule makes of it; the values stay as they are.
+def rename(state_dict: StateDict, table: _Rules) -> StateDict:
+    """Rename every key by the first rule that fits it; the values stay.
 
     Raises:
         ValueError: two keys would get the same name.
@@ -140,23 +140,33 @@ def rename(state_dict: StateDict, table: Rules) -> StateDict:
     return renamed
 
 
-# What stands in front of a ResNet's keys: `neck.backbone.`, or nothing; a number there would be that of a block.
-FRONT = r"((?:.*?(?<!\d)\.)??)"
-TO_DETECTRON2 = [(re.compile(f"{FRONT}(?:body\\.)?{pattern(a)}"), rf"\1{replacement(b, 2)}") for a, b in RESNET_NAMES]
-TO_TORCHVISION = [(re.compile(f"{FRONT}{pattern(b)}"), rf"\1body.{replacement(a, 2)}") for a, b in RESNET_NAMES]
+_FORMER_NAMES: _Rules = [(re.compile(r"((?:.*\.)?neck\.)coarser(\.\d+\..*)"), r"\1extra_levels\2")]
+
+
+def to_current_names(state_dict: StateDict) -> StateDict:
+    """Rename own keys of earlier versions, with or without a prefix: `neck.coarser.` is `neck.extra_levels.` now."""
+    return rename(state_dict, _FORMER_NAMES)
+
+
+# The prefix of a ResNet's keys: `neck.backbone.`, or nothing. A number in it would be that of a block.
+_FRONT = r"((?:.*?(?<!\d)\.)??)"
+_TO_DETECTRON2 = [
+    (re.compile(f"{_FRONT}(?:body\\.)?{_pattern(a)}"), rf"\1{_replacement(b, 2)}") for a, b in _RESNET_NAMES
+]
+_TO_TORCHVISION = [(re.compile(f"{_FRONT}{_pattern(b)}"), rf"\1body.{_replacement(a, 2)}") for a, b in _RESNET_NAMES]
 
 
 def resnet_to_detectron2(state_dict: StateDict) -> StateDict:
-    """A ResNet's keys from torchvision's names to Detectron2's, whatever stands in front of them.
+    """Rename a ResNet's keys from torchvision's names to Detectron2's, with any prefix.
 
     `neck.backbone.body.layer1.0.bn1.weight` becomes `neck.backbone.res2.0.conv1.norm.weight`. Other keys stay.
     """
-    return rename(state_dict, TO_DETECTRON2)
+    return rename(state_dict, _TO_DETECTRON2)
 
 
 def resnet_to_torchvision(state_dict: StateDict) -> StateDict:
-    """A ResNet's keys from Detectron2's names to those of `TorchvisionBackbone`, whatever stands in front of them.
+    """Rename a ResNet's keys from Detectron2's names to those of `TorchvisionBackbone`, with any prefix.
 
     `neck.backbone.res2.0.conv1.norm.weight` becomes `neck.backbone.body.layer1.0.bn1.weight`. Other keys stay.
     """
-    return rename(state_dict, TO_TORCHVISION)
+    return rename(state_dict, _TO_TORCHVISION)

@@ -1,4 +1,4 @@
-"""Reading `.pkl` weight files without running what they contain."""
+"""Reading `.pkl` weight files without running code that they contain."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from dino.utils.files import DataError
 
-ALLOWED = {
+_ALLOWED = {
     ("_codecs", "encode"): codecs.encode,  # bytes in protocols before 3
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("numpy", "dtype"): np.dtype,
@@ -25,25 +25,25 @@ ALLOWED = {
 }
 
 
-class PlainUnpickler(pickle.Unpickler):
+class _PlainUnpickler(pickle.Unpickler):
     """Builds dicts, lists, strings, numbers and numpy arrays, and refuses every other class or function."""
 
     def find_class(self, module: str, name: str) -> Any:
         """The few names that numpy arrays need."""
-        if (module, name) not in ALLOWED:
-            raise pickle.UnpicklingError(f"it contains {module}.{name}, which is not plain data")
-        return ALLOWED[module, name]
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"the file contains {module}.{name}, which is not plain data")
+        return _ALLOWED[module, name]
 
 
 def read_pickle(path: str | Path) -> dict[str, Any]:
-    """The dict in a pickle file (Detectron2's `.pkl` weights).
+    """Read the dict in a pickle file (Detectron2's `.pkl` weights).
 
     Raises:
-        DataError: the file is missing or broken, holds anything but plain data and numpy arrays, or is no dict.
+        DataError: the file is missing or broken, is no dict, or holds more than plain data and numpy arrays.
     """
     try:
         with open(path, "rb") as file:
-            content = PlainUnpickler(file, encoding="latin1").load()
+            content = _PlainUnpickler(file, encoding="latin1").load()
     except FileNotFoundError:
         raise DataError(f"weights not found: {path}") from None
     except Exception as error:  # a broken pickle can raise anything

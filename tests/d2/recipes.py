@@ -5,6 +5,7 @@ from pathlib import Path
 from detectron2.config import LazyCall as L
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
+from dino.cli.train import build_parser
 from dino.d2 import recipe
 
 from ..coco_files import write_coco
@@ -37,7 +38,15 @@ SHRINK = [
 
 
 def parse(*arguments, config=SMALL):
-    return recipe.argument_parser("").parse_args(["--config-file", str(config), *map(str, arguments)])
+    """The command line of `dino train`."""
+    return build_parser().parse_args(["--config-file", str(config), *map(str, arguments)])
+
+
+def load_recipe(*arguments, config=SMALL):
+    """The complete recipe of such a command line."""
+    args = parse(*arguments, config=config)
+    files = recipe.DataFiles(args.train_json, args.train_images, args.val_json, args.val_images)
+    return recipe.load_recipe(args.config_file, args.opts, files, eval_only=args.eval_only)
 
 
 def file_arguments(train=None, val=None):
@@ -60,8 +69,7 @@ def tiny_recipe(folder, *overrides, arguments=(), **options):
     (folder / "run").mkdir(exist_ok=True)
     train, val = write_two_sets(folder, **options)
     given = [*SHRINK, f"train.output_dir={folder / 'run'}", *overrides]
-    args = parse(*arguments, *file_arguments(train, val), *given)
-    cfg = recipe.load_recipe(args)
+    cfg = load_recipe(*arguments, *file_arguments(train, val), *given)
     cfg.model.network.neck.backbone = L(TinyBackbone)()
     cfg.model.network.neck.in_features = ["res3", "res4", "res5"]
     cfg.lr_multiplier = L(MultiStepParamScheduler)(values=[1.0, 0.1], milestones=[4], num_updates=5)

@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 
 from dino.d2.recipe_description import describe
 from dino.inference.predictor import Predictor
-from dino.weights.description import PARTS, model_from_checkpoint
+from dino.modeling.detector import Detector
+from dino.weights.description import PARTS, detector_from_checkpoint
 
 from ..tiny import TinyBackbone, random_batch, random_targets
 from .recipes import ABLATIONS, ROOT, SHRINK
@@ -48,11 +49,12 @@ def test_ablations_train_and_are_rebuilt(name, tmp_path):
     torch.optim.SGD(model.parameters(), lr=1e-3).step()
     content = {"model": model.state_dict(), "names": NAMES, "about": describe(cfg)}
     torch.save(content, tmp_path / "model.pth")
-    found = model_from_checkpoint(tmp_path / "model.pth")
+    found = detector_from_checkpoint(tmp_path / "model.pth")
     with torch.no_grad():
         for actual, expected in zip(found.network(*batch).decoder, model.eval().network(*batch).decoder, strict=True):
             torch.testing.assert_close(actual, expected)
-    predict = Predictor(found.network, NAMES, found.preprocessing._replace(short_side=48), score_thresh=0)
+    small = Detector(found.network, found.preprocessing._replace(short_side=48), NAMES)
+    predict = Predictor(small, score_thresh=0)
     assert len(predict(torch.rand(3, 40, 60)).boxes) > 0
 
 

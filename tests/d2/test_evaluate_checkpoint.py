@@ -10,20 +10,19 @@ from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
 
 from dino import cli
-from dino.d2 import recipe
 from dino.d2.checkpoint import Checkpointer
 from dino.d2.recipe_description import describe
 
 from ..coco_files import write_coco
 from ..tools.programs import run_verb
-from .recipes import SHRINK, file_arguments, parse
+from .recipes import SHRINK, file_arguments, load_recipe
 
 RECIPE = ["--config-file", "dino_r18_small_data"]
 
 
 def save_model(folder, names, *arguments):
     """A checkpoint of random weights for data of these classes; returns its path."""
-    cfg = recipe.load_recipe(parse("--eval-only", *arguments, *SHRINK))
+    cfg = load_recipe("--eval-only", *arguments, *SHRINK)
     model = instantiate(cfg.model)
     Checkpointer(model, str(folder), names=names, about=describe(cfg)).save("model")
     return folder / "model.pth"

@@ -92,7 +92,7 @@ def test_images_of_mixed_sizes_keep_their_order():
 
 def test_padding_in_a_training_batch_is_masked():
     model = tiny_detector()
-    images, padding = model.preprocess([random_input("a.png", height=64, width=80), random_input("b.png", 1, 48, 96)])
+    images, padding = model.batch([random_input("a.png")["image"], random_input("b.png", 1, 48, 96)["image"]])
     assert images.shape == (2, 3, 64, 96)
     assert not images[padding[:, None].expand_as(images)].any()
     assert padding[0].equal((torch.arange(96) >= 80).expand(64, -1))
@@ -102,7 +102,7 @@ def test_padding_in_a_training_batch_is_masked():
 def test_pixels_are_normalised():
     model = tiny_detector()
     pixel = torch.tensor([200, 100, 50], dtype=torch.uint8)[:, None, None].expand(-1, 32, 32)
-    images, _ = model.preprocess([{"image": pixel}])
+    images, _ = model.batch([pixel])
     expected = torch.tensor([(200 - 123.675) / 58.395, (100 - 116.28) / 57.12, (50 - 103.53) / 57.375])
     torch.testing.assert_close(images[0, :, 5, 5], expected)
 
@@ -155,9 +155,8 @@ def test_detection_reads_back_once_per_batch(monkeypatch):
     asked, tolist = [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: (asked.append(x.shape), tolist(x))[1])
     model, inputs = tiny_detector().eval(), [random_input(f"{n}.png") for n in range(3)]
-    predictions = model.network(*model.preprocess(inputs)).decoder
     with Waits() as waits:
-        found = model.to_instances(inputs, predictions)
+        found = model(inputs)
     assert len(found) == 3
     assert waits.seen == []
     assert asked == [(3,)]
@@ -274,9 +273,9 @@ def test_backbones_that_ask_for_padding_get_it():
     (padded,) = detect(model, [image])
     assert seen == [(40, 56), (64, 64)]
     assert padded.image_size == unpadded.image_size == (40, 56)
-    images, padding = model.preprocess([image])
-    assert images.shape[-2:] == padding.shape[-2:] == (40, 56)
-    assert not padding.any()
+    images, padding = model.batch([image["image"]])
+    assert images.shape[-2:] == (40, 56)
+    assert padding is None
 
 
 def test_visualizer_draws_the_predictions():

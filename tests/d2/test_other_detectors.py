@@ -14,7 +14,7 @@ from dino.d2 import recipe
 from dino.d2.training import engine
 
 from ..tools.programs import run_program
-from .recipes import ROOT, file_arguments, parse, write_two_sets
+from .recipes import ROOT, file_arguments, load_recipe, write_two_sets
 
 FOLDER = ROOT / "projects/dino/configs/ablation"
 ANCESTORS = ("faster_rcnn_r18_fpn", "retinanet_r18_fpn")
@@ -24,8 +24,8 @@ ANCESTORS = ("faster_rcnn_r18_fpn", "retinanet_r18_fpn")
 def test_an_ancestor_is_built_for_the_classes_of_the_data(tmp_path, name):
     """On the data and the budget of base.py, with trainable norms."""
     train, val = write_two_sets(tmp_path)
-    cfg = recipe.load_recipe(parse(*file_arguments(train, val), config=FOLDER / f"{name}.py"))
-    base = recipe.load_recipe(parse(*file_arguments(train, val), config=FOLDER / "base.py"))
+    cfg = load_recipe(*file_arguments(train, val), config=FOLDER / f"{name}.py")
+    base = load_recipe(*file_arguments(train, val), config=FOLDER / "base.py")
     for part in ("dataloader", "train.max_iter", "train.eval_period", "train.seed"):
         assert recipe.OmegaConf.select(cfg, part) == recipe.OmegaConf.select(base, part)
     model = engine.build_model(cfg)

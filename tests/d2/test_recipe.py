@@ -15,10 +15,10 @@ from omegaconf import OmegaConf
 from torch.overrides import TorchFunctionMode
 
 from dino.d2 import recipe
-from dino.utils.files import DataError
+from dino.utils.files import DataError, UserError
 
 from ..coco_files import write_coco
-from .recipes import RECIPES, ROOT, SMALL, file_arguments, parse, write_two_sets
+from .recipes import RECIPES, ROOT, SMALL, file_arguments, load_recipe, parse, write_two_sets
 
 R50 = ROOT / "configs/dino_r50_4scale_12ep.py"
 PARTS = {"model", "dataloader", "optimizer", "lr_multiplier", "train"}
@@ -110,7 +110,7 @@ def test_levels(scales, strides):
     assert network.level_embed.shape == (scales, 256)
     assert [network.neck.backbone.output_shape()[name].stride for name in network.neck.in_features] == strides
     assert len(network.neck.lateral) == len(strides)
-    assert len(network.neck.coarser) == 1
+    assert len(network.neck.extra_levels) == 1
 
 
 def test_published_settings(r50):
@@ -225,9 +225,9 @@ def test_few_images_and_parts_of_epochs(images, epochs, expected):
 
 @pytest.mark.parametrize("epochs", [5, 11, 0.5])
 def test_schedules_that_do_not_fit_the_epochs_are_refused(epochs):
-    with pytest.raises(DataError, match=rf"train\.epochs={epochs}: .* Override lr_multiplier\.milestones too"):
-        recipe.load_recipe(parse(f"train.epochs={epochs}", config=R50))
-    recipe.load_recipe(parse("train.epochs=5", "lr_multiplier.milestones=[4]", config=R50))
+    with pytest.raises(UserError, match=rf"train\.epochs={epochs}: .* Override lr_multiplier\.milestones too"):
+        load_recipe(f"train.epochs={epochs}", config=R50)
+    load_recipe("train.epochs=5", "lr_multiplier.milestones=[4]", config=R50)
 
 
 @pytest.mark.parametrize("epochs", [0.5, 5, 100])
@@ -241,7 +241,7 @@ def test_the_schedule_of_the_small_recipe_fits_any_epochs(epochs):
 
 def test_data_of_the_command_line(tmp_path):
     train, val = write_two_sets(tmp_path, category_ids=(7, 40, 900))
-    cfg = recipe.load_recipe(parse(*file_arguments(train, val)))
+    cfg = load_recipe(*file_arguments(train, val))
     assert cfg.model.num_classes == 3
     assert OmegaConf.select(cfg, "model.network.decoder.num_classes") == 3
     for name, files in (("custom_train", train), ("custom_val", val)):
@@ -256,10 +256,10 @@ def test_data_of_the_command_line(tmp_path):
 
 def test_data_of_the_command_line_is_in_the_saved_recipe(tmp_path):
     """So that the config.yaml of a run can be run again by itself, from another folder too."""
-    cfg = recipe.load_recipe(parse(*file_arguments(*write_two_sets(tmp_path))))
+    cfg = load_recipe(*file_arguments(*write_two_sets(tmp_path)))
     LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
     assert not (tmp_path / "config.yaml.pkl").exists()
-    again = recipe.load_recipe(parse(config=tmp_path / "config.yaml"))
+    again = load_recipe(config=tmp_path / "config.yaml")
     assert OmegaConf.to_container(again.dataloader.train.dataset) == {
         "_target_": "dino.d2.data_loading.dataset",
         "name": "custom_train",
@@ -274,13 +274,13 @@ def test_relative_paths_become_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = [f"--{split}-{what}" for split in ("train", "val") for what in ("json", "images")]
     paths = [path for split in ("train", "val") for path in (f"{split}/annotations.json", split)]
-    cfg = recipe.load_recipe(parse(*[x for pair in zip(words, paths, strict=True) for x in pair]))
+    cfg = load_recipe(*[x for pair in zip(words, paths, strict=True) for x in pair])
     assert cfg.dataloader.train.dataset.images == str(tmp_path / "train")
     assert cfg.dataloader.test.dataset.annotations == str(tmp_path / "val/annotations.json")
 
 
 def test_evaluation_needs_validation_data_only(tmp_path):
-    cfg = recipe.load_recipe(parse("--eval-only", *file_arguments(val=write_coco(tmp_path))))
+    cfg = load_recipe("--eval-only", *file_arguments(val=write_coco(tmp_path)))
     assert cfg.model.num_classes == 3
 
 
@@ -290,20 +290,20 @@ def test_half_a_data_set_is_refused(tmp_path, missing):
     place = words.index(missing)
     del words[place : place + 2]
     split = missing.split("-")[2]
-    with pytest.raises(DataError, match=rf"--{split}-json and --{split}-images belong together"):
-        recipe.load_recipe(parse(*words))
+    with pytest.raises(UserError, match=rf"--{split}-json and --{split}-images belong together"):
+        load_recipe(*words)
 
 
 def test_training_data_without_validation_data_are_refused(tmp_path):
-    with pytest.raises(DataError, match="--train-json without --val-json"):
-        recipe.load_recipe(parse(*file_arguments(train=write_coco(tmp_path))))
+    with pytest.raises(UserError, match="--train-json without --val-json"):
+        load_recipe(*file_arguments(train=write_coco(tmp_path)))
 
 
 def test_other_classes_in_validation_are_refused(tmp_path):
     train, val = write_two_sets(tmp_path)
     val.change(lambda content: content["categories"][2].update(name="azure"))
     with pytest.raises(DataError, match=r"only in training \['blue'\], only in validation \['azure'\]"):
-        recipe.load_recipe(parse(*file_arguments(train, val)))
+        load_recipe(*file_arguments(train, val))
 
 
 def test_classes_in_another_order_are_refused(tmp_path):
@@ -315,14 +315,14 @@ def test_classes_in_another_order_are_refused(tmp_path):
 
     val.change(swap)
     with pytest.raises(DataError, match="the same names in another order"):
-        recipe.load_recipe(parse(*file_arguments(train, val)))
+        load_recipe(*file_arguments(train, val))
 
 
 def test_number_of_classes_that_disagrees_is_refused(tmp_path):
     words = file_arguments(*write_two_sets(tmp_path))
-    with pytest.raises(DataError, match=r"num_classes=5, .* 3 classes: write model\.num_classes=3"):
-        recipe.load_recipe(parse(*words, "model.num_classes=5"))
-    assert recipe.load_recipe(parse(*words, "model.num_classes=3")).model.num_classes == 3
+    with pytest.raises(UserError, match=r"num_classes=5, .* 3 classes: write model\.num_classes=3"):
+        load_recipe(*words, "model.num_classes=5")
+    assert load_recipe(*words, "model.num_classes=3").model.num_classes == 3
 
 
 @pytest.mark.parametrize(
@@ -339,8 +339,8 @@ def test_number_of_classes_that_disagrees_is_refused(tmp_path):
 )
 def test_unknown_keys_are_refused_with_the_nearest(tmp_path, override, nearest):
     words = file_arguments(*write_two_sets(tmp_path))
-    with pytest.raises(DataError, match=r"the recipe has no key .*; the nearest is ") as caught:
-        recipe.load_recipe(parse(*words, override))
+    with pytest.raises(UserError, match=r"the recipe has no key .*; the nearest is ") as caught:
+        load_recipe(*words, override)
     assert repr(override.split("=")[0]) in str(caught.value)
     if nearest:
         assert str(caught.value).endswith(repr(nearest))
@@ -349,8 +349,8 @@ def test_unknown_keys_are_refused_with_the_nearest(tmp_path, override, nearest):
 @pytest.mark.parametrize("word", ["optimizer.lr", "resume", "-x"])
 def test_what_is_no_override_is_refused(tmp_path, word):
     words = file_arguments(*write_two_sets(tmp_path))
-    with pytest.raises((DataError, SystemExit)):
-        recipe.load_recipe(parse(*words, word))
+    with pytest.raises((UserError, SystemExit)):
+        load_recipe(*words, word)
 
 
 def test_overrides_of_interpolated_and_listed_keys(tmp_path):
@@ -361,7 +361,7 @@ def test_overrides_of_interpolated_and_listed_keys(tmp_path):
         "train.amp.enabled=True",
         "train.max_iter=5",
     ]
-    cfg = recipe.load_recipe(parse(*words, *overrides))
+    cfg = load_recipe(*words, *overrides)
     assert cfg.model.network.decoder.hidden_dim == 64
     assert cfg.model.network.encoder.hidden_dim == 512
     assert cfg.dataloader.train.mapper.augmentations[1].prob == 0
@@ -371,39 +371,39 @@ def test_overrides_of_interpolated_and_listed_keys(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_the_cpu_is_used_where_there_is_no_gpu(tmp_path):
-    assert recipe.load_recipe(parse(*file_arguments(*write_two_sets(tmp_path)))).train.device == "cpu"
+    assert load_recipe(*file_arguments(*write_two_sets(tmp_path))).train.device == "cpu"
 
 
 def test_missing_recipes_are_named(tmp_path):
     for path in (tmp_path / "absent.py", ""):
-        with pytest.raises(DataError, match="recipe not found"):
-            recipe.load_recipe(parse(config=path))
+        with pytest.raises(UserError, match="recipe not found"):
+            load_recipe(config=path)
 
 
 def test_incomplete_recipes_are_named(tmp_path):
     path = tmp_path / "half.py"
     path.write_text("model = dict(x=1)\ntrain = dict(y=2)\n")
-    with pytest.raises(DataError, match=r"half\.py is no recipe: .* dataloader, optimizer, lr_multiplier"):
-        recipe.load_recipe(parse(config=path))
+    with pytest.raises(UserError, match=r"half\.py is no recipe: .* dataloader, optimizer, lr_multiplier"):
+        load_recipe(config=path)
 
 
 def test_faulty_data_of_the_command_line_are_named(tmp_path):
     train, val = write_two_sets(tmp_path)
     val.change(lambda content: content["images"][0].update(file_name="../../secret.png"))
     with pytest.raises(DataError, match=r"val/annotations\.json: file_name '\.\./\.\./secret\.png' leaves"):
-        recipe.load_recipe(parse(*file_arguments(train, val)))
+        load_recipe(*file_arguments(train, val))
 
 
 def choose_output(folder, *words):
     """The output folder that the program would use."""
     args = parse(*words)
     cfg = LazyConfig.apply_overrides(load(SMALL), [f"train.output_dir={folder}", *args.opts])
-    recipe.choose_output(cfg, args)
+    recipe.choose_output(cfg, eval_only=args.eval_only, resume=args.resume)
     return Path(cfg.train.output_dir)
 
 
 def test_evaluation_without_weights_is_refused(tmp_path):
-    with pytest.raises(DataError, match=r"--eval-only needs weights: write train\.init_checkpoint=PATH"):
+    with pytest.raises(UserError, match=r"--eval-only needs weights: write train\.init_checkpoint=PATH"):
         choose_output(tmp_path, "--eval-only")
 
 
@@ -418,7 +418,7 @@ def test_folders_of_an_earlier_run_are_refused_and_left_alone(tmp_path):
     (tmp_path / "model_0000004.pth").write_bytes(b"precious")
     (tmp_path / "last_checkpoint").write_text("model_0000004.pth")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(DataError, match=r"holds the checkpoints of a run: add --resume, or choose another"):
+    with pytest.raises(UserError, match=r"holds the checkpoints of a run: add --resume, or choose another"):
         choose_output(tmp_path)
     assert choose_output(tmp_path, "--resume") == tmp_path
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -431,7 +431,6 @@ def test_fresh_folders_are_accepted(tmp_path):
 
 def test_published_classes_are_those_of_coco():
     """No class list of our own: the recipe takes it from Detectron2's registered data."""
-    args = parse(config=R50)
-    cfg = recipe.load_recipe(args)
+    cfg = load_recipe(config=R50)
     assert cfg.model.num_classes == 80
     assert json.dumps(recipe.names_of(cfg.dataloader.train.dataset)).startswith('["person", "bicycle"')

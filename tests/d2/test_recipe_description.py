@@ -1,3 +1,4 @@
+import importlib
 import json
 
 import pytest
@@ -8,17 +9,17 @@ import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import SwinTransformer
+from detectron2.utils.registry import _convert_target_to_string as name_of
 from torch import nn
 
-from dino.d2 import recipe
 from dino.d2.checkpoint import Checkpointer
-from dino.d2.recipe_description import describe, plain
+from dino.d2.recipe_description import _plain, describe
 from dino.utils.files import DataError
-from dino.weights.description import model_from_checkpoint
+from dino.weights.description import PARTS_OF_DETECTRON2, model_from_checkpoint
 
 from ..tiny import TinyBackbone, random_batch
 from ..weights.states import randomise
-from .recipes import ROOT, SHRINK, SMALL, file_arguments, parse, write_two_sets
+from .recipes import ROOT, SHRINK, SMALL, file_arguments, load_recipe, write_two_sets
 
 NAMES = ["red", "green", "blue"]
 
@@ -38,7 +39,7 @@ def save(cfg, folder):
 
 @torch.no_grad()
 @pytest.mark.parametrize("path", [SMALL, ROOT / "configs/dino_r50_4scale_12ep.py"])
-def test_resnets_are_rebuilt_from_torchvisions(tmp_path, path):
+def test_resnets_are_built_from_torchvisions(tmp_path, path):
     cfg = small_recipe(path)
     cfg.model.pixel_std = [1, 2, 3]
     model = save(cfg, tmp_path)
@@ -54,7 +55,7 @@ def test_resnets_are_rebuilt_from_torchvisions(tmp_path, path):
 
 
 @torch.no_grad()
-def test_other_backbones_are_rebuilt_with_detectron2(tmp_path):
+def test_other_backbones_are_built_with_detectron2(tmp_path):
     cfg = small_recipe()
     small = {"embed_dim": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 4}
     cfg.model.network.neck.backbone = L(SwinTransformer)(out_indices=[1, 2, 3], **small)
@@ -74,18 +75,25 @@ def test_backbones_of_a_persons_own_are_refused(tmp_path):
         model_from_checkpoint(tmp_path / "model.pth")
 
 
+def test_listed_names_are_those_that_recipes_store():
+    """`describe` writes the name that Detectron2 makes of a class, so the list must have it under this name."""
+    for name, path in PARTS_OF_DETECTRON2.items():
+        module, _, attribute = path.partition(":")
+        assert name_of(getattr(importlib.import_module(module), attribute)) == name
+
+
 def test_descriptions_are_plain_text():
     config = describe(small_recipe())["config"]
     assert json.loads(config)["network"]["decoder"]["num_classes"] == 3  # interpolations are resolved
-    assert plain({"a": nn.GELU, "b": [nn.functional.relu, (1, 2.5)], "c": None, "d": True, "e": lambda x: x})["a"] == (
+    assert _plain({"a": nn.GELU, "b": [nn.functional.relu, (1, 2.5)], "c": None, "d": True, "e": lambda x: x})["a"] == (
         "torch.nn.GELU"
     )
-    json.dumps(plain({"a": object(), "b": lambda x: x}))
+    json.dumps(_plain({"a": object(), "b": lambda x: x}))
 
 
 def test_a_resize_without_a_bound_is_described(tmp_path):
     """Loaded as the programs do: there a key that the recipe does not state is an error, not None."""
     words = file_arguments(*write_two_sets(tmp_path))
-    cfg = recipe.load_recipe(parse(*words, config=ROOT / "projects/dino/configs/dino_r18_shapes.py"))
+    cfg = load_recipe(*words, config=ROOT / "projects/dino/configs/dino_r18_shapes.py")
     found = describe(cfg)["preprocessing"]
     assert (found["short_side"], found["max_size"]) == (160, None)

@@ -10,7 +10,7 @@ from detectron2.utils.file_io import PathManager
 from dino.d2.checkpoint import Checkpointer
 from dino.d2.sources import check_pixels, local_file
 from dino.modeling import build_dino
-from dino.utils.files import DataError
+from dino.utils.files import UserError
 from dino.weights import load_weights
 
 from ..weights.states import randomise
@@ -76,7 +76,7 @@ def test_without_a_network_the_file_is_named(monkeypatch, tmp_path):
     place = rf"{tmp_path}/detectron2/ImageNetPretrained/torchvision/R-50\.pkl"
     checkpointer = Checkpointer(tiny_detector(), names=["a"])
     with pytest.raises(
-        DataError, match=rf"can't fetch https.*/R-50\.pkl \(Name or service not known\)\..* into {place}"
+        UserError, match=rf"can't fetch https.*/R-50\.pkl \(Name or service not known\)\..* into {place}"
     ):
         checkpointer.load("detectron2://ImageNetPretrained/torchvision/R-50.pkl")
 
@@ -97,6 +97,6 @@ def test_pixel_statistics_must_be_those_of_timms_weights():
     check_pixels(model)
     model.network.neck.backbone.body.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
     with pytest.raises(
-        DataError, match=r"write model\.pixel_mean=\[127\.5, 127\.5, 127\.5\] model\.pixel_std=\[127\.5, "
+        UserError, match=r"write model\.pixel_mean=\[127\.5, 127\.5, 127\.5\] model\.pixel_std=\[127\.5, "
     ):
         check_pixels(model)

@@ -12,9 +12,10 @@ from pathlib import Path
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from dino.cli.train import build_parser
 from dino.d2 import recipe
 from dino.d2.training import engine
-from dino.d2.training.parallel import launch
+from dino.d2.training.parallel import Processes, launch
 from dino.d2.training.trainer import Trainer
 
 from .recipes import tiny_recipe
@@ -25,7 +26,7 @@ class Mortal(Trainer):
 
     def run_step(self):
         here = f"{comm.get_rank()}:{self.iter}"
-        mark = Path(self.guard.output_dir, "killed")
+        mark = Path(self.checker.output_dir, "killed")
         if here == os.environ.get("KILL_AT") and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -38,20 +39,20 @@ class Mortal(Trainer):
 def main(args):
     """One process."""
     cfg = tiny_recipe(Path(args.folder), *args.opts, counts=(2, 0, 3, 1, 2, 1))
-    recipe.choose_output(cfg, args)
+    resume = recipe.choose_output(cfg, eval_only=args.eval_only, resume=args.resume)
     setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="detectron2")
     engine.Trainer = Mortal
     if args.eval_only:
         engine.evaluate_checkpoint(cfg)
     else:
-        engine.train(cfg, args.resume)
+        engine.train(cfg, resume)
 
 
 if __name__ == "__main__":
-    parser = recipe.argument_parser("")
+    parser = build_parser()
     parser.add_argument("--folder", required=True)
     arguments = parser.parse_args()
     try:
-        launch(main, arguments)
+        launch(main, Processes(arguments.num_gpus), arguments)
     except Exception as error:
         sys.exit(f"error: {str(error).rstrip().splitlines()[-1]}")

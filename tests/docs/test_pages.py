@@ -133,8 +133,8 @@ def test_the_recipe_of_the_quick_start(tmp_path):
         files = write_coco(tmp_path / "images", seed=7)
         (tmp_path / f"{split}.json").write_text(json.dumps(files.read()))
     code = """
-from dino.d2.recipe import argument_parser, load_recipe
-cfg = load_recipe(argument_parser("").parse_args(["--config-file", "mine.py"]))
+from dino.d2.recipe import load_recipe
+cfg = load_recipe("mine.py")
 print(sorted(cfg), cfg.model.num_classes, cfg.dataloader.train.dataset.name)
 """
     result = run_python("-c", code, folder=tmp_path)

@@ -3,7 +3,7 @@ import torch
 from PIL import Image
 
 from dino import cli
-from dino.explain.scenes import SCENES, kinds_of
+from dino.explain.scenes import SCENES, _kinds_of
 from dino.training import plain
 from dino.weights.description import PARTS
 
@@ -20,7 +20,7 @@ def files(tmp_path, monkeypatch):
     monkeypatch.setitem(PARTS, "dino.modeling.TorchvisionBackbone", lambda **_: TinyBackbone())
     settings = plain.Settings(device="cpu", size=48, embed_dim=64, layers=2, queries=20)
     (tmp_path / "run").mkdir()
-    plain.save(tmp_path / "run/model.pth", plain.build(settings, 3), settings, ["red", "green", "blue"])
+    plain.save(tmp_path / "run/model.pth", plain.build(settings, ["red", "green", "blue"]), settings)
     return write_coco(tmp_path / "data")
 
 
@@ -70,4 +70,4 @@ def test_other_classes_are_refused(files, tmp_path, capsys):
 
 def test_kinds_of_queries():
     """Two groups of two slots each half, of which the second is empty, and three matching queries."""
-    assert kinds_of(11, 8, 2, 1).tolist() == [0, 2, 1, 2, 0, 2, 1, 2, 3, 3, 3]
+    assert _kinds_of(11, 8, 2, 1).tolist() == [0, 2, 1, 2, 0, 2, 1, 2, 3, 3, 3]

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dino.explain import record
-from dino.explain.record import labels_of
+from dino.explain.record import _labels_of
 from dino.layers import deform_attn
 from dino.modeling import Decoder, share_heads
 from dino.modeling.variants import LearnedQueries, PositiveDenoising
@@ -54,7 +54,7 @@ def test_samples_are_what_the_attention_reads():
     attention.register_forward_hook(lambda module, inputs, output: seen.append((inputs, output)))
     recorded = tiny_record(network)
     samples, memory = recorded.samples[1], recorded.memory
-    value = attention.value_proj(memory.features).masked_fill(memory.padding[..., None], 0)
+    value = attention.value_proj(memory.features).masked_fill(memory.padding_mask[..., None], 0)
     value = value.unflatten(-1, (attention.num_heads, -1))
     locations = samples.locations * memory.valid_ratios[:, None, None, :, None]
     read = attention.output_proj(deform_attn(value, memory.shapes, locations, samples.weights))
@@ -68,7 +68,7 @@ def test_labels_are_read_off_the_contents():
     network = moving_network()
     embedding = network.denoising.label_embed.weight.detach()
     content = torch.stack([embedding[2], torch.zeros_like(embedding[0]), embedding[0]])[None]
-    assert labels_of(content, embedding).tolist() == [[2, -1, 0]]
+    assert _labels_of(content, embedding).tolist() == [[2, -1, 0]]
     recorded = tiny_record(network)
     slots = recorded.noised_labels.view(2, -1, 3)
     assert (slots[0] >= 0).all()

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from dino import cli
-from dino.export import export_checkpoint
 from dino.export.export_formats import FORMATS, Format
 from dino.export.verify import Comparison, Limits, match
 from dino.layers import Detections
@@ -83,7 +82,7 @@ def test_a_program_that_differs_is_not_kept(checkpoint, tmp_path, monkeypatch, c
     data = write_coco(tmp_path / "data")
     pretend(monkeypatch, lambda boxes: boxes + 3)
     assert export(checkpoint, tmp_path / "out.onnx", "--verify", data.images) == 1
-    assert "out.onnx is not written, for it differs from the network: " in capsys.readouterr().err
+    assert "out.onnx is not written, since it differs from the network: " in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
 
 
@@ -145,7 +144,7 @@ def test_bad_arguments(checkpoint, tmp_path, capsys, arguments, message):
 )
 def test_wrong_command_lines(arguments):
     with pytest.raises(SystemExit) as caught:
-        export_checkpoint.parse_arguments(["model.pth", *map(str, arguments)])
+        export("model.pth", *arguments)
     assert caught.value.code == 2
 
 
@@ -210,5 +209,5 @@ def test_matching():
 )
 def test_limits(change, message):
     fine = Comparison(images=5, detections=100, matched=98, box=0.5, score=0.01, ap=(0.5, 0.4995))
-    assert fine.faults(Limits()) == []
-    assert fine._replace(**change).faults(Limits()) == [message]
+    assert fine.issues(Limits()) == []
+    assert fine._replace(**change).issues(Limits()) == [message]

@@ -14,11 +14,11 @@ from PIL import Image
 
 from dino.export import export_formats
 from dino.export.export_formats import FORMATS, OPSET, write
-from dino.export.export_wrapper import Detector, Fixed, describe, prepare
+from dino.export.export_wrapper import ExportWrapper, Fixed, describe, prepare
 from dino.export.verify import match, run_exported, run_network
 from dino.layers import deform_attn_implementation
+from dino.modeling.detector import Detector, Preprocessing
 from dino.utils.files import DataError
-from dino.weights.description import Preprocessing
 
 from ..tiny import tiny_network
 from ..weights.states import randomise
@@ -39,7 +39,12 @@ CASES = {
 @pytest.fixture(scope="module")
 def detector():
     torch.manual_seed(0)
-    return Detector(randomise(tiny_network(num_levels=2)), PREPROCESSING).eval()
+    return Detector(randomise(tiny_network(num_levels=2)), PREPROCESSING, NAMES).eval()
+
+
+@pytest.fixture(scope="module")
+def wrapper(detector):
+    return ExportWrapper(detector).eval()
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +54,7 @@ def traced():
 
 
 @pytest.fixture(scope="module")
-def exported(detector, traced):
+def exported(wrapper, traced):
     """Name of a case -> the bytes of its file, made once."""
     made = {}
 
@@ -61,7 +66,7 @@ def exported(detector, traced):
             about = describe(NAMES, [0.3, 0.4, 0.5], PREPROCESSING, fixed)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(export_formats, "trace", traced)
-                made[case] = write(form, detector, fixed, about, sampling=sampling)
+                made[case] = write(form, wrapper, fixed, about, sampling=sampling)
         return made[case]
 
     return make
@@ -78,8 +83,7 @@ def noise(batch, height, width, seed=0):
 def expected_of(detector, images, sizes):
     """The network's own boxes, scores and labels, by the definition of the attention."""
     with torch.no_grad(), deform_attn_implementation("reference"):
-        pixels, padding = detector.normalise(torch.from_numpy(images), torch.from_numpy(sizes))
-        return detector.network(pixels, padding).decoder
+        return detector.network(*detector.pad(torch.from_numpy(images), torch.from_numpy(sizes))).decoder
 
 
 def assert_same(detector, run, images, sizes):
@@ -104,19 +108,19 @@ def test_any_batch_and_size_in_onnx(detector, exported):
         assert_same(detector, run, *noise(*size))
 
 
-def test_any_batch_and_size_in_torch_export(detector, exported, traced):
+def test_any_batch_and_size_in_torch_export(detector, wrapper, exported, traced):
     """The graph that ONNX was made from. (Reading such a file is slow: see the slow test.)"""
     exported("onnx")
     for size in ANY:
-        assert_same(detector, export_formats.from_torch(traced(detector, None).module()), *noise(*size))
+        assert_same(detector, export_formats._from_torch(traced(wrapper, None).module()), *noise(*size))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "sampling"), [("torch-export", "grid"), ("torch-export", "gather"), ("onnx", "gather")]
 )
-def test_any_batch_and_size_in_other_forms(detector, form, sampling):
-    run = FORMATS[form].run(write(form, detector, None, {}, sampling=sampling))
+def test_any_batch_and_size_in_other_forms(detector, wrapper, form, sampling):
+    run = FORMATS[form].run(write(form, wrapper, None, {}, sampling=sampling))
     for size in ANY:
         assert_same(detector, run, *noise(*size))
 
@@ -133,18 +137,18 @@ def test_one_size_is_the_only_one(exported):
         run(*noise(2, 96, 160))
 
 
-def test_torchscript_wants_a_size(detector):
+def test_torchscript_wants_a_size(wrapper):
     with pytest.raises(DataError, match="--size HEIGHT WIDTH"):
-        write("torchscript", detector, None, {})
+        write("torchscript", wrapper, None, {})
 
 
-def test_what_cannot_be_exported_says_so(detector, monkeypatch):
+def test_what_cannot_be_exported_says_so(detector, wrapper, monkeypatch):
     def fail(images):
         raise RuntimeError("windows do not fit\nand more")
 
     monkeypatch.setattr(detector.network.neck, "forward", fail)
     with pytest.raises(DataError, match=r"for any size; a fixed size may be possible: --size .*windows do not fit$"):
-        write("torch-export", detector, None, {})
+        write("torch-export", wrapper, None, {})
 
 
 @pytest.mark.parametrize("case", ["onnx", "onnx-gather-fixed"])

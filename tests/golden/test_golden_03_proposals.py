@@ -23,7 +23,7 @@ def tokens():
     return Tokens(
         features=memory,
         position=torch.zeros_like(memory),
-        padding=padding,
+        padding_mask=padding,
         shapes=shapes,
         valid_sizes=torch.stack([valid_size(p.unflatten(1, s)) for p, s in zip(levels, shapes, strict=True)], 1),
     )

@@ -34,14 +34,14 @@ def model():
 
 def test_every_official_weight_has_a_place(model):
     report = load_weights(model, OFFICIAL)
-    assert (report.form, set(report.loaded)) == ("official", set(model.state_dict()))
+    assert (report.format, set(report.loaded)) == ("official", set(model.state_dict()))
     assert not report.problems + report.unexpected
 
 
 @torch.no_grad()
 def test_padding_of_levels(model):
     tokens = model.tokenize(model.neck(IMAGES), PADDING)
-    masks = tokens.padding.split([h * w for h, w in tokens.shapes], 1)
+    masks = tokens.padding_mask.split([h * w for h, w in tokens.shapes], 1)
     for i in range(len(golden.numbered("in/mask"))):
         golden.check(f"in/mask{i}", masks[i].unflatten(1, tokens.shapes[i]))
 
@@ -56,7 +56,7 @@ def test_encoder_and_selection(model):
     golden.check("eval/enc_output_memory", features)
     logits = selection.class_head(features)
     golden.check("eval/enc_class_all", logits)
-    best = selection.select(logits, usable, memory.padding)
+    best = selection.select(logits, usable, memory.padding_mask)
     golden.check("eval/topk_indices", best)
     golden.check("eval/init_box_proposal", anchors.take_along_dim(best[..., None], 1).sigmoid())
 

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from dino.modeling import use_onednn
+from dino.inference.cpu import use_onednn
 from dino.weights import load_weights
 
 from .golden import FOLDER, GoldenFile
@@ -49,7 +49,7 @@ def test_evaluation(model):
     _, usable = model.query_selection.anchors(memory)
     features = model.query_selection.project(memory.features.masked_fill(~usable[..., None], 0))
     logits = model.query_selection.class_head(features)
-    golden.check("eval/topk_indices", model.query_selection.select(logits, usable, memory.padding))
+    golden.check("eval/topk_indices", model.query_selection.select(logits, usable, memory.padding_mask))
     check_outputs(golden, "eval", model(IMAGES, PADDING))
 
 

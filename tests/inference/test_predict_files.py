@@ -301,14 +301,14 @@ def test_a_missing_webcam(dino, tmp_path):
 
 
 def test_ctrl_c_keeps_the_frames_before_it(dino, clip, monkeypatch, tmp_path):
-    add = predict_files.CocoWriter.add
+    add = predict_files._CocoWriter.add
 
     def stop(self, found, **facts):
         add(self, found, **facts)
         if self.images == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(predict_files.CocoWriter, "add", stop)
+    monkeypatch.setattr(predict_files._CocoWriter, "add", stop)
     code, error = dino(clip.name, "--output", "out")
     assert (code, error) == (130, "error: interrupted\n")
     assert len(read_json(tmp_path / "out/my clip ü.json")["images"]) == 5

@@ -18,8 +18,9 @@ from dino.inference.predictor import Prediction, Predictor
 from dino.inference.tiling import suppress
 from dino.layers import Detections, one_label_detections
 from dino.modeling.compile import PARTS
+from dino.modeling.detector import Detector, Preprocessing
 from dino.utils.files import DataError
-from dino.weights.description import Preprocessing, build_network
+from dino.weights.description import build_network, detector_from_checkpoint
 
 from ..coco_files import write_coco
 from ..modeling.test_cuda_graphs import FakeRecorder
@@ -63,7 +64,8 @@ def checkpoint(tmp_path_factory):
 def tiny(make=tiny_network, preprocessing=SMALL, **options):
     """A predictor with three convolutions for a backbone, always with the same weights."""
     torch.manual_seed(0)
-    return Predictor(stirred(make()), ["red", "green", "blue"], preprocessing, **{"score_thresh": 0, **options})
+    detector = Detector(stirred(make()), preprocessing, ["red", "green", "blue"])
+    return Predictor(detector, **{"score_thresh": 0, **options})
 
 
 def picture(height=72, width=100, seed=0):
@@ -85,7 +87,7 @@ class Painted(torch.nn.Module):
     def forward(self, images, padding):
         from dino.layers import LayerOutputs, Outputs
 
-        assert not padding.any()
+        assert padding is None
         self.seen.append(tuple(images.shape))
         red = images[:, 0] - images[:, 2] > 2
         boxes = torch.zeros(1, len(images), 1, 4)
@@ -101,7 +103,7 @@ class Painted(torch.nn.Module):
 
 
 def painted(**options):
-    return Predictor(Painted().eval(), ["red", "other"], Preprocessing(max_detections=50), **options)
+    return Predictor(Detector(Painted().eval(), Preprocessing(max_detections=50), ["red", "other"]), **options)
 
 
 def paint(height, width, *boxes):
@@ -203,8 +205,9 @@ def test_suppression_within_classes():
     boxes = torch.tensor([[0.0, 0, 10, 10], [1, 0, 11, 10], [1, 0, 11, 10], [6, 0, 16, 10]])
     found = Detections(boxes, torch.tensor([0.5, 0.9, 0.7, 0.6]), torch.tensor([0, 0, 1, 0]))
     assert suppress(found, 0.5).scores.tolist() == pytest.approx([0.9, 0.7, 0.6])
-    assert len(tiny_with(select=lambda *_: found)) == 4
-    assert len(tiny_with(select=lambda *_: found, nms=0.5)) == 3
+    batch = Detections(*(values[None] for values in found))
+    assert len(tiny_with(select=lambda *_: batch)) == 4
+    assert len(tiny_with(select=lambda *_: batch, nms=0.5)) == 3
 
 
 def test_small_objects_are_found_in_tiles():
@@ -306,10 +309,7 @@ def test_numbers_that_are_none():
 
 def test_folding_changes_nothing_but_rounding(checkpoint):
     """Slots of the same token are compared: rounding can change which tokens are selected."""
-    from dino.weights.description import model_from_checkpoint
-
-    plain = model_from_checkpoint(checkpoint)
-    one = Predictor(*plain, score_thresh=0)(picture())
+    one = Predictor(detector_from_checkpoint(checkpoint), score_thresh=0)(picture())
     other = Predictor.from_checkpoint(checkpoint, device="cpu", score_thresh=0)(picture())
     assert torch.allclose(one.scores, other.scores, atol=1e-5)
     assert torch.allclose(one.boxes, other.boxes, atol=1e-2)
@@ -407,7 +407,7 @@ def test_drawing():
     pixels = np.full((120, 160, 3), 128, np.uint8)
     boxes = torch.tensor([[20.0, 30, 80, 90], [-5, -5, 30, 20], [100, 60, 170, 130]])
     scores, labels = torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 1, 2])
-    found = Prediction(boxes, scores, labels, ["a", "ü", "图"], (120, 160), pixels)
+    found = Prediction(Detections(boxes, scores, labels), ["a", "ü", "图"], (120, 160), pixels)
     drawn = np.asarray(found.draw())
     assert drawn.shape == pixels.shape
     assert (pixels == 128).all()

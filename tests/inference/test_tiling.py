@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dino.inference.tiling import View, is_cut, merge, views
+from dino.inference.tiling import View, _is_cut, merge, views
 from dino.layers import Detections
 
 SIDE = st.integers(1, 5000)
@@ -29,8 +29,8 @@ def test_tiles_cover_the_picture_and_overlap(height, width, tile, overlap):
 def test_boxes_at_a_cut():
     view = View(100, 0, 200, 100)  # of a picture of 300 x 100: cut at the left and the right
     boxes = torch.tensor([[0.0, 5, 50, 50], [50, 5, 100, 50], [20, 0, 50, 100], [2, 5, 97, 50]])
-    assert is_cut(boxes, view, (100, 300)).tolist() == [True, True, False, False]
-    assert not is_cut(boxes, View(0, 0, 100, 100), (100, 100)).any()
+    assert _is_cut(boxes, view, (100, 300)).tolist() == [True, True, False, False]
+    assert not _is_cut(boxes, View(0, 0, 100, 100), (100, 100)).any()
 
 
 def detections(boxes, scores, labels):

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from dino.layers import (
     Target,
     cxcywh_to_xyxy,
 )
-from dino.layers.criterion import average_over_workers, focal_loss
+from dino.layers.criterion import focal_loss, global_loss_normalizer
 
 from ..tiny import default_criterion, random_boxes, random_targets
 from .test_boxes import giou_by_hand
@@ -126,10 +127,12 @@ def test_focal_loss_published_example():
 
 
 def test_class_loss_of_confident_logits():
-    """Nothing is lost where a positive is charged as a negative first."""
+    """No precision is lost where a positive counts as a negative first."""
     criterion = SetCriterion(matcher=HungarianMatcher())
     logits = torch.tensor([12.0, -12.0, 0.0, 30.0, -30.0, -3.0]).view(1, 1, 2, 3).requires_grad_()
-    loss = criterion.charge_negatives(logits) + criterion.charge_positives(logits[0, 0, [0, 1], [0, 1]].view(1, 2))
+    loss = criterion.negative_focal_loss(logits) + criterion.positive_focal_loss(
+        logits[0, 0, [0, 1], [0, 1]].view(1, 2)
+    )
     x, positive = logits.double(), torch.tensor([1.0, 0, 0, 0, 1, 0]).view(1, 1, 2, 3).double()
     entropy = torch.nn.functional.binary_cross_entropy_with_logits(x, positive, reduction="none")
     p = torch.where(positive > 0, x.sigmoid(), 1 - x.sigmoid())
@@ -222,17 +225,81 @@ def test_non_finite_predictions():
         default_criterion()(outputs, targets)
 
 
+def parts_of(outputs, targets, stops):
+    """(outputs, targets) of the images before each stop."""
+    for start, stop in pairwise([0, *stops]):
+        decoder, proposals, dn = (
+            LayerOutputs(*(x[:, start:stop] for x in predictions))
+            for predictions in (outputs.decoder, outputs.proposals, outputs.denoising.predictions)
+        )
+        part = outputs.denoising._replace(predictions=dn, targets=outputs.denoising.targets[start:stop])
+        yield Outputs(decoder, proposals, part), targets[start:stop]
+
+
+@pytest.mark.parametrize("counts", [(2, 2, 2, 2), (3, 0, 1, 0), (0, 0, 0, 4), (7, 1, 0, 2), (0, 0, 0, 0)])
+@pytest.mark.parametrize("stops", [(4,), (2, 4), (1, 4), (1, 2, 3, 4)])
+def test_parts_with_a_common_normalizer_add_up_to_the_whole(counts, stops):
+    """Losses and gradients, also of parts without objects: of whatever predictions, which are slices of the whole's."""
+    targets = random_targets(*counts)
+    outputs = random_outputs(targets, num_groups=2 if any(counts) else 0)
+    leaves = [*outputs.decoder, *outputs.proposals, *outputs.denoising.predictions]
+    criterion = default_criterion()
+    whole = criterion(outputs, targets)
+    expected = torch.autograd.grad(sum(whole.values()), leaves)
+    normalizer = global_loss_normalizer(sum(counts), sum(counts), torch.device("cpu"))
+    parts = [criterion(*part, normalizer=normalizer) for part in parts_of(outputs, targets, stops)]
+    for name, loss in whole.items():
+        torch.testing.assert_close(sum(part[name] for part in parts), loss, rtol=1e-5, atol=1e-7)
+    found = torch.autograd.grad(sum(sum(part.values()) for part in parts), leaves)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_normalizer_divides_what_it_is_for():
+    """Its first number the losses of objects, its second those of denoising; 1 gives the sums themselves."""
+    targets = random_targets(2, 3)
+    outputs = random_outputs(targets, num_groups=2)
+    sums = default_criterion()(outputs, targets, normalizer=torch.ones(2))
+    losses = default_criterion()(outputs, targets, normalizer=torch.tensor([5.0, 20.0]))
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, sums[name] / (20 if "_dn" in name else 5))
+
+
+@pytest.mark.parametrize("part", ["logits", "boxes"])
+def test_non_finite_predictions_that_are_matched_have_non_finite_losses(part):
+    """Wherever they are, so that the step is skipped: that of a query, here the last, that no other rule would match."""
+    targets = random_targets(1, 2)
+    outputs = random_outputs(targets, queries=9)
+    with torch.no_grad():
+        getattr(outputs.decoder, part)[0, 1, 8, 0] = math.nan
+    losses = default_criterion()(outputs, targets, non_finite="match")
+    assert {name for name, loss in losses.items() if not loss.isfinite()} >= {
+        "loss_ce_0" if part == "logits" else "loss_bbox_0"
+    }
+    assert losses["loss_ce"].isfinite()
+
+
+def test_a_matcher_of_two_arguments_needs_no_option():
+    class Own(torch.nn.Module):
+        def forward(self, predictions, targets):
+            return HungarianMatcher()(predictions, targets)
+
+    targets = random_targets(1, 2)
+    outputs = random_outputs(targets)
+    normalizer = torch.tensor([3.0, 1.0])
+    assert SetCriterion(matcher=Own())(outputs, targets, normalizer=normalizer) == default_criterion()(outputs, targets)
+
+
 def test_counts_are_averaged_over_workers(monkeypatch):
     """Two processes, the other of which has 5 and 0 objects."""
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "all_reduce", lambda total: total.add_(torch.tensor([5.0, 0.0])))
-    counts = average_over_workers([2, 1], torch.device("cpu"))
-    assert counts.tolist() == [3.5, 1.0]
+    normalizer = global_loss_normalizer(2, 1, torch.device("cpu"))
+    assert normalizer.tolist() == [3.5, 1.0]
 
 
 def test_counts_of_one_worker_are_at_least_one():
-    assert average_over_workers([0, 4], torch.device("cpu")).tolist() == [1.0, 4.0]
+    assert global_loss_normalizer(0, 4, torch.device("cpu")).tolist() == [1.0, 4.0]
 
 
 def test_the_device_has_the_losses_that_need_no_matches_before_the_host_matches():
@@ -241,15 +308,15 @@ def test_the_device_has_the_losses_that_need_no_matches_before_the_host_matches(
     outputs = random_outputs(targets, num_groups=2)
 
     class Noting(HungarianMatcher):
-        def start(self, predictions, targets):
+        def start(self, predictions, targets, **options):
             order.append("start")
-            matching = super().start(predictions, targets)
+            matching = super().start(predictions, targets, **options)
             return lambda: (order.append("match"), matching())[1]
 
     class NotingCriterion(SetCriterion):
-        def charge_negatives(self, logits):
+        def negative_focal_loss(self, logits):
             order.append("negatives")
-            return super().charge_negatives(logits)
+            return super().negative_focal_loss(logits)
 
         def denoising_losses(self, denoising):
             order.append("denoising")

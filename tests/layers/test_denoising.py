@@ -92,6 +92,14 @@ def test_a_crowd_is_sampled():
     assert not torch.equal(again.boxes, chosen.boxes), "each step must draw anew"
 
 
+@pytest.mark.parametrize("budget", [0, 1, 10])
+@pytest.mark.parametrize("counts", [(50, 2), (0, 0), (3, 0)])
+def test_the_number_of_denoised_objects_is_known_beforehand(budget, counts):
+    denoising = make(num_denoising=budget)
+    done = denoising(random_targets(*counts), 5)
+    assert denoising.num_denoised(list(counts)) == sum(len(t.labels) for t in done.targets)
+
+
 def mask_by_hand(num_groups, group_size, num_queries):
     slots = num_groups * group_size
     total = slots + num_queries

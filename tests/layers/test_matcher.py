@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from dino.layers import HungarianMatcher, LayerOutputs, NonFiniteCostError, Target, cxcywh_to_xyxy
-from dino.layers.matcher import assign, start_matching
+from dino.layers.matcher import _assign, start_matching
 
 from ..tiny import random_boxes, random_targets
 from .test_boxes import giou_by_hand
@@ -121,7 +121,7 @@ def test_one_class():
 
 
 def test_many_objects_are_matched_as_few_are(monkeypatch):
-    """In threads, the results in their order; faults are named as ever, and no thread stays."""
+    """In threads, the results in their order; errors name the image as ever, and no thread stays."""
     cost, counts = np.random.default_rng(0).random((3, 4, 30, 20)), [20, 0, 7, 20]
     expected = [[linear_sum_assignment(layer[i, :, :n]) for i, n in enumerate(counts)] for layer in cost]
     before = threading.active_count()
@@ -132,21 +132,21 @@ def test_many_objects_are_matched_as_few_are(monkeypatch):
         return linear_sum_assignment(problem)
 
     monkeypatch.setattr("dino.layers.matcher.linear_sum_assignment", note)
-    few = assign(cost, counts)
+    few = _assign(cost, counts)
     assert used == {threading.current_thread()}
     used.clear()
-    monkeypatch.setattr("dino.layers.matcher.MANY", 3 * sum(counts))
-    many = assign(cost, counts)
+    monkeypatch.setattr("dino.layers.matcher._MANY", 3 * sum(counts))
+    many = _assign(cost, counts)
     assert threading.current_thread() not in used
     assert str(few) == str(many) == str(expected)
     cost[1, 2, 3, 4] = np.inf
     with pytest.raises(NonFiniteCostError, match="image 2"):
-        assign(cost, counts)
+        _assign(cost, counts)
     assert threading.active_count() == before
 
 
 def test_a_started_matching_is_that_of_its_start():
-    """And its fault comes at the end, when other work has been handed out."""
+    """Its error comes at the end, when the device has other work."""
     predictions, targets = random_predictions(2, 2, 5), random_targets(2, 3)
     expected = HungarianMatcher()(predictions, targets)
     matching = HungarianMatcher().start(predictions, targets)
@@ -159,4 +159,30 @@ def test_a_started_matching_is_that_of_its_start():
 
 
 def test_a_matcher_without_a_start_is_called():
-    assert start_matching(lambda *args: args, "predictions", "targets")() == ("predictions", "targets")
+    """With the option where it differs from the default."""
+
+    def matcher(*arguments, **options):
+        return arguments, options
+
+    arguments = ("predictions", "targets")
+    assert start_matching(matcher, *arguments)() == (arguments, {})
+    assert start_matching(matcher, *arguments, "match")() == (arguments, {"non_finite": "match"})
+
+
+def test_non_finite_costs_are_matched_on_demand():
+    """As many pairs as ever, those predictions first; other images and layers as without them."""
+    predictions, targets = random_predictions(2, 2, 5), random_targets(2, 1)
+    matcher = HungarianMatcher()
+    expected = matcher(predictions, targets)
+    assert str(matcher(predictions, targets, non_finite="match")) == str(expected)
+    predictions.boxes[1, 0, 4] = math.nan
+    found = matcher(predictions, targets, non_finite="match")
+    assert str(found[0]) == str(expected[0])
+    assert str(found[1][1]) == str(expected[1][1])
+    query, target = found[1][0]
+    assert 4 in query
+    assert sorted(target) == [0, 1]
+    predictions.boxes.fill_(math.nan)
+    assert [[len(query) for query, _ in layer] for layer in matcher(predictions, targets, non_finite="match")] == [
+        [2, 1]
+    ] * 2

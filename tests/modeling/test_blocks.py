@@ -1,11 +1,8 @@
-import copy
-
 import pytest
-import torch
 from torch import nn
 
 from dino.modeling import TimmBackbone, TorchvisionBackbone
-from dino.modeling.blocks import checkpoint_blocks, depths, find_blocks
+from dino.modeling.blocks import depths, find_blocks
 
 from ..tiny import TinyBackbone
 
@@ -53,48 +50,6 @@ def test_what_lies_between_stages_and_behind_them():
     assert found["top.weight"] == 5
 
 
-@pytest.mark.parametrize("features", [["res3", "res4", "res5"]])
-def test_checkpointing_leaves_gradients_and_names_alone(features):
-    plain = TorchvisionBackbone("resnet18", out_features=features)
-    checkpointed = checkpoint_blocks(copy.deepcopy(plain))
-    assert list(checkpointed.state_dict()) == list(plain.state_dict())
-    images = torch.randn(1, 3, 64, 64)
-    for backbone in (plain, checkpointed, copy.deepcopy(checkpointed)):
-        sum(m.square().mean() for m in backbone(images).values()).backward()
-        for (name, ours), theirs in zip(backbone.named_parameters(), plain.parameters(), strict=True):
-            torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
-
-
-def test_a_copy_of_a_checkpointed_backbone_runs_on_its_own_weights():
-    """As averaged weights do."""
-    backbone = checkpoint_blocks(TorchvisionBackbone("resnet18")).eval()
-    other = copy.deepcopy(backbone)
-    with torch.no_grad():
-        for parameter in backbone.parameters():
-            parameter.zero_()
-    images = torch.randn(1, 3, 64, 64)
-    assert other(images)["res5"].abs().sum() > 0
-
-
-def test_checkpointing_keeps_less_for_the_backward_pass():
-    """Bytes of activations that autograd holds after the forward pass."""
-
-    def held(backbone):
-        weights = {p.data_ptr() for p in backbone.parameters()}
-        kept = {}
-
-        def pack(tensor):
-            kept[tensor.data_ptr()] = tensor.nbytes
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            backbone(torch.randn(1, 3, 96, 96))
-        return sum(size for address, size in kept.items() if address not in weights)
-
-    plain = TorchvisionBackbone("resnet50", norm="BN")
-    assert held(checkpoint_blocks(copy.deepcopy(plain))) < held(plain) / 2
-
-
 def test_backbones_of_unknown_build_are_refused():
     with pytest.raises(ValueError, match="no blocks found in TinyBackbone"):
-        checkpoint_blocks(TinyBackbone())
+        find_blocks(TinyBackbone())

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from dino.layers import deform_attn_implementation
 from dino.modeling import CudaGraphs
-from dino.modeling.cuda_graphs import CudaRecorder, Places, key_of
+from dino.modeling.cuda_graphs import _CudaRecorder, _key_of, _Storage
 from dino.utils import device
 
 from ..tiny import random_batch, tiny_network
@@ -120,16 +120,16 @@ def test_the_least_recently_used_goes(network):
     for batch in (a, a, b, b, a, c, c):  # b is the one that was not used for longest
         run(graphs, *batch)
     assert counts(graphs)[0] == 3
-    assert list(graphs.graphs) == [key_of(*a), key_of(*c)]
+    assert list(graphs.graphs) == [_key_of(*a), _key_of(*c)]
     run(graphs, *a)
     assert counts(graphs)[0] == 3
     run(graphs, *b)  # has been seen: recorded at once
     assert counts(graphs)[0] == 4
-    assert list(graphs.graphs) == [key_of(*a), key_of(*b)]
+    assert list(graphs.graphs) == [_key_of(*a), _key_of(*b)]
 
 
 def test_sizes_that_never_come_again_are_forgotten(network, monkeypatch):
-    monkeypatch.setattr("dino.modeling.cuda_graphs.REMEMBERED", 2)
+    monkeypatch.setattr("dino.modeling.cuda_graphs._REMEMBERED", 2)
     graphs = CudaGraphs(network, recorder=FakeRecorder())
     for size in (*SIZES, SIZES[0]):
         run(graphs, *random_batch(1, *size))
@@ -154,7 +154,7 @@ def test_new_values_are_seen_and_new_places_drop_the_graphs(network):
 @pytest.mark.parametrize("change", ["parameter", "module", "buffer", "data"])
 def test_what_is_replaced_is_noticed(network, change):
     network.register_buffer("extra", torch.zeros(2))
-    places = Places(network)
+    places = _Storage(network)
     assert places.unchanged()
     if change == "parameter":
         network.level_embed = nn.Parameter(network.level_embed.detach().clone())
@@ -199,14 +199,14 @@ def test_training_gradients_and_other_recordings_run_the_network(network):
 
 def test_what_chooses_other_kernels_makes_other_graphs(network):
     batch = random_batch(1)
-    keys = {key_of(*batch), key_of(batch[0].to(torch.bfloat16), batch[1]), key_of(*random_batch(2))}
-    keys.add(key_of(batch[0].contiguous(memory_format=torch.channels_last), batch[1]))
+    keys = {_key_of(*batch), _key_of(batch[0].to(torch.bfloat16), batch[1]), _key_of(*random_batch(2))}
+    keys.add(_key_of(batch[0].contiguous(memory_format=torch.channels_last), batch[1]))
     with torch.autocast("cpu", torch.bfloat16):
-        keys.add(key_of(*batch))
+        keys.add(_key_of(*batch))
     with deform_attn_implementation("reference"):
-        keys.add(key_of(*batch))
+        keys.add(_key_of(*batch))
     torch.use_deterministic_algorithms(True)
-    keys.add(key_of(*batch))
+    keys.add(_key_of(*batch))
     torch.use_deterministic_algorithms(False)
     assert len(keys) == 7
 
@@ -248,7 +248,7 @@ def test_inference_mode_leaves_nothing_that_cannot_be_used_outside(network):
     with torch.inference_mode():
         for _ in range(2):
             graphs(*batch)
-    for static in graphs.graphs[key_of(*batch)].inputs:
+    for static in graphs.graphs[_key_of(*batch)].inputs:
         assert not static.is_inference()
 
 
@@ -299,7 +299,7 @@ def test_a_cpu_has_none(network):
 
 def test_nothing_is_recorded_on_a_cpu():
     assert not device.recording(torch.device("cpu"))
-    assert not CudaRecorder().ready(torch.zeros(1))
+    assert not _CudaRecorder().ready(torch.zeros(1))
 
 
 # ---- on a GPU ------------------------------------------------------------------------------------------------------

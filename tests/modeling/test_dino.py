@@ -49,7 +49,7 @@ def test_no_padding_is_padding_without_a_cell():
     nowhere = torch.zeros(images[:, 0].shape, dtype=torch.bool)
     for left, right in zip(network(images, None)[:2], network(images, nowhere)[:2], strict=True):
         assert all(torch.equal(x, y) for x, y in zip(left, right, strict=True))
-    assert network.tokenize(network.neck(images), None).padding is None
+    assert network.tokenize(network.neck(images), None).padding_mask is None
 
 
 def test_shapes():
@@ -144,11 +144,11 @@ def test_padding_of_tokens():
     assert tokens.shapes == [(8, 8), (4, 4), (2, 2), (1, 1)]
     assert tokens.valid_sizes[0].tolist() == [[8, 8], [4, 4], [2, 2], [1, 1]]
     assert tokens.valid_sizes[1].tolist() == [[4, 6], [2, 3], [1, 2], [1, 1]]
-    finest = tokens.padding[1, :64].view(8, 8)
+    finest = tokens.padding_mask[1, :64].view(8, 8)
     assert not finest[:6, :4].any()
     assert finest[6:].all()
     assert finest[:, 4:].all()
-    assert not tokens.padding[0].any()
+    assert not tokens.padding_mask[0].any()
 
 
 @torch.no_grad()

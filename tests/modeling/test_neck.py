@@ -29,10 +29,10 @@ def test_extra_levels():
     """The first comes from the raw last map, each further one from the projected level before it."""
     neck, images = make(num_levels=5), torch.randn(1, 3, 64, 64)
     levels, raw = neck(images), neck.backbone(images)["res5"]
-    torch.testing.assert_close(levels[3], neck.coarser[0](raw))
-    torch.testing.assert_close(levels[4], neck.coarser[1](levels[3]))
-    assert neck.coarser[0][0].in_channels == 8
-    assert neck.coarser[1][0].in_channels == 16
+    torch.testing.assert_close(levels[3], neck.extra_levels[0](raw))
+    torch.testing.assert_close(levels[4], neck.extra_levels[1](levels[3]))
+    assert neck.extra_levels[0][0].in_channels == 8
+    assert neck.extra_levels[1][0].in_channels == 16
 
 
 def test_projection_is_convolution_and_norm():
@@ -63,7 +63,7 @@ def test_five_levels_of_four_features():
     neck = make(backbone=FourFeatures(), in_features=[*FEATURES, "res6"], num_levels=5)
     assert len(neck(torch.randn(1, 3, 128, 128))) == 5
     assert len(neck.lateral) == 4
-    assert len(neck.coarser) == 1
+    assert len(neck.extra_levels) == 1
 
 
 @pytest.mark.parametrize(

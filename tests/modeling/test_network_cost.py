@@ -1,10 +1,11 @@
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from dino.layers import MultiScaleDeformableAttention
 from dino.layers.ops.operator import deform_attn_implementation, use_compiled
 from dino.modeling import TorchvisionBackbone, build_dino, network_cost
-from dino.modeling.blocks import checkpoint_blocks
+from dino.modeling.blocks import find_blocks
 
 from ..tiny import default_criterion, tiny_network
 
@@ -29,7 +30,7 @@ def test_parameters_by_part():
     network.neck.backbone.res3.requires_grad_(False)
     counts = network_cost.count_parameters(network)
     assert counts["total"][0] == sum(p.numel() for p in network.parameters())
-    parts = sum(counts[name][0] for name in network_cost.PARTS)
+    parts = sum(counts[name][0] for name in network_cost._PARTS)
     assert counts["total"][0] - parts == network.level_embed.numel()
     frozen = sum(p.numel() for p in network.neck.backbone.res3.parameters())
     assert [a - b for a, b in counts.values()] == [frozen, 0, 0, 0, 0, 0, frozen]
@@ -42,7 +43,7 @@ def test_multiply_adds_of_an_attention_by_hand():
     linear = queries * 32 * (2 * samples + samples + 32) + cells * 32 * 32
     expected = linear + queries * samples * 8 * 5
     inputs = (torch.rand(2, 7, 32), torch.rand(2, 7, 2, 2), torch.rand(2, 19, 32), torch.zeros(2, 19) > 0)
-    counter = network_cost.FlopCounterMode(display=False, custom_mapping=network_cost.operator_formulas())
+    counter = network_cost.FlopCounterMode(display=False, custom_mapping=network_cost._operator_formulas())
     with counter:
         module(*inputs, [(3, 5), (2, 2)])
     assert counter.get_total_flops() == 2 * expected
@@ -55,7 +56,7 @@ def test_both_forms_of_the_operator_count_alike(choice, r50):
     with deform_attn_implementation(choice):
         counts = network_cost.count_multiply_adds(r50[4], 1, 200, 320)
     assert counts == expected
-    assert counts["total"] == sum(counts[name] for name in network_cost.PARTS)
+    assert counts["total"] == sum(counts[name] for name in network_cost._PARTS)
     assert 0 < counts["neck"] < counts["neck.backbone"]
 
 
@@ -102,7 +103,8 @@ def test_checkpointing_shows():
     backbone = TorchvisionBackbone("resnet50", norm="BN")
     network = build_dino(backbone=backbone, num_classes=3, encoder_layers=1, decoder_layers=1)
     before = network_cost.count_activations(network, 1, 320, 320)
-    checkpoint_blocks(backbone)
+    blocks = set(find_blocks(backbone).values())
+    apply_activation_checkpointing(backbone, check_fn=blocks.__contains__)
     assert network_cost.count_activations(network, 1, 320, 320) < 0.7 * before
 
 

@@ -20,7 +20,7 @@ def random_tokens(images=2, padded_columns=0, embed_dim=16):
     return Tokens(
         features=torch.randn(images, TOKENS, embed_dim),
         position=torch.randn(images, TOKENS, embed_dim),
-        padding=torch.cat([padding.flatten(1), torch.zeros(images, 6, dtype=torch.bool)], 1),
+        padding_mask=torch.cat([padding.flatten(1), torch.zeros(images, 6, dtype=torch.bool)], 1),
         shapes=SHAPES,
         valid_sizes=torch.tensor([[[6.0 - padded_columns, 4.0], [3.0, 2.0]]]).expand(images, -1, -1),
     )
@@ -62,7 +62,7 @@ def test_anchors_published_example():
     boxes = anchors.sigmoid()
     torch.testing.assert_close(boxes[0, 0], torch.tensor([0.1, 0.125, 0.05, 0.05]))
     torch.testing.assert_close(boxes[0, 24], torch.tensor([1 / 6, 0.25, 0.1, 0.1]))
-    padded = random_tokens(padded_columns=1).padding
+    padded = random_tokens(padded_columns=1).padding_mask
     assert torch.equal(usable, ~padded)
     assert (anchors[padded] == math.inf).all()
 
@@ -71,7 +71,7 @@ def test_anchors_must_lie_inside():
     """The finest cells of a wide image are less than 0.01 from its border."""
     tokens = random_tokens(1)._replace(
         features=torch.zeros(1, 60, 16),
-        padding=torch.zeros(1, 60, dtype=torch.bool),
+        padding_mask=torch.zeros(1, 60, dtype=torch.bool),
         shapes=[(1, 60)],
         valid_sizes=torch.tensor([[[60.0, 1.0]]]),
     )
@@ -108,7 +108,7 @@ def test_padded_tokens_are_not_selected_before_real_ones():
     selection.class_head.bias.zero_()
     _, usable = selection.anchors(tokens)
     features = torch.full_like(tokens.features, -1)
-    features[tokens.padding] = 100.0
+    features[tokens.padding_mask] = 100.0
     queries, _ = selection(tokens._replace(features=features))
     assert queries.box_logits.isfinite().all(), "an unusable token has an infinite anchor"
     # One query more than real tokens: only this one is padding, and its box is the whole corner.
@@ -137,7 +137,7 @@ def test_selection_separates_gradients():
     torch.testing.assert_close(queries.box_logits.sigmoid(), proposals.boxes[0])
     (proposals.boxes.sum() + proposals.logits.sum()).backward()
     assert tokens.features.grad.isfinite().all()
-    assert not tokens.features.grad[tokens.padding].any()
+    assert not tokens.features.grad[tokens.padding_mask].any()
     assert selection.box_head[-1].weight.grad.any()
 
 
@@ -172,7 +172,7 @@ def test_decoder_layer():
     output = layer(x, position, reference, tokens, None)
     q = (x + position)[0]
     x = layer.self_norm(x + attend_by_hand(layer.self_attention, q, q, x[0]))
-    read = layer.cross_attention(x + position, reference, tokens.features, tokens.padding, SHAPES)
+    read = layer.cross_attention(x + position, reference, tokens.features, tokens.padding_mask, SHAPES)
     x = layer.cross_norm(x + read)
     hidden = layer.feed_forward.linear1(x).clamp(min=0)
     torch.testing.assert_close(output, layer.feed_forward.norm(x + layer.feed_forward.linear2(hidden)))
@@ -187,7 +187,7 @@ def test_encoder_layer():
         torch.nn.init.normal_(parameter, std=0.3)
     reference = token_centers(tokens)[:, :, None] * tokens.valid_ratios[:, None]
     x, query = tokens.features, tokens.features + tokens.position
-    x = layer.norm(x + layer.attention(query, reference, x, tokens.padding, SHAPES))
+    x = layer.norm(x + layer.attention(query, reference, x, tokens.padding_mask, SHAPES))
     hidden = layer.feed_forward.linear1(x).clamp(min=0)
     expected = layer.feed_forward.norm(x + layer.feed_forward.linear2(hidden))
     torch.testing.assert_close(encoder(tokens).features, expected)

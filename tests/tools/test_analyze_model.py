@@ -18,7 +18,7 @@ def test_costs_of_a_recipe(capsys):
     assert rows["total"][:2] == ["47,650,316", "47,427,916"]
     assert rows["neck.backbone"][:2] == ["23,454,912", "23,232,512"]
     assert float(rows["total"][2]) == pytest.approx(sum(float(row[2]) for row in rows.values()) / 2, abs=0.05)
-    assert lines[9].startswith("kept for the backward pass: ")
+    assert lines[9].startswith("activations of the backward pass: ")
 
 
 def test_overrides_and_measurements(capsys):
@@ -33,7 +33,7 @@ def test_overrides_and_measurements(capsys):
 
 def test_errors(tmp_path):
     result = run_program("analyze_model", "--config-file", "absent.py", folder=tmp_path)
-    assert_one_error(result, "recipe not found: absent.py")
+    assert_one_error(result, "recipe not found: 'absent.py'")
     result = run_program("analyze_model", "--config-file", SMALL, "model.num_class=3", folder=tmp_path)
     assert_one_error(result, "no key 'model.num_class'; the nearest is 'model.num_classes'")
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from dino.modeling import TorchvisionBackbone, build_dino, share_heads
-from dino.utils.files import DataError
+from dino.utils.files import DataError, UserError
 from dino.weights import load_weights, read_content, recognise, weights_of
 from dino.weights.checkpoint_formats import COCO_IDS
-from dino.weights.conversion import main
+from dino.weights.conversion import convert_file
 from dino.weights.description import model_from_checkpoint
 
 from ..tiny import random_batch, tiny_network
@@ -16,8 +16,8 @@ from ..weights.test_checkpoint_formats import shared_network
 from .programs import assert_one_error, run_program
 
 
-def convert(source, target, to, *more):
-    main([str(source), str(target), "--to", to, *more])
+def convert(source, target, to, **options):
+    convert_file(source, target, to=to, **options)
     return weights_of(read_content(target))
 
 
@@ -42,17 +42,17 @@ def test_detrex_and_back(tmp_path, capsys):
     model = randomise(tiny_network())
     torch.save({"model": detrex_state(model)}, tmp_path / "detrex.pth")
     convert(tmp_path / "detrex.pth", tmp_path / "own.pth", "own")
-    assert "no description: say --temperature and --offset" in capsys.readouterr().out
+    assert "no description: give --temperature and --offset" in capsys.readouterr().out
     assert equal(convert(tmp_path / "own.pth", tmp_path / "again.pth", "detrex"), detrex_state(model))
 
 
 def test_what_is_lost_is_said(tmp_path, capsys):
     source = official_file(tmp_path / "official.pth", shared_network(num_classes=91))
-    few = convert(source, tmp_path / "few.pth", "detrex", "--coco80")
+    few = convert(source, tmp_path / "few.pth", "detrex", coco80=True)
     assert len(few["class_embed.0.bias"]) == len(few["label_enc.weight"]) == 80
-    assert "lost: the rows of the 11 ids that COCO does not use" in capsys.readouterr().out
+    assert "dropped: the rows of the 11 ids that COCO does not use" in capsys.readouterr().out
     convert(source, tmp_path / "all.pth", "detrex")
-    assert "lost: the label embeddings that belong to no class" in capsys.readouterr().out
+    assert "dropped: the label embeddings that belong to no class" in capsys.readouterr().out
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def test_the_official_checkpoint_predicts_by_itself(tmp_path):
     share_heads(randomise(model).decoder)
     for unused in set(range(91)) - set(COCO_IDS):  # as in a trained model, where these rows never choose a query
         model.query_selection.class_head.weight[unused], model.query_selection.class_head.bias[unused] = 0, -9
-    convert(official_file(tmp_path / "official.pth", model), tmp_path / "own.safetensors", "safetensors", "--coco80")
+    convert(official_file(tmp_path / "official.pth", model), tmp_path / "own.safetensors", "safetensors", coco80=True)
     found = model_from_checkpoint(tmp_path / "own.safetensors")
     assert (len(found.names), found.names[0], found.names[11], found.names[79]) == (
         80,
@@ -83,7 +83,7 @@ def test_detrex_constants_of_the_position_encoding(tmp_path):
     backbone = TorchvisionBackbone("resnet101", out_features=names)
     model = build_dino(backbone=backbone, in_features=names, num_levels=5, num_classes=80, **sizes)
     torch.save({"model": detrex_state(model)}, tmp_path / "detrex.pth")
-    convert(tmp_path / "detrex.pth", tmp_path / "own.pth", "own", "--temperature", "10000", "--offset", "-0.5")
+    convert(tmp_path / "detrex.pth", tmp_path / "own.pth", "own", temperature=10000.0, offset=-0.5)
     network = model_from_checkpoint(tmp_path / "own.pth").network
     assert (network.position_encoding.temperatures, network.position_encoding.offset) == ((10000.0, 10000.0), -0.5)
     assert len(network.neck.lateral) == 4
@@ -93,7 +93,7 @@ def test_running_averages(tmp_path):
     raw, average = shared_network(), shared_network()
     torch.save({"model": official_state(raw), "ema_model": official_state(average)}, tmp_path / "in.pth")
     for copy, model in (("auto", average), ("ema", average), ("model", raw)):
-        convert(tmp_path / "in.pth", tmp_path / f"{copy}.pth", "own", "--copy", copy)
+        convert(tmp_path / "in.pth", tmp_path / f"{copy}.pth", "own", copy=copy)
         target = tiny_network()
         load_weights(target, tmp_path / f"{copy}.pth")
         assert torch.equal(target.level_embed, model.level_embed)
@@ -112,16 +112,17 @@ def test_faults_are_named(tmp_path):
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pth")
     (tmp_path / "there.pth").write_bytes(b"precious")
     for words, message in (
-        (("own.pth", "there.pth", "own"), "there.pth exists: choose another name"),
-        (("own.pth", "new.pth", "official"), "own.pth: the official program has one pair of heads"),
-        (("own.pth", "new.pth", "own", "--coco80"), "this one has 3 classes"),
-        (("own.pth", "new.pth", "own", "--copy", "ema"), "no running average"),
-        (("other.pth", "new.pth", "own"), "other.pth: this is no DINO in a known form"),
-        (("absent.pth", "new.pth", "own"), "weights not found"),
+        (("own.pth", "there.pth", "own", {}), "there.pth exists: choose another name"),
+        (("own.pth", "new.pth", "official", {}), "own.pth: the official program has one pair of heads"),
+        (("own.pth", "new.pth", "own", {"coco80": True}), "this one has 3 classes"),
+        (("own.pth", "new.pth", "own", {"copy": "ema"}), "no running average"),
+        (("other.pth", "new.pth", "own", {}), "other.pth: this is no DINO in a known format"),
+        (("absent.pth", "new.pth", "own", {}), "weights not found"),
     ):
-        source, target, *rest = words
-        with pytest.raises(DataError, match=message):
-            convert(tmp_path / source, tmp_path / target, *rest)
+        source, target, to, options = words
+        with pytest.raises(UserError, match=message) as caught:
+            convert(tmp_path / source, tmp_path / target, to, **options)
+        assert isinstance(caught.value, DataError) == ("exists" not in message)
     assert (tmp_path / "there.pth").read_bytes() == b"precious"
     assert not (tmp_path / "new.pth").exists()
 

@@ -3,7 +3,12 @@ import os
 import pytest
 import torch
 
-from dino.utils.files import DataError, counted, free_name, message_of, resolve_inside, write_whole
+from dino.utils.files import DataError, UserError, counted, free_name, message_of, resolve_inside, write_whole
+
+
+def test_errors_of_data_are_errors_of_the_user():
+    assert issubclass(DataError, UserError)
+    assert issubclass(UserError, ValueError)
 
 
 def test_names_inside_the_folder(tmp_path):
@@ -75,7 +80,7 @@ def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch, step):
 
     if step.startswith("os."):
         monkeypatch.setattr(os, step.partition(".")[2], fail)
-    with pytest.raises(DataError, match=r"can't write .*model\.pth: "):
+    with pytest.raises(UserError, match=r"can't write .*model\.pth: "):
         write_whole(path, write)
     monkeypatch.undo()
     assert path.read_text() == "precious"
@@ -83,7 +88,7 @@ def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch, step):
 
 
 def test_folders_that_can_not_be_written_are_named(tmp_path):
-    with pytest.raises(DataError, match=r"can't write .*absent/model\.pth"):
+    with pytest.raises(UserError, match=r"can't write .*absent/model\.pth"):
         write_whole(tmp_path / "absent/model.pth", lambda part: part.write_text("content"))
 
 

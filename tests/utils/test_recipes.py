@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dino.utils import recipes
-from dino.utils.files import DataError
+from dino.utils.files import UserError
 
 ROOT = Path(recipes.__file__).parents[2]
 
@@ -27,7 +27,7 @@ def test_no_two_recipes_have_one_name():
 
 @pytest.mark.parametrize("name", ["", "dino_r50_4scale_12", "configs/dino_r50_4scale_12", "common", "../configs"])
 def test_the_nearest_names_are_offered(name):
-    with pytest.raises(DataError, match=r"recipe not found: .* one of these names: .*dino_r50_4scale_12ep"):
+    with pytest.raises(UserError, match=r"recipe not found: .* one of these names: .*dino_r50_4scale_12ep"):
         recipes.find_recipe(name)
 
 

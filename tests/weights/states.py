@@ -62,7 +62,7 @@ def official_name(own, laterals):
         if kind == "backbone":
             return f"backbone.0.{rest}"
         level, _, rest = rest.partition(".")
-        return f"input_proj.{int(level) + (laterals if kind == 'coarser' else 0)}.{rest}"
+        return f"input_proj.{int(level) + (laterals if kind == 'extra_levels' else 0)}.{rest}"
     if part == "denoising":
         return "label_enc.weight"
     if rest.startswith("layers."):
@@ -99,7 +99,7 @@ def detrex_name(own, layers):
     if part == "neck" and words[0] == "backbone":
         return own.removeprefix("neck.")
     if part == "neck":
-        kind = {"lateral": "convs", "coarser": "extra_convs"}[words[0]]
+        kind = {"lateral": "convs", "extra_levels": "extra_convs"}[words[0]]
         return f"neck.{kind}.{words[1]}.{'conv' if words[2] == '0' else 'norm'}.{words[3]}"
     if part == "query_selection" and words[0] == "class_head":
         return f"class_embed.{layers}.{words[-1]}"

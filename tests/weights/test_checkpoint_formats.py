@@ -77,7 +77,7 @@ def test_the_published_detrex_model():
     assert convert(detrex).keys() == resnet_to_detectron2(own).keys()
 
 
-def test_separate_heads_have_no_official_form():
+def test_separate_heads_have_no_official_format():
     own = randomise(tiny_network()).state_dict()
     with pytest.raises(DataError, match=r"one pair of heads for all decoder layers.*decoder\.(class|box)_heads\.1"):
         convert(own, to="official")
@@ -104,7 +104,7 @@ def test_unknown_keys_stay():
 
 
 def test_other_files_are_refused():
-    with pytest.raises(DataError, match=r"no DINO in a known form .*its keys are something\.else"):
+    with pytest.raises(DataError, match=r"no DINO in a known format .*its keys are something\.else"):
         convert({"something.else": torch.zeros(1)})
 
 
@@ -115,7 +115,7 @@ def test_names_must_not_collide():
 
 
 @pytest.mark.parametrize("to", ["official", "detrex", "huggingface"])
-def test_forms_are_recognised(to):
+def test_formats_are_recognised(to):
     own = shared_network().state_dict()
     assert recognise(own) == "own"
     assert recognise({f"module.network.{key}": value for key, value in own.items()}) == "own"
@@ -141,5 +141,5 @@ def test_variants_are_not_written_for_other_programs(variant):
     network = tiny_network()
     network.query_selection = variant(num_queries=12, num_classes=3, embed_dim=32)
     assert set(convert(network.state_dict())) == set(network.state_dict())
-    with pytest.raises(DataError, match="only this project has them"):
+    with pytest.raises(DataError, match="only this project has it"):
         convert(network.state_dict(), to="detrex")

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import dino
 from dino.utils.files import DataError
 from dino.weights import description
-from dino.weights.description import Preprocessing, model_from_checkpoint
+from dino.weights.description import Preprocessing, detector_from_checkpoint, model_from_checkpoint
 
 from ..tiny import random_batch
 from .states import randomise
@@ -31,16 +32,16 @@ def network(**changes):
     return {"_target_": "dino.modeling.build_dino", "backbone": TORCHVISION, **small, **changes}
 
 
-def write_content(path, description=None, **content):
+def write_content(path, described=None, **content):
     """A checkpoint without weights, but with a description, or with other content."""
-    about = {"config": json.dumps({"network": description or network()}), "preprocessing": Preprocessing()._asdict()}
+    about = {"config": json.dumps({"network": described or network()}), "preprocessing": Preprocessing()._asdict()}
     torch.save({"names": ["a", "b", "c"], "about": about, **content}, path)
 
 
-def write(path, description=None, **content):
+def write(path, described=None, **content):
     """A checkpoint of the small, or the described, network with random weights, or with other content."""
-    model = randomise(description.build_network({"network": description or network()})).eval()
-    write_content(path, description, **{"model": model.state_dict(), **content})
+    model = randomise(description.build_network({"network": described or network()})).eval()
+    write_content(path, described, **{"model": model.state_dict(), **content})
     return model
 
 
@@ -80,11 +81,25 @@ def touch(path):
             lambda p: network(backbone={"_target_": "dino.layers.ops.build.build"}),
             "'dino.layers.ops.build.build' is not on the list",
         ),
+        *(
+            (lambda p, target=target: network(backbone={"_target_": target}), f"'{target}' is not on the list")
+            for target in (
+                "detectron2.modeling:FPN",
+                "detectron2.utils.env.setup_environment",
+                "dino.d2.backbones",
+                "dino.d2.DINODetector",
+                "dino.modeling.use_float32_precision",
+                "dino.rebuild.model_from_checkpoint",
+            )
+        ),
         (lambda p: network(backbone={"_target_": ["os.system"]}), "is no name of a part"),
         (lambda p: network(backbone={"_target_": {"_target_": "os.system"}}), "is no name of a part"),
-        (lambda p: network(backbone={**TORCHVISION, "name": "hf-hub:someone/model"}), "addresses and paths"),
-        (lambda p: network(backbone={**TORCHVISION, "name": "https://host/model.pth"}), "addresses and paths"),
-        (lambda p: network(backbone={**TORCHVISION, "name": "../../model"}), "addresses and paths"),
+        (lambda p: network(backbone={**TORCHVISION, "name": "hf-hub:someone/model"}), "can't name addresses and paths"),
+        (
+            lambda p: network(backbone={**TORCHVISION, "name": "https://host/model.pth"}),
+            "can't name addresses and paths",
+        ),
+        (lambda p: network(backbone={**TORCHVISION, "name": "../../model"}), "can't name addresses and paths"),
         (lambda p: network(backbone={**TORCHVISION, "weights": "IMAGENET1K_V1"}), "'weights' would read or download"),
         (lambda p: network(backbone={**TORCHVISION, "options": {"pretrained": True}}), "'pretrained' would read or"),
         (lambda p: network(num_classes="!!python/object/apply:os.system ['ls']"), "no plain word"),
@@ -97,7 +112,7 @@ def touch(path):
 def test_other_parts_are_refused(tmp_path, monkeypatch, bad, message):
     monkeypatch.chdir(tmp_path)
     write_content(tmp_path / "bad.pth", bad(tmp_path / "trace"))
-    with pytest.raises(DataError, match=rf"can't rebuild the model of .*bad\.pth: .*({message})"):
+    with pytest.raises(DataError, match=rf"can't build the model of .*bad\.pth: .*({message})"):
         model_from_checkpoint(tmp_path / "bad.pth")
     assert os.listdir(tmp_path) == ["bad.pth"]
 
@@ -110,7 +125,7 @@ def test_descriptions_are_json_and_nothing_else(tmp_path, monkeypatch, text):
     monkeypatch.chdir(tmp_path)
     about = {"config": text, "preprocessing": Preprocessing()._asdict()}
     write_content(tmp_path / "bad.pth", about=about)
-    with pytest.raises(DataError, match=r"can't rebuild the model of .*bad\.pth: "):
+    with pytest.raises(DataError, match=r"can't build the model of .*bad\.pth: "):
         model_from_checkpoint(tmp_path / "bad.pth")
     assert os.listdir(tmp_path) == ["bad.pth"]
 
@@ -121,7 +136,7 @@ def test_descriptions_are_json_and_nothing_else(tmp_path, monkeypatch, text):
 )
 def test_files_without_a_description(tmp_path, content):
     write_content(tmp_path / "model.pth", **content)
-    with pytest.raises(DataError, match=r"model\.pth does not say how to build its model.*dino convert"):
+    with pytest.raises(DataError, match=r"model\.pth does not describe its model.*dino convert"):
         model_from_checkpoint(tmp_path / "model.pth")
 
 
@@ -153,7 +168,7 @@ def test_weights_must_be_whole(tmp_path):
         model_from_checkpoint(tmp_path / "less.pth")
     state = {k: v for k, v in model.state_dict().items() if k != "encoder.layers.0.norm.weight"}
     write(tmp_path / "less.pth", model=state)
-    with pytest.raises(DataError, match=r"less\.pth does not hold all of its own model: encoder\.layers\.0\.norm"):
+    with pytest.raises(DataError, match=r"less\.pth lacks weights of its own model: encoder\.layers\.0\.norm"):
         model_from_checkpoint(tmp_path / "less.pth")
     write(tmp_path / "less.pth", names=["a"])
     with pytest.raises(DataError, match="1 names for 3 classes"):
@@ -167,6 +182,30 @@ def test_resnets_that_only_detectron2_has(tmp_path, change):
     write_content(tmp_path / "model.pth", network(backbone={**RESNET, **change}))
     with pytest.raises(DataError, match="is not torchvision's"):
         model_from_checkpoint(tmp_path / "model.pth")
+
+
+def test_nothing_is_imported_but_for_a_name_on_the_list(tmp_path):
+    """A module of the search path would run its code at import, whatever the import found in it."""
+    (tmp_path / "detectron2_evil.py").write_text("open('trace', 'w')")
+    for target in ("detectron2_evil.part", "detectron2_evil:part", "detectron2_evil"):
+        write_content(tmp_path / "bad.pth", network(backbone={"_target_": target}))
+        code = "from dino.weights.description import model_from_checkpoint; model_from_checkpoint('bad.pth')"
+        path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+        command, environment = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": path}
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert "is not on the list" in result.stderr
+    assert not (tmp_path / "trace").exists()
+
+
+@torch.no_grad()
+def test_a_detector_comes_back(tmp_path):
+    model = write(tmp_path / "model.pth")
+    for detector in (detector_from_checkpoint(tmp_path / "model.pth"), dino.load(tmp_path / "model.pth", copy="model")):
+        assert isinstance(detector, dino.Detector)
+        assert not detector.training
+        assert (detector.names, detector.preprocessing) == (["a", "b", "c"], Preprocessing())
+        batch = random_batch(2)
+        assert torch.equal(detector.network(*batch).decoder.boxes, model(*batch).decoder.boxes)
 
 
 def run_without_detectron2(path):

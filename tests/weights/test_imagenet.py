@@ -4,9 +4,10 @@ import torchvision
 from torch import nn
 
 from dino.modeling import TorchvisionBackbone, build_dino
-from dino.utils.files import DataError
+from dino.modeling.detector import IMAGENET_STD
+from dino.utils.files import DataError, UserError
 from dino.weights import addresses, load_weights, locate, resnet_to_detectron2
-from dino.weights.imagenet import PIXEL_STD, fit_backbone
+from dino.weights.imagenet import fit_backbone
 
 from .states import equal, randomise
 
@@ -37,14 +38,14 @@ def backbone_of(network):
 def test_a_resnets_files(write):
     network, file = resnet18_network(), classifier()
     report = load_weights(network, write(file))
-    assert (report.form, report.problems) == ("backbone", [])
+    assert (report.format, report.problems) == ("backbone", [])
     assert len(report.unexpected) == 2  # weight and bias of the classifier
     assert equal(backbone_of(network), {k: file[k] for k in backbone_of(network)})
 
 
 def caffe2(state):
     """A ResNet as Caffe2 keeps it, by string operations: statistics merged into scale and shift, BGR, 0 to 255."""
-    blobs = {"conv1_w": state["conv1.weight"].flip(1) / torch.tensor(PIXEL_STD).flip(0)[:, None, None]}
+    blobs = {"conv1_w": state["conv1.weight"].flip(1) / torch.tensor(IMAGENET_STD).flip(0)[:, None, None]}
     for name, value in state.items():
         words = name.split(".")
         leaf = {"weight": "s", "bias": "b"}.get(words[-1])
@@ -85,17 +86,17 @@ def test_pycls_regnets_see_rgb_images():
 
 def test_the_wrong_depth_is_refused():
     file = randomise(torchvision.models.resnet50()).state_dict()
-    with pytest.raises(DataError, match=r"no DINO in a known form, and has only \d+ of the 100 tensors of the model's"):
+    with pytest.raises(DataError, match=r"no DINO in a known format, and has only \d+ of the 100 tensors of the"):
         load_weights(resnet18_network(), file)
 
 
 def test_unknown_addresses(tmp_path):
-    with pytest.raises(DataError, match=r"no weights 'resnet51/X'; write torchvision://NAME/WEIGHTS, of .*resnet50"):
+    with pytest.raises(UserError, match=r"no weights 'resnet51/X'; write torchvision://NAME/WEIGHTS, of .*resnet50"):
         locate("torchvision://resnet51/X")
-    with pytest.raises(DataError, match=r"no weights 'resnet50'.*IMAGENET1K_V1.*IMAGENET1K_V2"):
+    with pytest.raises(UserError, match=r"no weights 'resnet50'.*IMAGENET1K_V1.*IMAGENET1K_V2"):
         locate("torchvision://resnet50")
     pytest.importorskip("timm")
-    with pytest.raises(DataError, match=r"timm has no weights 'someones_net'"):
+    with pytest.raises(UserError, match=r"timm has no weights 'someones_net'"):
         locate("timm://someones_net")
 
 
@@ -115,14 +116,14 @@ def test_without_a_network_the_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     place = rf"{tmp_path}/checkpoints/resnet50-0676ba61\.pth"
-    with pytest.raises(DataError, match=rf"can't fetch http.*resnet50-0676ba61\.pth \(Name or .*\)\..* into {place}"):
+    with pytest.raises(UserError, match=rf"can't fetch http.*resnet50-0676ba61\.pth \(Name or .*\)\..* into {place}"):
         locate("torchvision://resnet50/IMAGENET1K_V1")
     pytest.importorskip("timm")
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     with pytest.raises(
-        DataError, match=r"can't fetch http.*/timm/convnext_tiny\.fb_in1k/.*write train\.init_checkpoint"
+        UserError, match=r"can't fetch http.*/timm/convnext_tiny\.fb_in1k/.*write train\.init_checkpoint"
     ):
         locate("timm://convnext_tiny.fb_in1k")
 

@@ -39,7 +39,7 @@ def test_the_published_official_file_fits_the_published_model():
     source, target = resnet_network(num_classes=91), resnet_network(num_classes=80)
     share_heads(randomise(source).decoder)
     report = load_weights(target, official_state(source))
-    assert (report.form, report.problems, report.unexpected) == ("official", [], [])
+    assert (report.format, report.problems, report.unexpected) == ("official", [], [])
     assert "91 raw category ids of COCO became its 80 classes" in str(report)
     heads = target.decoder.class_heads
     assert torch.equal(heads[5].weight[11], source.decoder.class_heads[0].weight[13])
@@ -109,7 +109,7 @@ def test_levels_are_matched_by_stride():
     assert torch.equal(five.level_embed[0], fresh["level_embed"][0])
     for level in range(3):
         assert torch.equal(five.neck.lateral[level + 1][0].weight, four.neck.lateral[level][0].weight)
-    assert torch.equal(five.neck.coarser[0][0].weight, four.neck.coarser[0][0].weight)
+    assert torch.equal(five.neck.extra_levels[0][0].weight, four.neck.extra_levels[0][0].weight)
     attention = {"5 levels instead of 4": 8}  # offsets and weights, weight and bias, encoder and decoder layer
     reasons = list(report.reinitialised.values())
     assert {r: reasons.count(r) for r in set(reasons)} == attention | {"the rows of stride 4 only": 1}
@@ -152,7 +152,7 @@ def test_running_averages_are_taken_where_there_are_any(tmp_path):
 def test_separate_heads_do_not_go_into_shared_ones():
     target = shared_network()
     before = copy.deepcopy(target.state_dict())
-    with pytest.raises(DataError, match=r"share their heads, the file has separate ones.*without share_heads"):
+    with pytest.raises(DataError, match=r"share their heads, but the file has separate heads.*without share_heads"):
         load_weights(target, randomise(tiny_network()).state_dict())
     assert equal(before, target.state_dict())
 
@@ -173,7 +173,7 @@ def test_files_of_other_models_are_refused(tmp_path):
     path = tmp_path / "other.pth"
     torch.save({f"layer.{i}.weight": torch.zeros(3) for i in range(9)}, path)
     with pytest.raises(
-        DataError, match=r"can't use the weights .*other\.pth: it is no DINO in a known form, and has only 0 "
+        DataError, match=r"can't use the weights .*other\.pth: the file is no DINO in a known format, and has only 0 "
     ):
         load_weights(tiny_network(), path)
 
@@ -182,7 +182,7 @@ def test_another_backbone_is_refused_unless_allowed():
     source, target = resnet18(["res3", "res4", "res5"], 4), tiny_network()
     state = {k: v for k, v in randomise(tiny_network()).state_dict().items() if not k.startswith("neck.backbone")}
     state |= {k: v for k, v in source.state_dict().items() if k.startswith("neck.backbone")}
-    with pytest.raises(DataError, match=r"a DINO in own form, and has only 0 of the 6 tensors of the model's backbone"):
+    with pytest.raises(DataError, match=r"a DINO in own format, and has only 0 of the 6 tensors of the model's"):
         load_weights(target, state)
     report = load_weights(target, state, min_backbone=0)
     assert len(report.missing) == 6
@@ -194,7 +194,7 @@ def test_a_backbones_own_file():
     randomise(source)
     file = {k.removeprefix("body."): v for k, v in source.state_dict().items()} | {"fc.weight": torch.zeros(1000, 512)}
     report = load_weights(target, file)
-    assert report.form == "backbone"
+    assert report.format == "backbone"
     assert (report.problems, report.unexpected) == ([], ["neck.backbone.body.fc.weight"])
     assert equal(target.neck.backbone.state_dict(), source.state_dict())
 
@@ -207,7 +207,7 @@ def test_a_model_without_dino_is_refused():
 def test_the_table():
     report = load_weights(tiny_network(num_classes=2), tiny_network().state_dict() | {"extra": torch.zeros(1)})
     lines = str(report).splitlines()
-    assert lines[0] == "the state dict (form: own)"
+    assert lines[0] == "the state dict (format: own)"
     assert lines[1].split() == ["loaded", "re-initialised", "missing", "unexpected"]
     rows = {line.split()[0]: line.split()[1:] for line in lines[2:]}
     assert rows["denoising"] == ["0", "1", "0", "0"]

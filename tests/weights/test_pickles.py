@@ -54,7 +54,7 @@ def test_arrays_of_old_numpy(tmp_path):
 def test_code_is_refused_and_not_run(tmp_path, wrap):
     trace = tmp_path / "trace"
     path = dump(tmp_path / "evil.pkl", wrap(Malicious(f"touch {trace}")))
-    with pytest.raises(DataError, match=r"can't read the weights .*evil\.pkl: it contains posix\.system, .* not plain"):
+    with pytest.raises(DataError, match=r"can't read the weights .*evil\.pkl: the file contains posix\.system"):
         read_pickle(path)
     assert not trace.exists()
 

@@ -86,7 +86,7 @@ def test_code_is_refused_and_not_run(tmp_path, name, wrap):
     else:
         torch.save(content, path, _use_new_zipfile_serialization=name != "legacy.pth")
     with pytest.raises(
-        DataError, match=rf"can't read the weights .*{name}: it contains posix\.system, which is not plain"
+        DataError, match=rf"can't read the weights .*{name}: the file contains posix\.system, which is not plain"
     ):
         read_content(path)
     assert not trace.exists()
@@ -137,5 +137,5 @@ def test_missing_files_and_other_content(tmp_path):
         read_content(tmp_path)
     with pytest.raises(DataError, match="a dict was expected, not list"):
         read_content(write(tmp_path / "list.pth", [1, 2]))
-    with pytest.raises(DataError, match="there are no weights in it: its entries are epoch, names"):
+    with pytest.raises(DataError, match="the file has no weights: its entries are epoch, names"):
         weights_of({"epoch": 1, "names": ["a"]})

@@ -7,6 +7,7 @@ from detectron2.modeling.backbone import BasicStem
 from dino.d2 import DINODetector
 from dino.layers import ContrastiveDenoising, HungarianMatcher, SetCriterion, SinePositionEncoding
 from dino.modeling import DINO, ChannelMapper, Decoder, Encoder, QuerySelection
+from dino.modeling.detector import IMAGENET_MEAN, IMAGENET_STD
 from dino.modeling.transformer import HIDDEN_DIM
 
 model = L(DINODetector)(
@@ -68,7 +69,7 @@ model = L(DINODetector)(
         l1_weight=5.0,
         giou_weight=2.0,
     ),
-    pixel_mean=[123.675, 116.28, 103.53],
-    pixel_std=[58.395, 57.12, 57.375],
+    pixel_mean=list(IMAGENET_MEAN),
+    pixel_std=list(IMAGENET_STD),
     max_detections=300,
 )

@@ -21,6 +21,7 @@ from dino.d2.checkpoint import Checkpointer
 from dino.d2.data_loading import load_dataset
 from dino.d2.recipe import names_of, use_epochs
 from dino.d2.recipe_description import describe
+from dino.layers.cpu_feed_forward import use_cpu_feed_forward
 from dino.utils.files import DataError
 
 from .batch_pictures import MOST_IMAGES, FirstBatch, draw_predictions
@@ -39,12 +40,15 @@ logger = logging.getLogger("detectron2.dino")
 
 
 def train(cfg: DictConfig, resume: bool) -> dict:
-    """Train the recipe to its end.
+    """Train a recipe to its end.
 
     Returns:
         the metrics of the last evaluation; those of averaged weights under "ema".
+
+    Raises:
+        DataError: recipe, data or weights can't be used.
     """
-    use_determinism(cfg)
+    _use_determinism(cfg)
     use_precision(cfg)
     images = instantiate(cfg.dataloader.train.dataset)
     summarise_data(cfg, images)
@@ -61,8 +65,8 @@ def train(cfg: DictConfig, resume: bool) -> dict:
         about={**about, **describe(cfg)},
         min_backbone=cfg.train.min_backbone,
     )
-    content = start_weights(cfg, checkpointer, resume)
-    trainer, ema = build_trainer(cfg, model, about)
+    content = _start_weights(cfg, checkpointer, resume)
+    trainer, ema = _build_trainer(cfg, model, about)
     if "trainer" in content:
         trainer.load_state_dict(content["trainer"])
         if ema and "ema" in content:
@@ -72,37 +76,45 @@ def train(cfg: DictConfig, resume: bool) -> dict:
             checkpointer.add_checkpointable(key, part)
     start = trainer.iter + 1 if "trainer" in content else 0
     if comm.is_main_process():
-        folder = Path(cfg.train.output_dir)
-        note_start(folder)
-        LazyConfig.save(cfg, str(folder / "config.yaml"))
-        checkpointer.about["recipe"] = (folder / "config.yaml").read_text()
-        forget_metrics(folder / "metrics.json", start)
+        checkpointer.add_about(recipe=_start_folder(cfg, start))
     results: dict = {}
-    trainer.register_hooks(list_hooks(cfg, trainer, checkpointer, ema, results))
+    trainer.register_hooks(_list_hooks(cfg, trainer, checkpointer, ema, results))
     try:
         trainer.train(start, cfg.train.max_iter)
     except EndOfTraining:
-        logger.info(f"the training ended after {trainer.iter + 1} of {cfg.train.max_iter} iterations")
+        logger.info(f"training ended after {trainer.iter + 1} of {cfg.train.max_iter} iterations")
     finally:
         if comm.is_main_process():
             draw_curves(cfg.train.output_dir)
     return results
 
 
+def _start_folder(cfg: DictConfig, start: int) -> str:
+    """Prepare the folder of a run that starts at iteration `start` -> the text of its recipe."""
+    folder = Path(cfg.train.output_dir)
+    note_start(folder)
+    forget_metrics(folder / "metrics.json", start)
+    LazyConfig.save(cfg, str(folder / "config.yaml"))
+    return (folder / "config.yaml").read_text()
+
+
 def build_model(cfg: DictConfig) -> nn.Module:
-    """The recipe's model, on its device.
+    """Build the recipe's model on its device.
 
     Raises:
-        DataError: its parts refuse their arguments, or need a library that is not installed.
+        DataError: a part refuses its arguments, or needs a library that is not installed.
     """
     try:
-        return instantiate(cfg.model).to(cfg.train.device)
+        model = instantiate(cfg.model).to(cfg.train.device)
     except (ValueError, ImportError) as error:
         raise DataError(f"the recipe's model can't be built: {error}") from error
+    if torch.device(cfg.train.device).type == "cpu":
+        use_cpu_feed_forward(model)
+    return model
 
 
-def start_weights(cfg: DictConfig, checkpointer: Checkpointer, resume: bool) -> dict:
-    """Load what the training starts with into the model -> the other contents of a checkpoint to continue from."""
+def _start_weights(cfg: DictConfig, checkpointer: Checkpointer, resume: bool) -> dict:
+    """Load the first weights into the model -> the other contents of the checkpoint if the run resumes, else {}."""
     last = checkpointer.last_whole() if resume else ""
     if resume and not last:
         logger.warning(f"nothing to resume in {cfg.train.output_dir}: starting at iteration 0")
@@ -110,12 +122,14 @@ def start_weights(cfg: DictConfig, checkpointer: Checkpointer, resume: bool) -> 
     fresh = checkpointer.problems
     if last or cfg.train.init_checkpoint:
         total = len(checkpointer.model.state_dict())
-        logger.info(f"{total - len(fresh)} of {total} tensors loaded; initialised afresh: {', '.join(fresh) or 'none'}")
+        logger.info(
+            f"{total - len(fresh)} of {total} tensors loaded; initialised at random: {', '.join(fresh) or 'none'}"
+        )
     return content if last else {}
 
 
-def build_trainer(cfg: DictConfig, model: nn.Module, about: dict) -> tuple[Trainer, Ema | None]:
-    """The trainer of a model that has its weights, and their average if the recipe wants it."""
+def _build_trainer(cfg: DictConfig, model: nn.Module, about: dict) -> tuple[Trainer, Ema | None]:
+    """Make the trainer of a model with loaded weights, and the average of the weights if the recipe enables it."""
     checkpoint_activations(model, cfg.train.activation_checkpointing)
     compile_if_wanted(cfg, model)
     shared = wrap_ddp_or_fsdp(model, cfg)
@@ -140,18 +154,18 @@ def build_trainer(cfg: DictConfig, model: nn.Module, about: dict) -> tuple[Train
     return trainer, Ema(model, cfg.train.ema.decay) if cfg.train.ema.enabled else None
 
 
-def use_determinism(cfg: DictConfig) -> None:
-    """Settle the seed, the same for all processes, and choose deterministic kernels if the recipe wants them."""
+def _use_determinism(cfg: DictConfig) -> None:
+    """Set the seed, the same for all processes, and deterministic kernels if the recipe enables them."""
     if cfg.train.seed < 0:
         cfg.train.seed = comm.shared_random_seed()
     if cfg.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
-        torch.use_deterministic_algorithms(True, warn_only=True)  # a few kernels have no such form, docs name them
+        torch.use_deterministic_algorithms(True, warn_only=True)  # a few kernels have no such form, see the docs
 
 
-def list_hooks(cfg: DictConfig, trainer: Trainer, checkpointer: Checkpointer, ema: Ema | None, results: dict) -> list:
-    """All hooks in the order in which they must run; the last evaluation is left in `results`."""
+def _list_hooks(cfg: DictConfig, trainer: Trainer, checkpointer: Checkpointer, ema: Ema | None, results: dict) -> list:
+    """All hooks in the order in which they must run; `results` receives the last evaluation."""
     main = comm.is_main_process()
     folder, names = cfg.train.output_dir, checkpointer.names
     model = unwrapped(trainer.model)
@@ -161,12 +175,12 @@ def list_hooks(cfg: DictConfig, trainer: Trainer, checkpointer: Checkpointer, em
         results.update(evaluate(cfg, model, ema))
         picture = os.path.join(folder, "val_predictions.png")
         if not from_main(os.path.exists(picture)):
-            show_predictions(cfg, model, names, picture)
+            _show_predictions(cfg, model, names, picture)
         if main:
             draw_curves(folder)
         return results
 
-    writers = list_writers(cfg) if main else []
+    writers = _list_writers(cfg) if main else []
     metrics = [writer for writer in writers if isinstance(writer, JSONWriter)]
     checkpoints = Checkpoints(checkpointer, **cfg.train.checkpointer, writers=metrics)
     return [
@@ -182,8 +196,8 @@ def list_hooks(cfg: DictConfig, trainer: Trainer, checkpointer: Checkpointer, em
     ]
 
 
-def list_writers(cfg: DictConfig) -> list[EventWriter]:
-    """Console, metrics.json, TensorBoard, and Weights & Biases if the recipe wants it."""
+def _list_writers(cfg: DictConfig) -> list[EventWriter]:
+    """Console, metrics.json, TensorBoard, and Weights & Biases if the recipe enables it."""
     folder, window = cfg.train.output_dir, max(1, cfg.train.log_period)
     writers = [
         ConsoleWriter(cfg.train.max_iter),
@@ -197,26 +211,27 @@ def list_writers(cfg: DictConfig) -> list[EventWriter]:
 
 
 def evaluate(cfg: DictConfig, model: nn.Module, ema: Ema | None = None) -> dict:
-    """AP of the model on the recipe's test data, on the main process; also printed and written to a folder.
+    """Evaluate the model on the recipe's test data -> metrics on the main process; prints and writes them too.
 
-    With `ema`, those of the averaged weights follow under the key "ema".
+    With `ema`, the metrics of the averaged weights follow under the key "ema".
     """
-    same_statistics(model)
+    _same_statistics(model)
     gather_shards(model)
-    result = evaluate_weights(cfg, model, "weights as trained")
+    result = _evaluate_weights(cfg, model, "weights as trained")
     drop_shards(model)
     if ema:
         with ema.applied():
             gather_shards(model)
-            averaged = evaluate_weights(cfg, model, "averaged weights", folder="averaged")
+            averaged = _evaluate_weights(cfg, model, "averaged weights", folder="averaged")
             drop_shards(model)
         result = {**result, **({"ema": averaged} if averaged else {})}
     return result
 
 
-def evaluate_weights(cfg: DictConfig, model: nn.Module, kind: str, folder: str = "") -> dict:
-    """One evaluation of the weights that the model holds, written to `folder` of the evaluator's; {} but on the main
-    process.
+def _evaluate_weights(cfg: DictConfig, model: nn.Module, kind: str, folder: str = "") -> dict:
+    """Evaluate the current weights of the model -> metrics, {} on other processes than the main one.
+
+    The evaluator writes into the subfolder `folder` of its own.
     """
     logger.info(f"evaluating: {kind}")
     evaluator = cfg.dataloader.evaluator.copy()
@@ -232,15 +247,15 @@ def evaluate_weights(cfg: DictConfig, model: nn.Module, kind: str, folder: str =
     return result or {}
 
 
-def same_statistics(model: nn.Module) -> None:
-    """Give all processes the main one's buffers: running statistics follow each process's own images."""
+def _same_statistics(model: nn.Module) -> None:
+    """Copy the main process's buffers to all processes: running statistics depend on each process's images."""
     if comm.get_world_size() > 1:
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, 0)
 
 
-def show_predictions(cfg: DictConfig, model: nn.Module, names: list[str], path: str) -> None:
-    """Draw what the model finds in the first evaluation images."""
+def _show_predictions(cfg: DictConfig, model: nn.Module, names: list[str], path: str) -> None:
+    """Draw the detections in the first evaluation images."""
     mapper = instantiate(cfg.dataloader.test.mapper)
     batch = [{**x, **mapper(x)} for x in islice(instantiate(cfg.dataloader.test.dataset), MOST_IMAGES)]
     training = model.training
@@ -251,10 +266,10 @@ def show_predictions(cfg: DictConfig, model: nn.Module, names: list[str], path: 
 
 
 def evaluate_checkpoint(cfg: DictConfig) -> dict:
-    """AP of `train.init_checkpoint`, every tensor of which must be there; of its averaged weights too, if it has any.
+    """Evaluate `train.init_checkpoint`, and its averaged weights if it has any -> metrics.
 
     Raises:
-        DataError: the file does not fit the recipe.
+        DataError: the file lacks a tensor of the recipe's model.
     """
     use_precision(cfg)
     model = build_model(cfg).eval()

@@ -1,4 +1,4 @@
-"""Evaluation during training: its record, the best weights so far, and the end when they get no better."""
+"""Evaluation during training: its record, the best weights, and early stopping."""
 
 from __future__ import annotations
 
@@ -24,21 +24,19 @@ logger = logging.getLogger("detectron2.dino")
 
 
 class Evaluation(hooks.EvalHook):
-    """Detectron2's EvalHook, which also keeps a record and the best weights, and ends a training that gets no better.
+    """Detectron2's EvalHook with a record, the best weights and early stopping.
 
-    The record is `evaluations.json`, the best weights are `model_best.pth`.
-
-    The record outlives the run: a resumed one goes on with its best value, and first makes up for an evaluation that
-    was interrupted.
+    The record is `evaluations.json`, the best weights are `model_best.pth`. A resumed run continues the record, and
+    first repeats an interrupted evaluation.
 
     Args:
         period: iterations between evaluations; 0 for one at the end.
         evaluate: () -> results, on the main process; those of averaged weights under the key "ema".
         checkpointer: writes the best weights.
         ema: the averaged weights, or None.
-        metric: what "best" means, for example "bbox/AP"; the raw or the averaged weights, whichever is better.
+        metric: for the best weights, for example "bbox/AP"; of the raw or the averaged weights, whichever is better.
         mode: "max" or "min".
-        patience: evaluations; 0 for ever.
+        patience: evaluations without a better metric before the training stops; 0: it never stops early.
     """
 
     def __init__(
@@ -69,28 +67,28 @@ class Evaluation(hooks.EvalHook):
         self.completed = 0  # iterations
 
     def before_train(self) -> None:
-        """Take up the record, and evaluate now if the weights that are continued with should have been."""
+        """Read the record, and repeat an evaluation that the previous run missed."""
         self.completed = start = self.trainer.start_iter
         if comm.is_main_process() and start and os.path.isfile(self.path):
-            self.record = [entry for entry in read_record(self.path) if entry["iteration"] <= start]
+            self.record = [entry for entry in _read_record(self.path) if entry["iteration"] <= start]
         due = start and self.period and start % self.period == 0 and start < self.trainer.max_iter
         if from_main(bool(due and start not in {entry["iteration"] for entry in self.record})):
-            logger.info(f"evaluating the weights of iteration {start}: the interrupted run had not come to it")
+            logger.info(f"evaluating the weights of iteration {start}: the interrupted run did not")
             self._do_eval()
 
     def after_step(self) -> None:
-        """Evaluate where it is due, but leave the last evaluation to `after_train`."""
+        """Evaluate if it is due; `after_train` does the last evaluation."""
         self.completed = self.trainer.iter + 1
         super().after_step()
 
     def after_train(self) -> None:
-        """Evaluate at the end of a whole training; one that was cut short gets none."""
+        """Evaluate at the end of a training that ran to its last iteration."""
         if self.trainer.iter >= self.trainer.max_iter:
             self.completed = self.trainer.max_iter
             super().after_train()
 
     def run(self) -> dict:
-        """Evaluate, record, keep the best -> results."""
+        """Evaluate, record, save the best weights -> results."""
         results = self.evaluate()
         improved = stop = False
         if comm.is_main_process() and results:  # none where the data have no annotations
@@ -99,12 +97,12 @@ class Evaluation(hooks.EvalHook):
         if improved:
             self.save_best()
         if stop and self.completed < self.trainer.max_iter:
-            logger.info(f"{self.patience} evaluations without a better {self.metric}: this is the end of the training")
+            logger.info(f"{self.patience} evaluations without a better {self.metric}: training stops early")
             raise EndOfTraining
         return results
 
     def note(self, values: dict[str, float]) -> tuple[bool, bool]:
-        """Add to the record -> whether the weights are the best so far, and whether patience is at its end."""
+        """Add to the record -> whether the weights are the best so far, and whether to stop early."""
         if self.metric not in values:
             raise DataError(f"train.best.metric={self.metric!r} was not measured; there are {', '.join(values)}")
         numbers = {key: None if math.isnan(value) else value for key, value in values.items()}
@@ -117,12 +115,12 @@ class Evaluation(hooks.EvalHook):
         return waited == 0 and math.isfinite(scores[-1]), bool(self.patience) and waited >= self.patience
 
     def score(self, entry: dict) -> float:
-        """How good the better of raw and averaged weights are; more is better."""
+        """Score of the better of raw and averaged weights; higher is better."""
         values = [entry.get(key) for key in (self.metric, f"ema/{self.metric}")]
         return max((self.sign * value for value in values if value is not None), default=-math.inf)
 
     def save_best(self) -> None:
-        """Write the weights alone: `model_best.pth` is to be used, not continued with."""
+        """Write the weights alone: `model_best.pth` is for prediction, not for resuming."""
         entry = from_main(self.record[-1] if self.record else None)
         value, averaged = self.sign * self.score(entry), entry.get(f"ema/{self.metric}")
         kind = "averaged" if averaged == value else "raw"
@@ -133,7 +131,7 @@ class Evaluation(hooks.EvalHook):
         logger.info(f"best {self.metric} so far: {value:.4f}, {kind} weights, in model_best.pth")
 
 
-def read_record(path: str) -> list[dict]:
+def _read_record(path: str) -> list[dict]:
     """The evaluations of a run.
 
     Raises:
@@ -145,5 +143,5 @@ def read_record(path: str) -> list[dict]:
         return [entry for entry in record if isinstance(entry["iteration"], int)]
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(
-            f"{path} is damaged: {error}. Without it the run continues, with its best value unknown"
+            f"{path} is damaged: {error}. Remove the file to continue without the best value so far"
         ) from error

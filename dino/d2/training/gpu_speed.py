@@ -1,4 +1,4 @@
-"""What a recipe asks of a GPU for the sake of speed: precision of float32, compiled code, CUDA graphs."""
+"""Settings of a recipe for the speed of a GPU: precision of float32, compilation, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from omegaconf import DictConfig
 from torch import nn
 
 from dino.d2.meta_arch import DINODetector
-from dino.modeling import CudaGraphs, compile_network, use_float32_precision
+from dino.modeling import compile_network, use_float32_precision
 from dino.utils.files import DataError
 
 
 def use_precision(cfg: DictConfig) -> None:
-    """Follow `train.float32_precision`.
+    """Apply `train.float32_precision`.
 
     Raises:
-        DataError: it is no such word.
+        DataError: its value is unknown.
     """
     try:
         use_float32_precision(cfg.train.float32_precision)
@@ -27,9 +27,9 @@ def use_precision(cfg: DictConfig) -> None:
 
 
 def compile_if_wanted(cfg: DictConfig, model: nn.Module) -> None:
-    """Follow `train.compile`, before the model is wrapped for several processes.
+    """Apply `train.compile`, before the model is wrapped for several processes.
 
-    PyTorch's warnings, such as that a function runs uncompiled after too many graphs, go to the log of the run too.
+    Writes PyTorch's warnings to the log of the run, such as that a function with too many graphs runs uncompiled.
 
     Raises:
         DataError: the model is no `DINODetector`.
@@ -49,8 +49,5 @@ def replayed(model: nn.Module, most: int) -> Iterator[None]:
     if not most or not isinstance(model, DINODetector):
         yield
         return
-    model.graphs = CudaGraphs(model.network, most=most)
-    try:
+    with model.replay(most):
         yield
-    finally:
-        model.graphs = None

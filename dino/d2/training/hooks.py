@@ -1,4 +1,4 @@
-"""Small hooks for what Detectron2's do not do."""
+"""Hooks: checkpoints, averaged weights, a stop by Ctrl-C, a progress bar."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ logger = logging.getLogger("detectron2.dino")
 
 
 class Checkpoints(HookBase):
-    """Writes a checkpoint every `period` iterations, keeps the newest `max_to_keep` also over resumed runs, and writes
-    `model_final.pth` after the last iteration.
+    """Writes a checkpoint every `period` iterations, and `model_final.pth` after the last one.
 
-    (fvcore's PeriodicCheckpointer forgets at each resume what it has written, and serves one process.)
+    Keeps the newest `max_to_keep`, those of resumed runs included. (fvcore's PeriodicCheckpointer does not know files
+    from before a resume, and works in one process only.)
 
     Args:
-        checkpointer: writes them; all processes must have this hook.
+        checkpointer: writes the files; all processes must have this hook.
         period: iterations.
         max_to_keep: number of files; None for all.
-        writers: write before each checkpoint, so that a kill between the two leaves no gap in what they wrote.
+        writers: write before each checkpoint, so that a kill between the two leaves no gap in the metrics.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Checkpoints(HookBase):
         self.max_to_keep = max_to_keep
 
     def after_step(self) -> None:
-        """Write if it is due."""
+        """Write a checkpoint if it is due."""
         completed = self.trainer.iter + 1
         if completed % self.period == 0:
             self.save(f"model_{self.trainer.iter:07d}")
@@ -56,7 +56,7 @@ class Checkpoints(HookBase):
             self.save("model_final")
 
     def save(self, name: str) -> None:
-        """Write one, then remove old ones."""
+        """Write a checkpoint, then remove old ones."""
         for writer in self.writers:
             writer.write()
         self.checkpointer.save(name, iteration=self.trainer.iter)
@@ -71,15 +71,15 @@ class AverageWeights(HookBase):
         self.ema = ema
 
     def after_step(self) -> None:
-        """Take in the new weights."""
+        """Update the average."""
         self.ema.update()
 
 
 class StopOnSignal(HookBase):
-    """Ctrl-C ends the training after an iteration, the same on all processes, with a checkpoint; a second one at once.
+    """Ctrl-C stops all processes after the same iteration, with a checkpoint; a second Ctrl-C stops at once.
 
     Args:
-        checkpoints: writes it.
+        checkpoints: writes the checkpoint.
     """
 
     def __init__(self, checkpoints: Checkpoints):
@@ -88,14 +88,14 @@ class StopOnSignal(HookBase):
         self.asked_at = 0.0
 
     def before_train(self) -> None:
-        """Begin to listen."""
+        """Install the signal handler."""
         self.before = signal.signal(signal.SIGINT, self.on_signal)
         self.process = os.getpid()
 
     def on_signal(self, *_) -> None:
-        """Note the wish. Torchrun repeats what the terminal has sent already, hence the time.
+        """Request the stop. Torchrun repeats the terminal's signal, hence the two seconds.
 
-        The processes that read images inherit this, and so go on.
+        Loader processes inherit this handler and ignore the signal.
         """
         if os.getpid() != self.process:
             return
@@ -104,27 +104,27 @@ class StopOnSignal(HookBase):
         if not self.asked_at:
             logger.info("stopping after this iteration; press again to stop at once, without a checkpoint")
         self.asked_at = self.asked_at or time.monotonic()
-        self.trainer.stop_requested = True
+        self.trainer.request_stop()
 
     def after_step(self) -> None:
-        """Stop if all processes know that one wants to."""
+        """Stop once all processes know of a request."""
         alone = comm.get_world_size() == 1
-        stop = self.trainer.stop_requested if alone else self.trainer.guard.stop_agreed
+        stop = self.trainer.stop_requested if alone else self.trainer.checker.stop_agreed
         if stop and self.trainer.iter + 1 < self.trainer.max_iter:
             self.checkpoints.save(f"model_{self.trainer.iter:07d}")
             logger.warning(f"stopped after {self.trainer.iter + 1} iterations; --resume continues")
             raise EndOfTraining
 
     def after_train(self) -> None:
-        """Listen no more."""
+        """Restore the previous signal handler."""
         signal.signal(signal.SIGINT, self.before or signal.SIG_DFL)
 
 
 class ProgressBar(HookBase):
-    """A bar on a terminal, in a line of its own below the log; nothing where the output goes to a file."""
+    """A progress bar below the log on a terminal; nothing if the output is a file."""
 
     def before_train(self) -> None:
-        """Draw it."""
+        """Draw the bar."""
         start, stop = self.trainer.start_iter, self.trainer.max_iter
         self.bar = tqdm(total=stop, initial=start, disable=None, unit="it", dynamic_ncols=True, leave=False)
         self.redirect = logging_redirect_tqdm([logging.getLogger("detectron2")])
@@ -132,11 +132,11 @@ class ProgressBar(HookBase):
             self.redirect.__enter__()
 
     def after_step(self) -> None:
-        """Move it."""
+        """Advance the bar."""
         self.bar.update()
 
     def after_train(self) -> None:
-        """Remove it."""
+        """Remove the bar."""
         if not self.bar.disable:
             self.redirect.__exit__(None, None, None)
         self.bar.close()

@@ -1,4 +1,4 @@
-"""Less memory: activations computed twice, large batches in parts, and what to try when it ran out all the same."""
+"""Less memory: activation checkpointing, and the settings to try where memory runs out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 
-from dino.layers.criterion import average_over_workers
 from dino.modeling.blocks import find_blocks
 from dino.utils.files import DataError
 
@@ -24,13 +23,16 @@ class OutOfMemory(RuntimeError):
 
 
 def checkpoint_activations(model: nn.Module, parts: Sequence[str]) -> None:
-    """Compute the activations inside the blocks of `parts` again in the backward pass instead of keeping them.
+    """Recompute the activations of the blocks of `parts` in the backward pass instead of keeping them.
 
     Gradients stay the same. (BatchNorm in training mode counts each batch twice in its running statistics.)
 
     Args:
-        model: a `DINODetector`, changed in place; the names of its parameters stay. Without `parts`, any model.
+        model: a `DINODetector`, changed in place; parameters keep their names. Without `parts`, any model.
         parts: any of "backbone", "encoder", "decoder".
+
+    Raises:
+        DataError: a part has another name.
     """
     if not parts:
         return
@@ -50,41 +52,11 @@ def checkpoint_activations(model: nn.Module, parts: Sequence[str]) -> None:
 
 
 @contextmanager
-def counted_together(model: nn.Module, parts: list[list[dict]]) -> Iterator[None]:
-    """Within, the losses of every part are divided by the number of objects of all parts together.
-
-    So their sum is the loss of the undivided batch.
-
-    Args:
-        model: a `DINODetector`.
-        parts: the batches of one step.
-    """
-    if len(parts) == 1:
-        yield
-        return
-    criterion, budget = model.criterion, model.network.denoising.num_denoising
-    counts = [len(x["instances"]) for part in parts for x in part]
-    averaged: list[torch.Tensor] = []
-
-    def average(_, device: torch.device) -> torch.Tensor:
-        if not averaged:
-            noised = sum(min(count, budget) for count in counts)
-            averaged.append(average_over_workers([sum(counts), noised], device))
-        return averaged[0]
-
-    criterion.average = average
-    try:
-        yield
-    finally:
-        criterion.average = average_over_workers
-
-
-@contextmanager
 def advice() -> Iterator[None]:
-    """Within, running out of memory raises an `OutOfMemory` that names the settings to try."""
+    """Context where running out of memory raises an `OutOfMemory` that names the settings to try."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator knows no better
+    except RuntimeError as error:  # the base class of torch.OutOfMemoryError; what the CPU's allocator raises
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         raise OutOfMemory(

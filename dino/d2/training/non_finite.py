@@ -1,4 +1,4 @@
-"""No step that isn't finite reaches the weights, and nobody waits for the device to find out."""
+"""Keeps non-finite steps from the weights; detected without a device sync."""
 
 from __future__ import annotations
 
@@ -14,35 +14,33 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from dino.layers.matcher import NonFiniteCostError, Pairs, start_matching
-from dino.structures import LayerOutputs, Target
 from dino.utils.device import to_host
 from dino.utils.files import write_whole
 
 logger = logging.getLogger("detectron2.dino")
-LONGEST_STREAK = 20  # bad steps in a row that end a training in any case: float16's loss scale has then fallen below 1
+LONGEST_STREAK = 20  # bad steps in a row that end a training in any case: float16's loss scale is then below 1
 
 
-class Step(NamedTuple):
-    """What is kept of a step until the device has told whether it was finite."""
+class _Step(NamedTuple):
+    """A step whose numbers are still on the device."""
 
     iteration: int
     batch: list[dict]
     names: list[str]  # of the losses
-    # Losses, norm of the gradients, whether any process has non-finite losses, whether any has been asked to stop:
+    # Losses; norm of the gradients; whether any process has non-finite losses; whether any was asked to stop:
     numbers: Callable[[], Tensor]
 
 
 class NonFiniteChecker:
-    """Judges every step on its device, and tells the host later.
+    """Checks every step on its device; the host reads the result later.
 
-    The optimizer must leave the weights alone where gradients are NaN, as GradScaler sees to. Running statistics of
-    norms are put back, too.
+    The optimizer must leave the weights unchanged where gradients are NaN, as GradScaler ensures. This class restores
+    the running statistics of norms.
 
     Args:
-        model: trained.
-        output_dir: where bad batches go.
-        skip: go on after a bad step, counting it, instead of stopping.
+        model: the model in training.
+        output_dir: folder for bad batches.
+        skip: count a bad step and continue, instead of stopping.
         scaled: the loss is scaled (float16), so that gradients may overflow now and then.
     """
 
@@ -53,29 +51,30 @@ class NonFiniteChecker:
         self.skipped = 0
         self.streak = 0
         self.stop_agreed = False
-        self.pending: Step | None = None
+        self.pending: _Step | None = None
         norms = [module for module in model.modules() if isinstance(module, _NormBase) and module.track_running_stats]
         self.statistics = [buffer for module in norms for buffer in module.buffers()]
         self.before: list[Tensor] = []
-        if skip and hasattr(model, "criterion"):
-            model.criterion.matcher = TolerantMatcher(model.criterion.matcher)
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Remember what the forward pass will change."""
+        """Keep the running statistics, which the forward pass changes."""
         self.before = [x.clone() for x in self.statistics]
 
     @torch.no_grad()
     def judge(
         self, iteration: int, batch: list[dict], losses: dict[str, Tensor], norm: Tensor, stop: bool
     ) -> tuple[Tensor, Tensor]:
-        """-> the norm of the gradients, NaN if a loss or gradient of any process is not finite; whether all losses are.
+        """Check a step on the device, and restore the running statistics if it is not finite.
 
         Args:
             iteration, batch: of the step.
             losses: detached scalars.
             norm: of all gradients together.
-            stop: this process has been asked to stop, see `stop_agreed`.
+            stop: this process was asked to stop, see `stop_agreed`.
+
+        Returns:
+            the norm, NaN if a loss or gradient of any process is not finite; whether all losses are finite (bool).
         """
         values = torch.stack(list(losses.values())).float()
         shared = torch.stack([(~values.isfinite()).any().float(), torch.full_like(norm, float(stop))])
@@ -85,14 +84,14 @@ class NonFiniteChecker:
         for now, before in zip(self.statistics, self.before, strict=True):
             now.copy_(torch.where(norm.isfinite(), now, before))
         numbers = to_host(torch.cat([values, norm[None], shared]))
-        self.pending = Step(iteration, batch, list(losses), numbers)
+        self.pending = _Step(iteration, batch, list(losses), numbers)
         return norm, shared[0] == 0
 
     def check(self) -> None:
-        """Look at the last step. The host waits for its end, unless it has waited since, for the matcher's costs.
+        """Read the result of the last step. Waits for the end of that step.
 
         Raises:
-            FloatingPointError: it was not finite, and that is not to be skipped.
+            FloatingPointError: it was not finite, and is not to be skipped.
         """
         step, self.pending = self.pending, None
         if step is None:
@@ -109,7 +108,7 @@ class NonFiniteChecker:
         self.report(step.iteration, step.batch, what)
 
     def report(self, iteration: int, batch: list[dict], reason: str) -> None:
-        """Save the batch as plain tensors; raise a FloatingPointError that says where and why, or log and count it."""
+        """Save the batch as plain tensors; then count and log the step, or raise a FloatingPointError."""
         rank = f"_rank{comm.get_rank()}" if comm.get_rank() else ""
         path = os.path.join(self.output_dir, f"non_finite_batch_{iteration}{rank}.pth")
         kept = [
@@ -128,36 +127,4 @@ class NonFiniteChecker:
         if not self.skip or self.streak >= LONGEST_STREAK:
             raise FloatingPointError(f"{message}. Lower optimizer.lr, or look at the boxes of these images")
         self.skipped += 1
-        logger.warning(f"{message}. The weights were left alone; {self.skipped} such steps so far")
-
-
-class TolerantMatcher(nn.Module):
-    """Matches anyhow where costs are not finite, so that the losses are not finite either and the step gets skipped.
-
-    (An error would leave the other processes waiting for this one.)
-
-    Args:
-        matcher: see `HungarianMatcher`.
-    """
-
-    def __init__(self, matcher: nn.Module):
-        super().__init__()
-        self.matcher = matcher
-
-    def forward(self, predictions: LayerOutputs, targets: list[Target]) -> Pairs:
-        """As `HungarianMatcher`, without its error."""
-        return self.start(predictions, targets)()
-
-    def start(self, predictions: LayerOutputs, targets: list[Target]) -> Callable[[], Pairs]:
-        """As `HungarianMatcher.start`; the function that it returns has no error."""
-        matching = start_matching(self.matcher, predictions, targets)
-
-        def finish() -> Pairs:
-            try:
-                return matching()
-            except NonFiniteCostError:
-                layers, _, num_queries, _ = predictions.boxes.shape
-                counts = [np.arange(min(num_queries, len(target.labels))) for target in targets]
-                return [[(count, count) for count in counts] for _ in range(layers)]
-
-        return finish
+        logger.warning(f"{message}. The weights are unchanged; {self.skipped} such steps so far")

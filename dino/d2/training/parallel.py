@@ -1,4 +1,4 @@
-"""Several processes: starting them, sharing the gradients, and pieces of tensors where a model is cut into shards."""
+"""Several processes: starting them, averaging gradients, and tensors of a sharded model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,38 +26,55 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 from dino.modeling.blocks import find_blocks
-from dino.utils.files import DataError, write_whole
+from dino.utils.files import UserError, write_whole
 
 logger = logging.getLogger("detectron2.dino")
 STARTER = "started_by"  # file in the folder of a run
 
 
-def launch(main: Callable, args) -> None:
-    """Run `main(args)` in every process: one of torchrun's, or --num-gpus new ones.
+class Processes(NamedTuple):
+    """Which processes to start.
+
+    Args:
+        num_gpus: processes on this machine, one for each GPU.
+        num_machines: number of machines.
+        machine_rank: number of this machine, from 0 on.
+        dist_url: address of machine 0; a single machine takes a free port.
+    """
+
+    num_gpus: int = 1
+    num_machines: int = 1
+    machine_rank: int = 0
+    dist_url: str = "auto"
+
+
+def launch(main: Callable, processes: Processes, *args: Any) -> None:
+    """Run `main(*args)` in every process: one of torchrun's, or `processes.num_gpus` new ones.
 
     Raises:
-        DataError: the numbers of processes make no sense.
+        UserError: the numbers of processes make no sense.
     """
     if "LOCAL_RANK" in os.environ:
-        join_group(args)
+        join_group(processes)
         try:
-            main(args)
+            main(*args)
         finally:
             dist.destroy_process_group()
         return
-    if torch.cuda.is_available() and args.num_gpus > torch.cuda.device_count():
-        raise DataError(f"--num-gpus {args.num_gpus}, but this machine has {torch.cuda.device_count()}")
-    # Detectron2's default port follows from the user, so that a second run on the machine would meet the first one.
-    url = "auto" if args.num_machines == 1 else args.dist_url
-    if args.num_gpus > 1:
+    num_gpus, num_machines, machine_rank, url = processes
+    if torch.cuda.is_available() and num_gpus > torch.cuda.device_count():
+        raise UserError(f"--num-gpus {num_gpus}, but this machine has {torch.cuda.device_count()}")
+    if num_machines == 1:
+        url = "auto"  # Detectron2's default port follows from the user: a second run would meet the first one
+    if num_gpus > 1:
         signal.signal(signal.SIGINT, lambda *_: None)  # left to the new processes, see `StopOnSignal`
-    spawn(main, args.num_gpus, args.num_machines, args.machine_rank, url, args=(args,))
+    spawn(main, num_gpus, num_machines, machine_rank, url, args=args)
 
 
-def join_group(args) -> None:
+def join_group(processes: Processes) -> None:
     """Join the process group that torchrun describes in the environment."""
-    if args.num_gpus != 1 or args.num_machines != 1:
-        raise DataError("torchrun starts the processes: leave out --num-gpus and --num-machines")
+    if processes.num_gpus != 1 or processes.num_machines != 1:
+        raise UserError("torchrun starts the processes: leave out --num-gpus and --num-machines")
     has_gpu = torch.cuda.is_available()
     if has_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -71,35 +89,35 @@ def join_group(args) -> None:
 
 
 def restarted() -> bool:
-    """Whether torchrun or Slurm starts its processes for the second time or more."""
+    """Whether torchrun or Slurm has restarted this process."""
     return any(int(os.environ.get(key) or 0) > 0 for key in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
-def launch_id() -> str:
-    """What stays the same when torchrun or Slurm starts a run again, and differs for another run."""
+def _launch_id() -> str:
+    """An id that a restart by torchrun or Slurm keeps, and another run does not."""
     given = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return given if given != "none" else os.environ.get("SLURM_JOB_ID", f"{platform.node()} {os.getppid()}")
 
 
 def note_start(folder: Path) -> None:
-    """Leave in the folder of a run who started it."""
-    write_whole(folder / STARTER, lambda part: part.write_text(launch_id()))
+    """Write the id of this launch into the folder of a run."""
+    write_whole(folder / STARTER, lambda part: part.write_text(_launch_id()))
 
 
 def started_by_same(folder: Path) -> bool:
-    """Whether `note_start` was called for this folder by processes of the same launch."""
-    return (folder / STARTER).is_file() and (folder / STARTER).read_text() == launch_id()
+    """Whether the same launch has called `note_start` for this folder."""
+    return (folder / STARTER).is_file() and (folder / STARTER).read_text() == _launch_id()
 
 
 def from_main(value):
-    """The main process's value of something small, on all processes."""
+    """Return the main process's value, which must be small, on all processes."""
     return comm.all_gather(value)[0]
 
 
 def wrap_ddp_or_fsdp(model: nn.Module, cfg: DictConfig) -> nn.Module:
-    """Let the processes train one model: `train.parallel` is "ddp" (each holds all of it) or "fsdp" (each a shard)."""
+    """Wrap a model for several processes: `train.parallel` is "ddp" (each holds all of it) or "fsdp" (each a shard)."""
     if cfg.train.parallel not in ("ddp", "fsdp"):
-        raise DataError(f"train.parallel={cfg.train.parallel!r}: write ddp or fsdp")
+        raise UserError(f"train.parallel={cfg.train.parallel!r}: write ddp or fsdp")
     if comm.get_world_size() == 1:
         return model
     device = torch.device(cfg.train.device).type
@@ -107,7 +125,7 @@ def wrap_ddp_or_fsdp(model: nn.Module, cfg: DictConfig) -> nn.Module:
         return create_ddp_model(model, **cfg.train.ddp, **({} if device == "cuda" else {"device_ids": None}))
     model.to(memory_format=torch.contiguous_format)  # FSDP2 can't shard channels-last weights
     mesh = init_device_mesh(device, (comm.get_world_size(),))
-    with suppress(ValueError):  # of a backbone without known blocks, which is then sharded with the rest
+    with suppress(ValueError):  # a backbone without known blocks is sharded with the rest
         for block in find_blocks(model.network.neck.backbone).values():
             fully_shard(block, mesh=mesh)
     for layer in [*model.network.encoder.layers, *model.network.decoder.layers]:
@@ -121,43 +139,43 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def gradients_shared(model: nn.Module, now: bool) -> AbstractContextManager:
-    """Within, backward passes share their gradients with the other processes, or leave that to a later one."""
+    """Within the block, backward passes average their gradients over the processes only if `now`."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(now)
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not now else nullcontext()
 
 
 def gather_shards(model: nn.Module) -> None:
-    """Make every process hold the whole of a sharded model, and keep it: for evaluation, where batches are uneven."""
-    for module in sharded_modules(model):
+    """Gather a sharded model on every process, and keep it whole: for evaluation, where batches are uneven."""
+    for module in _sharded_modules(model):
         module.set_reshard_after_forward(False)
         module.unshard()
 
 
 def drop_shards(model: nn.Module) -> None:
-    """End what `gather_shards` began."""
-    for module in sharded_modules(model):
+    """Shard the model again after `gather_shards`."""
+    for module in _sharded_modules(model):
         module.set_reshard_after_forward(module is not model)  # fully_shard's own choice
         module.reshard()
 
 
-def sharded_modules(model: nn.Module) -> list[FSDPModule]:
-    """The parts of a model that are sharded; none without `train.parallel=fsdp`."""
+def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    """The sharded parts of a model; none without `train.parallel=fsdp`."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def local(x: Tensor) -> Tensor:
-    """This process's shard of a tensor, sharing its memory; the tensor itself where nothing is sharded."""
+    """This process's shard of a tensor, with the same memory; the tensor itself if it is not sharded."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def shard_like(x: Tensor, reference: Tensor) -> Tensor:
-    """The whole tensor `x`, the same on all processes, cut up as `reference` is."""
+    """Shard the whole tensor `x`, equal on all processes, as `reference` is sharded."""
     if not isinstance(reference, DTensor) or x.shape != reference.shape:
         return x
     return distribute_tensor(x.to(reference.device), reference.device_mesh, reference.placements, src_data_rank=None)
 
 
 def whole(state):
-    """A tensor or a nested state with all shards put together; all processes must call it."""
+    """Gather all shards of a tensor or of a nested state; all processes must call it."""
     return tree_map_only(DTensor, lambda x: x.full_tensor(), state)

@@ -1,4 +1,4 @@
-"""What a training starts from, told once: the data, the plan, and what is needed to do it again."""
+"""Summary at the start of a training: data, plan, and all that is needed to repeat the run."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from torch import nn
 
 import dino
 from dino.d2.recipe import names_of
+from dino.layers.ops.operator_report import operator_lines
 from dino.modeling import float32_precision
-from dino.utils.environment import operator_lines
 from dino.utils.files import DataError
 
 logger = logging.getLogger("detectron2.dino")
-TINY = 8  # pixels, below which few detectors find anything
+_TINY = 8  # pixels, below which few detectors find anything
 
 
 def summarise_data(cfg: DictConfig, images: list[dict]) -> None:
-    """Log what will be learned from, and warn where a limit of the recipe cuts something off.
+    """Log a summary of the training data, and warn of classes without objects and of limits that are too low.
 
     Raises:
         DataError: there are no images.
@@ -39,7 +39,7 @@ def summarise_data(cfg: DictConfig, images: list[dict]) -> None:
     objects = sum(len(x["annotations"]) for x in images)
     empty = sum(not x["annotations"] for x in images)
     logger.info(
-        f"{len(images)} training images, {empty} without objects (kept); {objects} objects of {len(names)} classes"
+        f"{len(images)} training images, {empty} of them without objects; {objects} objects of {len(names)} classes"
     )
     print_instances_class_histogram(images, names)
     unseen = sorted(set(range(len(names))) - {o["category_id"] for x in images for o in x["annotations"]})
@@ -55,24 +55,24 @@ def summarise_data(cfg: DictConfig, images: list[dict]) -> None:
     for what, limit in limits.items():
         if limit and count > limit:
             logger.warning(f"{fullest['file_name']} has {count} objects, more than the {limit} {what} per image")
-    tell_sizes(cfg, images)
+    _log_sizes(cfg, images)
 
 
-def tell_sizes(cfg: DictConfig, images: list[dict]) -> None:
-    """Log how large the objects are for the network, and warn where they are tiny."""
-    sizes = sizes_after_resize(images[:5000], list(instantiate(cfg.dataloader.test.mapper).augmentations.augs))
+def _log_sizes(cfg: DictConfig, images: list[dict]) -> None:
+    """Log the sizes of the objects after the resize, and warn of tiny ones."""
+    sizes = _sizes_after_resize(images[:5000], list(instantiate(cfg.dataloader.test.mapper).augmentations.augs))
     if len(sizes):
         low, median, high = np.percentile(sizes, (5, 50, 95))
         logger.info(
-            f"objects after the resize for evaluation, square root of the area in pixels: 5% below {low:.0f}, median "
-            f"{median:.0f}, 5% above {high:.0f}"
+            f"size of objects after the evaluation's resize, square root of the area in pixels: 5% below {low:.0f}, "
+            f"median {median:.0f}, 5% above {high:.0f}"
         )
-        if median < TINY:
-            logger.warning(f"half of the objects are smaller than {TINY} pixels: larger images or tiles would help")
+        if median < _TINY:
+            logger.warning(f"half of the objects are smaller than {_TINY} pixels: try larger images or tiles")
 
 
-def sizes_after_resize(images: list[dict], augmentations: list) -> np.ndarray:
-    """Square roots of the areas of all boxes, in pixels of the resized images; nothing is read or resized."""
+def _sizes_after_resize(images: list[dict], augmentations: list) -> np.ndarray:
+    """(N,) square roots of the areas of all boxes, in pixels of the resized images; reads no image."""
     sizes = []
     for x in images:
         height, width = x["height"], x["width"]
@@ -87,7 +87,7 @@ def sizes_after_resize(images: list[dict], augmentations: list) -> np.ndarray:
 
 
 def summarise_plan(cfg: DictConfig, model: nn.Module, optimizer: torch.optim.Optimizer, about: dict) -> None:
-    """Log how it will be learned."""
+    """Log the training plan: batch, length, learning rates, precision, versions."""
     train, loader = cfg.train, cfg.dataloader.train
     world, parts = comm.get_world_size(), train.grad_accum_steps
     rates = Counter()
@@ -99,16 +99,16 @@ def summarise_plan(cfg: DictConfig, model: nn.Module, optimizer: torch.optim.Opt
     logger.info(
         "\n".join(
             [
-                "the plan",
+                "training plan",
                 f"  batch: {batch} images = {world} processes x {parts} parts x {batch // (world * parts)} images",
                 f"  length: {train.max_iter} iterations; an evaluation every {train.eval_period}, a checkpoint every "
                 f"{train.checkpointer.period}",
                 "  learning rates: " + ", ".join(f"{rate:.2e} for {n / 1e6:.2f} M" for rate, n in rates.most_common()),
-                f"  parameters: {total / 1e6:.2f} M, {trained / 1e6:.2f} M of them trained",
-                f"  precision: {train.amp.dtype if train.amp.enabled else 'float32'}; of float32 on a GPU: "
+                f"  parameters: {total / 1e6:.2f} M, {trained / 1e6:.2f} M trainable",
+                f"  precision: {train.amp.dtype if train.amp.enabled else 'float32'}; float32 on a GPU: "
                 f"{float32_precision()}",
-                f"  compiled: {train.compile}; activations computed twice in: "
-                f"{', '.join(train.activation_checkpointing) or 'none'}; averaged weights: {train.ema.enabled}",
+                f"  compile: {_on(train.compile)}; activation checkpointing: "
+                f"{', '.join(train.activation_checkpointing) or 'off'}; averaged weights: {_on(train.ema.enabled)}",
                 *(f"  {line.strip()}" for line in operator_lines()),
                 *(f"  {key}: {value}" for key, value in about.items()),
             ]
@@ -116,19 +116,23 @@ def summarise_plan(cfg: DictConfig, model: nn.Module, optimizer: torch.optim.Opt
     )
 
 
+def _on(enabled: bool) -> str:
+    return "on" if enabled else "off"
+
+
 def describe_run(images: list[dict], seed: int) -> dict[str, str | int]:
-    """What is needed to do the run again, beside the recipe: versions, commit, seed, and a fingerprint of the data."""
+    """All that is needed to repeat the run, besides the recipe: versions, commit, seed, fingerprint of the data."""
     return {
         "dino": dino.__version__,
         "torch": str(torch.__version__),
-        "commit": commit(),
+        "commit": _commit(),
         "seed": seed,
-        "data": fingerprint(images),
+        "data": _fingerprint(images),
     }
 
 
-def commit() -> str:
-    """Of the checkout in which the package lies; "-dirty" where something has been changed since."""
+def _commit() -> str:
+    """Commit of the package's checkout, with "-dirty" if files have changed since."""
     command = ["git", "-C", str(Path(dino.__file__).parents[1]), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         found = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True, timeout=20, check=False)
@@ -137,8 +141,8 @@ def commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def fingerprint(images: list[dict]) -> str:
-    """Of names, sizes, boxes and labels, in their order; not of the pixels, nor of the folder."""
+def _fingerprint(images: list[dict]) -> str:
+    """Fingerprint of file names, sizes, boxes and labels in their order; not of pixels or folders."""
     digest = hashlib.sha256()
     for x in images:
         objects = [(o["category_id"], list(o["bbox"])) for o in x["annotations"]]

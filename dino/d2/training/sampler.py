@@ -1,7 +1,6 @@
-"""The order of the training images and their augmentation: functions of the seed and a position in an endless stream.
+"""Order and augmentation of the training images, as functions of the seed and the position in an endless stream.
 
-So a checkpoint holds no state of them, whatever the number of workers: a run that starts at iteration n sees the images
-of an unbroken run from there on.
+So nothing has to be saved: a run that resumes at iteration n reads the same images as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from dino.utils.files import DataError
 
 
 def seed_random(*numbers: int) -> None:
-    """Seed Python, numpy and torch, on all devices, from several numbers together, without a device sync."""
+    """Seed Python, numpy and torch, on all devices, from several numbers, without a device sync."""
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
@@ -33,7 +32,7 @@ class _Stream(Sampler):
 
     Args:
         sampler: one of Detectron2's endless samplers.
-        start: positions of the whole stream to skip.
+        start: number of positions of the whole stream to skip.
     """
 
     def __init__(self, sampler: Sampler, start: int):
@@ -41,13 +40,13 @@ class _Stream(Sampler):
         self.start = start
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        """Yield (position, index) for ever."""
+        """Yield (position, index) endlessly."""
         stream = enumerate(self.sampler._infinite_indices())
         return itertools.islice(stream, self.start + comm.get_rank(), None, comm.get_world_size())
 
 
 class _SeededDataset(Dataset):
-    """Maps an image with random numbers seeded by the run's seed and its position in the stream.
+    """Maps an image with random numbers from the seed and its position in the stream.
 
     Args:
         images: dicts of a data set, kept in compact form.
@@ -61,12 +60,12 @@ class _SeededDataset(Dataset):
         self.seed = seed
 
     def __len__(self) -> int:
-        """Number of different images."""
+        """Number of images."""
         return len(self.images)
 
-    def __getitem__(self, entry: tuple[int, int]) -> dict:
+    def __getitem__(self, key: tuple[int, int]) -> dict:
         """(position, index) -> the mapped image."""
-        position, index = entry
+        position, index = key
         seed_random(self.seed, position)
         return self.mapper(self.images[index])
 
@@ -77,14 +76,11 @@ class TrainLoader:
     Args:
         dataset: dicts of a data set.
         mapper: dict -> dict for the detector, see `TrainMapper`.
-        total_batch_size: images for one step of the optimizer, of all processes together.
-        num_workers: reading processes.
+        total_batch_size: images in one step of the optimizer, over all processes.
+        num_workers: processes that read images.
         repeat_threshold: classes that are on less than this fraction of the images have theirs shown more often (repeat
             factors of LVIS, arXiv 1908.03195, appendix B.2); 0 shows every image once per epoch.
 
-    Attributes:
-        seed, start, parts: set before the first batch: of the run; the iteration to start with; into how many batches
-            those of one step are divided.
     """
 
     def __init__(
@@ -106,6 +102,10 @@ class TrainLoader:
             factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency
             self.repeats = factors(dataset, repeat_threshold)
 
+    def begin(self, *, seed: int, start: int, parts: int) -> None:
+        """Prepare the first batch: the seed of the run, its first iteration, the number of batches of one step."""
+        self.seed, self.start, self.parts = seed, start, parts
+
     def __iter__(self) -> Iterator[list[dict]]:
         """Yield the batches of this process from iteration `start` on."""
         pieces = self.parts * comm.get_world_size()
@@ -123,7 +123,7 @@ class TrainLoader:
             mapper=None,
             sampler=_Stream(sampler, self.start * self.total_batch_size),
             total_batch_size=self.total_batch_size // self.parts,
-            aspect_ratio_grouping=False,  # its buffer of images would be state
+            aspect_ratio_grouping=False,  # it delays images, which a resumed run could not repeat
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),  # of images; the few numbers in `Instances` stay where they are
         )

@@ -1,9 +1,10 @@
-"""One step of training: Detectron2's trainer with mixed precision, accumulation, and steps that must be finite."""
+"""One training step: Detectron2's trainer with mixed precision, accumulation, and a check for non-finite steps."""
 
 from __future__ import annotations
 
 import logging
 import time
+from typing import Any
 
 import torch
 from detectron2.engine import SimpleTrainer
@@ -11,9 +12,10 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
+from dino.d2.meta_arch import DINODetector
 from dino.utils.files import DataError
 
-from .memory_saving import OutOfMemory, advice, counted_together
+from .memory_saving import OutOfMemory, advice
 from .non_finite import NonFiniteChecker
 from .parallel import gradients_shared, local, shard_like, unwrapped, whole
 from .sampler import TrainLoader, seed_random
@@ -22,31 +24,38 @@ logger = logging.getLogger("detectron2.dino")
 
 
 class EndOfTraining(Exception):
-    """Training ends before its last iteration, on all processes at the same one."""
+    """Training ends before its last iteration, after the same one on all processes."""
 
 
-# Detectron2 logs a traceback of whatever ends a training; these are told in one line by the program.
-TOLD = (DataError, FloatingPointError, OutOfMemory, EndOfTraining, OSError)
+# Detectron2 logs a traceback of every error that ends a training; the program prints these in one line.
+_ONE_LINE_ERRORS = (DataError, FloatingPointError, OutOfMemory, EndOfTraining, OSError)
 logging.getLogger("detectron2.engine.train_loop").addFilter(
-    lambda record: not (record.exc_info and isinstance(record.exc_info[1], TOLD))
+    lambda record: not (record.exc_info and isinstance(record.exc_info[1], _ONE_LINE_ERRORS))
 )
 
 
 class Trainer(SimpleTrainer):
-    """SimpleTrainer with autocast on any device, loss scaling, accumulation, clipping, and steps that must be finite.
+    """SimpleTrainer with autocast on any device, loss scaling, accumulation, clipping, and a check for finite steps.
 
-    Every iteration draws its random numbers afresh from the seed, its number and the rank, so that a resumed run needs
-    no random states. Nothing waits for the device in an iteration that does not log, except the model's own transfers.
+    Every iteration seeds its random numbers from the seed, its number and the rank, so that a resumed run needs no
+    random states. An iteration that does not log waits for the device only in the model's own transfers.
+
+    Accumulation: one step takes `grad_accum_steps` batches, its parts. The losses of a `DINODetector` are divided by
+    the number of objects of all parts and processes, so the sum over the parts is the loss of the whole batch. Two
+    things differ from the whole batch: each part is padded to its own largest image, and the fullest image of each part
+    determines its denoising groups and padding queries. Where size and number of objects of these images are equal,
+    losses and gradients are those of the whole batch, except for the random noise. The fullest image affects only the
+    `_dn` losses. Losses of other detectors are averaged over the parts.
 
     Args:
-        model, data_loader, optimizer: as of SimpleTrainer; a `TrainLoader` is set to start where the training starts.
+        model, data_loader, optimizer: as of SimpleTrainer; a `TrainLoader` starts where the training starts.
         dtype: float32, bfloat16 or float16, of the forward pass.
         clip_norm: largest L2 norm of all gradients together.
-        output_dir: where the batch goes that made a loss or gradient infinite or NaN.
+        output_dir: folder for batches with a loss or gradient that is infinite or NaN.
         seed: of the run.
-        grad_accum_steps: batches of the loader that make one step.
+        grad_accum_steps: number of batches of the loader in one step.
         log_period: iterations over which the logged losses are averaged.
-        skip_non_finite: go on, without that step, where a loss or gradient is infinite or NaN.
+        skip_non_finite: skip a step with a loss or gradient that is infinite or NaN, instead of stopping.
     """
 
     def __init__(
@@ -66,15 +75,15 @@ class Trainer(SimpleTrainer):
         super().__init__(model, data_loader, optimizer, gather_metric_period=log_period)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.device_type = self.parameters[0].device.type
-        self.waits = self.device_type == "cpu"  # there the host knows at once whether a step was finite
+        self.waits = self.device_type == "cpu"  # a CPU has finished the step at once
         self.dtype = getattr(torch, dtype)
         self.scaled = self.dtype == torch.float16
-        # With a scale of 1 it is still PyTorch's way to suppress, on the device, a step that isn't finite.
+        # Also with a scale of 1, the scaler suppresses a non-finite step on the device.
         self.scaler = torch.amp.GradScaler(self.device_type, init_scale=2.0**16 if self.scaled else 1.0)
         self.clip_norm = clip_norm
         self.seed = seed
         self.grad_accum_steps = grad_accum_steps
-        self.guard = NonFiniteChecker(unwrapped(model), output_dir, skip=skip_non_finite, scaled=self.scaled)
+        self.checker = NonFiniteChecker(unwrapped(model), output_dir, skip=skip_non_finite, scaled=self.scaled)
         self.stop_requested = False  # of this process; see NonFiniteChecker.stop_agreed
         self.batch: list[dict] = []
         self.names: list[str] = []
@@ -82,17 +91,20 @@ class Trainer(SimpleTrainer):
         self.start_loader(0)
 
     def start_loader(self, iteration: int) -> None:
-        """Let the data begin with those of `iteration`."""
+        """Start the data with the batch of `iteration`."""
         if isinstance(self.data_loader, TrainLoader):
-            self.data_loader.seed, self.data_loader.start = self.seed, iteration
-            self.data_loader.parts = self.grad_accum_steps
+            self.data_loader.begin(seed=self.seed, start=iteration, parts=self.grad_accum_steps)
         elif iteration:
             logger.warning(
                 "the recipe's train loader can't start in the middle: images come in another order than before"
             )
 
+    def request_stop(self) -> None:
+        """Ask for an end of the training; all processes learn of it in the next step, see `NonFiniteChecker`."""
+        self.stop_requested = True
+
     def run_step(self) -> None:
-        """One iteration."""
+        """Run one iteration."""
         start = time.perf_counter()
         parts = [next(self._data_loader_iter) for _ in range(self.grad_accum_steps)]
         data_time = time.perf_counter() - start
@@ -105,46 +117,58 @@ class Trainer(SimpleTrainer):
             self.update(losses)
         logs = (self.iter + 1) % self.gather_metric_period == 0 or self.iter + 1 == getattr(self, "max_iter", None)
         if logs or self.waits:
-            self.guard.check()
+            self.checker.check()
         if logs:
             self.log(data_time)
 
     def accumulate(self, parts: list[list[dict]]) -> dict[str, Tensor]:
-        """Gradients of all parts -> the losses, summed over them, detached."""
+        """Compute the gradients of all parts -> the losses, summed over the parts, detached."""
         totals = None
-        self.guard.begin()
-        with counted_together(unwrapped(self.model), parts):
-            for number, part in enumerate(parts, 1):
-                with gradients_shared(self.model, number == len(parts)):
-                    losses = self.forward(part)
-                    self.guard.check()  # of the step before: the host has just waited for the matcher's costs
-                    values = torch.stack(list(losses.values()))
-                    self.scaler.scale(values.sum()).backward()
-                totals = values.detach() if totals is None else totals + values.detach()
+        options = self.loss_options(parts)
+        average = len(parts) > 1 and "normalizer" not in options
+        self.checker.begin()
+        for number, part in enumerate(parts, 1):
+            with gradients_shared(self.model, number == len(parts)):
+                losses = self.forward(part, options)
+                self.checker.check()  # of the step before: the host has just waited for the matcher's costs
+                values = torch.stack(list(losses.values()))
+                values = values / len(parts) if average else values
+                self.scaler.scale(values.sum()).backward()
+            totals = values.detach() if totals is None else totals + values.detach()
         return dict(zip(losses, totals, strict=True))
 
-    def forward(self, data: list[dict]) -> dict[str, Tensor]:
-        """The losses of a batch; predictions that are NaN or infinite end the training."""
+    def loss_options(self, parts: list[list[dict]]) -> dict[str, Any]:
+        """Arguments for the losses of a `DINODetector` (see `SetCriterion.forward`) that differ from their defaults."""
+        model = unwrapped(self.model)
+        if not isinstance(model, DINODetector):
+            return {}
+        options: dict[str, Any] = {"non_finite": "match"} if self.checker.skip else {}
+        if len(parts) > 1:
+            options["normalizer"] = model.loss_normalizer([len(x["instances"]) for part in parts for x in part])
+        return options
+
+    def forward(self, data: list[dict], options: dict[str, Any]) -> dict[str, Tensor]:
+        """Losses of a batch; non-finite predictions end the training, unless such steps are to be skipped."""
         try:
             with torch.autocast(self.device_type, self.dtype, enabled=self.dtype != torch.float32):
-                return self.model(data)
+                return self.model(data, **options)
         except FloatingPointError as error:
-            self.guard.report(self.iter, data, str(error))
+            self.checker.report(self.iter, data, str(error))
             raise
 
     def update(self, losses: dict[str, Tensor]) -> None:
-        """Clip, then step, unless something isn't finite."""
+        """Clip the gradients, then step, unless a loss or gradient is not finite."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = whole(torch.nn.utils.get_total_norm(gradients))
         norm = norm / self.scaler.scale(torch.ones_like(norm))
-        norm, usable = self.guard.judge(self.iter, self.batch, losses, norm, self.stop_requested)
+        norm, usable = self.checker.judge(self.iter, self.batch, losses, norm, self.stop_requested)
         torch._foreach_mul_([local(g) for g in gradients], (self.clip_norm / (norm + 1e-6)).clamp(max=1))
         self.scaler.step(self.optimizer)
         self.scaler.update(None if self.scaled else 1.0)
         self.add_up(losses, norm, usable)
 
     def add_up(self, losses: dict[str, Tensor], norm: Tensor, usable: Tensor) -> None:
-        """Add the numbers of a step to those since the last log."""
+        """Add losses and gradient norm of a step to the sums since the last log."""
         finite = norm.isfinite()
         others = {"usable": usable, "grad_norm": torch.where(finite, norm, 0), "finite": finite}
         values = torch.where(usable, torch.stack(list(losses.values())).float(), 0)
@@ -160,7 +184,7 @@ class Trainer(SimpleTrainer):
         usable, finite, norm = (values.pop(name).item() for name in ("usable", "finite", "grad_norm"))
         if comm.is_main_process():
             storage = get_event_storage()
-            storage.put_scalar("skipped_steps", self.guard.skipped, smoothing_hint=False)
+            storage.put_scalar("skipped_steps", self.checker.skipped, smoothing_hint=False)
             if finite:
                 storage.put_scalar("grad_norm", norm / finite, smoothing_hint=False)
         if usable:
@@ -169,10 +193,10 @@ class Trainer(SimpleTrainer):
     def state_dict(self) -> dict:
         """Adds the loss scale, the seed and the number of skipped steps."""
         scaler = self.scaler.state_dict() if self.scaled else {}
-        return {**super().state_dict(), "scaler": scaler, "seed": self.seed, "skipped": self.guard.skipped}
+        return {**super().state_dict(), "scaler": scaler, "seed": self.seed, "skipped": self.checker.skipped}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Continue after the iteration of the state. The optimizer's settings, such as its rate, stay the recipe's."""
+        """Continue after the iteration of the state. Settings of the optimizer, such as its rate, stay the recipe's."""
         saved = state_dict["optimizer"]
         groups = [
             {**theirs, **{k: v for k, v in ours.items() if k != "params"}, "initial_lr": ours["lr"]}
@@ -188,5 +212,5 @@ class Trainer(SimpleTrainer):
         if self.seed != state_dict["seed"]:
             logger.warning(f"the seed is that of the run which is continued: {state_dict['seed']}, not {self.seed}")
         self.seed = state_dict["seed"]
-        self.guard.skipped = state_dict["skipped"]
+        self.checker.skipped = state_dict["skipped"]
         self.start_loader(self.iter + 1)

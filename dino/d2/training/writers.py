@@ -1,4 +1,4 @@
-"""Writers of a training's numbers, beside those of Detectron2."""
+"""Writers of training metrics beyond Detectron2's: console, Weights & Biases, curves."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _MAIN_LOSSES = ("total_loss", "loss_ce", "loss_bbox", "loss_giou")
 class ConsoleWriter(CommonMetricPrinter):
     """One short line: total loss and the three main terms. All 39 losses go to metrics.json and TensorBoard."""
 
-    printed = -1  # the last printed iteration
+    _printed = -1  # iteration of the last line
 
     def write(self) -> None:
-        """Print what the event storage holds."""
+        """Print one line from the event storage."""
         storage = get_event_storage()
         histories = storage.histories()
-        if storage.iter >= self._max_iter or storage.iter == self.printed or not histories:
+        if storage.iter >= self._max_iter or storage.iter == self._printed or not histories:
             return
-        self.printed = storage.iter
+        self._printed = storage.iter
         latest = {name: histories[name].latest() for name in (*_MAIN_LOSSES, "lr") if name in histories}
         times = {name: histories[name].median(self._window_size) for name in ("time", "data_time") if name in histories}
         parts = [f"iter {storage.iter}/{self._max_iter}"]
@@ -44,11 +44,11 @@ class ConsoleWriter(CommonMetricPrinter):
 
 
 class WandbWriter(EventWriter):
-    """Sends all numbers and the pictures of the run folder to Weights & Biases. A resumed run continues there.
+    """Sends all metrics and the images of the run folder to Weights & Biases; a resumed run continues the same one.
 
     Args:
-        output_dir: of the run; the id is kept there.
-        config: plain data, shown with the run.
+        output_dir: folder of the run; holds its id.
+        config: plain data to show with the run.
         project, name: as of wandb.init.
 
     Raises:
@@ -62,14 +62,14 @@ class WandbWriter(EventWriter):
             raise DataError("train.wandb.enabled=True needs wandb: pip install wandb") from error
         self.wandb = wandb
         self.folder = Path(output_dir)
-        self.sent: set[tuple] = set()  # (key, iteration) and pictures
+        self.sent: set[tuple] = set()  # (key, iteration), and images
         known = self.folder / "wandb_id"
         run_id = known.read_text().strip() if known.is_file() else None
         self.run = wandb.init(project=project, name=name, dir=output_dir, id=run_id, resume="allow", config=config)
         write_whole(known, lambda part: part.write_text(self.run.id))
 
     def write(self) -> None:
-        """Send new numbers and pictures."""
+        """Send new metrics and images."""
         new = defaultdict(dict)
         for key, (value, iteration) in get_event_storage().latest().items():
             if (key, iteration) not in self.sent:
@@ -89,7 +89,7 @@ class WandbWriter(EventWriter):
 
 
 def draw_curves(folder: str) -> None:
-    """Draw `curves.png` from a run's metrics.json: losses and AP."""
+    """Draw `curves.png` from a run's metrics.json: losses, and APs of the evaluations."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -121,7 +121,7 @@ def _read_metrics(path: Path) -> dict[str, dict[int, float]]:
 
 
 def _entries(path: Path) -> list[dict]:
-    """Lines of a metrics.json, without one that a kill cut short."""
+    """The lines of a metrics.json, without one that a kill has truncated."""
     found = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError):
@@ -130,7 +130,7 @@ def _entries(path: Path) -> list[dict]:
 
 
 def forget_metrics(path: Path, start: int) -> None:
-    """Remove the lines of a metrics.json that follow the checkpoint of iteration `start`, where the run continues."""
+    """Remove the metrics of iterations from `start` on, where a resumed run continues."""
     kept = [x for x in _entries(path) if x["iteration"] < start or (x["iteration"] == start and "total_loss" not in x)]
     if path.is_file():
         write_whole(path, lambda part: part.write_text("".join(json.dumps(x, sort_keys=True) + "\n" for x in kept)))

@@ -1,7 +1,7 @@
-"""`dino check`: looks a COCO-format data set over before anybody trains."""
+"""`dino check`: the issues of a COCO-format data set, found before training."""
 
-from .annotations import find_faults
-from .issues import KINDS, Fault, Kind
+from .annotations import find_issues
+from .issues import KINDS, Issue, Kind
 from .repair import repair
 
-__all__ = ["KINDS", "Fault", "Kind", "find_faults", "repair"]
+__all__ = ["KINDS", "Issue", "Kind", "find_issues", "repair"]

@@ -1,4 +1,4 @@
-"""Faults that the annotations show by themselves, without opening an image."""
+"""Issues that show in the annotations alone, without opening an image."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 from dino.data.coco import find, is_box, is_number, usable_box
 from dino.utils.files import DataError, resolve_inside
 
-from .issues import Fault
+from .issues import Issue
 
-TOLERANCE = 1.0  # pixels by which annotation tools round beyond the border
-FEWEST = 8  # boxes from which a habit of the whole file is inferred
-CROWD = 100  # detections of an image that COCO's AP counts
+_TOLERANCE = 1.0  # pixels beyond the border that come from rounding
+_FEWEST = 8  # boxes from which the notation of the whole file is inferred
+_CROWD = 100  # detections of an image that COCO's AP counts
 
 
 class Object(NamedTuple):
-    """An annotation that has an image, a class and four numbers."""
+    """An annotation with an image, a class and four numbers."""
 
     index: int  # in the list of annotations
     entry: dict
@@ -28,51 +28,51 @@ class Object(NamedTuple):
 
     @property
     def where(self) -> str:
-        """For the start of a message."""
+        """The start of a message."""
         return f"annotation {self.entry.get('id')!r} of {self.image['file_name']}"
 
     @property
     def box(self) -> list[float]:
-        """As written, which ought to be xywh in pixels."""
+        """The four numbers of the file, xywh in pixels if the file is sound."""
         return self.entry["bbox"]
 
 
 class Contents(NamedTuple):
-    """What of a file can be relied upon."""
+    """The sound entries of a file."""
 
-    images: dict[int, dict]  # sound entries by id
-    categories: dict[int, dict]
+    images: dict[int, dict]  # by id
+    categories: dict[int, dict]  # by id
     objects: list[Object]
 
 
-def find_faults(data: dict[str, Any], folder: str | Path) -> tuple[list[Fault], Contents]:
-    """Every fault of parsed COCO-format annotations, and what remains without the entries that can't be read.
+def find_issues(data: dict[str, Any], folder: str | Path) -> tuple[list[Issue], Contents]:
+    """All issues of parsed COCO-format annotations, and the sound entries.
 
     Args:
-        data: with lists under "images", "annotations" and "categories".
-        folder: that the file names are relative to; nothing in it is opened.
+        data: lists under "images", "annotations" and "categories".
+        folder: of the images; no file is opened.
     """
-    categories, in_categories = read_categories(data["categories"])
-    images, in_images = read_images(data["images"], folder)
-    objects, in_annotations = read_objects(data["annotations"], images, categories)
-    faults = [*in_categories, *in_images, *in_annotations, *check_boxes(objects), *check_copies(objects)]
+    categories, category_issues = _read_categories(data["categories"])
+    images, in_images = _read_images(data["images"], folder)
+    objects, in_annotations = _read_objects(data["annotations"], images, categories)
+    issues = [*category_issues, *in_images, *in_annotations, *_check_boxes(objects), *_check_copies(objects)]
     used = {o.entry["category_id"] for o in objects}
     if objects:
         for index, entry in enumerate(data["categories"]):
             if isinstance(entry, dict) and find(categories, entry.get("id")) is entry and entry["id"] not in used:
-                kind = "supercategory" if is_parent(entry, categories) else "unused"
-                faults.append(Fault(kind, "categories", index, f"class {entry['name']!r}"))
-    return faults, Contents(images, categories, objects)
+                kind = "supercategory" if _is_parent(entry, categories) else "unused"
+                issues.append(Issue(kind, "categories", index, f"class {entry['name']!r}"))
+    return issues, Contents(images, categories, objects)
 
 
-def is_parent(entry: dict, categories: dict[int, dict]) -> bool:
-    """Whether other categories name this one as theirs: some annotation tools list a group of classes as a class."""
+def _is_parent(entry: dict, categories: dict[int, dict]) -> bool:
+    """Whether it is the super-category of others: some annotation tools list a group of classes as a class."""
     return any(c.get("supercategory") == entry["name"] for c in categories.values() if c is not entry)
 
 
-def read_categories(entries: list) -> tuple[dict[int, dict], list[Fault]]:
-    """Sound categories by id, and the faults of the others."""
-    sound, faults, names = {}, [], set()
+def _read_categories(entries: list) -> tuple[dict[int, dict], list[Issue]]:
+    """Sound categories by id, and the issues of the rest."""
+    sound, issues, names = {}, [], set()
     for index, entry in enumerate(entries):
         number, name = (entry.get("id"), entry.get("name")) if isinstance(entry, dict) else (None, None)
         if type(number) is not int or not isinstance(name, str):
@@ -85,35 +85,35 @@ def read_categories(entries: list) -> tuple[dict[int, dict], list[Fault]]:
             sound[number] = entry
             names.add(name)
             continue
-        faults.append(Fault("category", "categories", index, f"category {short(entry)} {problem}"))
+        issues.append(Issue("category", "categories", index, f"category {_short(entry)} {problem}"))
     if not entries:
-        faults.append(Fault("category", "categories", 0, "there are no categories"))
-    return sound, faults
+        issues.append(Issue("category", "categories", 0, "there are no categories"))
+    return sound, issues
 
 
-def read_images(entries: list, folder: str | Path) -> tuple[dict[int, dict], list[Fault]]:
-    """Sound images by id, and the faults of the others. Of an id that occurs twice, no image is sound."""
+def _read_images(entries: list, folder: str | Path) -> tuple[dict[int, dict], list[Issue]]:
+    """Sound images by id, and the issues of the rest. Images that share an id are not sound."""
     times = Counter(entry.get("id") for entry in entries if isinstance(entry, dict) and type(entry.get("id")) is int)
-    sound, faults, files = {}, [], {}
+    sound, issues, files = {}, [], {}
     for index, entry in enumerate(entries):
-        kind, text = image_fault(entry, folder, times, files)
+        kind, text = _image_issue(entry, folder, times, files)
         if kind:
-            faults.append(Fault(kind, "images", index, text))
+            issues.append(Issue(kind, "images", index, text))
         else:
             sound[entry["id"]] = entry
             files[str(Path(entry["file_name"]))] = entry["id"]
-    return sound, faults
+    return sound, issues
 
 
-def image_fault(entry: Any, folder: str | Path, times: Counter, files: dict[str, int]) -> tuple[str, str]:
-    """Kind and text of the first fault of one image; two empty texts if there is none."""
+def _image_issue(entry: Any, folder: str | Path, times: Counter, files: dict[str, int]) -> tuple[str, str]:
+    """Kind and text of an image's first issue; two empty texts if it is sound."""
     if not isinstance(entry, dict) or type(entry.get("id")) is not int:
-        return "image", f"image {short(entry)} has no whole number as its id"
+        return "image", f"image {_short(entry)} has no whole number as its id"
     number, name = entry["id"], entry.get("file_name")
     if not isinstance(name, str):
         return "image", f"image {number} has no file_name"
     if not all(type(entry.get(key)) is int and 0 < entry[key] < 2**31 for key in ("width", "height")):
-        sizes = f"{short(entry.get('width'))} and {short(entry.get('height'))}"
+        sizes = f"{_short(entry.get('width'))} and {_short(entry.get('height'))}"
         return "image", f"image {name}: width and height must be positive whole numbers, but are {sizes}"
     if times[number] > 1:
         return "image_id", f"image {name}: {times[number]} images have the id {number}"
@@ -126,66 +126,82 @@ def image_fault(entry: Any, folder: str | Path, times: Counter, files: dict[str,
     return "", ""
 
 
-def read_objects(
+def _read_objects(
     entries: list, images: dict[int, dict], categories: dict[int, dict]
-) -> tuple[list[Object], list[Fault]]:
-    """Annotations with an image, a class and four numbers, and the faults of the others."""
-    objects, faults, seen = [], [], set()
+) -> tuple[list[Object], list[Issue]]:
+    """Annotations with an image, a class and four numbers, and the issues of the rest."""
+    objects, issues, seen = [], [], set()
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict):
-            faults.append(Fault("reference", "annotations", index, f"annotation {short(entry)} is no entry of COCO"))
+            issues.append(Issue("reference", "annotations", index, f"annotation {_short(entry)} is no entry of COCO"))
             continue
-        number, in_image = entry.get("id"), f"image {short(entry.get('image_id'))}"
+        number, in_image = entry.get("id"), f"image {_short(entry.get('image_id'))}"
         if type(number) is not int or number in seen:
-            faults.append(Fault("annotation_id", "annotations", index, f"annotation id {short(number)}, {in_image}"))
+            issues.append(Issue("annotation_id", "annotations", index, f"annotation id {_short(number)}, {in_image}"))
         elif number == 0:
-            faults.append(Fault("zero_id", "annotations", index, f"annotation id 0, {in_image}"))
+            issues.append(Issue("zero_id", "annotations", index, f"annotation id 0, {in_image}"))
         if type(number) is int:
             seen.add(number)
-        image, category = find(images, entry.get("image_id")), find(categories, entry.get("category_id"))
-        if image is None or category is None:
-            what = f"image_id {short(entry.get('image_id'))}, category_id {short(entry.get('category_id'))}"
-            faults.append(Fault("reference", "annotations", index, f"annotation {short(number)}: {what}"))
-        elif not is_box(entry.get("bbox")) or not all(map(math.isfinite, entry["bbox"])):
-            text = f"annotation {short(number)} of {image['file_name']}: {short(entry.get('bbox'))}"
-            faults.append(Fault("box", "annotations", index, text))
+        kind, text = _object_issue(entry, images, categories)
+        if kind:
+            issues.append(Issue(kind, "annotations", index, f"annotation {_short(number)}{text}"))
         else:
-            objects.append(Object(index, entry, image))
-    return objects, faults
+            objects.append(Object(index, entry, images[entry["image_id"]]))
+    return objects, issues
 
 
-def check_boxes(objects: list[Object]) -> Iterator[Fault]:
-    """Boxes of no size, outside, reaching beyond, or in another notation."""
-    if len(objects) >= FEWEST and all(-0.001 <= x <= 1.001 for o in objects for x in o.box):
+def _object_issue(entry: dict, images: dict[int, dict], categories: dict[int, dict]) -> tuple[str, str]:
+    """Kind and text of the issue that makes an annotation unusable; two empty texts if there is none."""
+    image, category = find(images, entry.get("image_id")), find(categories, entry.get("category_id"))
+    if image is None or category is None:
+        ids = f"image_id {_short(entry.get('image_id'))}, category_id {_short(entry.get('category_id'))}"
+        return "reference", f": {ids}"
+    if not is_box(entry.get("bbox")) or not all(map(math.isfinite, entry["bbox"])):
+        return "box", f" of {image['file_name']}: {_short(entry.get('bbox'))}"
+    return "", ""
+
+
+def _check_boxes(objects: list[Object]) -> Iterator[Issue]:
+    """Boxes without area, outside, partly outside, or in another notation."""
+    enough = len(objects) >= _FEWEST
+    if enough and all(map(_may_be_fractions, objects)):
         for o in objects:
-            yield Fault("fractions", "annotations", o.index, f"{o.where}: {o.box}")
+            yield Issue("fractions", "annotations", o.index, f"{o.where}: {o.box}")
         return
-    all_corners = len(objects) >= FEWEST and all(o.box[2] > o.box[0] and o.box[3] > o.box[1] for o in objects)
-    all_corners = all_corners and all(fits(o.box, o.image) for o in objects) and any(map(overflows, objects))
+    all_corners = enough and all(map(_may_be_corners, objects)) and any(map(_overflows, objects))
     for o in objects:
-        kind = "xyxy" if all_corners else box_fault(o)
+        kind = "xyxy" if all_corners else _box_issue(o)
         if kind:
             size = f"{o.image['width']}x{o.image['height']}"
-            yield Fault(kind, "annotations", o.index, f"{o.where}: {o.box} in an image of {size}")
+            yield Issue(kind, "annotations", o.index, f"{o.where}: {o.box} in an image of {size}")
 
 
-def box_fault(o: Object) -> str:
-    """The kind of fault of one box; an empty text if there is none."""
+def _may_be_fractions(o: Object) -> bool:
+    return min(o.box) >= -0.001 and max(o.box) <= 1.001
+
+
+def _may_be_corners(o: Object) -> bool:
+    x0, y0, x1, y1 = o.box
+    return x1 > x0 and y1 > y0 and _fits(o.box, o.image)
+
+
+def _box_issue(o: Object) -> str:
+    """The kind of a box's issue; an empty text if it is sound."""
     x, y, width, height = o.box
     if width <= 0 or height <= 0:
         return "zero"
-    by_area = notation_by_area(o.entry)
-    if fits(o.box, o.image) and (by_area == "xyxy" or (overflows(o) and by_area != "xywh")):
+    by_area = _notation_by_area(o.entry)
+    if _fits(o.box, o.image) and (by_area == "xyxy" or (_overflows(o) and by_area != "xywh")):
         return "xyxy"
     if usable_box(o.box, o.image["width"], o.image["height"]) is None:
         return "outside"
-    return "beyond" if overflows(o) or min(x, y) < -TOLERANCE else ""
+    return "beyond" if _overflows(o) or min(x, y) < -_TOLERANCE else ""
 
 
-def fits(box: list[float], image: dict) -> bool:
-    """Whether the four numbers, read as two corners, are a box in the image."""
+def _fits(box: list[float], image: dict) -> bool:
+    """Whether the four numbers, read as two corners, are a box inside the image."""
     width, height = image["width"], image["height"]
-    inside = min(box[:2]) >= -TOLERANCE and box[2] <= width + TOLERANCE and box[3] <= height + TOLERANCE
+    inside = min(box[:2]) >= -_TOLERANCE and box[2] <= width + _TOLERANCE and box[3] <= height + _TOLERANCE
     return inside and usable_box(from_corners(box), width, height) is not None
 
 
@@ -194,25 +210,25 @@ def from_corners(box: list[float]) -> list[float]:
     return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
 
 
-def overflows(o: Object) -> bool:
-    """Whether a box, read as xywh, reaches beyond the right or the lower border."""
+def _overflows(o: Object) -> bool:
+    """Whether a box, read as xywh, crosses the right or the lower border."""
     x, y, width, height = o.box
-    return x + width > o.image["width"] + TOLERANCE or y + height > o.image["height"] + TOLERANCE
+    return x + width > o.image["width"] + _TOLERANCE or y + height > o.image["height"] + _TOLERANCE
 
 
-def notation_by_area(entry: dict) -> str:
-    """What the annotation's own `area` says of its four numbers: "xywh", "xyxy", or an empty text for nothing."""
+def _notation_by_area(entry: dict) -> str:
+    """The notation that fits the annotation's `area`: "xywh", "xyxy", or an empty text if neither does."""
     area, (x, y, width, height) = entry.get("area"), entry["bbox"]
     if not is_number(area) or area <= 0:
         return ""
     if abs(area - width * height) <= 0.01 * area:
         return "xywh"
-    is_box_area = not entry.get("segmentation")  # else that of an outline, which can be anything
+    is_box_area = not entry.get("segmentation")  # else it is the area of an outline
     return "xyxy" if is_box_area and abs(area - (width - x) * (height - y)) <= 0.01 * area else ""
 
 
-def check_copies(objects: list[Object]) -> Iterator[Fault]:
-    """Objects that occur twice with the same class and box, and images with very many objects."""
+def _check_copies(objects: list[Object]) -> Iterator[Issue]:
+    """Objects that share image, class and box, and images with very many objects."""
     by_image: dict[int, list[Object]] = defaultdict(list)
     for o in objects:
         by_image[o.image["id"]].append(o)
@@ -221,14 +237,14 @@ def check_copies(objects: list[Object]) -> Iterator[Fault]:
         for o in group:
             key = (o.entry["category_id"], *o.box)
             if key in seen:
-                yield Fault("object_twice", "annotations", o.index, f"{o.where}: {o.box}")
+                yield Issue("object_twice", "annotations", o.index, f"{o.where}: {o.box}")
             seen.add(key)
-        if len(group) > CROWD:
+        if len(group) > _CROWD:
             text = f"{group[0].image['file_name']} has {len(group)}"
-            yield Fault("crowded", "annotations", group[0].index, text)
+            yield Issue("crowded", "annotations", group[0].index, text)
 
 
-def short(value: Any) -> str:
-    """A value from the file, in at most 60 characters."""
+def _short(value: Any) -> str:
+    """A value of the file as JSON of at most 60 characters."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "…"

@@ -1,4 +1,4 @@
-"""What can be wrong with a data set: one table, from which the report, the exit code and the repair follow."""
+"""The kinds of issues of a data set: one table, from which the report, the exit code and the repair follow."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 
 class Kind(NamedTuple):
-    """A kind of fault.
+    """A kind of issue.
 
     Args:
         level: "error" makes the exit code 1, "warning" does not.
-        title: what is wrong, for a heading.
+        title: the issue, for a heading.
         advice: what to do.
         cure: what `--fix` does with the entry: "drop", "renumber", "clip", "convert", or None for nothing.
     """
@@ -21,11 +21,18 @@ class Kind(NamedTuple):
     cure: str | None = None
 
 
-class Fault(NamedTuple):
-    """One fault: its kind (a key of KINDS), the list and the place in it that hold the entry, and a line of text."""
+class Issue(NamedTuple):
+    """An issue of one entry.
+
+    Args:
+        kind: key of KINDS.
+        part: list of the file: "images", "annotations" or "categories".
+        index: of the entry in that list.
+        text: one line about it.
+    """
 
     kind: str
-    part: str  # "images", "annotations" or "categories"
+    part: str
     index: int
     text: str
 
@@ -39,33 +46,31 @@ KINDS = {
     "missing": Kind(
         "error", "missing files", "Check the file names and the image folder; --val takes a folder of its own", "drop"
     ),
-    "unreadable": Kind("error", "unreadable files", "Replace the files, or leave their images out", "drop"),
+    "unreadable": Kind("error", "unreadable files", "Replace the files, or drop their images", "drop"),
     "size": Kind("error", "sizes that disagree with the file", "Export the annotations again for these files", "drop"),
     "exif": Kind(
         "error",
-        "sizes of pictures before their EXIF orientation is applied",
-        "Boxes were drawn on the unturned picture: remove the orientation from the files, or export again",
+        "image sizes that ignore the EXIF orientation",
+        "Boxes were drawn on the unrotated image: remove the orientation from the files, or export again",
         "drop",
     ),
-    "shared": Kind(
-        "error", "images that are in the validation data too", "Keep each picture in one of the two", "drop"
-    ),
+    "shared": Kind("error", "images that the validation data has too", "Keep each image in one of the two", "drop"),
     "classes_differ": Kind(
         "error", "classes that differ from the validation data", "Both need the same names and order"
     ),
     "annotation_id": Kind(
         "error",
         "annotation ids that occur twice or are no whole numbers",
-        "Number them over the whole file",
+        "Number them uniquely over the whole file",
         "renumber",
     ),
-    "reference": Kind("error", "objects of no known image or class", "Remove them, or add what they name", "drop"),
+    "reference": Kind("error", "objects of no known image or class", "Remove them, or add the image or class", "drop"),
     "box": Kind("error", "boxes that are not four finite numbers", "Write [x, y, width, height] in pixels", "drop"),
     "fractions": Kind("error", "boxes in fractions of the image", "Write pixels: x and width times the image's width"),
     "xyxy": Kind("error", "boxes written as corners (XYXY)", "Write [x, y, width, height], not two corners", "convert"),
     "zero": Kind("error", "boxes without area", "Remove them; an image without objects needs none", "drop"),
-    "outside": Kind("error", "boxes outside of their image", "Remove them, or look for swapped x and y", "drop"),
-    "beyond": Kind("warning", "boxes that reach beyond their image", "Training clips them", "clip"),
+    "outside": Kind("error", "boxes outside their image", "Remove them, or look for swapped x and y", "drop"),
+    "beyond": Kind("warning", "boxes that cross the border of their image", "Training clips them", "clip"),
     "object_twice": Kind("warning", "objects annotated twice", "Remove the copies", "drop"),
     "zero_id": Kind(
         "warning", "annotations with the id 0", "pycocotools counts such an object as missed: start at 1", "renumber"
@@ -73,17 +78,17 @@ KINDS = {
     "tiny": Kind("warning", "objects of less than 8 pixels after resizing", "Train at a larger size, or with tiles"),
     "crowded": Kind("warning", "images with more than 100 objects", "COCO's AP counts 100 detections of an image"),
     "supercategory": Kind(
-        "warning", "super-categories listed as classes", "Remove them, in training and validation data", "drop"
+        "warning", "super-categories listed as classes", "Remove them from training and validation data", "drop"
     ),
     "unused": Kind("warning", "classes without objects", "Remove them, or expect no AP for them"),
-    "turned": Kind("warning", "pictures with an EXIF orientation", "DINO turns them; make sure that the boxes fit"),
-    "same_picture": Kind("warning", "pictures that are in the set twice", "Keep one of them"),
+    "rotated": Kind("warning", "images with an EXIF orientation", "DINO rotates them: make sure that the boxes fit"),
+    "same_image": Kind("warning", "images that the set has twice", "Keep one of them"),
     "ids_differ": Kind(
-        "warning", "class ids that differ from the validation data", "Only the order of names counts here"
+        "warning", "class ids that differ from the validation data", "Harmless: labels follow the order of the ids"
     ),
 }
 
 
-def count_errors(faults: list[Fault]) -> int:
-    """How many of them are errors."""
-    return sum(KINDS[fault.kind].level == "error" for fault in faults)
+def count_errors(issues: list[Issue]) -> int:
+    """How many issues are errors."""
+    return sum(KINDS[issue.kind].level == "error" for issue in issues)

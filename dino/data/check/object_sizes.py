@@ -1,4 +1,4 @@
-"""What will be learned from: how many objects of each class, and how large they are after resizing."""
+"""Objects of each class, and their sizes after resizing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .annotations import Contents, Object
-from .issues import Fault
+from .issues import Issue
 
 TINY = 8.0  # pixels after resizing: the stride of the finest feature map of the 4-scale models
 
@@ -21,7 +21,7 @@ class Resize(NamedTuple):
     max_size: int = 1333
 
     def factor(self, image: dict) -> float:
-        """By which the sides of an image grow."""
+        """Factor by which the sides of an image grow."""
         sides = image["width"], image["height"]
         return min(self.size / min(sides), self.max_size / max(sides))
 
@@ -39,9 +39,9 @@ def resized(objects: list[Object], resize: Resize) -> np.ndarray:
     return np.sqrt(areas) * np.array([resize.factor(o.image) for o in objects], dtype=np.float64)
 
 
-def check_sizes(objects: list[Object], sizes: np.ndarray) -> Iterator[Fault]:
-    """Objects that are smaller than a cell of the finest feature map."""
-    for place in np.flatnonzero((sizes > 0) & (sizes < TINY)):
-        o = objects[place]
-        text = f"{o.where}: {o.box} becomes {sizes[place]:.1f} pixels large"
-        yield Fault("tiny", "annotations", o.index, text)
+def check_sizes(objects: list[Object], sizes: np.ndarray) -> Iterator[Issue]:
+    """Objects smaller than a cell of the finest feature map."""
+    for index in np.flatnonzero((sizes > 0) & (sizes < TINY)):
+        o = objects[index]
+        text = f"{o.where}: {o.box} is {sizes[index]:.1f} pixels large after resizing"
+        yield Issue("tiny", "annotations", o.index, text)

@@ -1,4 +1,4 @@
-"""A cleaned copy of annotations: what can be put right is, what can't be trusted is left out."""
+"""A cleaned copy of annotations: fixes what can be fixed, drops the rest."""
 
 from __future__ import annotations
 
@@ -8,73 +8,97 @@ from typing import Any
 from dino.data.coco import usable_box
 from dino.utils.files import DataError, counted
 
-from .annotations import Contents, from_corners
-from .issues import KINDS, Fault
+from .annotations import Contents, Object, from_corners
+from .issues import KINDS, Issue
 
 
-def repair(data: dict[str, Any], contents: Contents, faults: list[Fault]) -> tuple[dict[str, Any], list[str]]:
-    """A copy of the data without the faults, and lines that say what was changed.
+def repair(data: dict[str, Any], contents: Contents, issues: list[Issue]) -> tuple[dict[str, Any], list[str]]:
+    """Fix what can be fixed and drop the rest.
 
-    An image is left out together with its objects, and a super-category that has none is no class. Object boxes are
-    converted from corners, clipped or left out, and ids of annotations are given anew where one was faulty. Nothing
-    else changes, and the data itself stays as it is.
+    Dropping an image drops its objects. Super-categories without objects are dropped. Boxes are converted from corners,
+    clipped or dropped. If the id of an annotation is broken, all annotations are renumbered. Nothing else changes.
 
     Args:
-        data: parsed annotations. contents, faults: as found in them; further faults of the same entries may be added.
+        data: parsed annotations, which stay as they are.
+        contents, issues: from `find_issues`; more issues of the same entries may be added.
+
+    Returns:
+        the cleaned copy, and a line of text for each kind of change.
 
     Raises:
-        DataError: a fault needs a decision that a program can't make, or no image would remain.
+        DataError: a person must decide about an issue, or no image would remain.
     """
-    hopeless = sorted({f.kind for f in faults if KINDS[f.kind].level == "error" and KINDS[f.kind].cure is None})
-    if hopeless:
-        reasons = "; ".join(f"{KINDS[kind].title} ({KINDS[kind].advice})" for kind in hopeless)
-        raise DataError(f"can't repair by itself: {reasons}")
-    dropped = places(faults, "drop")
-    images = [entry for index, entry in enumerate(data["images"]) if index not in dropped["images"]]
+    _refuse_undecided(issues)
+    images, categories = (_kept(data, issues, part) for part in ("images", "categories"))
     if not images:
-        raise DataError("can't repair: no image would remain")
-    kept = {entry["id"] for entry in images}
-    corners, clipped = places(faults, "convert")["annotations"], places(faults, "clip")["annotations"]
+        raise DataError("can't fix: no image would remain")
+    ids, dropped = {entry["id"] for entry in images}, _indices(issues, "drop")["annotations"]
+    objects = [o for o in contents.objects if o.index not in dropped and o.image["id"] in ids]
+    fixed = {**data, "images": images, "annotations": _fix_boxes(objects, issues), "categories": categories}
+    return fixed, _describe(data, fixed, issues)
+
+
+def _refuse_undecided(issues: list[Issue]) -> None:
+    """Raise a DataError if a person must decide about an issue."""
+    kinds = {issue.kind: KINDS[issue.kind] for issue in sorted(issues)}
+    undecided = [kind for kind in kinds.values() if kind.level == "error" and kind.cure is None]
+    if undecided:
+        reasons = "; ".join(f"{kind.title} ({kind.advice})" for kind in undecided)
+        raise DataError(f"can't fix without you: {reasons}")
+
+
+def _kept(data: dict[str, Any], issues: list[Issue], part: str) -> list[dict]:
+    """The entries of a list of the file, without those to drop."""
+    dropped = _indices(issues, "drop")[part]
+    return [entry for index, entry in enumerate(data[part]) if index not in dropped]
+
+
+def _fix_boxes(objects: list[Object], issues: list[Issue]) -> list[dict]:
+    """Annotations with boxes converted or clipped, and renumbered where an id is broken."""
+    corners, clipped = _indices(issues, "convert")["annotations"], _indices(issues, "clip")["annotations"]
     annotations = []
-    for o in contents.objects:
-        if o.index in dropped["annotations"] or o.image["id"] not in kept:
-            continue
+    for o in objects:
         entry = o.entry
         if o.index in corners:
-            entry = with_box(entry, clip(from_corners(entry["bbox"]), o.image))
+            entry = _with_box(entry, _clip(from_corners(o.box), o.image))
         elif o.index in clipped:
-            entry = with_box(entry, clip(entry["bbox"], o.image))
+            entry = _with_box(entry, _clip(o.box, o.image))
         annotations.append(entry)
-    if places(faults, "renumber")["annotations"]:
-        annotations = [{**entry, "id": number} for number, entry in enumerate(annotations, 1)]
-    categories = [entry for index, entry in enumerate(data["categories"]) if index not in dropped["categories"]]
+    if _indices(issues, "renumber")["annotations"]:
+        return [{**entry, "id": number} for number, entry in enumerate(annotations, 1)]
+    return annotations
+
+
+def _describe(data: dict[str, Any], fixed: dict[str, Any], issues: list[Issue]) -> list[str]:
+    """A line of text for each kind of change."""
+    dropped = {part: len(data[part]) - len(fixed[part]) for part in ("images", "annotations", "categories")}
+    removed = _indices(issues, "drop")["annotations"]
+    converted, clipped = (len(_indices(issues, cure)["annotations"] - removed) for cure in ("convert", "clip"))
     changes = [
-        (len(data["images"]) - len(images), "image", "images", "left out"),
-        (len(data["annotations"]) - len(annotations), "object", "objects", "left out"),
-        (len(corners - dropped["annotations"]), "box", "boxes", "converted from corners"),
-        (len(clipped - dropped["annotations"]), "box", "boxes", "clipped"),
-        (len(data["categories"]) - len(categories), "class", "classes", "left out"),
+        (dropped["images"], "image", "images", "dropped"),
+        (dropped["annotations"], "object", "objects", "dropped"),
+        (converted, "box", "boxes", "converted from corners"),
+        (clipped, "box", "boxes", "clipped"),
+        (dropped["categories"], "class", "classes", "dropped"),
     ]
-    told = [f"{counted(number, one, many)} {what}" for number, one, many, what in changes if number]
-    fixed = {**data, "images": images, "annotations": annotations, "categories": categories}
-    return fixed, told
+    return [f"{counted(number, one, many)} {change}" for number, one, many, change in changes if number]
 
 
-def places(faults: list[Fault], cure: str) -> dict[str, set[int]]:
-    """The entries to which a cure applies: places in each list of the file."""
+def _indices(issues: list[Issue], cure: str) -> dict[str, set[int]]:
+    """Indices, by list of the file, of the entries that a cure applies to."""
     found: dict[str, set[int]] = defaultdict(set)
-    for fault in faults:
-        if KINDS[fault.kind].cure == cure:
-            found[fault.part].add(fault.index)
+    for issue in issues:
+        if KINDS[issue.kind].cure == cure:
+            found[issue.part].add(issue.index)
     return found
 
 
-def clip(box: list[float], image: dict) -> list[float]:
-    """The part of an xywh box that lies in the image."""
+def _clip(box: list[float], image: dict) -> list[float]:
+    """The part of an xywh box inside the image."""
     x0, y0, x1, y1 = usable_box(box, image["width"], image["height"])
     return [x0, y0, x1 - x0, y1 - y0]
 
 
-def with_box(entry: dict, box: list[float]) -> dict:
-    """A copy of an annotation with another box, and the area that follows unless an outline gives it."""
+def _with_box(entry: dict, box: list[float]) -> dict:
+    """A copy of an annotation with another box, and with the box's area unless it has an outline."""
     return {**entry, "bbox": box, **({} if entry.get("segmentation") else {"area": box[2] * box[3]})}

@@ -1,1 +1,1 @@
-"""The deformable attention operator: reference, compiled form, self-test, build."""
+"""The deformable attention operator: reference, compiled form, choice, self-test, build."""

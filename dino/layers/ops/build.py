@@ -1,16 +1,17 @@
 """`python -m dino.layers.ops.build`: compile the deformable attention operator into the installed package.
 
 Needs torch >= 2.10, a few seconds, write access to the package, and a C++17 compiler: the one that the variable CXX
-names, else the first that succeeds of c++, g++, clang++ and those with a version in their names. GCC serves from 10 on,
-Clang from 13 on. Where nvcc is found (in CUDA_HOME, on the PATH, in /usr/local/cuda), the part for CUDA is built as
-well if there is a GPU or FORCE_CUDA=1: for TORCH_CUDA_ARCH_LIST such as "8.0;9.0+PTX", else for the GPUs that are
-there, else for all from 7.5 on. What is up to date stays. Without any of this the package works, as plain PyTorch.
+names, else the first that succeeds of c++, g++, clang++ and those with a version in their names. GCC must be 10 or
+newer, Clang 13 or newer. Where nvcc is found (in CUDA_HOME, on the PATH, in /usr/local/cuda), the part for CUDA is
+built too if there is a GPU or FORCE_CUDA=1. Its architectures are TORCH_CUDA_ARCH_LIST such as "8.0;9.0+PTX", else
+those of the GPUs present, else all from 7.5 on. Parts that are up to date stay. The package works without the operator,
+as plain PyTorch.
 
-Three shared objects come of it. The schema names the operators; it has no kernels, so that whatever compiles C++, be it
-nvcc alone, can make it. The parts for the CPU and for CUDA need it, and nothing of each other. All that a run makes is
-put in place together, at its end.
+A run makes three shared objects. The schema names the operators; it has no kernels, so any C++ compiler can make it,
+also nvcc alone. The parts for the CPU and for CUDA need the schema, but not each other. A run replaces all its files
+together, at its end.
 
-setup.py runs this file before the package exists, so it imports nothing but the standard library.
+setup.py runs this file before the package exists, so it imports the standard library only.
 """
 
 import hashlib
@@ -36,7 +37,7 @@ SCHEMA_FLAGS = ["-std=c++17", "-O2", TORCH_TARGET]
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fvisibility=hidden", TORCH_TARGET]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-# What a compiler links in statically, as some do with the library of C++, must not mix with torch's copy of it.
+# Some compilers link the C++ library statically. Such a copy must not mix with torch's.
 PRIVATE = "--exclude-libs=ALL"
 VECTORS = {"generic": [], "avx2": AVX2, "avx512": AVX512}
 CUDA_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC", "-DUSE_CUDA", TORCH_TARGET]
@@ -55,12 +56,15 @@ ADVICE = {
 }
 
 
+READY = ("built", "up to date")  # states of parts that can be used
+
+
 class Result(NamedTuple):
-    """What became of one part, "cpu" or "cuda"."""
+    """The outcome of one part, "cpu" or "cuda"."""
 
     part: str
     state: str  # built, up to date, left out, failed
-    text: str  # of several lines where it failed
+    text: str  # several lines where the part failed
 
     def __str__(self) -> str:
         return f"deform_attn for {self.part}: {self.state}: {self.text}"
@@ -71,7 +75,7 @@ class BuildError(Exception):
 
 
 class LeftOut(Exception):
-    """Why a part is not to be built here, in one line."""
+    """Why a part is left out here, in one line."""
 
 
 class Compiler(NamedTuple):
@@ -93,7 +97,7 @@ class Torch(NamedTuple):
 
 
 def find_torch() -> Torch:
-    """Raise a BuildError where there is no torch that serves."""
+    """Find the installed torch; raise a BuildError without one of 2.10 or newer."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         raise BuildError("torch is not installed in this environment")
@@ -105,7 +109,7 @@ def find_torch() -> Torch:
 
 
 def find_compilers() -> list[Compiler]:
-    """The C++ compilers to try, in this order, each once although it may have several names. Raise if there is none."""
+    """The C++ compilers to try, in order, each once even if it has several names. Raise a BuildError without one."""
     try:
         chosen = shlex.split(os.environ.get("CXX", ""))
     except ValueError as error:
@@ -126,11 +130,11 @@ def _version(command: list[str], line_number: int = 0) -> str:
         line = run([*command, "--version"]).splitlines()[line_number]
     except (BuildError, IndexError):
         return "of unknown version"
-    return line.removeprefix(Path(command[0]).name).strip()  # GCC begins with the name by which it was called
+    return line.removeprefix(Path(command[0]).name).strip()  # GCC prints its command first
 
 
 def find_nvcc() -> Compiler | None:
-    """The CUDA compiler; it knows its own headers, so nothing is concluded from where it lies."""
+    """Find the CUDA compiler, which finds its own headers."""
     home = os.environ.get("CUDA_HOME")
     for path in ([f"{home}/bin"] if home else []) + [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]:
         if found := shutil.which("nvcc", path=path):
@@ -139,7 +143,7 @@ def find_nvcc() -> Compiler | None:
 
 
 def run(command: list, folder: Path | None = None) -> str:
-    """The standard output of a command; a BuildError holds the line in which it says what is wrong."""
+    """Run a command and return its standard output; a BuildError quotes the line that names the error."""
     try:
         done = subprocess.run([str(part) for part in command], cwd=folder, capture_output=True, text=True)
     except OSError as error:
@@ -178,7 +182,7 @@ def cpu_commands(compiler: Compiler, torch: Torch, target: Path) -> tuple[list[l
 
 
 def cuda_commands(nvcc: Compiler, torch: Torch, architectures: list[str], target: Path) -> tuple[list[list], list]:
-    """As `schema_commands`. The CUDA runtime is linked in, so that no library of one version is asked for."""
+    """As `schema_commands`. Links the CUDA runtime statically, so that no library of one version is needed."""
     codes = []
     for architecture in architectures:
         number = architecture.removesuffix("+PTX").replace(".", "")
@@ -194,7 +198,7 @@ def cuda_commands(nvcc: Compiler, torch: Torch, architectures: list[str], target
 
 
 def gpu_capabilities() -> list[str]:
-    """Compute capabilities of the GPUs of this machine, such as "9.0"."""
+    """The compute capabilities of this machine's GPUs, such as "9.0"."""
     try:
         text = run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"])
     except BuildError:
@@ -204,7 +208,7 @@ def gpu_capabilities() -> list[str]:
 
 
 def cuda_architectures(nvcc: Compiler) -> list[str]:
-    """What to build for; the newest comes with PTX, from which a driver makes code for newer GPUs."""
+    """The architectures to build for. The newest has PTX, which a driver compiles for newer GPUs."""
     if wanted := re.findall(r"[^;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "")):
         for name in wanted:
             if not re.fullmatch(r"\d+\.\d+[af]?(\+PTX)?", name):
@@ -217,21 +221,21 @@ def cuda_architectures(nvcc: Compiler) -> list[str]:
 
 
 class Plan(NamedTuple):
-    """How a part is to be made."""
+    """How to build a part."""
 
     part: str
     torch: Torch
-    compilers: list[Compiler]  # to be tried in this order
-    record: dict  # all that decides what comes of it, but for the compiler
+    compilers: list[Compiler]  # in the order of trial
+    record: dict  # everything that determines the result, except the compiler
     commands: Callable[[Compiler, Torch, Path], tuple[list[list], list]]
 
     def record_by(self, compiler: Compiler) -> dict:
-        """What is kept beside the shared object. Its torch is for people: for that, nothing is built again."""
+        """The record beside the shared object. Its torch informs people only: another one causes no rebuild."""
         return {**self.record, "compiler": str(compiler), "torch": self.torch.version}
 
 
 def plan_schema() -> Plan:
-    """Raise a BuildError if there is nothing that could compile it."""
+    """Plan the schema; raise a BuildError without a compiler."""
     nvcc = find_nvcc()
     try:
         compilers = find_compilers()
@@ -244,7 +248,7 @@ def plan_schema() -> Plan:
 
 
 def plan_cpu() -> Plan:
-    """Raise a BuildError with the reason if the part for the CPU can't be built."""
+    """Plan the part for the CPU; raise a BuildError with the reason if it can't be built."""
     record = {
         "architectures": list(VECTORS) if platform.machine() in ("x86_64", "AMD64") else ["generic"],
         "flags": [FLAGS, VECTORS],
@@ -255,7 +259,7 @@ def plan_cpu() -> Plan:
 
 
 def plan_cuda() -> Plan:
-    """Raise a BuildError with the reason if the part for CUDA was to be built and can't be, LeftOut if it was not."""
+    """Plan the part for CUDA; raise LeftOut where it is not wanted, a BuildError where it can't be built."""
     nvcc = find_nvcc()
     if nvcc is None:
         raise LeftOut("no nvcc found")
@@ -289,14 +293,14 @@ def _digest(*groups: Iterable[Path]) -> str:
 
 
 def file_of(part: str, folder: Path = FOLDER) -> Path:
-    """The shared object of "schema", "cpu" or "cuda"."""
+    """The path of the shared object of "schema", "cpu" or "cuda"."""
     return folder / f"_deform_attn_{part}.so"
 
 
 def build(folder: Path = FOLDER, parts: Sequence[str] = tuple(PLANS)) -> list[Result]:
-    """Build what can be built into `folder`, and the schema with it.
+    """Build the parts that can be built into `folder`, and the schema.
 
-    Never raises. A part that fails leaves what was there before; and if that would not go with a new schema, so do all.
+    Never raises. Where a part fails, its old file stays. If that file does not fit a new schema, all old files stay.
     """
     outcomes = [_planned(PLANS[part], part, folder) for part in parts]
     if not any(isinstance(outcome, Plan) or outcome.state == "up to date" for outcome in outcomes):
@@ -309,7 +313,7 @@ def build(folder: Path = FOLDER, parts: Sequence[str] = tuple(PLANS)) -> list[Re
 
 
 def _planned(plan: Callable[[], Plan], part: str, folder: Path) -> Plan | Result:
-    """A plan to carry out, or a result where there is nothing to do."""
+    """The plan of a part, or its result where there is nothing to do."""
     try:
         wanted = plan()
     except LeftOut as reason:
@@ -318,10 +322,10 @@ def _planned(plan: Callable[[], Plan], part: str, folder: Path) -> Plan | Result
         return Result(part, "failed", str(error))
     before = read_record(part, folder)
     if before and file_of(part, folder).exists():
-        any_serves = part == "schema"  # it has no kernels
+        any_compiler = part == "schema"  # it has no kernels
         for compiler in wanted.compilers:
             record = {**wanted.record_by(compiler), "torch": before.get("torch")}
-            if record == before or (any_serves and {**record, "compiler": before.get("compiler")} == before):
+            if record == before or (any_compiler and {**record, "compiler": before.get("compiler")} == before):
                 return Result(part, "up to date", _made_for(before))
     return wanted
 
@@ -331,48 +335,61 @@ def _made_for(record: dict) -> str:
 
 
 def _carry_out(schema: Plan | Result, outcomes: list[Plan | Result], folder: Path) -> list[Result]:
-    """Make what is planned, aside, then put it in place; nothing of it where the whole would not fit together."""
+    """Build the planned parts in a temporary folder, then move all of them, or none if they would not fit together."""
     if not any(isinstance(outcome, Plan) for outcome in [schema, *outcomes]):
-        return [_but_failed(x, schema.text) if schema.state == "failed" else x for x in outcomes]
+        return _stopped(outcomes, schema.text) if schema.state == "failed" else outcomes
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".build") as temporary:
         stage = Path(temporary)
         schema, *results = [_make(x, stage) if isinstance(x, Plan) else x for x in [schema, *outcomes]]
         reason = schema.text if schema.state == "failed" else _conflict(schema, results, folder)
         if reason:
-            return [_but_failed(result, reason) for result in results]
-        for made in [stage.glob("*.so"), stage.glob("*.json")]:
-            for path in made:
-                os.replace(path, folder / path.name)
+            return _stopped(results, reason)
+        for path in [*stage.glob("*.so"), *stage.glob("*.json")]:
+            os.replace(path, folder / path.name)
     return results
 
 
+def _stopped(outcomes: list[Plan | Result], reason: str) -> list[Result]:
+    """The outcomes where nothing is installed, for this reason."""
+    return [_but_failed(outcome, reason) for outcome in outcomes]
+
+
 def _but_failed(outcome: Plan | Result, reason: str) -> Result:
-    """The outcome of a part that, for this reason, is not put in place or has no schema."""
-    ready = isinstance(outcome, Plan) or outcome.state in ("built", "up to date")
+    """The outcome of a part that is not installed for this reason."""
+    ready = isinstance(outcome, Plan) or outcome.state in READY
     return Result(outcome.part, "failed", reason) if ready else outcome
 
 
 def _conflict(schema: Result, results: list[Result], folder: Path) -> str:
-    """Why what was made can't be put beside what would stay there; empty if it can.
-
-    A part is bound to the schema that it was built with. One of before there was a schema of its own holds another.
-    """
-    ready = [result.part for result in results if result.state in ("built", "up to date")]
-    for part in PLANS if schema.state == "built" else ():
-        if part in ready or not file_of(part, folder).exists():
-            continue
-        if (read_record(part, folder) or {}).get("schema") != _schema():
-            why = next((f" ({result.text})" for result in results if result.part == part), "")
+    """Why the new files do not fit the files that would stay; empty if they fit."""
+    if schema.state != "built":
+        return ""
+    outcomes = {result.part: result for result in results}
+    for part in PLANS:
+        outcome = outcomes.get(part)
+        if not _fits(part, outcome, folder):
+            why = f" ({outcome.text})" if outcome else ""
             return (
-                f"the schema is a new one, and the part for {part} that is there was not built for it{why}; all is left"
-                f" as it was: build them together, or remove {file_of(part, folder)}"
+                f"the schema is new, and the existing part for {part} was not built for it{why}; nothing was replaced:"
+                f" build both parts together, or remove {file_of(part, folder)}"
             )
     return ""
 
 
+def _fits(part: str, outcome: Result | None, folder: Path) -> bool:
+    """Whether a part is new, absent, or was built with the present schema.
+
+    A part needs the schema that it was built with. A part that is older than the schema file includes another schema.
+    """
+    if (outcome and outcome.state in READY) or not file_of(part, folder).exists():
+        return True
+    record = read_record(part, folder)
+    return record is not None and record.get("schema") == _schema()
+
+
 def _make(plan: Plan, stage: Path) -> Result:
-    """Try one compiler after the other. The record beside the shared object says how it was made."""
+    """Build a part by the first compiler that succeeds, with a record beside the shared object."""
     target, failures = file_of(plan.part, stage), []
     for compiler in plan.compilers:
         compile_, link = plan.commands(compiler, plan.torch, target)
@@ -387,12 +404,12 @@ def _make(plan: Plan, stage: Path) -> Result:
         record = plan.record_by(compiler)
         target.with_suffix(".json").write_text(json.dumps(record, indent=1))
         return Result(plan.part, "built", "; ".join([_made_for(record), *failures]))
-    lines = [f"with torch {plan.torch.version}", *failures, f"what was there is left as it was; {ADVICE[plan.part]}"]
+    lines = [f"with torch {plan.torch.version}", *failures, f"the old files stay; {ADVICE[plan.part]}"]
     return Result(plan.part, "failed", "\n  ".join(lines))
 
 
 def read_record(part: str, folder: Path = FOLDER) -> dict | None:
-    """How the shared object of a part was made; None where that is not known."""
+    """The record of how a part was built; None if it is unknown."""
     try:
         return json.loads(file_of(part, folder).with_suffix(".json").read_text())
     except (OSError, ValueError):

@@ -1,9 +1,8 @@
-"""The compiled form of the deformable attention operator: loading, registration, and the choice to use it.
+"""`deform_attn`, and its compiled form: loading, registration, and the choice of a form.
 
-`torch.ops.dino.deform_attn_forward` takes locations and weights; `torch.ops.dino.deform_attn_fused_forward` takes raw
-offsets, logits and reference boxes, as `MultiScaleDeformableAttention` has them. Nothing here is loaded before the
-first use on a device. `python -m dino.layers.ops.build` makes the shared objects, `dino env` says
-what was found.
+`torch.ops.dino.deform_attn_forward` takes locations and weights. `torch.ops.dino.deform_attn_fused_forward` takes raw
+offsets, logits and reference boxes, as `MultiScaleDeformableAttention` has them. The first use on a device loads the
+shared objects. `python -m dino.layers.ops.build` builds them; `dino env` shows which form runs.
 """
 
 import contextlib
@@ -20,6 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import self_test
+from .reference import Shapes, check_sizes, deform_attn_gather, deform_attn_reference, flat
+
 CHOICES = ("auto", "reference", "gather", "compiled")
 PLAIN = ("reference", "gather")  # forms in plain PyTorch
 VARIABLE = "DINO_DEFORM_ATTN"
@@ -31,25 +33,70 @@ HINT = "`python -m dino.layers.ops.build` builds it"
 _override: ContextVar[str | None] = ContextVar(VARIABLE, default=None)
 _verdicts: dict[torch.device, "Verdict"] = {}  # those that are final
 _warned: set[tuple[torch.device, bool]] = set()  # (device, whether the verdict was final)
-_lock = threading.RLock()  # may be taken again by the same thread: by a finalizer, for example
+_lock = threading.RLock()  # the same thread may take it again, for example in a finalizer
 
 
 class Verdict(NamedTuple):
-    """What was found out about the compiled operator on a device."""
+    """Whether the compiled operator can be used on a device, and why."""
 
     usable: bool
-    broken: bool  # a shared object is there, but can't be used
+    broken: bool  # a shared object exists, but can't be used
     reason: str
-    final: bool = True  # False: it could not be found out now; the next call tries again
+    final: bool = True  # False: the self-test could not run now; the next call tries again
+
+
+def deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum of bilinear samples of a feature pyramid, by the compiled operator where it is built.
+
+    The context manager `deform_attn_implementation` or the variable DINO_DEFORM_ATTN (auto, reference, gather or
+    compiled) chooses the form. Each call outside compiled code reads the variable. Autocast casts `value` and
+    `weights`, never `locations`.
+
+    Args:
+        value: (B, S, M, D), float32, float64, float16 or bfloat16; levels concatenated, row after row inside a level.
+        shapes: L pairs (H, W) with sum of H*W = S.
+        locations: (B, Q, M, L, P, 2) as (x, y) fractions of the level; 0 is the left or top edge, 1 the right or bottom
+            edge. Samples outside read zeros. Keep them in float32: bfloat16 can't resolve a position in a pixel.
+        weights: (B, Q, M, L, P), of any of these types.
+
+    Returns:
+        (B, Q, M*D) in the dtype of `value`, or of autocast.
+
+    Raises:
+        ValueError: sizes do not fit together; DINO_DEFORM_ATTN is another word.
+        RuntimeError: "compiled" was chosen, but the operator is not built or fails its self-test.
+    """
+    check_sizes(value, shapes, locations, weights)
+    if use_compiled(value.device):
+        return torch.ops.dino.deform_attn_forward(value, flat(shapes), locations, weights)
+    dtype = autocast_dtype(value.device.type)
+    value, weights = _cast_for_autocast(value, dtype), _cast_for_autocast(weights, dtype)
+    form = deform_attn_gather if _use_gather() else deform_attn_reference
+    return form(value, shapes, locations, weights)
+
+
+def deform_attn_fused(value: Tensor, shapes: Shapes, offsets: Tensor, logits: Tensor, reference: Tensor) -> Tensor:
+    """`deform_attn` of raw offsets, logits and reference points or boxes, by the compiled operator.
+
+    Args:
+        value, shapes: as of `deform_attn`.
+        offsets: (B, Q, M, L, P, 2), in cells around a point, or P-ths of half a side around the centre of a box.
+        logits: (B, Q, M, L*P), before the softmax.
+        reference: (B, Q, L, 2) points or (B, Q, L, 4) boxes (cx, cy, w, h), as fractions of each level.
+
+    Returns:
+        (B, Q, M*D).
+    """
+    return torch.ops.dino.deform_attn_fused_forward(value, flat(shapes), offsets, logits, reference)
 
 
 @contextlib.contextmanager
 def deform_attn_implementation(choice: str) -> Iterator[None]:
-    """Choose the implementation of `deform_attn` for a block of code; wins over the variable DINO_DEFORM_ATTN.
+    """Choose the form of `deform_attn` for a block of code; overrides the variable DINO_DEFORM_ATTN.
 
     Args:
-        choice: "reference" is plain PyTorch; "gather" too, without `grid_sample`. "compiled" insists on the compiled
-            operator. "auto" takes it where it is built and passes its self-test.
+        choice: "reference": plain PyTorch. "gather": plain PyTorch without `grid_sample`. "compiled": the compiled
+            operator, or an error. "auto": the compiled operator where it is built and passes its self-test.
 
     Raises:
         ValueError: another word.
@@ -62,7 +109,7 @@ def deform_attn_implementation(choice: str) -> Iterator[None]:
 
 
 def requested() -> str:
-    """The choice that holds now: of the innermost `deform_attn_implementation`, else of DINO_DEFORM_ATTN, else auto."""
+    """The current choice: of the innermost `deform_attn_implementation`, else of DINO_DEFORM_ATTN, else auto."""
     return _override.get() or _checked(os.environ.get(VARIABLE) or "auto", VARIABLE)
 
 
@@ -74,11 +121,11 @@ def _checked(choice: str, where: str) -> str:
 
 @torch.compiler.assume_constant_result
 def use_compiled(device: torch.device) -> bool:
-    """Whether the compiled operator is to run on `device`. Compiled graphs keep the answer they were traced with.
+    """Whether the compiled operator runs on `device`. Compiled graphs keep the answer of their tracing.
 
     Raises:
-        RuntimeError: it was asked for, and is not built, fails its self-test, or could not be tried now.
-        ValueError: DINO_DEFORM_ATTN holds an unknown word.
+        RuntimeError: "compiled" was chosen, but the operator is not built, fails its self-test, or can't be tested now.
+        ValueError: DINO_DEFORM_ATTN is an unknown word.
     """
     choice = requested()
     if choice in PLAIN:
@@ -103,21 +150,21 @@ def _first_time(device: torch.device, final: bool) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def use_gather() -> bool:
-    """Whether the plain form is to do without `grid_sample`. Compiled graphs keep the answer."""
+def _use_gather() -> bool:
+    """Whether the plain form avoids `grid_sample`. Compiled graphs keep the answer."""
     return requested() == "gather"
 
 
 def verdict(device: torch.device) -> Verdict:
-    """Load the operator for `device` and try it there, once. Other threads that ask meanwhile wait for the answer.
+    """Load the operator for `device` and test it there, once. Other threads that call meanwhile wait for the verdict.
 
-    Only a wrong number and a shared object that can't be loaded are remembered. Where the self-test could not run, for
-    want of memory or because a CUDA graph is captured, the verdict is not final, and the next call tries again.
+    A failed self-test and a failed load are final. A self-test that can't run, because memory ran out or a CUDA graph
+    is captured, is not: the next call tries again.
     """
     device = _with_index(device)
     found = _verdicts.get(device)
     if found is None and _is_capturing(device):
-        found = Verdict(False, True, CAPTURING.format(device=device), final=False)
+        found = Verdict(False, True, _CAPTURING.format(device=device), final=False)
     if found is None:
         with _lock:
             found = _verdicts.get(device) or _find_out(device)
@@ -126,7 +173,7 @@ def verdict(device: torch.device) -> Verdict:
     return found
 
 
-CAPTURING = (
+_CAPTURING = (
     "its self-test on {device} has not run yet, and can't while a CUDA graph is captured: "
     "use the operator once before the capture"
 )
@@ -139,7 +186,7 @@ def _with_index(device: torch.device) -> torch.device:
 
 
 def _is_capturing(device: torch.device) -> bool:
-    """Whether the current stream is recorded. Asking must not initialize CUDA: nothing can be captured before that."""
+    """Whether the current stream is captured. Does not initialize CUDA, before which nothing can be captured."""
     return device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
@@ -163,20 +210,18 @@ def _find_out(device: torch.device) -> Verdict:
 
 
 def _could_not_run(device: torch.device, error: Exception) -> Verdict:
-    """Code that does not fit the device will not fit it later; whatever else stops a self-test may be gone then."""
+    """The verdict after a failed start: final if the code does not fit the device; any other error may pass."""
     reason = _first_line(error)
-    if any(text in reason for text in UNFIT):
+    if any(text in reason for text in _UNFIT):
         return Verdict(False, True, f"it is not built for {device} ({HINT} again): {reason}")
     return Verdict(False, True, f"its self-test on {device} can't run now (the next call tries again): {reason}", False)
 
 
-# What CUDA says of code for other architectures, or from a newer toolkit.
-UNFIT = ("no kernel image", "device kernel image is invalid", "unsupported toolchain", "invalid device function")
+# Errors of CUDA for code that was built for other architectures, or by a newer toolkit.
+_UNFIT = ("no kernel image", "device kernel image is invalid", "unsupported toolchain", "invalid device function")
 
 
 def _self_test(device: torch.device) -> None:
-    from . import self_test  # it imports the reference, whose module imports this one
-
     self_test.run(torch.ops.dino, device)
 
 
@@ -186,13 +231,13 @@ def _first_line(error: Exception) -> str:
 
 
 def load(device_type: str) -> None:
-    """Load the shared object for a type of device, after that with the schema; repeating is harmless.
+    """Load the schema and the shared object for a type of device. Repeated calls change nothing.
 
     Raises:
-        OSError: a shared object is absent or does not fit this machine or this torch.
+        OSError: a shared object is missing, or does not fit this machine or this torch.
     """
     if not hasattr(torch.ops.dino, "deform_attn_fused_backward"):
-        # A part for the CPU that was built before there was a schema of its own brings it along.
+        # A CPU part that was built before the schema became a file of its own includes the schema.
         torch.ops.load_library(FOLDER / (SCHEMA if (FOLDER / SCHEMA).exists() else FILES["cpu"]))
         if not hasattr(torch.ops.dino, "deform_attn_fused_backward"):
             raise OSError(f"{SCHEMA} is absent")
@@ -209,7 +254,7 @@ def cpu_kernels() -> str:
 
 # ---- rules for torch.library ---------------------------------------------------------------------------------------
 
-VMAP_REFUSAL = "deform_attn can't be mapped by vmap: fold the mapped dimension into the batch dimension instead"
+_VMAP_REFUSAL = "deform_attn can't be mapped by vmap: fold the mapped dimension into the batch dimension instead"
 
 
 def _fake_forward(value: Tensor, shapes: list[int], locations: Tensor, *_: Tensor) -> Tensor:
@@ -231,7 +276,7 @@ def _remember(ctx, inputs: tuple, output: Tensor) -> None:
 
 
 def _gradient(form: str, ctx, grad: Tensor) -> tuple:
-    """The stable ABI can't read torch's deterministic mode, so it is read here and chooses between two operators."""
+    """Choose between two operators by torch's deterministic mode, which the stable ABI can't read."""
     suffix = "_deterministic" if torch.are_deterministic_algorithms_enabled() else ""
     value, *others = ctx.saved_tensors
     backward = getattr(torch.ops.dino, f"{form}_backward{suffix}")
@@ -244,26 +289,28 @@ def _gradient(form: str, ctx, grad: Tensor) -> tuple:
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The type to which autocast casts values and weights now; None where it is off."""
+    """The type to which autocast currently casts values and weights; None where autocast is off."""
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
-def cast_for_autocast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """What autocast does to a value or to weights: float64 stays."""
+def _cast_for_autocast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Cast a value or weights as autocast does: float64 stays."""
     return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
 
 
 def _autocast_forward(
-    operator, device_type: str, value: Tensor, shapes: list[int], places: Tensor, weights, *reference
+    operator, device_type: str, value: Tensor, shapes: list[int], locations: Tensor, weights, *reference
 ):
-    """Value and weights (logits) are cast. Places keep their type: bfloat16 can't place a sample within a pixel."""
+    """Cast value and weights (logits). Locations keep their type: bfloat16 can't resolve a position in a pixel."""
     dtype = autocast_dtype(device_type)
     with torch.autocast(device_type, enabled=False):
-        return operator(cast_for_autocast(value, dtype), shapes, places, cast_for_autocast(weights, dtype), *reference)
+        return operator(
+            _cast_for_autocast(value, dtype), shapes, locations, _cast_for_autocast(weights, dtype), *reference
+        )
 
 
 def _refuse_vmap(info, in_dims, *args) -> None:
-    raise NotImplementedError(VMAP_REFUSAL)
+    raise NotImplementedError(_VMAP_REFUSAL)
 
 
 @functools.cache

@@ -17,7 +17,9 @@ from torch import nn
 from dino.d2.checkpoint import Checkpointer
 from dino.d2.data_loading import load_dataset
 from dino.d2.training import engine
-from dino.utils.files import DataError
+from dino.layers.cpu_feed_forward import CpuFeedForward
+from dino.layers.feed_forward import FeedForward
+from dino.utils.files import DataError, UserError
 
 from ..recipes import tiny_recipe
 from ..tiny import random_input, tiny_detector
@@ -107,6 +109,12 @@ def test_the_saved_recipe_evaluates_the_checkpoint(trained):
     assert found["bbox"]["AP"] == pytest.approx(results["bbox"]["AP"], nan_ok=True)
 
 
+def test_a_model_on_a_cpu_has_the_feed_forward_network_for_it(tmp_path):
+    kinds = {type(module) for module in engine.build_model(tiny_recipe(tmp_path)).modules()}
+    assert CpuFeedForward in kinds
+    assert FeedForward not in kinds
+
+
 def test_training_without_any_object(tmp_path):
     cfg = tiny_recipe(tmp_path, "train.max_iter=1", "train.eval_period=0", counts=(0, 0))
     engine.train(cfg, resume=False)
@@ -184,11 +192,11 @@ def test_the_deterministic_switch(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *args, **options: asked.append((args, options)))
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     cfg = tiny_recipe(tmp_path, "train.seed=-1")
-    engine.use_determinism(cfg)
+    engine._use_determinism(cfg)
     assert asked == []
     assert cfg.train.seed >= 0  # drawn, and from now on known
     cfg.train.deterministic = True
-    engine.use_determinism(cfg)
+    engine._use_determinism(cfg)
     assert asked == [((True,), {"warn_only": True})]
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
@@ -317,7 +325,7 @@ def test_a_failing_save_leaves_the_old_file(tmp_path, monkeypatch, broken):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(broken, fail)
-    with pytest.raises(DataError, match=r"can't write .*model\.pth: no space left on device"):
+    with pytest.raises(UserError, match=r"can't write .*model\.pth: no space left on device"):
         save(tmp_path)
     monkeypatch.undo()
     assert path.read_bytes() == before

@@ -13,7 +13,7 @@ from torch import nn
 from dino.d2.training import engine
 from dino.d2.training.memory_saving import checkpoint_activations
 from dino.layers.ops.operator import use_compiled
-from dino.modeling import CudaGraphs, float32_precision
+from dino.modeling import CudaGraphs, detector, float32_precision
 from dino.utils.files import DataError
 
 from ...modeling.test_cuda_graphs import FakeRecorder
@@ -42,7 +42,7 @@ def test_the_log_says_which_precision_the_recipe_wants(tmp_path, caplog, word, t
     cfg = tiny_recipe(tmp_path, "train.max_iter=1", "train.eval_period=0", f"train.float32_precision={word}")
     with caplog.at_level(logging.INFO):
         engine.train(cfg, resume=False)
-    assert f"precision: float32; of float32 on a GPU: {told}\n  compiled: False" in caplog.text
+    assert f"precision: float32; float32 on a GPU: {told}\n  compile: off" in caplog.text
     assert float32_precision() == told
 
 
@@ -102,23 +102,22 @@ def test_compiled_with_activation_checkpointing(monkeypatch):
 def test_evaluation_replays_graphs(monkeypatch):
     """Images of one size that come again: the same detections; no graphs outside the block."""
     recorder = FakeRecorder()
-    monkeypatch.setattr(
-        gpu_speed, "CudaGraphs", lambda network, most: CudaGraphs(network, most=most, recorder=recorder)
-    )
+    monkeypatch.setattr(detector, "CudaGraphs", lambda network, most: CudaGraphs(network, most=most, recorder=recorder))
     model, inputs = tiny_detector().eval(), [random_input(f"{n}.png") for n in range(3)]
     expected = [model([x])[0]["instances"] for x in inputs]
     with gpu_speed.replayed(model, 2):
         found = [model([x])[0]["instances"] for x in inputs]
     assert (recorder.recorded, recorder.replayed) == (1, 2)
-    assert model.graphs is None
+    assert torch.equal(model([inputs[0]])[0]["instances"].scores, expected[0].scores)
+    assert (recorder.recorded, recorder.replayed) == (1, 2)
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one.scores, other.scores)
         assert torch.equal(one.pred_boxes.tensor, other.pred_boxes.tensor)
 
 
-def test_no_graphs_where_none_are_wanted():
-    model = tiny_detector()
-    with gpu_speed.replayed(model, 0):
-        assert model.graphs is None
-    with gpu_speed.replayed(nn.Linear(1, 1), 3):
+def test_no_graphs_where_none_are_wanted(monkeypatch):
+    made = []
+    monkeypatch.setattr(detector, "CudaGraphs", lambda *args, **options: made.append(args))
+    with gpu_speed.replayed(tiny_detector(), 0), gpu_speed.replayed(nn.Linear(1, 1), 3):
         pass
+    assert not made

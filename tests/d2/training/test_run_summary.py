@@ -16,7 +16,7 @@ from dino.d2.training import engine
 from dino.utils.files import DataError
 
 from ..recipes import file_arguments as files
-from ..recipes import parse, tiny_recipe, write_two_sets
+from ..recipes import load_recipe, tiny_recipe, write_two_sets
 
 BATCH = "dataloader.train.total_batch_size"
 
@@ -27,11 +27,11 @@ def test_the_data_are_summarised(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         run_summary.summarise_data(cfg, instantiate(cfg.dataloader.train.dataset))
     text = caplog.text
-    assert "3 training images, 1 without objects (kept); 4 objects of 3 classes" in text
+    assert "3 training images, 1 of them without objects; 4 objects of 3 classes" in text
     for limit in ("2 queries", "1 denoising queries"):
         assert f"image_1.png has 3 objects, more than the {limit} per image" in text
     assert "detections" not in text
-    assert "objects after the resize for evaluation, square root of the area in pixels: 5% below" in text
+    assert "size of objects after the evaluation's resize, square root of the area in pixels: 5% below" in text
 
 
 def test_data_without_images_is_refused(tmp_path):
@@ -41,15 +41,15 @@ def test_data_without_images_is_refused(tmp_path):
 
 def test_sizes_follow_the_resize():
     images = [{"height": 100, "width": 200, "annotations": [{"bbox": [0, 0, 10, 40]}]}]
-    assert run_summary.sizes_after_resize(images, []) == pytest.approx([20])
-    assert run_summary.sizes_after_resize(images, [ShortSide([50])]) == pytest.approx([10])
-    assert run_summary.sizes_after_resize([{**images[0], "annotations": []}], [ShortSide([50])]).shape == (0,)
+    assert run_summary._sizes_after_resize(images, []) == pytest.approx([20])
+    assert run_summary._sizes_after_resize(images, [ShortSide([50])]) == pytest.approx([10])
+    assert run_summary._sizes_after_resize([{**images[0], "annotations": []}], [ShortSide([50])]).shape == (0,)
 
 
 def test_tiny_objects_are_warned_of(tmp_path, caplog, monkeypatch):
     cfg = tiny_recipe(tmp_path)
-    monkeypatch.setattr(run_summary, "sizes_after_resize", lambda *_: np.array([3.0, 5.0, 100.0]))
-    run_summary.tell_sizes(cfg, [])
+    monkeypatch.setattr(run_summary, "_sizes_after_resize", lambda *_: np.array([3.0, 5.0, 100.0]))
+    run_summary._log_sizes(cfg, [])
     assert "half of the objects are smaller than 8 pixels" in caplog.text
 
 
@@ -71,15 +71,14 @@ def test_the_fingerprint_is_of_the_data_wherever_they_lie():
     entry = {"file_name": "a/x.png", "height": 2, "width": 3, "annotations": [{"bbox": [0, 0, 1, 1], "category_id": 0}]}
     same = {**entry, "file_name": "b/x.png"}
     other = {**entry, "annotations": [{"bbox": [0, 0, 1, 1], "category_id": 1}]}
-    assert run_summary.fingerprint([entry]) == run_summary.fingerprint([same])
-    assert run_summary.fingerprint([entry]) != run_summary.fingerprint([other])
-    assert len(run_summary.fingerprint([])) == 16
+    assert run_summary._fingerprint([entry]) == run_summary._fingerprint([same])
+    assert run_summary._fingerprint([entry]) != run_summary._fingerprint([other])
+    assert len(run_summary._fingerprint([])) == 16
 
 
 def scaled(folder, *overrides):
-    args = parse(*files(*write_two_sets(folder)), *overrides)
-    cfg = recipe.load_recipe(args)
-    recipe.scale_to_batch(cfg, args.opts)
+    cfg = load_recipe(*files(*write_two_sets(folder)), *overrides)
+    recipe.scale_to_batch(cfg, overrides)
     return cfg
 
 
@@ -100,8 +99,8 @@ def test_what_is_stated_is_taken_as_it_stands(tmp_path):
 
 
 def test_iterations_of_a_recipe_follow_the_batch(tmp_path):
-    args = parse(*files(*write_two_sets(tmp_path)), f"{BATCH}=8")
-    cfg = recipe.load_recipe(args)
+    overrides = [f"{BATCH}=8"]
+    cfg = load_recipe(*files(*write_two_sets(tmp_path)), *overrides)
     cfg.train.max_iter, cfg.train.eval_period, cfg.train.checkpointer.period = 1000, 0, 50
-    recipe.scale_to_batch(cfg, args.opts)
+    recipe.scale_to_batch(cfg, overrides)
     assert (cfg.train.max_iter, cfg.train.eval_period, cfg.train.checkpointer.period) == (500, 0, 25)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dino.d2.training.parallel import note_start
 from dino.d2.training.trainer import Trainer
-from dino.utils.files import DataError
+from dino.utils.files import UserError
 
 from ..recipes import parse, recipe
 from ..tiny import random_input, tiny_detector
@@ -63,14 +63,14 @@ def test_the_trainer_reads_nothing_back_in_an_iteration_that_does_not_log(tmp_pa
     trainer.update = update
     run(trainer, 0, 2)
     assert found == [[], []]
-    assert trainer.guard.pending is not None
+    assert trainer.checker.pending is not None
     with Waits() as waits:
         trainer.storage = EventStorage()
         with trainer.storage:
             trainer.iter = 2
             trainer.run_step()
     assert waits.found  # the instrument works: this iteration logs
-    assert trainer.guard.pending is None
+    assert trainer.checker.pending is None
 
 
 class Operations(TorchDispatchMode):
@@ -166,8 +166,8 @@ def test_host_memory_stays_flat(tmp_path):
 
 def choose(folder, *words):
     args = parse(*words)
-    recipe.choose_output(OmegaConf.create({"train": {"output_dir": str(folder)}}), args)
-    return args.resume
+    cfg = OmegaConf.create({"train": {"output_dir": str(folder)}})
+    return recipe.choose_output(cfg, eval_only=args.eval_only, resume=args.resume)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +195,6 @@ def test_other_starts_in_a_used_folder_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "b2")
     for count in "01":
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
-        with pytest.raises(DataError, match="holds the checkpoints of a run: add --resume"):
+        with pytest.raises(UserError, match="holds the checkpoints of a run: add --resume"):
             choose(tmp_path)
     assert choose(tmp_path, "--resume")

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dino import cli
-from dino.data.check.image_files import look
+from dino.data.check.image_files import read_file
 
 from ...coco_files import write_coco
 from ...tools.programs import contents
@@ -31,7 +31,7 @@ def test_a_clean_set(files, capsys):
     assert check(*files) == 0
     out = capsys.readouterr().out
     assert "4 images (1 without objects), 9 objects, 3 classes" in out
-    assert "nothing wrong" in out
+    assert "no issues" in out
     assert "images/s" in out
     assert "objects after resizing: median" in out
 
@@ -48,7 +48,7 @@ def test_first_offenders_are_listed_and_the_exit_code_is_1(files, capsys):
 def test_warnings_leave_the_exit_code_0(files, capsys):
     files.change(lambda c: c["annotations"][0].update(bbox=[60, 1, 20, 20], area=400))
     assert check(*files) == 0
-    assert "warning: boxes that reach beyond their image (1)" in capsys.readouterr().out
+    assert "warning: boxes that cross the border of their image (1)" in capsys.readouterr().out
 
 
 def test_without_opening_images(files, capsys):
@@ -60,16 +60,16 @@ def test_without_opening_images(files, capsys):
 
 
 def test_fix_writes_a_cleaned_copy(files, capsys, tmp_path):
-    def spoil(content):
+    def change(content):
         content["annotations"][0]["bbox"] = [1, 1, 0, 0]
         content["annotations"][1]["bbox"] = [60, 1, 20, 20]
         content["annotations"][1]["area"] = 400
         content["annotations"][2]["id"] = 1
 
-    files.change(spoil)
+    files.change(change)
     before = contents(tmp_path)
     assert check(*files, "--fix", tmp_path / "fixed.json") == 1
-    assert "1 object left out, 1 box clipped" in capsys.readouterr().out
+    assert "1 object dropped, 1 box clipped" in capsys.readouterr().out
     fixed = json.loads((tmp_path / "fixed.json").read_text())
     assert fixed["annotations"][0]["bbox"] == [60, 1, 12, 20]
     assert [a["id"] for a in fixed["annotations"]] == list(range(1, 9))
@@ -83,11 +83,11 @@ def test_fix_refuses_what_it_can_not_decide(files, capsys, tmp_path):
     assert check(*files, "--fix", tmp_path / "fixed.json") == 1
     captured = capsys.readouterr()
     assert "error: categories without an id or a name of their own (1)" in captured.out
-    assert "error: can't repair by itself: categories without" in captured.err
+    assert "error: can't fix without you: categories without" in captured.err
     assert not (tmp_path / "fixed.json").exists()
 
 
-@pytest.mark.parametrize("option", ["--fix", "--sheet"])
+@pytest.mark.parametrize("option", ["--fix", "--preview", "--sheet"])
 def test_an_output_that_exists_is_refused(files, capsys, tmp_path, option):
     target = tmp_path / "taken"
     target.write_text("precious")
@@ -97,7 +97,7 @@ def test_an_output_that_exists_is_refused(files, capsys, tmp_path, option):
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC])
-@pytest.mark.parametrize("option", ["--fix", "--sheet"])
+@pytest.mark.parametrize("option", ["--fix", "--preview", "--sheet"])
 def test_a_refused_write_leaves_nothing(files, capsys, tmp_path, monkeypatch, option, number):
     before = contents(tmp_path)
 
@@ -120,7 +120,7 @@ def test_train_and_val_are_compared(files, capsys, tmp_path):
     assert check(*files, "--val", *val) == 1
     out = capsys.readouterr().out
     assert "only in training: ['blue'], only in validation: ['azure']" in out
-    assert "images that are in the validation data too (1)" in out
+    assert "images that the validation data has too (1)" in out
     assert "image_2.png is image_1.png of the validation data" in out
 
 
@@ -141,7 +141,7 @@ def test_other_ids_and_another_order_of_classes(files, capsys, tmp_path):
 def test_a_shared_file_is_found_without_opening_it(files, capsys, tmp_path):
     shutil.copy(files.annotations, tmp_path / "val.json")
     assert check(*files, "--no-images", "--val", tmp_path / "val.json") == 1
-    assert "images that are in the validation data too (4)" in capsys.readouterr().out
+    assert "images that the validation data has too (4)" in capsys.readouterr().out
 
 
 def test_fix_takes_shared_images_out_of_the_training_data(files, tmp_path):
@@ -163,13 +163,13 @@ def test_tiny_objects_crowds_and_unlisted_images(files, capsys):
     files.change(change)
     assert check(*files) == 0
     out = capsys.readouterr().out
-    assert "annotation 1 of image_1.png: [5, 5, 0.5, 0.5] becomes 6.2 pixels large" in out
+    assert "annotation 1 of image_1.png: [5, 5, 0.5, 0.5] is 6.2 pixels large after resizing" in out
     assert "image_3.png has 101" in out
-    assert "note: 1 images in" in out
-    assert "first image_4.png" in out
+    assert "note: training ignores 1 image in" in out
+    assert "such as image_4.png" in out
 
 
-def test_the_sheet_is_one_file_with_everything_inside(tmp_path):
+def test_the_preview_is_one_file_with_everything_inside(tmp_path):
     files = write_coco(tmp_path / "bilder mit ä", counts=(2, 1), category_ids=(1, 2))
 
     def change(content):
@@ -177,13 +177,13 @@ def test_the_sheet_is_one_file_with_everything_inside(tmp_path):
         content["annotations"][0].update(bbox=[60, 1, 20, 20], area=400)
 
     files.change(change)
-    assert check(*files, "--sheet", tmp_path / "sheet.html") == 0
-    page = (tmp_path / "sheet.html").read_text()
+    assert check(*files, "--preview", tmp_path / "preview.html") == 0
+    page = (tmp_path / "preview.html").read_text()
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert" in page
     assert page.count("data:image/jpeg;base64,") == 2
     assert "http" not in page
-    assert "boxes that reach beyond their image" in page
+    assert "boxes that cross the border of their image" in page
 
 
 BROKEN = {
@@ -210,12 +210,12 @@ def test_broken_annotations(tmp_path, capsys, content, message):
 
 
 def test_entries_of_the_wrong_type_are_listed(files, capsys):
-    def spoil(content):
+    def change(content):
         content["images"] += ["a.png", None, 3, {"id": "7"}]
         content["annotations"] += [None, [], "x", {"id": None}, {"id": 50, "bbox": {}}]
         content["categories"] += [None, {"id": True, "name": "x"}, {"id": 9}]
 
-    files.change(spoil)
+    files.change(change)
     assert check(*files) == 1
     out = capsys.readouterr().out
     assert "images without id, file name or size (4)" in out
@@ -242,11 +242,11 @@ def test_names_with_spaces_unicode_and_what_can_be_no_file(tmp_path, capsys):
         content["images"].append({"id": 10, "file_name": "a\0b.png", "width": 5, "height": 5})
 
     files.change(rename)
-    assert check(*files, "--sheet", tmp_path / "sheet.html") == 1
+    assert check(*files, "--preview", tmp_path / "preview.html") == 1
     out = capsys.readouterr().out
     assert "error: missing files (2)" in out
     assert "1 errors" not in out
-    assert "bild ü.png: 1 objects" in (tmp_path / "sheet.html").read_text()
+    assert "bild ü.png: 1 objects" in (tmp_path / "preview.html").read_text()
 
 
 def test_huge_and_strange_pictures_are_unreadable_not_fatal(tmp_path):
@@ -254,11 +254,11 @@ def test_huge_and_strange_pictures_are_unreadable_not_fatal(tmp_path):
     header = b"BM" + (54).to_bytes(4, "little") + bytes(4) + (54).to_bytes(4, "little") + (40).to_bytes(4, "little")
     size = (60_000).to_bytes(4, "little")
     bomb.write_bytes(header + size * 2 + (1).to_bytes(2, "little") + (24).to_bytes(2, "little") + bytes(24))
-    assert "decompression bomb" in look(bomb).problem
+    assert "decompression bomb" in read_file(bomb).problem
     os.mkfifo(tmp_path / "pipe.png")
-    assert look(tmp_path / "pipe.png").problem == "missing"
+    assert read_file(tmp_path / "pipe.png").problem == "missing"
     (tmp_path / "empty.jpg").touch()
-    assert "cannot identify image file" in look(tmp_path / "empty.jpg").problem
+    assert "cannot identify image file" in read_file(tmp_path / "empty.jpg").problem
 
 
 @pytest.mark.parametrize("cut", [10, 1000])
@@ -266,13 +266,13 @@ def test_a_truncated_jpeg_is_noticed(tmp_path, cut):
     """Although it is decoded at an eighth of its size."""
     files = write_coco(tmp_path, counts=(3,), suffix=".jpg", width=300, height=200)
     path = Path(files.images) / "image_1.jpg"
-    assert look(path).problem is None
+    assert read_file(path).problem is None
     path.write_bytes(path.read_bytes()[:-cut])
-    assert "truncated" in look(path).problem
+    assert "truncated" in read_file(path).problem
 
 
 @pytest.mark.skipif(not BCCD.is_dir(), reason="the blood cells are not there: set DINO_BCCD")
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_the_blood_cells_are_clean(capsys, split):
     assert check(BCCD / f"{split}.json", BCCD / "images", "--val", BCCD / "val.json") == 0
-    assert capsys.readouterr().out.count("nothing wrong") == 2
+    assert capsys.readouterr().out.count("no issues") == 2

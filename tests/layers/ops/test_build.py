@@ -164,7 +164,7 @@ def test_a_failing_build_says_all_and_leaves_what_was_there(machine, capsys, mon
         f"deform_attn for cpu: failed: with torch {version}",
         f"  g++ test compiler 1.0 failed: {reason}",
         f"  clang++ test compiler 2.0 failed: {reason}",
-        "  what was there is left as it was; install g++ 10 or clang++ 13 or newer, or name one in CXX",
+        "  the old files stay; install g++ 10 or clang++ 13 or newer, or name one in CXX",
     ]
     assert [path.read_text() for path in machine.target.iterdir()] == ["older"]
 
@@ -225,9 +225,7 @@ def test_half_of_a_build_does_not_mix_with_an_old_one(machine, old_build, monkey
     assert [json.loads(path.read_text())["flags"] for path in machine.target.glob("*.json")] == [[], []]
     assert len(list(machine.target.iterdir())) == 4
     stopped, part = (cuda, "cpu") if failing == "g++" else (cpu, "cuda")
-    assert stopped.text.startswith(
-        f"the schema is a new one, and the part for {part} that is there was not built for it"
-    )
+    assert stopped.text.startswith(f"the schema is new, and the existing part for {part} was not built for it")
     assert stopped.text.endswith(f"or remove {machine.target}/_deform_attn_{part}.so")
 
 

@@ -433,7 +433,7 @@ def test_where_nothing_is_built(free_choice, tmp_path):
     assert names == ["reference"]
     with (
         deform_attn_implementation("compiled"),
-        pytest.raises(RuntimeError, match=r"not built .*python -m dino\.build"),
+        pytest.raises(RuntimeError, match=r"not built .*python -m dino\.layers\.ops\.build"),
     ):
         plain(SHAPES)(*inputs)
 

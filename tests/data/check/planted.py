@@ -1,6 +1,6 @@
-"""A generator of faulty data sets: plants faults of known kinds at known places in a clean one.
+"""Plants issues of known kinds at known entries of a clean data set.
 
-Faults of images go to the second half of the images, faults of objects to the first half, so that each can be seen.
+Issues of images go to the second half of the images, issues of objects to the first half, so that each can be seen.
 """
 
 import copy
@@ -17,12 +17,12 @@ WIDTH, HEIGHT = 72, 64
 
 class Planted(NamedTuple):
     kind: str
-    name: str  # must occur in the text of the fault
+    name: str  # must occur in the text of the issue
     consequences: frozenset = frozenset()  # kinds that follow by necessity
 
 
 class Field:
-    """A clean data set and what of it has not been spoiled yet."""
+    """A clean data set and its entries without an issue so far."""
 
     def __init__(self, folder, seed):
         self.folder = folder
@@ -150,7 +150,7 @@ def same_picture(field):
     first, second = sorted((field.image(), field.image()), key=lambda image: image["id"])
     picture = Image.open(field.folder / first["file_name"])
     picture.save(field.folder / second["file_name"], compress_level=1, dpi=(72, 72))
-    return Planted("same_picture", second["file_name"])
+    return Planted("same_image", second["file_name"])
 
 
 PLANTERS = {
@@ -183,7 +183,7 @@ PLANTERS = {
     "no picture": no_picture,
     "other size": other_size,
     "sideways": turn(6, "exif"),
-    "upside down": turn(3, "turned"),
+    "upside down": turn(3, "rotated"),
     "same picture": same_picture,
 }
 

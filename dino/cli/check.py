@@ -1,0 +1,73 @@
+"""`dino check`: check a COCO-format data set before training."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from dino.cli import check_arguments, new_parser
+
+_EXAMPLES = """
+examples:
+  dino check train.json images
+  dino check train.json images --val val.json --preview preview.html --fix cleaned.json
+  dino check instances_train2017.json train2017 --no-images     (annotations only: seconds instead of minutes)
+Errors make the exit code 1. Warnings leave it 0, but deserve a look.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments."""
+    parser = new_parser("dino check", __doc__, _EXAMPLES)
+    parser.add_argument("annotations", type=Path, help="JSON file in COCO format")
+    parser.add_argument("images", type=Path, help="folder of its images")
+    parser.add_argument(
+        "--val",
+        nargs="+",
+        type=Path,
+        metavar=("JSON", "FOLDER"),
+        help="validation data, checked too and compared; the folder may be left out if both share it",
+    )
+    parser.add_argument("--no-images", action="store_true", help="don't open the image files")
+    parser.add_argument("--fix", type=Path, metavar="OUT.json", help="write a cleaned copy of the annotations")
+    parser.add_argument("--preview", type=Path, metavar="OUT.html", help="write a page of images with their boxes")
+    parser.add_argument("--sheet", type=Path, dest="preview", help=argparse.SUPPRESS)
+    parser.add_argument("--show", type=int, default=20, help="how many issues of a kind to list (default %(default)s)")
+    parser.add_argument("--size", type=int, default=800, help="short side in training, pixels (default %(default)s)")
+    parser.add_argument("--max-size", type=int, default=1333, help="bound of the long side (default %(default)s)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the verb. Returns the exit code."""
+    args = _parse(argv)
+
+    from dino.data.check import check_dataset
+    from dino.evaluation.report.preview import write_preview
+
+    check_dataset.refuse_existing(args.fix, args.preview)
+    resize = check_dataset.Resize(args.size, args.max_size)
+    files = [(args.annotations, args.images)]
+    if args.val:
+        files.append((args.val[0], args.val[1] if len(args.val) == 2 else args.images))
+    checked = check_dataset.check_all(files, resize, open_images=not args.no_images)
+    train = checked[0]
+    errors = check_dataset.print_report(checked, args.show)
+    if args.preview:
+        write_preview(args.preview, train.path.name, train.split, train.issues)
+        print(f"preview written to {args.preview}")
+    if args.fix:
+        check_dataset.write_fixed(args.fix, train)
+    return int(errors > 0)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    problems = {
+        "--val takes one JSON file and at most one folder": args.val and len(args.val) > 2,
+        "--size, --max-size and --show must be positive": min(args.size, args.max_size, args.show) < 1,
+    }
+    check_arguments(parser, problems)
+    return args
