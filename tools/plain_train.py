@@ -16,7 +16,7 @@ import torch
 
 from dino.modeling.precision import PRECISIONS
 from dino.training import plain
-from dino.utils.files import DataError, UserError, message_of
+from dino.utils.files import UserError, message_of
 
 DEFAULTS = plain.Settings(device="cuda" if torch.cuda.is_available() else "cpu")
 
@@ -64,9 +64,9 @@ def settings_of(args):
 def main(argv=None):
     args = parse_arguments(argv)
     if not args.val_json or not args.val_images or not (args.eval_only or (args.train_json and args.train_images)):
-        raise DataError("give --val-json and --val-images, and to train also --train-json and --train-images")
+        raise UserError("give --val-json and --val-images, and to train also --train-json and --train-images")
     if args.eval_only and not args.weights:
-        raise DataError("--eval-only needs --weights: the file to evaluate")
+        raise UserError("--eval-only needs --weights: the file to evaluate")
     val, settings = (args.val_json, args.val_images), settings_of(args)._asdict()
     if args.eval_only:
         plain.evaluate(*val, args.weights, args.output, **settings)

@@ -14,8 +14,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional
 
-from dino.layers.boxes import xyxy_to_cxcywh
-from dino.modeling.detector import resized_size
+from dino.modeling.detector import resized_size, to_target
 from dino.structures import Target
 from dino.utils.files import DataError, resolve_inside
 
@@ -261,25 +260,14 @@ class ShortSide:
         return functional.resize(image, size), {**objects, "boxes": boxes}
 
 
-def to_target(objects: dict, size: tuple[int, int]) -> Target:
-    """Objects of `CocoImages` -> Target, for an image of `size` (height, width) in pixels."""
-    height, width = size
-    boxes = xyxy_to_cxcywh(objects["boxes"].as_subclass(torch.Tensor)) / torch.tensor([width, height, width, height])
-    return Target(objects["labels"], boxes)
-
-
-def collate(samples: list[tuple]) -> tuple[torch.Tensor, torch.Tensor, list[Target], list[dict]]:
-    """Samples of `CocoImages`, transformed -> images (B, 3, H, W) zero-padded, padding (B, H, W), targets, entries."""
-    images = [image for image, _, _ in samples]
-    height, width = (max(i.shape[d] for i in images) for d in (1, 2))
-    batch = torch.zeros(len(images), 3, height, width)
-    padding = torch.ones(len(images), height, width, dtype=torch.bool)
-    targets = []
-    for b, (image, objects, _) in enumerate(samples):
-        h, w = image.shape[1:]
-        batch[b, :, :h, :w], padding[b, :h, :w] = image, False
-        targets.append(to_target(objects, (h, w)))
-    return batch, padding, targets, [entry for _, _, entry in samples]
+def collate(samples: list[tuple]) -> tuple[list[torch.Tensor], list[Target], list[dict]]:
+    """Samples of `CocoImages` -> images (3, H, W) of any sizes, targets, and entries of the file."""
+    images, objects, entries = zip(*samples, strict=True)
+    targets = [
+        to_target(o["labels"], o["boxes"].as_subclass(torch.Tensor), image.shape[1:])
+        for o, image in zip(objects, images, strict=True)
+    ]
+    return [image.as_subclass(torch.Tensor) for image in images], targets, list(entries)
 
 
 def _first_images(data: dict[str, Any], limit: int | None) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torchvision.transforms import v2
 
-from dino.data.coco import CocoImages, ShortSide
+from dino.data.coco import CocoImages, ShortSide, collate
 from dino.layers import HungarianMatcher, SetCriterion
-from dino.modeling.detector import Detector, to_target
+from dino.modeling.detector import Detector
 from dino.utils.files import DataError, make_folder
 from dino.weights.description import detector_from_checkpoint
 
@@ -63,12 +63,7 @@ def explain_batch(
     data = _read_data(annotations, images, detector)
     if data.names != detector.names:
         raise DataError(f"{weights} was trained for the classes {detector.names}, {annotations} has {data.names}")
-    samples = [data[index] for index in _choose(data, wanted)]
-    pixels = [image.as_subclass(torch.Tensor) for image, _, _ in samples]
-    targets = [
-        to_target(objects["labels"], objects["boxes"].as_subclass(torch.Tensor), image.shape[1:])
-        for image, objects, _ in samples
-    ]
+    pixels, targets, _ = collate([data[index] for index in _choose(data, wanted)])
     torch.manual_seed(seed)
     try:
         recorded = record(detector.network, *detector.batch(pixels), targets, SetCriterion(matcher=HungarianMatcher()))

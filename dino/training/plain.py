@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from dino.data.coco import CocoImages, ShortSide, to_target
+from dino.data.coco import CocoImages, ShortSide, collate
 from dino.evaluation import average_precision
 from dino.inference.cpu import keep_freed_memory
-from dino.layers import HungarianMatcher, SetCriterion, Target
+from dino.layers import HungarianMatcher, SetCriterion
 from dino.layers.cpu_feed_forward import use_cpu_feed_forward
-from dino.modeling import DINO, compile_network, use_float32_precision
+from dino.modeling import compile_network, use_float32_precision
 from dino.modeling.detector import Detector, Preprocessing
-from dino.utils.files import DataError, free_name, write_whole
+from dino.utils.files import DataError, UserError, free_name, write_whole
 from dino.weights.description import build_network
 
 FLIPS = ("none", "horizontal", "both")
@@ -105,15 +105,16 @@ def train(
         the metrics: "AP", …, see `average_precision.evaluate`, and "training_seconds".
 
     Raises:
-        DataError: a file can't be used; training and validation data have other classes; output holds a model.
-        FloatingPointError: the loss is NaN or infinite; names the images.
+        DataError: a file can't be used; training and validation data have other classes.
+        UserError: output holds a model, or the settings make no network.
+        FloatingPointError: the loss or a prediction is NaN or infinite; names the images.
     """
     settings, output = Settings(**settings), Path(output)
     if (output / "model.pth").exists():
-        raise DataError(f"{output} holds a trained model: choose another --output, or move it away")
+        raise UserError(f"{output} holds a trained model: choose another --output, or move it away")
     _prepare_process(settings)
     val = CocoImages(val_json, val_images, _transforms(settings, "none"))
-    model = _start_model(settings, val.names, weights)
+    detector = _start(settings, val.names, weights)
     data = CocoImages(train_json, train_images, _transforms(settings, settings.flips))
     if data.names != val.names:
         raise DataError(f"training and validation data differ in their classes: {data.names}, {val.names}")
@@ -121,10 +122,10 @@ def train(
     empty = sum(not objects for objects in data.objects.values())
     print(f"{len(data)} images, {empty} without objects, {data.dropped} boxes of no size dropped; {data.names}")
     start = time.perf_counter()
-    _fit(model, data, settings)
+    _fit(detector, data, settings)
     seconds = time.perf_counter() - start
-    save(output / "model.pth", model.network, settings, val.names)
-    return _write_results(model, val, settings, output, seconds)
+    save(output / "model.pth", detector, settings)
+    return _write_results(detector, val, settings, output, seconds)
 
 
 def evaluate(
@@ -137,32 +138,33 @@ def evaluate(
     settings = Settings(**settings)
     _prepare_process(settings)
     val = CocoImages(val_json, val_images, _transforms(settings, "none"))
-    model = _start_model(settings, val.names, weights)
+    detector = _start(settings, val.names, weights)
     folder = free_name(Path(output) / "evaluation")  # the results of the training stay as they are
     folder.mkdir(parents=True)
-    return _write_results(model, val, settings, folder, seconds=0.0)
+    return _write_results(detector, val, settings, folder, seconds=0.0)
 
 
-def build(settings: Settings, num_classes: int) -> DINO:
-    """A network with random weights.
+def build(settings: Settings, names: Sequence[str]) -> Detector:
+    """Build a detector of these classes with random weights.
 
     Raises:
-        DataError: no network can be built from these settings.
+        UserError: no network can be built from these settings.
     """
     try:
-        network = build_network(_describe(settings, num_classes)).to(settings.torch_device)
+        network = build_network(_describe(settings, len(names)))
     except ValueError as error:
-        raise DataError(f"no network can be built from these arguments: {error}") from error
+        raise UserError(f"no network can be built from these arguments: {error}") from error
     if settings.torch_device.type == "cpu":
         use_cpu_feed_forward(network)
-    return network
+    criterion = SetCriterion(matcher=HungarianMatcher())
+    return Detector(network, settings.preprocessing, names, criterion=criterion).to(settings.torch_device)
 
 
-def save(path: Path, model: nn.Module, settings: Settings, names: Sequence[str]) -> None:
+def save(path: Path, detector: Detector, settings: Settings) -> None:
     """Write a checkpoint with its description, see `dino.weights.description`."""
-    config = json.dumps(_describe(settings, len(names)))
-    about = {"config": config, "preprocessing": settings.preprocessing._asdict()}
-    content = {"model": model.state_dict(), "names": list(names), "about": about}
+    config = json.dumps(_describe(settings, len(detector.names)))
+    about = {"config": config, "preprocessing": detector.preprocessing._asdict()}
+    content = {"model": detector.network.state_dict(), "names": detector.names, "about": about}
     write_whole(path, lambda part: torch.save(content, part))
 
 
@@ -199,22 +201,21 @@ def _describe(settings: Settings, num_classes: int) -> dict:
     }
 
 
-def _start_model(settings: Settings, names: list[str], weights: str | Path | None) -> Detector:
-    """A detector with random or given weights, compiled if that is wanted."""
-    network = build(settings, len(names))
+def _start(settings: Settings, names: list[str], weights: str | Path | None) -> Detector:
+    """A detector with random or given weights, compiled if `settings` ask for it."""
+    detector = build(settings, names)
     if weights:
-        _load(network, weights, names)
+        _load(detector.network, weights, names)
     if settings.compile:
-        compile_network(network)
-    criterion = SetCriterion(matcher=HungarianMatcher())
-    return Detector(network, settings.preprocessing, names, criterion=criterion).to(settings.torch_device)
+        compile_network(detector.network)
+    return detector
 
 
-def _load(model: nn.Module, path: str | Path, names: list[str]) -> None:
+def _load(network: nn.Module, path: str | Path, names: list[str]) -> None:
     """Load weights that `save` wrote. Reads plain tensors only, so no code in the file can run."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(checkpoint["model"])
+        network.load_state_dict(checkpoint["model"])
     except FileNotFoundError:
         raise DataError(f"weights not found: {path}") from None
     except Exception as error:
@@ -224,21 +225,14 @@ def _load(model: nn.Module, path: str | Path, names: list[str]) -> None:
 
 
 def _load_data(data: CocoImages, settings: Settings, **options: Any) -> DataLoader:
-    """Batches of `data`, as `_collate` makes them."""
-    return DataLoader(data, collate_fn=_collate, num_workers=settings.workers, **options)
+    """Batches of `data`, see `collate`."""
+    return DataLoader(data, collate_fn=collate, num_workers=settings.workers, **options)
 
 
-def _collate(samples: list[tuple]) -> tuple[list[Tensor], list[Target], list[dict]]:
-    """Samples of `CocoImages` -> images (3, h, w) uint8 of any sizes, targets, and entries of the file."""
-    images, objects, entries = zip(*samples, strict=True)
-    targets = [to_target(o, image.shape[1:]) for o, image in zip(objects, images, strict=True)]
-    return [image.as_subclass(Tensor) for image in images], targets, list(entries)
-
-
-def _fit(model: Detector, data: CocoImages, settings: Settings) -> None:
+def _fit(detector: Detector, data: CocoImages, settings: Settings) -> None:
     """The training loop."""
-    model.train()
-    weights = [p for p in model.parameters() if p.requires_grad]
+    detector.train()
+    weights = [p for p in detector.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=settings.lr, weight_decay=1e-4)
     loader = _load_data(data, settings, batch_size=settings.batch, shuffle=True, drop_last=len(data) > settings.batch)
     steps = max(1, round(settings.epochs * len(loader)))
@@ -248,7 +242,7 @@ def _fit(model: Detector, data: CocoImages, settings: Settings) -> None:
     for step, (images, targets, entries) in zip(progress, batches, strict=False):
         names = [entry["file_name"] for entry in entries]
         with settings.autocast():
-            loss = sum(model.losses(images, targets, sources=names, non_finite="match").values())
+            loss = sum(detector.losses(images, targets, sources=names).values())
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at step {step}, images {names}. Lower --lr")
         optimizer.zero_grad()
@@ -261,10 +255,10 @@ def _fit(model: Detector, data: CocoImages, settings: Settings) -> None:
 
 
 def _write_results(
-    model: Detector, data: CocoImages, settings: Settings, folder: Path, seconds: float
+    detector: Detector, data: CocoImages, settings: Settings, folder: Path, seconds: float
 ) -> dict[str, float]:
     """Evaluate, and write results.json and metrics.json -> the metrics."""
-    results = _predict(model, data, settings)
+    results = _predict(detector, data, settings)
     metrics = {**average_precision.evaluate(data.data, results), "training_seconds": round(seconds, 1)}
     for name, content in (("results.json", results), ("metrics.json", metrics)):
         write_whole(folder / name, lambda part, content=content: part.write_text(json.dumps(content)))
@@ -272,15 +266,13 @@ def _write_results(
     return metrics
 
 
-@torch.inference_mode()
-def _predict(model: Detector, data: CocoImages, settings: Settings) -> list[dict]:
+def _predict(detector: Detector, data: CocoImages, settings: Settings) -> list[dict]:
     """Entries of COCO's results format."""
-    model.eval()
+    detector.eval()
     results = []
-    loader = tqdm(_load_data(data, settings), desc="evaluate", disable=None)
-    with settings.autocast(), model.replay(settings.cuda_graphs):
-        for images, _, (entry,) in loader:
-            size = (entry["height"], entry["width"])
-            (found,) = model.detect(images, [size], sources=[entry["file_name"]])
+    with torch.inference_mode(), settings.autocast(), detector.replay(settings.cuda_graphs):
+        for images, _, (entry,) in tqdm(_load_data(data, settings), desc="evaluate", disable=None):
+            size = entry["height"], entry["width"]
+            (found,) = detector.detect(images, [size], sources=[entry["file_name"]])
             results += average_precision.to_results(found, entry["id"], data.category_ids)
     return results

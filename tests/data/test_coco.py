@@ -236,16 +236,15 @@ def test_classes_and_objects_of_a_file(tmp_path):
     assert {number: found.objects for number, found in objects_of(data).items()} == images.objects
 
 
-def test_batches_are_padded_and_masked():
+def test_samples_become_lists():
     def sample(height, width, boxes):
         boxes = tv_tensors.BoundingBoxes(torch.tensor(boxes).reshape(-1, 4), format="XYXY", canvas_size=(height, width))
         objects = {"boxes": boxes, "labels": torch.zeros(len(boxes), dtype=torch.int64)}
-        return torch.ones(3, height, width), objects, {"id": height}
+        return tv_tensors.Image(torch.ones(3, height, width)), objects, {"id": height}
 
-    images, padding, targets, entries = collate([sample(8, 20, [[2.0, 2, 12, 6]]), sample(10, 16, [])])
-    assert images.shape == (2, 3, 10, 20)
-    assert torch.equal(images[:, 0] == 0, padding)
-    assert padding.sum((1, 2)).tolist() == [2 * 20, 4 * 10]
+    images, targets, entries = collate([sample(8, 20, [[2.0, 2, 12, 6]]), sample(10, 16, [])])
+    assert [type(image) for image in images] == [torch.Tensor] * 2
+    assert [tuple(image.shape) for image in images] == [(3, 8, 20), (3, 10, 16)]
     assert isinstance(targets[0], Target)
     torch.testing.assert_close(targets[0].boxes, torch.tensor([[7 / 20, 0.5, 0.5, 0.5]]))
     assert type(targets[0].boxes) is torch.Tensor

@@ -20,7 +20,7 @@ def files(tmp_path, monkeypatch):
     monkeypatch.setitem(PARTS, "dino.modeling.TorchvisionBackbone", lambda **_: TinyBackbone())
     settings = plain.Settings(device="cpu", size=48, embed_dim=64, layers=2, queries=20)
     (tmp_path / "run").mkdir()
-    plain.save(tmp_path / "run/model.pth", plain.build(settings, 3), settings, ["red", "green", "blue"])
+    plain.save(tmp_path / "run/model.pth", plain.build(settings, ["red", "green", "blue"]), settings)
     return write_coco(tmp_path / "data")
 
 

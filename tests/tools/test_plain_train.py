@@ -6,7 +6,7 @@ import pytest
 pytest.importorskip("tqdm", reason="tqdm is not installed")
 
 from dino.training import Settings
-from dino.utils.files import DataError
+from dino.utils.files import UserError
 from dino.weights.description import PARTS
 
 from ..coco_files import write_coco
@@ -59,11 +59,11 @@ def test_training_and_evaluation_by_the_command(sets, tmp_path, monkeypatch):
 
 
 def test_missing_arguments_are_named(sets, tmp_path):
-    with pytest.raises(DataError, match="give --val-json and --val-images, and to train also"):
+    with pytest.raises(UserError, match="give --val-json and --val-images, and to train also"):
         plain_train.main([*data_arguments("val", sets[1]), *TINY])
-    with pytest.raises(DataError, match="give --val-json"):
+    with pytest.raises(UserError, match="give --val-json"):
         plain_train.main([*data_arguments("train", sets[0]), *TINY])
-    with pytest.raises(DataError, match="--eval-only needs --weights"):
+    with pytest.raises(UserError, match="--eval-only needs --weights"):
         plain_train.main([*sets[2], *TINY, "--eval-only"])
 
 

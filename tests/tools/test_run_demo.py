@@ -23,7 +23,7 @@ def test_both_roads_build_the_same_network():
     cfg = LazyConfig.load(str(ROOT / demo.RECIPE))
     cfg.model.num_classes = 3
     arguments = program.settings_of(program.parse_arguments([*demo.PLAIN_SETTINGS, "--device=cpu"]))
-    network = plain.build(arguments, num_classes=3)
+    network = plain.build(arguments, ["a", "b", "c"]).network
     ours = {name: x.shape for name, x in instantiate(cfg.model).network.state_dict().items()}
     theirs = {name: x.shape for name, x in resnet_to_detectron2(network.state_dict()).items()}
     assert ours == theirs
