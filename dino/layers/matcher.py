@@ -113,7 +113,7 @@ def start_matching(
 
 
 def _assign(cost: np.ndarray, counts: list[int], non_finite: NonFinite = "raise") -> Pairs:
-    """Solve N * B assignment problems; where there are many objects, in several threads, which SciPy lets run at once.
+    """Solve N * B assignment problems.
 
     Args:
         cost: (N, B, Q, G); an image's own objects come first along G.
@@ -129,12 +129,16 @@ def _assign(cost: np.ndarray, counts: list[int], non_finite: NonFinite = "raise"
     if broken:
         cost = np.where(np.isfinite(cost), cost, _CHEAPEST)
     problems = [layer[image, :, :count] for layer in cost for image, count in enumerate(counts)]
-    if len(cost) * sum(counts) < _MANY:
-        pairs = iter([linear_sum_assignment(problem) for problem in problems])
-    else:  # threads end with the block: a process that forks later has none
-        with ThreadPoolExecutor(_THREADS) as threads:
-            pairs = threads.map(linear_sum_assignment, problems)
-    return [[next(pairs) for _ in counts] for _ in cost]
+    pairs = _solve(problems, len(cost) * sum(counts))
+    return [pairs[i : i + len(counts)] for i in range(0, len(pairs), len(counts))]
+
+
+def _solve(problems: list[np.ndarray], num_objects: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Solve assignment problems with `num_objects` objects together; many in threads, which SciPy lets run at once."""
+    if num_objects < _MANY:
+        return [linear_sum_assignment(problem) for problem in problems]
+    with ThreadPoolExecutor(_THREADS) as threads:  # ends its threads: a process that forks later has none
+        return list(threads.map(linear_sum_assignment, problems))
 
 
 def _pad_targets(targets: list[Target]) -> tuple[Tensor, Tensor]:

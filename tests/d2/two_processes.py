@@ -1,4 +1,4 @@
-"""Run by torchrun: steps of this process's half of a batch, for every kind of losses, written to the folder given."""
+"""Run by torchrun with a folder and recipes: steps of this process's half of a batch, written to the folder."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,7 @@ from detectron2.utils import comm
 
 from dino.d2.training.parallel import Processes, launch
 
-from .in_parts import groups, skip_a_step, step
+from .in_parts import skip_a_step, step
 
 EVEN, UNEVEN, ONE_EMPTY = (3, 1, 3, 2), (3, 0, 1, 0), (2, 1, 0, 0)  # objects of four images, two on each process
 BASE = "configs/dino_r50_4scale_12ep.py"
@@ -23,12 +23,12 @@ def steps(recipe):
     }
 
 
-def main(folder):
+def main(folder, *recipes):
     """One of two processes."""
     torch.set_num_threads(1)
     folder = Path(folder)
     results, skipped = {}, {}
-    for recipe in groups():
+    for recipe in recipes:
         results |= steps(recipe)
         for wrapper, parts in (("plain", 1), ("own", 2)):
             skipped[recipe, wrapper] = skip_a_step(recipe, wrapper, folder, parts=parts)
@@ -38,4 +38,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    launch(main, Processes(), sys.argv[1])
+    launch(main, Processes(), *sys.argv[1:])

@@ -74,13 +74,13 @@ def all_losses_by_hand(outputs, targets, matcher):
             losses = losses_by_hand(predictions.logits[layer], predictions.boxes[layer], pairs, targets, objects)
             named |= {f"{key}{suffix}": value for key, value in losses.items()}
     if outputs.denoising:
-        predictions, noised, num_groups = outputs.denoising
-        longest = max(len(t.labels) for t in noised)
-        pairs = [known_pairs_by_hand(t, num_groups, longest) for t in noised]
-        scale = num_groups * max(1, sum(len(t.labels) for t in noised))
+        predictions, denoised, num_groups = outputs.denoising
+        longest = max(len(t.labels) for t in denoised)
+        pairs = [known_pairs_by_hand(t, num_groups, longest) for t in denoised]
+        scale = num_groups * max(1, sum(len(t.labels) for t in denoised))
         for layer in range(last + 1):
             suffix = "_dn" if layer == last else f"_dn_{layer}"
-            losses = losses_by_hand(predictions.logits[layer], predictions.boxes[layer], pairs, noised, scale)
+            losses = losses_by_hand(predictions.logits[layer], predictions.boxes[layer], pairs, denoised, scale)
             named |= {f"{key}{suffix}": value for key, value in losses.items()}
     return named
 
@@ -154,7 +154,7 @@ def test_names_of_six_layers():
 @pytest.mark.parametrize("counts", [(0, 0), (0, 3), (3, 2)])
 @pytest.mark.parametrize("num_groups", [None, 0])
 def test_gradients_are_finite(counts, num_groups):
-    """Every prediction has one, also in images without objects and where nothing was noised."""
+    """Every prediction has one, also in images without objects and where no object is denoised."""
     targets = random_targets(*counts)
     outputs = random_outputs(targets, num_groups=num_groups)
     losses = default_criterion()(outputs, targets)

@@ -13,7 +13,7 @@ def make(num_classes=3, embed_dim=4, **changes):
 
 
 def noise_box_by_hand(box, signs, parts, negative, scale):
-    """One (cx, cy, w, h) as floats -> its noised logits."""
+    """One (cx, cy, w, h) as floats -> its box logits with noise."""
     cx, cy, w, h = box
     corners = [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]
     for i, half_side in enumerate((w / 2, h / 2, w / 2, h / 2)):
@@ -38,14 +38,14 @@ def test_against_loops(counts, box_noise):
     for repeat in range(2 * num_groups):
         entry = 0  # counts the objects of all images
         for image, target in enumerate(targets):
-            for place in range(len(target.labels)):
-                slot, draws = repeat * longest + place, [x[repeat, entry] for x in noise]
+            for index in range(len(target.labels)):
+                slot, draws = repeat * longest + index, [x[repeat, entry] for x in noise]
                 chance, new_label, signs, parts = draws
-                label = new_label if chance < 0.25 else target.labels[place]
+                label = new_label if chance < 0.25 else target.labels[index]
                 content[image, slot] = denoising.label_embed.weight[label].detach()
-                box = target.boxes[place].tolist()
-                noised = noise_box_by_hand(box, signs.tolist(), parts.tolist(), repeat % 2 == 1, box_noise)
-                box_logits[image, slot] = torch.tensor(noised)
+                box = target.boxes[index].tolist()
+                noisy = noise_box_by_hand(box, signs.tolist(), parts.tolist(), repeat % 2 == 1, box_noise)
+                box_logits[image, slot] = torch.tensor(noisy)
                 entry += 1
     torch.testing.assert_close(queries.content, content)
     torch.testing.assert_close(queries.box_logits, box_logits, rtol=1e-3, atol=1e-4)
@@ -64,30 +64,30 @@ def test_slots_without_an_object_hold_a_centred_box():
 )
 def test_groups_of_a_budget_of_100(fullest, num_groups, slots):
     """As published up to 100 objects; beyond, the published programs grow without bound."""
-    noised = make()(random_targets(fullest, 1), 5)
-    assert noised.num_groups == num_groups
-    assert noised.queries.content.shape[1] == slots
-    assert noised.queries.box_logits.shape[1] == slots
+    dn = make()(random_targets(fullest, 1), 5)
+    assert dn.num_groups == num_groups
+    assert dn.queries.content.shape[1] == slots
+    assert dn.queries.box_logits.shape[1] == slots
 
 
 @pytest.mark.parametrize("budget", [1, 2, 5, 10, 49])
 @pytest.mark.parametrize("fullest", [1, 2, 7, 60])
 def test_a_small_budget_is_never_exceeded(budget, fullest):
-    noised = make(num_denoising=budget)(random_targets(fullest, 0), 5)
-    assert 0 < noised.queries.content.shape[1] <= 2 * budget
-    assert noised.num_groups == max(1, budget // fullest)
+    dn = make(num_denoising=budget)(random_targets(fullest, 0), 5)
+    assert 0 < dn.queries.content.shape[1] <= 2 * budget
+    assert dn.num_groups == max(1, budget // fullest)
 
 
 def test_a_crowd_is_sampled():
-    """The noised objects are a subset in the same order, and they come back as the targets of the denoising losses."""
+    """The denoised objects are a subset in the same order, and are the targets of the denoising losses."""
     crowd, few = random_targets(50, 2)
-    noised = make(num_denoising=10)([crowd, few], 5)
-    chosen = noised.targets[0]
-    places = [crowd.boxes.tolist().index(box) for box in chosen.boxes.tolist()]
-    assert len(places) == 10
-    assert places == sorted(set(places))
-    assert torch.equal(chosen.labels, crowd.labels[places])
-    assert torch.equal(noised.targets[1].boxes, few.boxes)
+    dn = make(num_denoising=10)([crowd, few], 5)
+    chosen = dn.targets[0]
+    indices = [crowd.boxes.tolist().index(box) for box in chosen.boxes.tolist()]
+    assert len(indices) == 10
+    assert indices == sorted(set(indices))
+    assert torch.equal(chosen.labels, crowd.labels[indices])
+    assert torch.equal(dn.targets[1].boxes, few.boxes)
     again = make(num_denoising=10)([crowd, few], 5).targets[0]
     assert not torch.equal(again.boxes, chosen.boxes), "each step must draw anew"
 
@@ -127,13 +127,13 @@ def test_mask_published_counts():
 def test_nothing_to_noise(budget, counts):
     """One slot per image keeps the label embedding in the graph, and no matching query sees it."""
     denoising = make(num_denoising=budget)
-    noised = denoising(random_targets(*counts), 5)
-    assert noised.num_groups == 0
-    assert noised.queries.content.shape == (2, 1, 4)
-    assert noised.queries.attn_mask[1:, 0].all()
-    assert not noised.queries.attn_mask[:, 1:].any()
-    assert [len(t.labels) for t in noised.targets] == [0, 0]
-    noised.queries.content.sum().backward()
+    dn = denoising(random_targets(*counts), 5)
+    assert dn.num_groups == 0
+    assert dn.queries.content.shape == (2, 1, 4)
+    assert dn.queries.attn_mask[1:, 0].all()
+    assert not dn.queries.attn_mask[:, 1:].any()
+    assert [len(t.labels) for t in dn.targets] == [0, 0]
+    dn.queries.content.sum().backward()
     assert denoising.label_embed.weight.grad is not None
 
 
@@ -145,9 +145,9 @@ def test_statistics_of_noise():
     noise = denoising.draw(4, labels)
     changed = (denoising.noise_labels(labels, noise) != 0).float().mean().item()
     assert changed == pytest.approx(0.25 * 3 / 4, abs=0.015)  # one of the four classes is the old one
-    noised = denoising.noise_boxes(boxes, noise)
-    assert noised.shape == (4, objects, 4)
-    positive, negative = noised[0::2], noised[1::2]
+    noisy = denoising.noise_boxes(boxes, noise)
+    assert noisy.shape == (4, objects, 4)
+    positive, negative = noisy[0::2], noisy[1::2]
     # A corner of a positive moves by up to 0.1, so no side inverts.
     assert (positive[..., :2] - 0.5).abs().max() <= 0.1 + 1e-6
     assert positive[..., 2:].min() > 0

@@ -153,7 +153,7 @@ def test_padding_of_tokens():
 
 @torch.no_grad()
 def test_tokens_know_their_level():
-    """The sine code is the same at the same place of all levels; the level's own code tells them apart."""
+    """The sine code is the same at the same location of all levels; the level embedding differs."""
     model = tiny_network()
     images, padding = random_batch(1)
     tokens = model.tokenize(model.neck(images), padding)

@@ -206,7 +206,7 @@ def test_decoder_looks_forward_twice():
 
 @torch.no_grad()
 def test_decoder_steps():
-    """The next layer's reference is a step from the state before the norm, the predicted box from behind it."""
+    """The next layer's reference is a step from the state before the norm, the predicted box from that after it."""
     decoder, queries, tokens = moving_decoder(2), random_queries(), random_tokens(padded_columns=2)
     seen = []
     for layer in decoder.layers:

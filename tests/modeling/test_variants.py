@@ -157,7 +157,7 @@ def test_separate_criterion_agrees_with_the_common_one():
 
 
 def test_patterns_share_their_boxes():
-    """4 boxes x 3 patterns: 12 queries, the second pattern's at places 4 to 7; 4 proposals."""
+    """4 boxes x 3 patterns: 12 queries, the second pattern's at indices 4 to 7; 4 proposals."""
     network, criterion = variant("patterns")
     _, queries, proposals = selected(network, *random_batch(2))
     assert proposals.boxes.shape == (1, 2, 4, 4)
@@ -176,10 +176,10 @@ def test_patterns_share_their_boxes():
 def test_positives_alone():
     """As many groups as contrastive denoising has, of half the slots; all within the noise; the mask between groups."""
     denoising, targets = PositiveDenoising(**DENOISING), random_targets(3, 1)
-    noised = denoising(targets, 5)
-    assert noised.num_groups == ContrastiveDenoising(**DENOISING)(targets, 5).num_groups == 2
-    assert noised.queries.content.shape[1] == 2 * 3
-    assert torch.equal(noised.queries.attn_mask, denoising_mask(2, 3, 5, torch.device("cpu")))
+    dn = denoising(targets, 5)
+    assert dn.num_groups == ContrastiveDenoising(**DENOISING)(targets, 5).num_groups == 2
+    assert dn.queries.content.shape[1] == 2 * 3
+    assert torch.equal(dn.queries.attn_mask, denoising_mask(2, 3, 5, torch.device("cpu")))
     labels, boxes = torch.zeros(500, dtype=torch.int64), torch.tensor([[0.5, 0.5, 0.2, 0.3]]).expand(500, -1)
     moved = cxcywh_to_xyxy(denoising.noise_boxes(boxes, denoising.draw(2, labels))) - cxcywh_to_xyxy(boxes)
     assert moved.abs().amax((0, 1)).tolist() == pytest.approx([0.1, 0.15, 0.1, 0.15], abs=2e-3)
@@ -196,13 +196,13 @@ def test_every_group_of_positives_is_charged_for_its_objects():
     for image, target in enumerate(targets):
         for group in range(2):
             perfect[:, image, 3 * group : 3 * group + len(target.labels)] = target.boxes
-    for spoiled in (None, 0, 5):
+    for moved in (None, 0, 5):
         boxes = perfect.clone()
-        if spoiled is not None:
-            boxes[-1, 0, spoiled, 0] += 0.2
+        if moved is not None:
+            boxes[-1, 0, moved, 0] += 0.2
         denoised = outputs.denoising._replace(predictions=outputs.denoising.predictions._replace(boxes=boxes))
         loss = criterion(outputs._replace(denoising=denoised), targets)["loss_bbox_dn"]
-        assert loss.item() == pytest.approx(0 if spoiled is None else 5 * 0.2 / (4 * 2), abs=1e-6)
+        assert loss.item() == pytest.approx(0 if moved is None else 5 * 0.2 / (4 * 2), abs=1e-6)
 
 
 def test_shifted_negatives():
@@ -246,7 +246,7 @@ def test_what_the_boxes_of_a_layer_train(layer):
     """Once: their own box head and, through the queries, all layers up to theirs. Twice: also the box head before it.
 
     Nothing else differs: no class head, no later layer, no earlier box head. Learned anchors are always reached,
-    through the codes of their place.
+    through the codes of their location.
     """
     twice, once = (kind(num_classes=3, num_layers=4, **SIZES) for kind in (Decoder, LookForwardOnce))
     names = reached(once, layer)
@@ -296,9 +296,9 @@ def test_only_the_last_layer_is_charged():
     network, criterion = variant("no auxiliary losses")
     outputs, _ = gradients(network, criterion, (2, 3))
     targets = random_targets(2, 3)
-    full, charged = default_criterion()(outputs, targets), criterion(outputs, targets)
+    full, found = default_criterion()(outputs, targets), criterion(outputs, targets)
     for name, loss in full.items():
-        assert charged[name] == (0 if name.endswith("_0") else loss)
+        assert found[name] == (0 if name.endswith("_0") else loss)
 
 
 def test_positions_reach_the_decoder_without_an_encoder():

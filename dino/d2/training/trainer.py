@@ -197,16 +197,7 @@ class Trainer(SimpleTrainer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Continue after the iteration of the state. Settings of the optimizer, such as its rate, stay the recipe's."""
-        saved = state_dict["optimizer"]
-        groups = [
-            {**theirs, **{k: v for k, v in ours.items() if k != "params"}, "initial_lr": ours["lr"]}
-            for ours, theirs in zip(self.optimizer.param_groups, saved["param_groups"], strict=True)
-        ]
-        flat = [p for group in self.optimizer.param_groups for p in group["params"]]
-        moments = {
-            key: {name: shard_like(x, flat[key]) for name, x in state.items()} for key, state in saved["state"].items()
-        }
-        super().load_state_dict({**state_dict, "optimizer": {"state": moments, "param_groups": groups}})
+        super().load_state_dict({**state_dict, "optimizer": self._optimizer_state(state_dict["optimizer"])})
         if self.scaled and state_dict["scaler"]:
             self.scaler.load_state_dict(state_dict["scaler"])
         if self.seed != state_dict["seed"]:
@@ -214,3 +205,16 @@ class Trainer(SimpleTrainer):
         self.seed = state_dict["seed"]
         self.checker.skipped = state_dict["skipped"]
         self.start_loader(self.iter + 1)
+
+    def _optimizer_state(self, saved: dict) -> dict:
+        """The saved moments, cut into shards as the parameters are, with the recipe's settings."""
+        groups = [
+            {**theirs, **{k: v for k, v in ours.items() if k != "params"}, "initial_lr": ours["lr"]}
+            for ours, theirs in zip(self.optimizer.param_groups, saved["param_groups"], strict=True)
+        ]
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = {
+            key: {name: shard_like(x, parameters[key]) for name, x in state.items()}
+            for key, state in saved["state"].items()
+        }
+        return {"state": moments, "param_groups": groups}

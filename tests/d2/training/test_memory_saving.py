@@ -80,8 +80,8 @@ def test_crowds_do_not_cost_more_than_the_budget():
     """500 objects in one image: the denoising queries, and with them the attention, stay within 2 x budget."""
     model = tiny_detector(num_denoising=100)
     crowd = Target(torch.zeros(500, dtype=torch.int64), random_boxes(500))
-    noised = model.network.denoising([crowd], 20)
-    assert noised.queries.content.shape[1] == 200
-    assert noised.queries.attn_mask.shape == (220, 220)
+    dn = model.network.denoising([crowd], 20)
+    assert dn.queries.content.shape[1] == 200
+    assert dn.queries.attn_mask.shape == (220, 220)
     losses, _ = gradients(model.train(), [random_input("crowd.png", 500)])
     assert all(torch.isfinite(loss) for loss in losses.values())

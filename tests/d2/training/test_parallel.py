@@ -26,8 +26,10 @@ OPTIONS = ("train.max_iter=4", "train.eval_period=0", "train.checkpointer.period
 def halves(tmp_path_factory):
     """What each of two processes found, and the folder where bad batches are."""
     folder = tmp_path_factory.mktemp("halves")
-    words = [sys.executable, "-m", "torch.distributed.run", *TWO, "--module", "tests.d2.two_processes", str(folder)]
-    result = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400)
+    words = [sys.executable, "-m", "torch.distributed.run", *TWO, "--module", "tests.d2.two_processes"]
+    result = subprocess.run(
+        [*words, str(folder), *groups()], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     return [torch.load(folder / f"results_{rank}.pth", weights_only=True) for rank in range(2)]
 

@@ -74,7 +74,7 @@ def test_the_trainer_reads_nothing_back_in_an_iteration_that_does_not_log(tmp_pa
 
 
 class Operations(TorchDispatchMode):
-    """Counts operations, each of which a GPU is told by itself."""
+    """Counts operations, each of which is a launch on a GPU."""
 
     def __init__(self):
         super().__init__()
