@@ -27,3 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dino.utils.environment import environment_lines
 
     print("\n".join([f"dino {dino.__version__}", *environment_lines(), *operator_lines()]))
+
+
+if __name__ == "__main__":
+    main()
