@@ -121,7 +121,7 @@ def test_published_settings(r50):
     assert network.denoising.num_denoising == 100
     assert (network.denoising.label_noise, network.denoising.box_noise) == (0.5, 1.0)
     assert network.encoder.layers[0].feed_forward.linear1.out_features == 2048
-    assert model.max_detections == 300
+    assert model.preprocessing.max_detections == 300
     assert cfg.dataloader.train.total_batch_size == 16
     assert cfg.train.clip_norm == 0.1
     assert cfg.model.pixel_mean == [123.675, 116.28, 103.53]

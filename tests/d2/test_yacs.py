@@ -68,7 +68,7 @@ def test_settings_are_the_published_ones():
     assert isinstance(model, DINODetector)
     assert sum(p.numel() for p in model.parameters()) == 47_650_316
     assert sum(p.numel() for p in model.parameters() if not p.requires_grad) == 222_400
-    assert model.max_detections == 300
+    assert model.preprocessing.max_detections == 300
     assert model.network.neck.in_features == ["res3", "res4", "res5"]
 
 
