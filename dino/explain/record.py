@@ -75,8 +75,7 @@ def record(
             with nothing to draw.
     """
     _check_parts(network)
-    selection = network.query_selection
-    attentions = [layer.cross_attention for layer in network.decoder.layers]
+    selection, attentions = network.query_selection, [layer.cross_attention for layer in network.decoder.layers]
     watched = {"selection": selection, "classes": selection.class_head, "denoising": network.denoising}
     with torch.no_grad(), _watch(watched | {f"layer {i}": part for i, part in enumerate(attentions)}) as calls:
         outputs = network(images, padding, targets)
@@ -105,7 +104,7 @@ def record(
         noised_labels=_labels_of(noised.queries.content, network.denoising.label_embed.weight.detach()),
         samples=samples,
         outputs=outputs,
-        matches=[(torch.as_tensor(query), torch.as_tensor(target)) for query, target in matches],
+        matches=[tuple(map(torch.as_tensor, pair)) for pair in matches],
         losses=losses,
         gradients={name: pulls(_looking(network.decoder, kind)) for name, kind in _LOOKS.items()},
     )

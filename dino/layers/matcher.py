@@ -138,7 +138,7 @@ def _assign(cost: np.ndarray, counts: list[int], non_finite: NonFinite = "raise"
 
 
 def _pad_targets(targets: list[Target]) -> tuple[Tensor, Tensor]:
-    """-> labels (B, G) and boxes (B, G, 4) with G objects in the fullest image; the rest repeats objects of any image."""
+    """-> labels (B, G) and boxes (B, G, 4) with G objects in the fullest image; padding repeats any object."""
     counts = [len(t.labels) for t in targets]
     longest = max(counts)
     first = np.cumsum([0, *counts[:-1]])[:, None]

@@ -183,6 +183,5 @@ def test_non_finite_costs_are_matched_on_demand():
     assert 4 in query
     assert sorted(target) == [0, 1]
     predictions.boxes.fill_(math.nan)
-    assert [[len(query) for query, _ in layer] for layer in matcher(predictions, targets, non_finite="match")] == [
-        [2, 1]
-    ] * 2
+    found = matcher(predictions, targets, non_finite="match")
+    assert [[len(query) for query, _ in layer] for layer in found] == [[2, 1]] * 2
