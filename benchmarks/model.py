@@ -354,10 +354,7 @@ def measure(case, names, options):
             worker.ask(f"output {folder}/{name}")
         outputs = {name: torch.load(f"{folder}/{name}") for name in names}
         given = case.work == "inference" and workers["dino"].ask(f"output_for_tokens_of {folder}/{names[-1]}")
-    times = {name: [] for name in names}
-    for _ in range(options.rounds):
-        for name, worker in workers.items():
-            times[name].append(worker.ask("time"))
+    times = times_of(workers, options.rounds)
     rows = []
     for name, worker in workers.items():
         row = {**case._asdict(), "contender": name, **measured(worker, times[name])}
@@ -367,6 +364,15 @@ def measure(case, names, options):
     if given:
         rows[0]["difference"] |= {f"{name} for their tokens": gap for name, gap in given.items()}
     return rows
+
+
+def times_of(workers, rounds):
+    """Name -> (wall, processor) seconds of each round; every round runs each contender once."""
+    times = {name: [] for name in workers}
+    for _ in range(rounds):
+        for name, worker in workers.items():
+            times[name].append(worker.ask("time"))
+    return times
 
 
 def measured(worker, times):

@@ -249,8 +249,7 @@ def confusion(analysis: Analysis) -> np.ndarray:
     size = len(analysis.names) + 1
     matrix = np.zeros((size, size), dtype=np.int64)
     shown = [f for f in analysis.found if f.score >= analysis.threshold]
-    confused = sorted((f for f in reversed(shown) if f.kind == "confused"), key=lambda f: f.score)
-    mistaken = {f.target: f for f in confused}  # the best one of each object, the first of equals
+    mistaken = _best_confused(shown)
     counted = set()
     for o in analysis.objects:
         if o.score >= analysis.threshold:
@@ -264,3 +263,9 @@ def confusion(analysis: Analysis) -> np.ndarray:
         if f.kind != "found" and id(f) not in counted:
             matrix[-1, f.label] += 1
     return matrix
+
+
+def _best_confused(found: list[Found]) -> dict[int, Found]:
+    """The best detection of another class at each object, by its id; the first of equals."""
+    confused = sorted((f for f in reversed(found) if f.kind == "confused"), key=lambda f: f.score)
+    return {f.target: f for f in confused}
