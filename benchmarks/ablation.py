@@ -91,17 +91,20 @@ def whole_plan(seeds: int) -> list[Cell]:
     return [*chain, *rounds("shapes", [*VARIANTS, *ANCESTORS], 1)]
 
 
+def wanted_cells(args: argparse.Namespace) -> list[Cell]:
+    """The cells that the arguments ask for."""
+    if args.recipes:
+        return [cell for data in args.data or ["shapes"] for cell in rounds(data, args.recipes, args.seeds)]
+    return [cell for cell in whole_plan(args.seeds) if not args.data or cell.data in args.data]
+
+
 def plan(args: argparse.Namespace) -> list[Cell]:
-    """The cells that the arguments ask for. Prints which have no recipe, and leaves them out.
+    """The wanted cells that have a recipe. Prints which have none.
 
     Raises:
         DataError: there is no recipe of a given name.
     """
-    cells = whole_plan(args.seeds)
-    if args.recipes:
-        cells = [cell for data in args.data or ["shapes"] for cell in rounds(data, args.recipes, args.seeds)]
-    elif args.data:
-        cells = [cell for cell in cells if cell.data in args.data]
+    cells = wanted_cells(args)
     known = {path.stem for path in RECIPES.glob("*.py")}
     missing = sorted({cell.recipe for cell in cells} - known)
     if missing and args.recipes:
@@ -275,6 +278,29 @@ def settle(running: Running, code: int, seconds: float, args: argparse.Namespace
         running.lock.close()
 
 
+def fill(busy: list[Running], waiting: list[Cell], args: argparse.Namespace, bar: tqdm) -> None:
+    """Begin trainings until `args.jobs` run."""
+    while waiting and len(busy) < args.jobs:
+        slot = min(set(range(args.jobs)) - {running.slot for running in busy})
+        begun = start(waiting.pop(0), slot, args)
+        busy += [begun] if begun else []
+        bar.update(begun is None)
+        bar.set_postfix_str(", ".join(running.cell.name for running in busy))
+
+
+def collect(busy: list[Running], args: argparse.Namespace, bar: tqdm) -> list[str]:
+    """Write the results of ended trainings -> error messages."""
+    failures = []
+    for running in list(busy):
+        if found := ended(running):
+            busy.remove(running)
+            failure = settle(running, *found, args)
+            failures += [failure] if failure else []
+            bar.update()
+            bar.write(failure or summary(running.cell, args.results), file=sys.stderr)
+    return failures
+
+
 def run_cells(cells: list[Cell], args: argparse.Namespace) -> list[str]:
     """Train the open cells, `args.jobs` at a time, in this order -> error messages."""
     waiting, failures = list(cells), []
@@ -282,19 +308,8 @@ def run_cells(cells: list[Cell], args: argparse.Namespace) -> list[str]:
     try:
         with tqdm(total=len(cells), desc="cells", unit="cell") as bar:
             while waiting or busy:
-                while waiting and len(busy) < args.jobs:
-                    slot = min(set(range(args.jobs)) - {running.slot for running in busy})
-                    begun = start(waiting.pop(0), slot, args)
-                    busy += [begun] if begun else []
-                    bar.update(begun is None)
-                    bar.set_postfix_str(", ".join(running.cell.name for running in busy))
-                for running in list(busy):
-                    if found := ended(running):
-                        busy.remove(running)
-                        failure = settle(running, *found, args)
-                        failures += [failure] if failure else []
-                        bar.update()
-                        bar.write(failure or summary(running.cell, args.results), file=sys.stderr)
+                fill(busy, waiting, args, bar)
+                failures += collect(busy, args, bar)
                 time.sleep(args.poll)
     finally:
         for running in busy:
@@ -320,24 +335,31 @@ def print_plan(cells: list[Cell], args: argparse.Namespace) -> list[Cell]:
     for cell in open_cells:
         print(f"  {cell.name}")
     known = [result for data in sorted({c.data for c in cells}) for result in ablation_report.load(args.results, data)]
+    check_iterations(known, args)
+    if open_cells:
+        print(estimate(known, len(open_cells), args.jobs))
+    return open_cells
+
+
+def check_iterations(known: list[dict], args: argparse.Namespace) -> None:
+    """Raise a DataError if finished cells have another budget than the arguments."""
     for result in known:
         if args.iterations not in (None, result["budget"]["iterations"]):
             raise DataError(
                 f"--iterations {args.iterations}, but {args.results} holds cells of {result['budget']['iterations']}: "
                 "give the same number, or another --results"
             )
-    if known and open_cells:
-        processor, wall = (
-            sum(r[key] for r in known) / len(known) * len(open_cells) / 3600
-            for key in ("processor_seconds", "wall_seconds")
-        )
-        print(
-            f"estimate from {len(known)} finished cells: {processor:.1f} processor hours, {wall / args.jobs:.1f} hours "
-            f"with --jobs {args.jobs}"
-        )
-    elif open_cells:
-        print("no cell is finished, so the cost is not known yet")
-    return open_cells
+
+
+def estimate(known: list[dict], count: int, jobs: int) -> str:
+    """Cost of `count` cells, estimated from the finished ones, in words."""
+    if not known:
+        return "no cell is finished, so the cost is not known yet"
+    processor, wall = (
+        sum(r[key] for r in known) / len(known) * count / 3600 for key in ("processor_seconds", "wall_seconds")
+    )
+    hours = f"{processor:.1f} processor hours, {wall / jobs:.1f} hours with --jobs {jobs}"
+    return f"estimate from {len(known)} finished cells: {hours}"
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -129,17 +129,20 @@ def single_table(results, names):
     return as_table(["", "AP", "AP50", "APs", "processor seconds"], rows)
 
 
+def length_of(found, unit):
+    """Mean length of trainings of one recipe."""
+    if unit == "processor_seconds":
+        return statistics.mean(r[unit] for r in found)
+    return found[0]["budget"][unit]
+
+
 def points(results, recipe, unit):
     """Mean curve over the seeds: x in `unit` (of the budget, or "processor_seconds"), AP, lowest, highest."""
     found = of_recipe(results, recipe)
     if not found:
         return None
     iterations = [point["iteration"] for point in found[0]["curve"]]
-    total = (
-        statistics.mean(r["processor_seconds"] for r in found)
-        if unit == "processor_seconds"
-        else found[0]["budget"][unit]
-    )
+    total = length_of(found, unit)
     x = [total * iteration / iterations[-1] for iteration in iterations]
     columns = list(zip(*([point["AP"] for point in r["curve"]] for r in found), strict=True))
     return x, [statistics.mean(c) for c in columns], [min(c) for c in columns], [max(c) for c in columns]

@@ -148,11 +148,11 @@ def ours(device, state_dict=None):
     def losses(images, targets):
         return sum(criterion(model(images, padding(images), targets), targets).values())
 
-    def charge(outputs, targets):
+    def criterion_loss(outputs, targets):
         return sum(criterion(outputs, targets).values())
 
     parts = {"backbone": model.neck, "encoder": model.encoder, "decoder": model.decoder, "criterion": criterion}
-    return Contender(model, detect, losses, charge, parts)
+    return Contender(model, detect, losses, criterion_loss, parts)
 
 
 def build(name, options, device):
@@ -171,7 +171,7 @@ def work_of(case, contender, device):
     targets = make_targets(case, device)
     if case.work == "criterion":
         outputs = make_outputs(case, targets, device)
-        return lambda: charge(contender, outputs, targets)
+        return lambda: criterion_loss(contender, outputs, targets)
     weight = next(contender.model.parameters())  # not float32 where `prepare` made it so
     images = make_images(case, device).to(weight.dtype)
     half = case.dtype != "float32" and weight.dtype == torch.float32
@@ -193,9 +193,9 @@ def work_of(case, contender, device):
     return {"inference": inference, "training": training}[case.work]
 
 
-def charge(contender, outputs, targets):
+def criterion_loss(contender, outputs, targets):
     """Loss and gradients of given predictions."""
-    loss = contender.charge(outputs, targets)
+    loss = contender.criterion_loss(outputs, targets)
     loss.backward()
     return loss
 
@@ -354,22 +354,32 @@ def measure(case, names, options):
             worker.ask(f"output {folder}/{name}")
         outputs = {name: torch.load(f"{folder}/{name}") for name in names}
         given = case.work == "inference" and workers["dino"].ask(f"output_for_tokens_of {folder}/{names[-1]}")
-    times = {name: [] for name in names}
-    for _ in range(options.rounds):
-        for name, worker in workers.items():
-            times[name].append(worker.ask("time"))
+    times = times_of(workers, options.rounds)
     rows = []
     for name, worker in workers.items():
-        wall, cpu = zip(*times[name], strict=True)
-        row = {**case._asdict(), "contender": name}
-        row |= {"seconds": statistics.median(wall), "best_seconds": min(wall), "cpu_seconds": statistics.median(cpu)}
-        row |= {"stages": worker.ask("stages"), "peak_bytes": worker.ask("peak"), "waits": worker.ask("waits")}
+        row = {**case._asdict(), "contender": name, **measured(worker, times[name])}
         row["difference"] = difference(case, outputs[name], outputs[names[-1]])
         worker.close()
         rows.append(row)
     if given:
         rows[0]["difference"] |= {f"{name} for their tokens": gap for name, gap in given.items()}
     return rows
+
+
+def times_of(workers, rounds):
+    """Name -> (wall, processor) seconds of each round; every round runs each contender once."""
+    times = {name: [] for name in workers}
+    for _ in range(rounds):
+        for name, worker in workers.items():
+            times[name].append(worker.ask("time"))
+    return times
+
+
+def measured(worker, times):
+    """Times, stages, peak memory and waits of a contender."""
+    wall, cpu = zip(*times, strict=True)
+    seconds = {"seconds": statistics.median(wall), "best_seconds": min(wall), "cpu_seconds": statistics.median(cpu)}
+    return {**seconds, "stages": worker.ask("stages"), "peak_bytes": worker.ask("peak"), "waits": worker.ask("waits")}
 
 
 def difference(case, ours, theirs):

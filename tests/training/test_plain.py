@@ -11,7 +11,7 @@ from torch import nn
 from dino.data.coco import CocoImages
 from dino.modeling import build_dino
 from dino.training import plain
-from dino.utils.files import DataError
+from dino.utils.files import DataError, UserError
 from dino.weights.description import PARTS, model_from_checkpoint
 
 from ..coco_files import write_coco
@@ -68,7 +68,7 @@ def test_training_and_evaluation(sets, tmp_path, capsys, small_backbone):
     after = contents(run_folder)
     assert {path: after[path] for path in before} == before
     before = after
-    with pytest.raises(DataError, match="holds a trained model: choose another --output"):
+    with pytest.raises(UserError, match="holds a trained model: choose another --output"):
         run(sets, run_folder)
     assert contents(run_folder) == before
 

@@ -30,17 +30,26 @@ class ConsoleWriter(CommonMetricPrinter):
         if storage.iter >= self._max_iter or storage.iter == self._printed or not histories:
             return
         self._printed = storage.iter
-        latest = {name: histories[name].latest() for name in (*_MAIN_LOSSES, "lr") if name in histories}
-        times = {name: histories[name].median(self._window_size) for name in ("time", "data_time") if name in histories}
-        parts = [f"iter {storage.iter}/{self._max_iter}"]
+        self.logger.info("  ".join([f"iter {storage.iter}/{self._max_iter}", *self._parts(storage.iter, histories)]))
+
+    def _parts(self, iteration: int, histories: dict) -> list[str]:
+        """Losses, times, learning rate, remaining time and memory, as far as they are known."""
+        latest = {name: histories[name].latest() for name in _known(histories, *_MAIN_LOSSES, "lr")}
+        times = {name: histories[name].median(self._window_size) for name in _known(histories, "time", "data_time")}
+        parts: list[str] = []
         parts += [f"{name} {value:.3f}" for name, value in latest.items() if name != "lr"]
         parts += [f"{name} {value:.3f} s" for name, value in times.items()]
         parts += [f"lr {latest['lr']:.2e}"] if "lr" in latest else []
         if "time" in times:
-            parts.append(f"eta {datetime.timedelta(seconds=int(times['time'] * (self._max_iter - storage.iter - 1)))}")
+            parts.append(f"eta {datetime.timedelta(seconds=int(times['time'] * (self._max_iter - iteration - 1)))}")
         if torch.cuda.is_available():
             parts.append(f"memory {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
-        self.logger.info("  ".join(parts))
+        return parts
+
+
+def _known(histories: dict, *names: str) -> list[str]:
+    """Those of the names that the event storage holds."""
+    return [name for name in names if name in histories]
 
 
 class WandbWriter(EventWriter):

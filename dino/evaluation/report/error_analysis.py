@@ -113,7 +113,7 @@ def analyse(data: dict[str, Any], results: list[dict]) -> Analysis:
 
 def _match(coco_eval: COCOeval, labels: dict[int, int]) -> tuple[list[Found], list[Object]]:
     """Kind of every detection, score of every object; without detections in crowd regions."""
-    truth, detections = coco_eval.cocoGt.anns, coco_eval.cocoDt.anns
+    detections = coco_eval.cocoDt.anns
     taken: dict[int, int] = {}  # detection -> object
     left = defaultdict(list)  # image -> detections that take nothing
     for cell in _cells(coco_eval):
@@ -126,12 +126,16 @@ def _match(coco_eval: COCOeval, labels: dict[int, int]) -> tuple[list[Found], li
     for image, group in left.items():
         found += _explain(group, coco_eval.cocoGt.imgToAnns[image], labels)
     scores = {target: detections[d]["score"] for d, target in taken.items()}
-    objects = [
+    return found, _list_objects(coco_eval.cocoGt.anns, labels, scores)
+
+
+def _list_objects(truth: dict[int, dict], labels: dict[int, int], scores: dict[int, float]) -> list[Object]:
+    """Objects of the annotations, without crowd regions; `scores`: of the detections that find them, by object id."""
+    return [
         Object(number, a["image_id"], labels[a["category_id"]], a["bbox"], scores.get(number, 0.0))
         for number, a in truth.items()
         if not a["iscrowd"]
     ]
-    return found, objects
 
 
 def _cells(coco_eval: COCOeval) -> Iterator[dict]:
@@ -150,18 +154,24 @@ def _explain(detections: list[dict], objects: list[dict], labels: dict[int, int]
     overlaps = mask.iou([d["bbox"] for d in detections], [o["bbox"] for o in objects], [0] * len(objects))
     classes = np.array([o["category_id"] for o in objects])
     for detection, overlap in zip(detections, overlaps, strict=True):
-        same = np.where(classes == detection["category_id"], overlap, -1)
-        other = np.where(classes == detection["category_id"], -1, overlap)
-        if same.max() >= _IOU:
-            kind, target = "duplicate", same.argmax()
-        elif other.max() >= _IOU:
-            kind, target = "confused", other.argmax()
-        elif same.max() >= _LOOSE_IOU:
-            kind, target = "misplaced", same.argmax()
-        else:
-            yield _describe(detection, labels, "false")
-            continue
-        yield _describe(detection, labels, kind, objects[target]["id"])
+        kind, index = _classify(overlap, classes == detection["category_id"])
+        yield _describe(detection, labels, kind, 0 if index is None else objects[index]["id"])
+
+
+def _classify(overlaps: np.ndarray, same_class: np.ndarray) -> tuple[str, int | None]:
+    """Kind of a detection, and index of its object.
+
+    Args:
+        overlaps, same_class: (N,) for each object, the IoU and whether the class is that of the detection.
+    """
+    same, other = np.where(same_class, overlaps, -1), np.where(same_class, -1, overlaps)
+    if same.max() >= _IOU:
+        return "duplicate", int(same.argmax())
+    if other.max() >= _IOU:
+        return "confused", int(other.argmax())
+    if same.max() >= _LOOSE_IOU:
+        return "misplaced", int(same.argmax())
+    return "false", None
 
 
 def _describe(detection: dict, labels: dict[int, int], kind: str, target: int = 0) -> Found:
@@ -239,10 +249,7 @@ def confusion(analysis: Analysis) -> np.ndarray:
     size = len(analysis.names) + 1
     matrix = np.zeros((size, size), dtype=np.int64)
     shown = [f for f in analysis.found if f.score >= analysis.threshold]
-    mistaken: dict[int, Found] = {}
-    for f in shown:
-        if f.kind == "confused" and f.score > getattr(mistaken.get(f.target), "score", 0):
-            mistaken[f.target] = f
+    mistaken = _best_confused(shown)
     counted = set()
     for o in analysis.objects:
         if o.score >= analysis.threshold:
@@ -256,3 +263,9 @@ def confusion(analysis: Analysis) -> np.ndarray:
         if f.kind != "found" and id(f) not in counted:
             matrix[-1, f.label] += 1
     return matrix
+
+
+def _best_confused(found: list[Found]) -> dict[int, Found]:
+    """The best detection of another class at each object, by its id; the first of equals."""
+    confused = sorted((f for f in reversed(found) if f.kind == "confused"), key=lambda f: f.score)
+    return {f.target: f for f in confused}

@@ -128,12 +128,7 @@ def _draw_worst(analysis: Analysis, entries: dict[int, dict], files: dict[int, P
     """Draw the images with the most errors of each group at the analysis' threshold, most errors first."""
     errors = _count_errors(analysis)
     sums = {image: {g: sum(n[kind] for kind in kinds) for g, kinds in _GROUPS.items()} for image, n in errors.items()}
-    chosen: dict[int, None] = {}
-    ranks = [sorted(errors, key=lambda i: -sums[i][group]) for group in _GROUPS]
-    for row in zip(*ranks, strict=True):
-        for image, group in zip(row, _GROUPS, strict=True):
-            if sums[image][group] and len(chosen) < shown:
-                chosen[image] = None
+    chosen = _choose_worst(sums, shown)
     found, objects = _by_image(analysis.found, chosen), _by_image(analysis.objects, chosen)
     figures = []
     for image in sorted(chosen, key=lambda i: -errors[i].total()):
@@ -142,6 +137,21 @@ def _draw_worst(analysis: Analysis, entries: dict[int, dict], files: dict[int, P
         groups = " ".join(group for group in _GROUPS if sums[image][group])
         figures += _try_to_draw(files[image], _caption(entries[image]["file_name"], errors[image]), marks, groups)
     return figures
+
+
+def _choose_worst(sums: dict[int, dict[str, int]], shown: int) -> dict[int, None]:
+    """Up to `shown` images: those with the most errors of each group in turn.
+
+    Args:
+        sums: number of errors of each group, by image.
+    """
+    chosen: dict[int, None] = {}
+    ranks = [sorted(sums, key=lambda i: -sums[i][group]) for group in _GROUPS]
+    for row in zip(*ranks, strict=True):
+        for image, group in zip(row, _GROUPS, strict=True):
+            if sums[image][group] and len(chosen) < shown:
+                chosen[image] = None
+    return chosen
 
 
 def _count_errors(analysis: Analysis) -> dict[int, Counter]:
