@@ -9,12 +9,13 @@ import importlib
 from .utils import moved
 
 __version__ = "0.1.0"
-__all__ = ["Detector", "Predictor", "load"]
+__all__ = ["Detector", "Predictor", "load", "train"]
 
 _LAZY = {
     "Detector": ("dino.modeling.detector", "Detector"),
     "Predictor": ("dino.inference.predictor", "Predictor"),
     "load": ("dino.weights.description", "detector_from_checkpoint"),
+    "train": ("dino.training.plain", "train"),
 }
 
 moved.install()

@@ -28,7 +28,7 @@ from dino.utils.files import UserError, write_whole
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/settings.md"
 RECIPE = ROOT / "configs/dino_r50_4scale_12ep.py"
-PARTS = """dino.modeling:TorchvisionBackbone,TimmBackbone dino.d2.backbones:vitdet,regnet,AsBackbone
+PARTS = """dino.modeling:TorchvisionBackbone,TimmBackbone dino.d2.detectron2_backbones:vitdet,regnet,AsBackbone
 dino.d2.data_loading:ShortSide,OneOf dino.d2.training.optimizer:layerwise_params
 dino.d2.augmented_detector:AugmentedDetector
 dino.layers.loss_scaling:LossScaling

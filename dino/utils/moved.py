@@ -25,6 +25,7 @@ MOVED = {
     "dino.check.sizes": "dino.data.check.object_sizes",
     "dino.check.splits": "dino.data.check.splits",
     "dino.coco": "dino.data.coco",
+    "dino.d2.backbones": "dino.d2.detectron2_backbones",
     "dino.d2.data": "dino.d2.data_loading",
     "dino.d2.describe": "dino.d2.recipe_description",
     "dino.d2.detector": "dino.d2.meta_arch",

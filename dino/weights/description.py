@@ -190,7 +190,7 @@ def _resnet_stem(*, in_channels: int = 3, out_channels: int = 64, norm: str = "B
     return norm
 
 
-_OF_MODELING = (
+_OF_MODELING = [
     "DINO",
     "ChannelMapper",
     "Decoder",
@@ -200,7 +200,7 @@ _OF_MODELING = (
     "TorchvisionBackbone",
     "build_dino",
     "share_heads",
-)
+]
 # All that a checkpoint may ask for. To add a part of the network, name it here, or export it from `modeling.variants`.
 PARTS: dict[str, Callable] = {
     **{f"dino.modeling.{name}": getattr(dino.modeling, name) for name in _OF_MODELING},
@@ -220,9 +220,11 @@ PARTS_OF_DETECTRON2 = {
     "detectron2.modeling.SwinTransformer": "detectron2.modeling:SwinTransformer",
     "detectron2.modeling.backbone.fpn.LastLevelMaxPool": "detectron2.modeling.backbone.fpn:LastLevelMaxPool",
     "detectron2.modeling.backbone.fpn.LastLevelP6P7": "detectron2.modeling.backbone.fpn:LastLevelP6P7",
-    "dino.d2.backbones.AsBackbone": "dino.d2.backbones:AsBackbone",
-    "dino.d2.backbones.regnet": "dino.d2.backbones:regnet",
-    "dino.d2.backbones.vitdet": "dino.d2.backbones:vitdet",
+    **{
+        f"dino.d2.{module}.{name}": f"dino.d2.detectron2_backbones:{name}"
+        for module in ("backbones", "detectron2_backbones")  # the former name and the present one
+        for name in ("AsBackbone", "regnet", "vitdet")
+    },
 }
 
 

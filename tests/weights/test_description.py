@@ -86,7 +86,7 @@ def touch(path):
             for target in (
                 "detectron2.modeling:FPN",
                 "detectron2.utils.env.setup_environment",
-                "dino.d2.backbones",
+                "dino.d2.detectron2_backbones",
                 "dino.d2.DINODetector",
                 "dino.modeling.use_float32_precision",
                 "dino.rebuild.model_from_checkpoint",

@@ -2,7 +2,7 @@
 
 from detectron2.config import LazyCall as L
 
-from dino.d2.backbones import vitdet
+from dino.d2.detectron2_backbones import vitdet
 
 from .dino_r50 import model
 

@@ -11,7 +11,7 @@ it is loaded. Not trained here.
 
 from detectron2.config import LazyCall as L
 
-from dino.d2.backbones import regnet
+from dino.d2.detectron2_backbones import regnet
 
 from ....configs.dino_r50_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train
 

@@ -8,7 +8,7 @@ from detectron2.config import instantiate
 from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
 from torch import nn
 
-from dino.d2.backbones import vitdet
+from dino.d2.detectron2_backbones import vitdet
 from dino.d2.training.optimizer import layerwise_params
 from dino.modeling import TorchvisionBackbone
 

@@ -17,7 +17,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from omegaconf import OmegaConf
 from torch import nn
 
-from dino.d2.backbones import AsBackbone, regnet, vitdet
+from dino.d2.detectron2_backbones import AsBackbone, regnet, vitdet
 from dino.d2.recipe_description import _plain
 from dino.d2.training import engine
 from dino.d2.training.memory_saving import checkpoint_activations
