@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dino import cli
 from dino.explain import explain_batch as explain
 from dino.export.export_wrapper import ExportWrapper
 from dino.inference.predictor import Predictor
@@ -98,8 +99,8 @@ def test_explanations_begin_with_the_same_pixels(network, picture, tmp_path, mon
 
     monkeypatch.setattr(explain, "detector_from_checkpoint", lambda path: detector)
     monkeypatch.setattr(explain, "record", keep)
-    with pytest.raises(ValueError, match="enough"):
-        explain.explain_batch(data.annotations, data.images, Path("w.pth"), ["image_1.png"], output=tmp_path)
+    words = [data.annotations, data.images, "--weights=w.pth", "--image=image_1.png", f"--output={tmp_path / 'out'}"]
+    assert cli.main(["explain", *words]) == 1
     assert torch.equal(seen[0], detector.batch([pixels])[0])
 
 
