@@ -148,11 +148,11 @@ def ours(device, state_dict=None):
     def losses(images, targets):
         return sum(criterion(model(images, padding(images), targets), targets).values())
 
-    def charge(outputs, targets):
+    def criterion_loss(outputs, targets):
         return sum(criterion(outputs, targets).values())
 
     parts = {"backbone": model.neck, "encoder": model.encoder, "decoder": model.decoder, "criterion": criterion}
-    return Contender(model, detect, losses, charge, parts)
+    return Contender(model, detect, losses, criterion_loss, parts)
 
 
 def build(name, options, device):
@@ -171,7 +171,7 @@ def work_of(case, contender, device):
     targets = make_targets(case, device)
     if case.work == "criterion":
         outputs = make_outputs(case, targets, device)
-        return lambda: charge(contender, outputs, targets)
+        return lambda: criterion_step(contender, outputs, targets)
     weight = next(contender.model.parameters())  # not float32 where `prepare` made it so
     images = make_images(case, device).to(weight.dtype)
     half = case.dtype != "float32" and weight.dtype == torch.float32
@@ -193,9 +193,9 @@ def work_of(case, contender, device):
     return {"inference": inference, "training": training}[case.work]
 
 
-def charge(contender, outputs, targets):
+def criterion_step(contender, outputs, targets):
     """Loss and gradients of given predictions."""
-    loss = contender.charge(outputs, targets)
+    loss = contender.criterion_loss(outputs, targets)
     loss.backward()
     return loss
 

@@ -35,7 +35,7 @@ class Contender(NamedTuple):
     model: nn.Module
     detect: Callable  # images (B, 3, H, W) normalised -> logits (B, Q, C), boxes (B, Q, 4) of the last layer
     losses: Callable  # images, list of Target -> scalar
-    charge: Callable  # Outputs of this project, list of Target -> scalar: matcher and criterion alone
+    criterion_loss: Callable  # Outputs of this project, list of Target -> scalar: matcher and criterion alone
     stages: dict[str, nn.Module]  # name -> the module that does this part of the work
 
 
@@ -67,7 +67,7 @@ def official(folder: Path, device: torch.device) -> Contender:
         labelled = [t._asdict() for t in targets]
         return weigh(model(list(images), labelled), labelled)
 
-    def charge(outputs: Outputs, targets):
+    def criterion_loss(outputs: Outputs, targets):
         return weigh(official_outputs(outputs), [t._asdict() for t in targets])
 
     def weigh(outputs, labelled):
@@ -75,7 +75,7 @@ def official(folder: Path, device: torch.device) -> Contender:
         return sum(found[name] * weight for name, weight in criterion.weight_dict.items() if name in found)
 
     parts = {"backbone": model.backbone, "encoder": model.transformer.encoder, "decoder": model.transformer.decoder}
-    return Contender(model, detect, losses, charge, {**parts, "criterion": criterion})
+    return Contender(model, detect, losses, criterion_loss, {**parts, "criterion": criterion})
 
 
 def official_outputs(outputs: Outputs) -> dict:
@@ -126,7 +126,7 @@ def detrex(folder: Path, device: torch.device) -> Contender:
     def losses(images: Tensor, targets):
         return sum(model([detrex_input(*pair) for pair in zip(images, targets, strict=True)]).values())
 
-    def charge(outputs: Outputs, targets):
+    def criterion_loss(outputs: Outputs, targets):
         noised = {"dn_num": outputs.denoising.num_groups}
         noised["single_padding"] = outputs.denoising.predictions.boxes.shape[2] // noised["dn_num"]
         noised["output_known_lbs_bboxes"] = layers(outputs.denoising.predictions)
@@ -136,7 +136,7 @@ def detrex(folder: Path, device: torch.device) -> Contender:
         return sum(found[name] * weight for name, weight in model.criterion.weight_dict.items() if name in found)
 
     parts = {"backbone": model.backbone, "encoder": model.transformer.encoder, "decoder": model.transformer.decoder}
-    return Contender(model, detect, losses, charge, {**parts, "criterion": model.criterion})
+    return Contender(model, detect, losses, criterion_loss, {**parts, "criterion": model.criterion})
 
 
 def detrex_model(recipe: Path, device: torch.device) -> nn.Module:

@@ -20,7 +20,7 @@ model = L(DINODetector)(
                     out_channels=64,  # of the stem
                     norm="FrozenBN",  # BN to train from random weights
                 ),
-                stages=L(ResNet.make_default_stages)(  # the blocks behind it
+                stages=L(ResNet.make_default_stages)(  # the residual blocks that follow
                     depth=50,  # 18, 34, 50, 101 or 152
                     stride_in_1x1=False,  # True for weights from Caffe2, whose blocks halve the size one layer earlier
                     norm="FrozenBN",  # BN to train from random weights

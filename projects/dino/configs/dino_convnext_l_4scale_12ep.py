@@ -5,7 +5,7 @@
 
 Published for this setting: 53.4 AP on COCO val2017, by detrex. Differs from that run: positions are encoded with
 temperature 20 and no offset, norms have weight decay, epochs are counted, not 7,500 iterations, as in the official
-program. There each map has a norm behind it and the depth is not random; here the backbone is torchvision's as it is.
+program. There a norm follows each map and stochastic depth is off; here the backbone is torchvision's, unchanged.
 From ImageNet-22k weights, 55.5: they are timm's, through L(TimmBackbone)(name="convnext_large.fb_in22k_ft_in1k_384").
 Not trained here.
 

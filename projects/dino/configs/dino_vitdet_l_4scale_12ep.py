@@ -5,8 +5,8 @@
 
 Published for this setting: 52.9 AP on COCO val2017, by detrex. Differs from that run: positions are encoded with
 temperature 20 and no offset, norms have weight decay, epochs are counted, not 7,500 iterations, as in the official
-program. The weights are MAE's. The rate falls after 11 epochs here, after four fifths of the way and behind a warm-up
-of 250 iterations there. Not trained here.
+program. The weights are MAE's. Here the learning rate falls after 11 epochs. There it falls after four fifths of the
+iterations, and 250 iterations of warm-up come first. Not trained here.
 
 326,779,724 parameters, 1656.1 G multiply-adds at 800x1280; memory: not measured.
 """

@@ -1,4 +1,4 @@
-"""DINO without the losses of decoder layers but the last; the encoder's proposals are charged as ever.
+"""DINO with losses of the last decoder layer and of the encoder's proposals only.
 
     python tools/lazyconfig_train_net.py --config-file projects/dino/configs/ablation/aux_none.py \
         --train-json train.json --train-images train --val-json val.json --val-images val
