@@ -97,11 +97,7 @@ def plan(args: argparse.Namespace) -> list[Cell]:
     Raises:
         DataError: there is no recipe of a given name.
     """
-    cells = whole_plan(args.seeds)
-    if args.recipes:
-        cells = [cell for data in args.data or ["shapes"] for cell in rounds(data, args.recipes, args.seeds)]
-    elif args.data:
-        cells = [cell for cell in cells if cell.data in args.data]
+    cells = _named_cells(args) if args.recipes else _cells_of_table(args)
     known = {path.stem for path in RECIPES.glob("*.py")}
     missing = sorted({cell.recipe for cell in cells} - known)
     if missing and args.recipes:
@@ -109,6 +105,16 @@ def plan(args: argparse.Namespace) -> list[Cell]:
     if missing:
         print(f"left out, no such recipe yet: {', '.join(missing)}")
     return [cell for cell in cells if cell.recipe in known]
+
+
+def _named_cells(args: argparse.Namespace) -> list[Cell]:
+    """The given recipes on the given data sets; without data sets, on the shapes."""
+    return [cell for data in args.data or ["shapes"] for cell in rounds(data, args.recipes, args.seeds)]
+
+
+def _cells_of_table(args: argparse.Namespace) -> list[Cell]:
+    """The table on the given data sets; without data sets, all of it."""
+    return [cell for cell in whole_plan(args.seeds) if not args.data or cell.data in args.data]
 
 
 def data_files(data: str, runs: Path) -> dict[str, Path]:
@@ -282,24 +288,36 @@ def run_cells(cells: list[Cell], args: argparse.Namespace) -> list[str]:
     try:
         with tqdm(total=len(cells), desc="cells", unit="cell") as bar:
             while waiting or busy:
-                while waiting and len(busy) < args.jobs:
-                    slot = min(set(range(args.jobs)) - {running.slot for running in busy})
-                    begun = start(waiting.pop(0), slot, args)
-                    busy += [begun] if begun else []
-                    bar.update(begun is None)
-                    bar.set_postfix_str(", ".join(running.cell.name for running in busy))
-                for running in list(busy):
-                    if found := ended(running):
-                        busy.remove(running)
-                        failure = settle(running, *found, args)
-                        failures += [failure] if failure else []
-                        bar.update()
-                        bar.write(failure or summary(running.cell, args.results), file=sys.stderr)
+                _fill_slots(waiting, busy, args, bar)
+                failures += _settle_ended(busy, args, bar)
                 time.sleep(args.poll)
     finally:
         for running in busy:
             os.killpg(running.process.pid, signal.SIGKILL)
             running.process.wait()
+    return failures
+
+
+def _fill_slots(waiting: list[Cell], busy: list[Running], args: argparse.Namespace, bar: tqdm) -> None:
+    """Move cells from `waiting` to `busy` while fewer than `args.jobs` trainings run."""
+    while waiting and len(busy) < args.jobs:
+        slot = min(set(range(args.jobs)) - {running.slot for running in busy})
+        begun = start(waiting.pop(0), slot, args)
+        busy += [begun] if begun else []
+        bar.update(begun is None)
+        bar.set_postfix_str(", ".join(running.cell.name for running in busy))
+
+
+def _settle_ended(busy: list[Running], args: argparse.Namespace, bar: tqdm) -> list[str]:
+    """Remove the ended trainings from `busy` and write their results -> error messages."""
+    failures = []
+    for running in list(busy):
+        if found := ended(running):
+            busy.remove(running)
+            failure = settle(running, *found, args)
+            failures += [failure] if failure else []
+            bar.update()
+            bar.write(failure or summary(running.cell, args.results), file=sys.stderr)
     return failures
 
 
@@ -320,24 +338,37 @@ def print_plan(cells: list[Cell], args: argparse.Namespace) -> list[Cell]:
     for cell in open_cells:
         print(f"  {cell.name}")
     known = [result for data in sorted({c.data for c in cells}) for result in ablation_report.load(args.results, data)]
+    _check_iterations(known, args)
+    if open_cells:
+        print(_estimate(known, len(open_cells), args.jobs))
+    return open_cells
+
+
+def _check_iterations(known: list[dict], args: argparse.Namespace) -> None:
+    """Compare --iterations with the finished cells.
+
+    Raises:
+        DataError: the finished cells had another budget.
+    """
     for result in known:
         if args.iterations not in (None, result["budget"]["iterations"]):
             raise DataError(
                 f"--iterations {args.iterations}, but {args.results} holds cells of {result['budget']['iterations']}: "
                 "give the same number, or another --results"
             )
-    if known and open_cells:
-        processor, wall = (
-            sum(r[key] for r in known) / len(known) * len(open_cells) / 3600
-            for key in ("processor_seconds", "wall_seconds")
-        )
-        print(
-            f"estimate from {len(known)} finished cells: {processor:.1f} processor hours, {wall / args.jobs:.1f} hours "
-            f"with --jobs {args.jobs}"
-        )
-    elif open_cells:
-        print("no cell is finished, so the cost is not known yet")
-    return open_cells
+
+
+def _estimate(known: list[dict], cells: int, jobs: int) -> str:
+    """Cost of so many cells, estimated from the results of the finished ones."""
+    if not known:
+        return "no cell is finished, so the cost is not known yet"
+    processor, wall = (
+        sum(r[key] for r in known) / len(known) * cells / 3600 for key in ("processor_seconds", "wall_seconds")
+    )
+    return (
+        f"estimate from {len(known)} finished cells: {processor:.1f} processor hours, {wall / jobs:.1f} hours "
+        f"with --jobs {jobs}"
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:

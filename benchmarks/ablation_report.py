@@ -135,14 +135,17 @@ def points(results, recipe, unit):
     if not found:
         return None
     iterations = [point["iteration"] for point in found[0]["curve"]]
-    total = (
-        statistics.mean(r["processor_seconds"] for r in found)
-        if unit == "processor_seconds"
-        else found[0]["budget"][unit]
-    )
+    total = _length(found, unit)
     x = [total * iteration / iterations[-1] for iteration in iterations]
     columns = list(zip(*([point["AP"] for point in r["curve"]] for r in found), strict=True))
     return x, [statistics.mean(c) for c in columns], [min(c) for c in columns], [max(c) for c in columns]
+
+
+def _length(found, unit):
+    """Length of a recipe's trainings: mean processor seconds, or iterations or epochs, which all its seeds share."""
+    if unit == "processor_seconds":
+        return statistics.mean(result[unit] for result in found)
+    return found[0]["budget"][unit]
 
 
 def draw(path, panels):

@@ -354,15 +354,10 @@ def measure(case, names, options):
             worker.ask(f"output {folder}/{name}")
         outputs = {name: torch.load(f"{folder}/{name}") for name in names}
         given = case.work == "inference" and workers["dino"].ask(f"output_for_tokens_of {folder}/{names[-1]}")
-    times = {name: [] for name in names}
-    for _ in range(options.rounds):
-        for name, worker in workers.items():
-            times[name].append(worker.ask("time"))
+    times = _time_in_rounds(workers, options.rounds)
     rows = []
     for name, worker in workers.items():
-        wall, cpu = zip(*times[name], strict=True)
-        row = {**case._asdict(), "contender": name}
-        row |= {"seconds": statistics.median(wall), "best_seconds": min(wall), "cpu_seconds": statistics.median(cpu)}
+        row = {**case._asdict(), "contender": name, **times[name]}
         row |= {"stages": worker.ask("stages"), "peak_bytes": worker.ask("peak"), "waits": worker.ask("waits")}
         row["difference"] = difference(case, outputs[name], outputs[names[-1]])
         worker.close()
@@ -370,6 +365,20 @@ def measure(case, names, options):
     if given:
         rows[0]["difference"] |= {f"{name} for their tokens": gap for name, gap in given.items()}
     return rows
+
+
+def _time_in_rounds(workers, rounds):
+    """Seconds of each contender: median and best of wall time, median of processor time."""
+    times = {name: [] for name in workers}
+    for _ in range(rounds):
+        for name, worker in workers.items():
+            times[name].append(worker.ask("time"))
+    summary = {}
+    for name, pairs in times.items():
+        wall, cpu = zip(*pairs, strict=True)
+        summary[name] = {"seconds": statistics.median(wall), "best_seconds": min(wall)}
+        summary[name]["cpu_seconds"] = statistics.median(cpu)
+    return summary
 
 
 def difference(case, ours, theirs):

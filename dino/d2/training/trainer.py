@@ -197,15 +197,8 @@ class Trainer(SimpleTrainer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Continue after the iteration of the state. Settings of the optimizer, such as its rate, stay the recipe's."""
-        saved = state_dict["optimizer"]
-        groups = [
-            {**theirs, **{k: v for k, v in ours.items() if k != "params"}, "initial_lr": ours["lr"]}
-            for ours, theirs in zip(self.optimizer.param_groups, saved["param_groups"], strict=True)
-        ]
-        flat = [p for group in self.optimizer.param_groups for p in group["params"]]
-        moments = {
-            key: {name: shard_like(x, flat[key]) for name, x in state.items()} for key, state in saved["state"].items()
-        }
+        groups = _with_settings(state_dict["optimizer"]["param_groups"], self.optimizer)
+        moments = _sharded_moments(state_dict["optimizer"]["state"], self.optimizer)
         super().load_state_dict({**state_dict, "optimizer": {"state": moments, "param_groups": groups}})
         if self.scaled and state_dict["scaler"]:
             self.scaler.load_state_dict(state_dict["scaler"])
@@ -214,3 +207,17 @@ class Trainer(SimpleTrainer):
         self.seed = state_dict["seed"]
         self.checker.skipped = state_dict["skipped"]
         self.start_loader(self.iter + 1)
+
+
+def _with_settings(saved: list[dict], optimizer: torch.optim.Optimizer) -> list[dict]:
+    """Saved parameter groups with the settings of `optimizer`, such as its learning rates."""
+    return [
+        {**theirs, **{k: v for k, v in ours.items() if k != "params"}, "initial_lr": ours["lr"]}
+        for ours, theirs in zip(optimizer.param_groups, saved, strict=True)
+    ]
+
+
+def _sharded_moments(saved: dict[int, dict], optimizer: torch.optim.Optimizer) -> dict[int, dict]:
+    """Saved state of each parameter, by its number, sharded as the parameters of `optimizer` are."""
+    flat = [p for group in optimizer.param_groups for p in group["params"]]
+    return {key: {name: shard_like(x, flat[key]) for name, x in state.items()} for key, state in saved.items()}

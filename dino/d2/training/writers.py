@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, get_event_storage
+from fvcore.common.history_buffer import HistoryBuffer
 
 from dino.utils.files import DataError, write_whole
 
@@ -30,17 +31,21 @@ class ConsoleWriter(CommonMetricPrinter):
         if storage.iter >= self._max_iter or storage.iter == self._printed or not histories:
             return
         self._printed = storage.iter
-        latest = {name: histories[name].latest() for name in (*_MAIN_LOSSES, "lr") if name in histories}
-        times = {name: histories[name].median(self._window_size) for name in ("time", "data_time") if name in histories}
-        parts = [f"iter {storage.iter}/{self._max_iter}"]
-        parts += [f"{name} {value:.3f}" for name, value in latest.items() if name != "lr"]
-        parts += [f"{name} {value:.3f} s" for name, value in times.items()]
-        parts += [f"lr {latest['lr']:.2e}"] if "lr" in latest else []
-        if "time" in times:
-            parts.append(f"eta {datetime.timedelta(seconds=int(times['time'] * (self._max_iter - storage.iter - 1)))}")
+        parts = [f"iter {storage.iter}/{self._max_iter}", *self._metrics(histories, storage.iter)]
         if torch.cuda.is_available():
             parts.append(f"memory {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
         self.logger.info("  ".join(parts))
+
+    def _metrics(self, histories: dict[str, HistoryBuffer], iteration: int) -> list[str]:
+        """Losses, times, learning rate and the rest of the time, as far as they are known."""
+        times = {name: histories[name].median(self._window_size) for name in ("time", "data_time") if name in histories}
+        parts = [f"{name} {histories[name].latest():.3f}" for name in _MAIN_LOSSES if name in histories]
+        parts += [f"{name} {value:.3f} s" for name, value in times.items()]
+        if "lr" in histories:
+            parts.append(f"lr {histories['lr'].latest():.2e}")
+        if "time" in times:
+            parts.append(f"eta {datetime.timedelta(seconds=int(times['time'] * (self._max_iter - iteration - 1)))}")
+        return parts
 
 
 class WandbWriter(EventWriter):

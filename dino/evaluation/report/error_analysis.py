@@ -114,17 +114,10 @@ def analyse(data: dict[str, Any], results: list[dict]) -> Analysis:
 def _match(coco_eval: COCOeval, labels: dict[int, int]) -> tuple[list[Found], list[Object]]:
     """Kind of every detection, score of every object; without detections in crowd regions."""
     truth, detections = coco_eval.cocoGt.anns, coco_eval.cocoDt.anns
-    taken: dict[int, int] = {}  # detection -> object
-    left = defaultdict(list)  # image -> detections that take nothing
-    for cell in _cells(coco_eval):
-        for number, target, ignored in zip(cell["dtIds"], cell["dtMatches"][0], cell["dtIgnore"][0], strict=True):
-            if target and not ignored:
-                taken[number] = int(target)
-            elif not ignored:
-                left[cell["image_id"]].append(detections[number])
+    taken, left = _taken_and_left(coco_eval)
     found = [_describe(detections[d], labels, "found", target) for d, target in taken.items()]
-    for image, group in left.items():
-        found += _explain(group, coco_eval.cocoGt.imgToAnns[image], labels)
+    for image, numbers in left.items():
+        found += _explain([detections[d] for d in numbers], coco_eval.cocoGt.imgToAnns[image], labels)
     scores = {target: detections[d]["score"] for d, target in taken.items()}
     objects = [
         Object(number, a["image_id"], labels[a["category_id"]], a["bbox"], scores.get(number, 0.0))
@@ -132,6 +125,19 @@ def _match(coco_eval: COCOeval, labels: dict[int, int]) -> tuple[list[Found], li
         if not a["iscrowd"]
     ]
     return found, objects
+
+
+def _taken_and_left(coco_eval: COCOeval) -> tuple[dict[int, int], dict[int, list[int]]]:
+    """Detection -> the object that it takes; image -> the detections that take none. All are ids."""
+    taken: dict[int, int] = {}
+    left = defaultdict(list)
+    for cell in _cells(coco_eval):
+        for number, target, ignored in zip(cell["dtIds"], cell["dtMatches"][0], cell["dtIgnore"][0], strict=True):
+            if target and not ignored:
+                taken[number] = int(target)
+            elif not ignored:
+                left[cell["image_id"]].append(number)
+    return taken, left
 
 
 def _cells(coco_eval: COCOeval) -> Iterator[dict]:
@@ -150,18 +156,25 @@ def _explain(detections: list[dict], objects: list[dict], labels: dict[int, int]
     overlaps = mask.iou([d["bbox"] for d in detections], [o["bbox"] for o in objects], [0] * len(objects))
     classes = np.array([o["category_id"] for o in objects])
     for detection, overlap in zip(detections, overlaps, strict=True):
-        same = np.where(classes == detection["category_id"], overlap, -1)
-        other = np.where(classes == detection["category_id"], -1, overlap)
-        if same.max() >= _IOU:
-            kind, target = "duplicate", same.argmax()
-        elif other.max() >= _IOU:
-            kind, target = "confused", other.argmax()
-        elif same.max() >= _LOOSE_IOU:
-            kind, target = "misplaced", same.argmax()
-        else:
-            yield _describe(detection, labels, "false")
-            continue
-        yield _describe(detection, labels, kind, objects[target]["id"])
+        kind, target = _kind_of_error(overlap, classes == detection["category_id"])
+        yield _describe(detection, labels, kind, 0 if target is None else objects[target]["id"])
+
+
+def _kind_of_error(overlap: np.ndarray, same_class: np.ndarray) -> tuple[str, int | None]:
+    """Kind of a detection that takes no object, and the index of the object that explains it.
+
+    Args:
+        overlap: (N,) IoU with each object of the image.
+        same_class: (N,) bool, whether the object has the class of the detection.
+    """
+    same, other = np.where(same_class, overlap, -1), np.where(same_class, -1, overlap)
+    if same.max() >= _IOU:
+        return "duplicate", int(same.argmax())
+    if other.max() >= _IOU:
+        return "confused", int(other.argmax())
+    if same.max() >= _LOOSE_IOU:
+        return "misplaced", int(same.argmax())
+    return "false", None
 
 
 def _describe(detection: dict, labels: dict[int, int], kind: str, target: int = 0) -> Found:
@@ -239,10 +252,7 @@ def confusion(analysis: Analysis) -> np.ndarray:
     size = len(analysis.names) + 1
     matrix = np.zeros((size, size), dtype=np.int64)
     shown = [f for f in analysis.found if f.score >= analysis.threshold]
-    mistaken: dict[int, Found] = {}
-    for f in shown:
-        if f.kind == "confused" and f.score > getattr(mistaken.get(f.target), "score", 0):
-            mistaken[f.target] = f
+    mistaken = _best_confused(shown)
     counted = set()
     for o in analysis.objects:
         if o.score >= analysis.threshold:
@@ -256,3 +266,12 @@ def confusion(analysis: Analysis) -> np.ndarray:
         if f.kind != "found" and id(f) not in counted:
             matrix[-1, f.label] += 1
     return matrix
+
+
+def _best_confused(found: list[Found]) -> dict[int, Found]:
+    """Object id -> the detection of highest score that overlaps it and has another class."""
+    best: dict[int, Found] = {}
+    for f in found:
+        if f.kind == "confused" and f.score > getattr(best.get(f.target), "score", 0):
+            best[f.target] = f
+    return best

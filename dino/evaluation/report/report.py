@@ -127,13 +127,8 @@ def _draw_predictions(data: dict[str, Any], results: list[dict], files: dict[int
 def _draw_worst(analysis: Analysis, entries: dict[int, dict], files: dict[int, Path], shown: int) -> list[Figure]:
     """Draw the images with the most errors of each group at the analysis' threshold, most errors first."""
     errors = _count_errors(analysis)
-    sums = {image: {g: sum(n[kind] for kind in kinds) for g, kinds in _GROUPS.items()} for image, n in errors.items()}
-    chosen: dict[int, None] = {}
-    ranks = [sorted(errors, key=lambda i: -sums[i][group]) for group in _GROUPS]
-    for row in zip(*ranks, strict=True):
-        for image, group in zip(row, _GROUPS, strict=True):
-            if sums[image][group] and len(chosen) < shown:
-                chosen[image] = None
+    sums = {image: _sum_groups(counts) for image, counts in errors.items()}
+    chosen = _choose_worst(sums, shown)
     found, objects = _by_image(analysis.found, chosen), _by_image(analysis.objects, chosen)
     figures = []
     for image in sorted(chosen, key=lambda i: -errors[i].total()):
@@ -154,6 +149,22 @@ def _count_errors(analysis: Analysis) -> dict[int, Counter]:
         if o.score < analysis.threshold:
             errors[o.image]["missed"] += 1
     return errors
+
+
+def _sum_groups(errors: Counter) -> dict[str, int]:
+    """Number of errors of each group."""
+    return {group: sum(errors[kind] for kind in kinds) for group, kinds in _GROUPS.items()}
+
+
+def _choose_worst(sums: dict[int, dict[str, int]], most: int) -> dict[int, None]:
+    """At most `most` images: in turn, the image with the most errors of each group, then the next ones."""
+    chosen: dict[int, None] = {}  # a set that keeps its order
+    ranks = [sorted(sums, key=lambda image: -sums[image][group]) for group in _GROUPS]
+    for row in zip(*ranks, strict=True):
+        for image, group in zip(row, _GROUPS, strict=True):
+            if sums[image][group] and len(chosen) < most:
+                chosen[image] = None
+    return chosen
 
 
 def _by_image(entries: Iterable[Found | Object], chosen: dict[int, None]) -> dict[int, list]:
