@@ -123,11 +123,7 @@ def _assign(cost: np.ndarray, counts: list[int], non_finite: NonFinite = "raise"
     Raises:
         NonFiniteCostError: see `HungarianMatcher.forward`.
     """
-    broken = [image for image, count in enumerate(counts) if not np.isfinite(cost[:, image, :, :count]).all()]
-    if broken and non_finite != "match":
-        raise NonFiniteCostError(broken[0])
-    if broken:
-        cost = np.where(np.isfinite(cost), cost, _CHEAPEST)
+    cost = _finite_costs(cost, counts, non_finite)
     problems = [layer[image, :, :count] for layer in cost for image, count in enumerate(counts)]
     pairs = _solve(problems, len(cost) * sum(counts))
     return [pairs[i : i + len(counts)] for i in range(0, len(pairs), len(counts))]
@@ -139,6 +135,14 @@ def _solve(problems: list[np.ndarray], num_objects: int) -> list[tuple[np.ndarra
         return [linear_sum_assignment(problem) for problem in problems]
     with ThreadPoolExecutor(_THREADS) as threads:  # ends its threads: a process that forks later has none
         return list(threads.map(linear_sum_assignment, problems))
+
+
+def _finite_costs(cost: np.ndarray, counts: list[int], non_finite: NonFinite) -> np.ndarray:
+    """The costs, with the lowest cost in place of non-finite ones; arguments and errors are those of `_assign`."""
+    broken = [image for image, count in enumerate(counts) if not np.isfinite(cost[:, image, :, :count]).all()]
+    if broken and non_finite != "match":
+        raise NonFiniteCostError(broken[0])
+    return np.where(np.isfinite(cost), cost, _CHEAPEST) if broken else cost
 
 
 def _pad_targets(targets: list[Target]) -> tuple[Tensor, Tensor]:

@@ -71,10 +71,15 @@ class Evaluation(hooks.EvalHook):
         self.completed = start = self.trainer.start_iter
         if comm.is_main_process() and start and os.path.isfile(self.path):
             self.record = [entry for entry in _read_record(self.path) if entry["iteration"] <= start]
-        due = start and self.period and start % self.period == 0 and start < self.trainer.max_iter
-        if from_main(bool(due and start not in {entry["iteration"] for entry in self.record})):
+        if from_main(self._due_at(start) and start not in {entry["iteration"] for entry in self.record}):
             logger.info(f"evaluating the weights of iteration {start}: the interrupted run did not")
             self._do_eval()
+
+    def _due_at(self, iteration: int) -> bool:
+        """Whether an evaluation before the last one belongs after so many iterations."""
+        if not self.period or not 0 < iteration < self.trainer.max_iter:
+            return False
+        return iteration % self.period == 0
 
     def after_step(self) -> None:
         """Evaluate if it is due; `after_train` does the last evaluation."""

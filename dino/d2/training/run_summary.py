@@ -45,6 +45,12 @@ def summarise_data(cfg: DictConfig, images: list[dict]) -> None:
     unseen = sorted(set(range(len(names))) - {o["category_id"] for x in images for o in x["annotations"]})
     if unseen:
         logger.warning(f"no training image shows {', '.join(names[label] for label in unseen[:10])}")
+    _warn_of_limits(cfg, images)
+    _log_sizes(cfg, images)
+
+
+def _warn_of_limits(cfg: DictConfig, images: list[dict]) -> None:
+    """Warn of limits per image that are below the number of objects of the fullest image."""
     fullest = max(images, key=lambda x: len(x["annotations"]))
     limits = {
         "queries": OmegaConf.select(cfg, "model.network.query_selection.num_queries"),
@@ -55,7 +61,6 @@ def summarise_data(cfg: DictConfig, images: list[dict]) -> None:
     for what, limit in limits.items():
         if limit and count > limit:
             logger.warning(f"{fullest['file_name']} has {count} objects, more than the {limit} {what} per image")
-    _log_sizes(cfg, images)
 
 
 def _log_sizes(cfg: DictConfig, images: list[dict]) -> None:
@@ -90,9 +95,6 @@ def summarise_plan(cfg: DictConfig, model: nn.Module, optimizer: torch.optim.Opt
     """Log the training plan: batch, length, learning rates, precision, versions."""
     train, loader = cfg.train, cfg.dataloader.train
     world, parts = comm.get_world_size(), train.grad_accum_steps
-    rates = Counter()
-    for group in optimizer.param_groups:
-        rates[group["lr"]] += sum(p.numel() for p in group["params"])
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     batch = loader.get("total_batch_size", 0)
@@ -103,7 +105,7 @@ def summarise_plan(cfg: DictConfig, model: nn.Module, optimizer: torch.optim.Opt
                 f"  batch: {batch} images = {world} processes x {parts} parts x {batch // (world * parts)} images",
                 f"  length: {train.max_iter} iterations; an evaluation every {train.eval_period}, a checkpoint every "
                 f"{train.checkpointer.period}",
-                "  learning rates: " + ", ".join(f"{rate:.2e} for {n / 1e6:.2f} M" for rate, n in rates.most_common()),
+                f"  learning rates: {_learning_rates(optimizer)}",
                 f"  parameters: {total / 1e6:.2f} M, {trained / 1e6:.2f} M trainable",
                 f"  precision: {train.amp.dtype if train.amp.enabled else 'float32'}; float32 on a GPU: "
                 f"{float32_precision()}",
@@ -114,6 +116,14 @@ def summarise_plan(cfg: DictConfig, model: nn.Module, optimizer: torch.optim.Opt
             ]
         )
     )
+
+
+def _learning_rates(optimizer: torch.optim.Optimizer) -> str:
+    """Each learning rate with its number of parameters, most parameters first."""
+    rates = Counter()
+    for group in optimizer.param_groups:
+        rates[group["lr"]] += sum(p.numel() for p in group["params"])
+    return ", ".join(f"{rate:.2e} for {n / 1e6:.2f} M" for rate, n in rates.most_common())
 
 
 def _on(enabled: bool) -> str:
