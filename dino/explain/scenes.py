@@ -118,7 +118,7 @@ def noise(denoising: ContrastiveDenoising) -> Figure:
         overlaps.hist(box_iou(upright, true)[:, 0].numpy(), np.linspace(0, 1, 26), color=colour, alpha=0.75, label=kind)
     for axes in (boxes, ends):
         add_boxes(axes, true.numpy(), INK, linewidth=2.2, zorder=3)
-        axes.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[], _aspect="equal")
+        axes.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[], aspect="equal")
     half = np.array(_EXAMPLE[2:]) / 2 * denoising.box_noise
     for reach in (1, 2):
         x, y = true[0, :2].numpy() - reach * half
