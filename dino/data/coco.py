@@ -18,7 +18,7 @@ from dino.modeling.detector import resized_size, to_target
 from dino.structures import Target
 from dino.utils.files import DataError, resolve_inside
 
-from .images import read_image
+from .images import read_image, resize_tensor
 
 
 def read_annotations(path: str | Path, folder: str | Path) -> dict[str, Any]:
@@ -242,7 +242,7 @@ class CocoImages(Dataset):
         return image, objects, entry
 
 
-class ShortSide:
+class ResizeShortSide:
     """A transform for `CocoImages`: resizes by `resized_size`, as prediction and evaluation do.
 
     Args:
@@ -257,7 +257,7 @@ class ShortSide:
         """image (3, H, W); objects: its `boxes` and `labels`."""
         size = resized_size(*image.shape[1:], self.short_side, self.max_size)
         boxes = functional.resize(objects["boxes"], size)
-        return functional.resize(image, size), {**objects, "boxes": boxes}
+        return tv_tensors.Image(resize_tensor(image, size)), {**objects, "boxes": boxes}
 
 
 def collate(samples: list[tuple]) -> tuple[list[torch.Tensor], list[Target], list[dict]]:

@@ -6,7 +6,9 @@ import glob
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from dino.utils.files import DataError
 
@@ -70,6 +72,15 @@ def list_images(source: str | Path) -> list[Path]:
     return images
 
 
+def resize_tensor(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """As `resize_image`, for a tensor (3, H, W) with values 0 to 255, rounded to 8 bits; stays on its device."""
+    pixels = image.round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+    return torch.from_numpy(resize_image(pixels, size)).permute(2, 0, 1).to(image.device)
+
+
 def resize_image(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W, 3) uint8 -> (h, w, 3) uint8 of `size` (h, w), bilinear with antialiasing."""
+    """(H, W, 3) uint8 -> (h, w, 3) uint8 of `size` (h, w), bilinear with antialiasing.
+
+    Training with Detectron2 resizes by the same function of Pillow, in Detectron2's `ResizeTransform`.
+    """
     return np.array(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR))

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torchvision.transforms import v2
 
-from dino.data.coco import CocoImages, ShortSide, collate
+from dino.data.coco import CocoImages, ResizeShortSide, collate
 from dino.layers import HungarianMatcher, SetCriterion
 from dino.modeling.detector import Detector
 from dino.utils.files import DataError, make_folder
@@ -21,7 +21,7 @@ from .record import record
 
 def _read_data(annotations: Path, images: Path, detector: Detector) -> CocoImages:
     """Open a data set whose images are resized for the detector."""
-    resize = ShortSide(detector.preprocessing.short_side, detector.preprocessing.max_size)
+    resize = ResizeShortSide(detector.preprocessing.short_side, detector.preprocessing.max_size)
     clean = [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1)]
     return CocoImages(annotations, images, v2.Compose([resize, *clean]))
 
@@ -35,7 +35,7 @@ def _choose(data: CocoImages, wanted: Sequence[str]) -> list[int]:
     indices = {entry["file_name"]: index for index, entry in enumerate(data.images)}
     if missing := [name for name in wanted if name not in indices]:
         raise DataError(
-            f"{missing[0]!r} is no file_name of the annotations, which begin with {next(iter(indices), None)!r}"
+            f"{missing[0]!r} is no file_name of the annotations; the first is {next(iter(indices), None)!r}"
         )
     full = [index for index, entry in enumerate(data.images) if data.objects[entry["id"]]]
     chosen = [indices[name] for name in wanted] or full[:2]

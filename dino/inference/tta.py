@@ -1,4 +1,4 @@
-"""Test-time augmentation (TTA): views of an image, and their detections joined. Torch only."""
+"""Test-time augmentation (TTA): views of an image, and their detections joined."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from dino.data.images import resize_tensor
 from dino.layers import Detections
 from dino.modeling.detector import resized_size
 
@@ -37,10 +37,9 @@ def views(
 
 
 def make_view(image: Tensor, view: Augmentation) -> Tensor:
-    """Image (3, H, W), values 0 to 255 -> view (3, h, w) of whole numbers, bilinear with antialiasing."""
+    """Image (3, H, W), values 0 to 255 -> view (3, h, w)."""
     if image.shape[1:] != view.size:
-        resized = F.interpolate(image[None].float(), view.size, mode="bilinear", antialias=True)
-        image = resized[0].round().clamp(0, 255)
+        image = resize_tensor(image, view.size)
     return image.flip(-1) if view.mirrored else image
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from dino.data.coco import CocoImages, ShortSide, collate
+from dino.data.coco import CocoImages, ResizeShortSide, collate
 from dino.evaluation import average_precision
 from dino.inference.cpu import keep_freed_memory
 from dino.layers import HungarianMatcher, SetCriterion
@@ -180,7 +180,7 @@ def _transforms(settings: Settings, flips: str) -> v2.Compose:
     """Flips and resizing for `CocoImages`."""
     chosen = {"none": [], "horizontal": [v2.RandomHorizontalFlip()]}
     chosen["both"] = [*chosen["horizontal"], v2.RandomVerticalFlip()]
-    resize = ShortSide(settings.preprocessing.short_side, settings.preprocessing.max_size)
+    resize = ResizeShortSide(settings.preprocessing.short_side, settings.preprocessing.max_size)
     return v2.Compose([*chosen[flips], resize, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1)])
 
 

@@ -6,6 +6,7 @@ from detectron2.data import build_detection_test_loader
 from detectron2.data import transforms as T
 from detectron2.modeling import SwinTransformer
 from detectron2.solver.build import get_default_optimizer_params
+from dino.d2.backbones import AsBackbone, regnet, vitdet
 from dino.d2.data import Evaluator, OneOf, ShortSide, TestMapper, TrainMapper, dataset
 from dino.d2.optim import layerwise_params, tenth_for_backbone, tenth_for_backbone_and_offsets
 from dino.d2.sampler import TrainLoader
@@ -15,7 +16,6 @@ from fvcore.common.param_scheduler import MultiStepParamScheduler
 from omegaconf import OmegaConf
 
 from dino.d2 import DINODetector
-from dino.d2.backbones import AsBackbone, regnet, vitdet
 from dino.layers import ContrastiveDenoising, HungarianMatcher, Reweighting, SetCriterion, SinePositionEncoding
 from dino.modeling import (
     DINO,

@@ -52,7 +52,7 @@ def test_pictures_of_a_batch(files, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--image=absent.png"], "'absent.png' is no file_name of the annotations, which begin with 'image_1.png'"),
+        (["--image=absent.png"], "'absent.png' is no file_name of the annotations; the first is 'image_1.png'"),
         (["--image=image_2.png"], "the image to be drawn has no objects"),
     ],
 )

@@ -148,7 +148,7 @@ class Trainer(SimpleTrainer):
         return options
 
     def forward(self, data: list[dict], options: dict[str, Any]) -> dict[str, Tensor]:
-        """Losses of a batch; non-finite predictions end the training, unless such steps are to be skipped."""
+        """Losses of a batch. An error about non-finite predictions ends the training; steps to skip raise none."""
         try:
             with torch.autocast(self.device_type, self.dtype, enabled=self.dtype != torch.float32):
                 return self.model(data, **options)

@@ -9,7 +9,7 @@ Kinds of errors follow TIDE (Bolya et al., arXiv 2008.08115), by overlap alone.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,6 +65,29 @@ class ClassRow(NamedTuple):
     precision: float
     recall: float
     f1: float
+
+
+# Heading -> figure of a class, for the page and the terminal; negative where undefined. To add a figure: a field of
+# `ClassRow`, which goes to metrics.json, and a line here.
+COLUMNS: dict[str, Callable[[ClassRow], float]] = {
+    "AP": lambda row: row.ap,
+    "AP50": lambda row: row.ap50,
+    "AP75": lambda row: row.ap75,
+    "Small": lambda row: row.by_size[0],
+    "Medium": lambda row: row.by_size[1],
+    "Large": lambda row: row.by_size[2],
+    "Threshold": lambda row: row.threshold if row.objects else -1.0,
+    "Precision": lambda row: row.precision if row.objects else -1.0,
+    "Recall": lambda row: row.recall if row.objects else -1.0,
+    "F1": lambda row: row.f1 if row.objects else -1.0,
+}
+
+
+def show(heading: str, value: float) -> str:
+    """A figure of COLUMNS as text: a score, or percent."""
+    if value < 0:
+        return "–"
+    return f"{value:.2f}" if heading == "Threshold" else f"{100 * value:.1f}"
 
 
 class Analysis(NamedTuple):

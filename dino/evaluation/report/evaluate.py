@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from dino.data.coco import read_images
 from dino.utils.files import UserError, free_name, make_folder, write_whole
 
-from .error_analysis import Analysis
+from .error_analysis import COLUMNS, Analysis, show
 from .report import image_paths, write_report
 from .results import read_results
 
@@ -83,11 +83,10 @@ def _table(analysis: Analysis) -> str:
         "  ".join(f"{name} {100 * value:.1f}" if value >= 0 else f"{name} –" for name, value in analysis.ap.items())
     ]
     width = max(len("class"), *(len(row.name) for row in analysis.rows))
-    lines.append(f"{'class':<{width}}  objects     AP   AP50   AP75  threshold  precision  recall     F1")
+    lines.append(f"{'class':<{width}}  objects" + "".join(f"{heading:>11}" for heading in COLUMNS))
     for row in analysis.rows:
-        ap = "".join(f"{100 * x:7.1f}" if x >= 0 else "      –" for x in (row.ap, row.ap50, row.ap75))
-        best = f"{row.threshold:11.2f}{100 * row.precision:11.1f}{100 * row.recall:8.1f}{100 * row.f1:7.1f}"
-        lines.append(f"{row.name:<{width}}{row.objects:9}{ap}{best if row.objects else ''}")
+        figures = "".join(f"{show(heading, figure(row)):>11}" for heading, figure in COLUMNS.items())
+        lines.append(f"{row.name:<{width}}{row.objects:9}{figures}")
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from dino.data.coco import classes_of
 from dino.utils.files import DataError, resolve_inside
 
 from .charts import over_threshold, precision_recall
-from .error_analysis import THRESHOLDS, Analysis, Found, Object, analyse, confusion
+from .error_analysis import COLUMNS, THRESHOLDS, Analysis, Found, Object, analyse, confusion, show
 from .page import Figure, Mark, draw, write_page
 
 _LOWEST = float(THRESHOLDS[0])  # least score that is drawn; start of the slider
@@ -84,6 +84,8 @@ def write_report(
         path,
         "report.html.j2",
         analysis=analysis,
+        columns=COLUMNS,
+        show=show,
         charts=[
             ("Precision and recall", precision_recall(analysis)),
             ("Choosing a threshold", over_threshold(analysis)),
