@@ -35,7 +35,7 @@ OWNERS = {
     r"58\.395|0\.229": {"modeling/detector.py"},
     r"IMAGENET_STD": {"modeling/detector.py", "d2/meta_arch.py", "d2/config.py", "weights/imagenet.py"},
     r"\bNormalize\(|ImageList": set(),
-    r"padding = torch\.(ones|zeros)|>= sizes": {"modeling/detector.py", "data/coco.py"},
+    r"padding = torch\.(ones|zeros)|>= sizes": {"modeling/detector.py"},
     r"\.topk\(": {"layers/postprocess.py", "modeling/transformer.py", "modeling/variants.py"},
     r"batched_nms\(": {"inference/tiling.py"},
 }

@@ -22,7 +22,7 @@ from .data_loading import class_names, dataset
 
 logger = logging.getLogger("detectron2.dino")
 
-BATCH = "dataloader.train.total_batch_size"
+_BATCH = "dataloader.train.total_batch_size"
 # The key of a recipe that states the number of classes, and that of Detectron2's R-CNNs. Other parts interpolate it.
 _NUM_CLASSES = ("model.num_classes", "model.roi_heads.num_classes")
 
@@ -71,7 +71,7 @@ def complete(
     """
     _use_files(cfg, files, eval_only)
     if cfg.train.get("reference_batch") is None:
-        cfg.train.reference_batch = OmegaConf.select(cfg, BATCH)
+        cfg.train.reference_batch = OmegaConf.select(cfg, _BATCH)
     check_overrides(cfg, overrides)
     cfg = LazyConfig.apply_overrides(cfg, list(overrides))
     if not torch.cuda.is_available() and str(cfg.train.device).startswith("cuda"):
@@ -228,7 +228,7 @@ def scale_to_batch(cfg: DictConfig, overrides: Sequence[str]) -> None:
 
     The learning rate grows with the batch, numbers of iterations shrink. Numbers among the overrides stay as they are.
     """
-    batch, reference = OmegaConf.select(cfg, BATCH), cfg.train.reference_batch
+    batch, reference = OmegaConf.select(cfg, _BATCH), cfg.train.reference_batch
     if not batch or batch == reference:
         return
     stated = _keys(overrides)

@@ -148,7 +148,7 @@ def usable_box(box: list[float], width: int, height: int) -> list[float] | None:
     return clipped if clipped[2] > clipped[0] and clipped[3] > clipped[1] else None
 
 
-class Classes(NamedTuple):
+class _Classes(NamedTuple):
     """The classes of a file in the order of their ids. A label is a position in this order, whatever the ids are."""
 
     names: list[str]
@@ -160,20 +160,20 @@ class Classes(NamedTuple):
         return {number: label for label, number in enumerate(self.ids)}
 
 
-def classes_of(data: dict[str, Any]) -> Classes:
+def classes_of(data: dict[str, Any]) -> _Classes:
     """The classes of checked annotations."""
     categories = sorted(data["categories"], key=lambda c: c["id"])
-    return Classes([c["name"] for c in categories], [c["id"] for c in categories])
+    return _Classes([c["name"] for c in categories], [c["id"] for c in categories])
 
 
-class ImageObjects(NamedTuple):
+class _ImageObjects(NamedTuple):
     """The objects of one image that a detector can learn."""
 
     objects: list[tuple[int, list[float]]]  # label; box xyxy in pixels, inside the image
     dropped: int  # boxes without area inside the image
 
 
-def clean_objects(objects: Iterable[tuple[int, list[float], bool]], width: int, height: int) -> ImageObjects:
+def clean_objects(objects: Iterable[tuple[int, list[float], bool]], width: int, height: int) -> _ImageObjects:
     """Clip the boxes of an image. Drop crowd regions, and boxes without area.
 
     Args:
@@ -182,10 +182,10 @@ def clean_objects(objects: Iterable[tuple[int, list[float], bool]], width: int, 
     """
     boxes = [(label, usable_box(box, width, height)) for label, box, crowd in objects if not crowd]
     kept = [(label, box) for label, box in boxes if box is not None]
-    return ImageObjects(kept, len(boxes) - len(kept))
+    return _ImageObjects(kept, len(boxes) - len(kept))
 
 
-def objects_of(data: dict[str, Any]) -> dict[int, ImageObjects]:
+def _objects_of(data: dict[str, Any]) -> dict[int, _ImageObjects]:
     """Image id -> objects of checked annotations; images without objects are there too."""
     labels = classes_of(data).labels
     by_image = defaultdict(list)
@@ -219,7 +219,7 @@ class CocoImages(Dataset):
         self.transforms = transforms
         self.images = self.data["images"]
         self.names, self.category_ids = classes_of(self.data)
-        cleaned = objects_of(self.data)
+        cleaned = _objects_of(self.data)
         self.objects = {number: found.objects for number, found in cleaned.items()}
         self.dropped = sum(found.dropped for found in cleaned.values())
 

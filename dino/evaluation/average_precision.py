@@ -17,7 +17,7 @@ from pycocotools.cocoeval import COCOeval
 from dino.data.coco import classes_of
 from dino.layers import Detections
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six of COCO's twelve
+_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six of COCO's twelve
 _IOU_75 = 5  # index of 0.75 among the ten IoU thresholds from 0.5 to 0.95
 
 
@@ -41,7 +41,7 @@ def evaluate(data: dict[str, Any], results: list[dict]) -> dict[str, float]:
     """
     names = classes_of(data).names
     if not results:
-        return dict.fromkeys([*METRICS, *(f"AP-{name}" for name in names)], 0.0)
+        return dict.fromkeys([*_METRICS, *(f"AP-{name}" for name in names)], 0.0)
     precision = precision_of(run_coco(data, results))
     per_class = {f"AP-{name}": _mean(precision[:, :, label, 0]) for label, name in enumerate(names)}
     return summarise(precision) | per_class
@@ -71,7 +71,7 @@ def summarise(precision: np.ndarray) -> dict[str, float]:
     """METRICS of `precision_of`, or of a part of its classes."""
     by_size = [precision[..., size] for size in range(4)]
     parts = (by_size[0], by_size[0][0], by_size[0][_IOU_75], *by_size[1:])
-    return dict(zip(METRICS, map(_mean, parts), strict=True))
+    return dict(zip(_METRICS, map(_mean, parts), strict=True))
 
 
 def complete_annotations(annotations: list[dict]) -> list[dict]:

@@ -40,7 +40,7 @@ _STEP_PLACES = (0.0, 0.36)  # in their column
 _KINDS = {"positive": POSITIVE, "negative": NEGATIVE, "slot without object": EMPTY, "matching query": MATCHING}
 
 
-def anchors(scene: Scene) -> Figure:
+def _anchors(scene: Scene) -> Figure:
     """Draw the selected tokens, the anchors of the best of them, and the initial boxes of the decoder."""
     record, b = scene.record, scene.image
     height, width = scene.pixels.shape[:2]
@@ -140,7 +140,7 @@ def noise(denoising: ContrastiveDenoising) -> Figure:
     return figure
 
 
-def mask(scene: Scene) -> Figure:
+def _mask(scene: Scene) -> Figure:
     """Draw the attention mask of the batch, coloured by the kind of the seen query in this image."""
     noised, b = scene.record.noised, scene.image
     attn_mask = noised.queries.attn_mask.cpu().numpy()
@@ -192,7 +192,7 @@ def layers(scene: Scene) -> Figure:
     return _course(scene, objects, start, found.boxes[:, b, queries], found.logits[-1, b, queries].sigmoid())
 
 
-def denoised(scene: Scene) -> Figure:
+def _denoised(scene: Scene) -> Figure:
     """Draw the positives of the first group, from their noised boxes through all layers."""
     record, b = scene.record, scene.image
     objects = torch.arange(len(record.noised.targets[b].labels))
@@ -235,7 +235,7 @@ def _aspect(scene: Scene) -> float:
     return scene.pixels.shape[0] / scene.pixels.shape[1]
 
 
-def sampling(scene: Scene) -> Figure:
+def _sampling(scene: Scene) -> Figure:
     """Draw sampling points in the first and the last layer, for queries of a large, a middling and a small object."""
     record, b = scene.record, scene.image
     queries, objects = record.matches[b]
@@ -272,7 +272,7 @@ def _add_samples(axes: Axes, scene: Scene, layer: int, query: int) -> None:
     axes.set(xlim=(x - side, x + side), ylim=(y + side, y - side))
 
 
-def gradients(scene: Scene) -> Figure:
+def _gradients(scene: Scene) -> Figure:
     """Draw the measured gradients of the box losses of each layer at the box heads, looking forward once, and twice."""
     most = max(pulls.max().item() for pulls in scene.record.gradients.values())
     figure, (grid,) = new_figure(10.5, 3.9, 1, 2)
@@ -304,7 +304,7 @@ def _add_pull(
     add_label(axes, x, y, f"{pull:.2g}", INK, fontsize=7)
 
 
-def losses(scene: Scene) -> Figure:
+def _losses(scene: Scene) -> Figure:
     """Draw the weighted losses of the batch: class, L1 and GIoU of every prediction set."""
     values = scene.record.losses
     suffixes = [name.removeprefix("loss_ce") for name in values if name.startswith("loss_ce")]
@@ -329,4 +329,4 @@ def losses(scene: Scene) -> Figure:
     return figure
 
 
-SCENES = {f.__name__: f for f in (anchors, denoising, mask, layers, denoised, sampling, gradients, losses)}
+SCENES = {f.__name__: f for f in (_anchors, denoising, _mask, layers, _denoised, _sampling, _gradients, _losses)}

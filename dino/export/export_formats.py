@@ -20,20 +20,20 @@ from dino.utils.files import DataError
 from .export_wrapper import ExportWrapper, Fixed
 
 _KEY = "dino"  # of the description inside a file
-OPSET = 18  # of ONNX; GridSample needs 16
+_OPSET = 18  # of ONNX; GridSample needs 16
 _OUTPUTS = ("boxes", "scores", "labels")
 
 Run = Callable[[np.ndarray, np.ndarray], list[np.ndarray]]  # images, sizes -> boxes, scores, labels
 
 
-class Format(NamedTuple):
+class _Format(NamedTuple):
     """A format's writer, and the function that runs its files."""
 
     write: Callable[[ExportWrapper, Fixed | None, dict[str, Any]], bytes]
     run: Callable[[bytes], Run]
 
 
-def trace(wrapper: ExportWrapper, fixed: Fixed | None) -> ExportedProgram:
+def _trace(wrapper: ExportWrapper, fixed: Fixed | None) -> ExportedProgram:
     """Trace the graph of `wrapper`, for one size or for any.
 
     Raises:
@@ -75,7 +75,7 @@ def _to_torch_export(wrapper: ExportWrapper, fixed: Fixed | None, about: dict[st
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # "No complete tensor found in the group": views of one weight
-        torch.export.save(trace(wrapper, fixed), file, extra_files={f"{_KEY}.json": json.dumps(about)})
+        torch.export.save(_trace(wrapper, fixed), file, extra_files={f"{_KEY}.json": json.dumps(about)})
     return file.getvalue()
 
 
@@ -107,8 +107,8 @@ def _to_onnx(wrapper: ExportWrapper, fixed: Fixed | None, about: dict[str, Any])
         names = {"input_names": ["images", "sizes"], "output_names": list(_OUTPUTS)}
         if fixed is None:
             names["dynamic_shapes"] = ({0: "batch", 2: "height", 3: "width"}, {0: "batch"})  # what the axes are called
-        graph = trace(wrapper, fixed)
-        program = torch.onnx.export(graph, opset_version=OPSET, dynamo=True, verbose=False, optimize=False, **names)
+        graph = _trace(wrapper, fixed)
+        program = torch.onnx.export(graph, opset_version=_OPSET, dynamo=True, verbose=False, optimize=False, **names)
     _tidy(program.model)
     program.model.metadata_props[_KEY] = json.dumps(about)
     return program.model_proto.SerializeToString()
@@ -166,11 +166,11 @@ def _from_torch(module: Callable) -> Run:
 
 
 FORMATS = {
-    "onnx": Format(_to_onnx, run_onnx),
-    "torch-export": Format(_to_torch_export, _run_torch_export),
-    "torchscript": Format(_to_torchscript, _run_torchscript),
+    "onnx": _Format(_to_onnx, run_onnx),
+    "torch-export": _Format(_to_torch_export, _run_torch_export),
+    "torchscript": _Format(_to_torchscript, _run_torchscript),
 }
-SAMPLING = {"grid": "reference", "gather": "gather"}  # command line's word -> implementation of deform_attn
+_SAMPLING = {"grid": "reference", "gather": "gather"}  # command line's word -> implementation of deform_attn
 
 
 @torch.no_grad()
@@ -193,7 +193,7 @@ def write(
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operator that no other program knows
     try:
-        with deform_attn_implementation(SAMPLING[sampling]):
+        with deform_attn_implementation(_SAMPLING[sampling]):
             return FORMATS[form].write(wrapper, fixed, about)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

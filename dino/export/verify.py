@@ -105,7 +105,7 @@ def compare(
     for picture in tqdm(pictures(source), desc="verify", total=len(source), disable=None):
         inputs = prepare(picture.pixels, resize)
         pair = run_network(detector, inputs), run_exported(run, inputs, fixed)
-        differences += match(*pair)
+        differences += _match(*pair)
         for found, entries in zip(pair, results, strict=True):
             entries += _to_results(found, inputs, picture, data)
     if not differences:
@@ -137,7 +137,7 @@ def run_exported(run: Run, inputs: Prepared, fixed: Fixed | None) -> Detections:
     return Detections(*(torch.from_numpy(np.array(x[0])) for x in found))
 
 
-def match(expected: Detections, found: Detections) -> list[tuple[float, float] | None]:
+def _match(expected: Detections, found: Detections) -> list[tuple[float, float] | None]:
     """Differences of box and score of each expected detection with a sufficient score, or None if it is missing."""
     keep = expected.scores >= _LOWEST_SCORE
     boxes, scores, labels = (x[keep] for x in expected)

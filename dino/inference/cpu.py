@@ -17,7 +17,7 @@ from dino.layers.feed_forward import FeedForward
 
 _RESNET = "torchvision.models.resnet"  # BasicBlock, Bottleneck
 _STATISTICS = ("weight", "bias", "running_mean", "running_var", "eps")
-PART = 4096  # tokens that a feed-forward network takes at a time, so that its hidden state needs little memory
+_PART = 4096  # tokens that a feed-forward network takes at a time, so that its hidden state needs little memory
 _SUPPORT = {  # whether the processor has instructions for a type
     torch.float32: lambda: True,
     torch.bfloat16: lambda: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
@@ -171,14 +171,14 @@ class _OneDnnLinear(_Fused, nn.Linear):
 
 
 class _OneDnnFeedForward(_Fused, CpuFeedForward):
-    """`FeedForward` in parts of `PART` tokens, with the ReLU in the operator of the first linear layer."""
+    """`FeedForward` in parts of `_PART` tokens, with the ReLU in the operator of the first linear layer."""
 
     plain = CpuFeedForward.forward
 
     def fused(self, x: Tensor) -> Tensor:
         """(B, N, E) -> the same shape."""
         results = []
-        for part in x.split(PART, 1):
+        for part in x.split(_PART, 1):
             hidden = _linear(self.linear1, part, "relu")  # (B, n, F)
             results.append(self.norm(part + _linear(self.linear2, hidden)))
         return torch.cat(results, 1)

@@ -23,11 +23,11 @@ from .cpu import keep_freed_memory
 from .predictor import Prediction, Predictor
 from .video import VIDEO_SUFFIXES, VideoReader, VideoWriter
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}  # of drawn pictures; others become PNG
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}  # of drawn pictures; others become PNG
 
 
-class Job(NamedTuple):
+class _Job(NamedTuple):
     """An input, and the picture or video to write."""
 
     source: Path | int
@@ -51,7 +51,7 @@ def make_predictor(
     """
     select = one_label_detections if one_label else detections
     try:
-        predictor = Predictor.from_checkpoint(checkpoint, dtype=DTYPES[dtype], select=select, **options)
+        predictor = Predictor.from_checkpoint(checkpoint, dtype=_DTYPES[dtype], select=select, **options)
     except DataError:
         raise
     except (ValueError, RuntimeError, AssertionError) as error:  # a number out of its range, a device that is not there
@@ -61,14 +61,14 @@ def make_predictor(
     return predictor.compile() if compile else predictor
 
 
-def plan(inputs: Sequence[str], folder: Path) -> list[Job]:
+def plan(inputs: Sequence[str], folder: Path) -> list[_Job]:
     """List all inputs, each with its own file in the output folder.
 
     Raises:
         DataError: an input does not exist, or its result would replace a file.
     """
     sources = dict.fromkeys(source for text in inputs for source in _find_sources(text))
-    jobs = [Job(source, folder / _target_name(source)) for source in sources]
+    jobs = [_Job(source, folder / _target_name(source)) for source in sources]
     written = [(f"{job.source}: ", path) for job in jobs for path in _outputs(job)]
     written.append(("", folder / "predictions.json"))
     counts = Counter(path for _, path in written)
@@ -97,16 +97,16 @@ def _target_name(source: Path | int) -> str:
     """Name of the drawn picture or video: that of the source, where the format can be kept."""
     if isinstance(source, int):
         return f"webcam_{source}.mp4"
-    kept = {".mp4"} if _is_video(source) else FORMATS
+    kept = {".mp4"} if _is_video(source) else _FORMATS
     return source.name if source.suffix.lower() in kept else f"{source.name}{'.mp4' if _is_video(source) else '.png'}"
 
 
-def _outputs(job: Job) -> list[Path]:
+def _outputs(job: _Job) -> list[Path]:
     """Files that a job writes."""
     return [job.target, job.target.with_suffix(".json")] if _is_video(job.source) else [job.target]
 
 
-def predict(predictor: Predictor, jobs: Sequence[Job], folder: Path) -> None:
+def predict(predictor: Predictor, jobs: Sequence[_Job], folder: Path) -> None:
     """Do the jobs. Unreadable inputs are skipped and reported at the end; finished results stay.
 
     Raises:
@@ -125,7 +125,7 @@ def predict(predictor: Predictor, jobs: Sequence[Job], folder: Path) -> None:
         raise DataError(f"{issues[0]}{more if len(jobs) > 1 else ''}")
 
 
-def _predict_images(predictor: Predictor, jobs: Sequence[Job], folder: Path, issues: list[DataError]) -> None:
+def _predict_images(predictor: Predictor, jobs: Sequence[_Job], folder: Path, issues: list[DataError]) -> None:
     """Draw pictures; `issues` receives the errors of unreadable ones."""
     targets = {job.source: job.target for job in jobs}
     with (
@@ -136,7 +136,7 @@ def _predict_images(predictor: Predictor, jobs: Sequence[Job], folder: Path, iss
         for found in predictor.stream(list(targets), on_error=skip):
             picture = found.draw()
             target = targets[found.source]
-            form = FORMATS.get(target.suffix.lower())
+            form = _FORMATS.get(target.suffix.lower())
             write_whole(target, lambda part, p=picture, form=form: p.save(part, format=form, quality=92))
             coco.add(found, file_name=found.source.name)
             bar.update()
@@ -153,7 +153,7 @@ def _chain(*functions: Callable[[Any], object]) -> Callable[[Any], None]:
     return call
 
 
-def _predict_video(predictor: Predictor, job: Job, issues: list[DataError]) -> None:
+def _predict_video(predictor: Predictor, job: _Job, issues: list[DataError]) -> None:
     """Draw the frames of a video; Ctrl-C ends it early, and is the only end of a webcam."""
     try:
         video = VideoReader(job.source)

@@ -11,23 +11,23 @@ from torch.autograd.function import once_differentiable
 
 from .feed_forward import FeedForward
 
-PART = 1024  # tokens; the hidden state of so many stays in a processor's caches
+_PART = 1024  # tokens; the hidden state of so many stays in a processor's caches
 _KEPT = 0.5  # of the parts keep their hidden state
 
 
 class CpuFeedForward(FeedForward):
-    """A `FeedForward` that works in parts of `PART` tokens: faster on a CPU, with less memory.
+    """A `FeedForward` that works in parts of `_PART` tokens: faster on a CPU, with less memory.
 
-    Compiled code, training under autocast, and at most `PART` tokens take the plain operations.
+    Compiled code, training under autocast, and at most `_PART` tokens take the plain operations.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, E) -> the same shape."""
         plain, trains = super().forward, torch.is_grad_enabled()
-        if x.shape[1] <= PART or torch.compiler.is_compiling() or (trains and torch.is_autocast_enabled("cpu")):
+        if x.shape[1] <= _PART or torch.compiler.is_compiling() or (trains and torch.is_autocast_enabled("cpu")):
             return plain(x)
         if not trains:
-            return torch.cat([plain(part) for part in x.split(PART, 1)], 1)
+            return torch.cat([plain(part) for part in x.split(_PART, 1)], 1)
         args = (self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias)
         return self.norm(x + RecomputedFeedForward.apply(x, *args))
 
@@ -44,7 +44,7 @@ class RecomputedFeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
         """-> (B, N, E)."""
-        parts = x.split(PART, 1)
+        parts = x.split(_PART, 1)
         results, kept = [], []
         for number, part in enumerate(parts):
             hidden = _hidden_state(part, weight1, bias1)
@@ -60,7 +60,7 @@ class RecomputedFeedForward(torch.autograd.Function):
         """Gradient (B, N, E) of the result -> those of the five arguments."""
         x, weight1, bias1, weight2, *kept = ctx.saved_tensors
         grad_x, sums = torch.empty_like(x), [torch.zeros_like(t) for t in (weight1, bias1, weight2)]
-        parts = zip(x.split(PART, 1), grad.split(PART, 1), grad_x.split(PART, 1), strict=True)
+        parts = zip(x.split(_PART, 1), grad.split(_PART, 1), grad_x.split(_PART, 1), strict=True)
         for number, (part, grad_part, result) in enumerate(parts):
             hidden = kept[number] if number < len(kept) else _hidden_state(part, weight1, bias1)  # (B, n, F)
             hidden, part, grad_part = (t.flatten(0, 1) for t in (hidden, part, grad_part))  # (B*n, ·)

@@ -40,7 +40,7 @@ class Preprocessing(NamedTuple):
     max_detections: int = 300
 
 
-PUBLISHED = Preprocessing()  # of the published models
+_PUBLISHED = Preprocessing()  # of the published models
 
 
 class Detector(nn.Module):
@@ -58,7 +58,7 @@ class Detector(nn.Module):
     def __init__(
         self,
         network: DINO,
-        preprocessing: Preprocessing = PUBLISHED,
+        preprocessing: Preprocessing = _PUBLISHED,
         names: Sequence[str] = (),
         *,
         criterion: nn.Module | None = None,

@@ -70,7 +70,7 @@ class DINO(nn.Module):
             position=torch.cat([p.flatten(2).transpose(1, 2) for p in position], 1).to(features.dtype),
             padding_mask=None if padding_mask is None else torch.cat([m.flatten(1) for m in masks], 1),
             shapes=[(m.shape[-2], m.shape[-1]) for m in maps],
-            valid_sizes=torch.stack([valid_size(m) for m in masks], 1),
+            valid_sizes=torch.stack([_valid_size(m) for m in masks], 1),
         )
 
 
@@ -81,6 +81,6 @@ def _downsample(padding_mask: Tensor | None, features: Tensor) -> Tensor:
     return F.interpolate(padding_mask[None].float(), size=features.shape[-2:])[0].bool()
 
 
-def valid_size(padding_mask: Tensor) -> Tensor:
+def _valid_size(padding_mask: Tensor) -> Tensor:
     """(B, H, W) -> (B, 2) float32: width and height of the unpadded part, from the first row and column."""
     return torch.stack([(~padding_mask[:, 0]).sum(1), (~padding_mask[:, :, 0]).sum(1)], -1).float()

@@ -39,7 +39,7 @@ class ChannelMapper(nn.Module):
     ):
         super().__init__()
         shapes = backbone.output_shape()
-        check_features(list(in_features), {name: s.stride for name, s in shapes.items()}, num_levels)
+        _check_features(list(in_features), {name: s.stride for name, s in shapes.items()}, num_levels)
         if out_channels % norm_groups:
             raise ValueError(f"out_channels {out_channels} is not a multiple of norm_groups {norm_groups}")
         self.backbone = backbone
@@ -73,7 +73,7 @@ def _rename_former_keys(neck: ChannelMapper, state_dict: dict, prefix: str, *_) 
         state_dict[f"{prefix}extra_levels.{key.removeprefix(front)}"] = state_dict.pop(key)
 
 
-def check_features(names: list[str], strides: dict[str, int], num_levels: int) -> None:
+def _check_features(names: list[str], strides: dict[str, int], num_levels: int) -> None:
     """Raise a ValueError where `names` do not describe a pyramid of at most `num_levels` levels."""
     unknown = [name for name in names if name not in strides]
     if unknown or not names:

@@ -16,7 +16,7 @@ from dino.layers.position_encoding import encode_boxes
 from dino.structures import LayerOutputs, Queries, Tokens, at_most
 
 HIDDEN_DIM = 2048  # width of the feed-forward networks, as published
-FOCAL_PRIOR = -math.log((1 - 0.01) / 0.01)  # bias of class heads: every class starts at a probability of 1 %
+_FOCAL_PRIOR = -math.log((1 - 0.01) / 0.01)  # bias of class heads: every class starts at a probability of 1 %
 
 
 class MLP(nn.Sequential):
@@ -32,7 +32,7 @@ class MLP(nn.Sequential):
 def class_head(embed_dim: int, num_classes: int) -> nn.Linear:
     """(..., E) -> (..., C) logits, biased to a score of 0.01."""
     head = nn.Linear(embed_dim, num_classes)
-    nn.init.constant_(head.bias, FOCAL_PRIOR)
+    nn.init.constant_(head.bias, _FOCAL_PRIOR)
     return head
 
 

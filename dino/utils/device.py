@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-STAGED = 2**16  # bytes that CUDA's driver copies at once; for more it may wait for the stream
+_STAGED = 2**16  # bytes that CUDA's driver copies at once; for more it may wait for the stream
 
 
 def recording(device: torch.device) -> bool:
@@ -22,7 +22,7 @@ def to_device(values: Tensor | Sequence, device: torch.device, dtype: torch.dtyp
     memory when the call returns.
     """
     values = torch.as_tensor(values, dtype=dtype)
-    if device.type == "cuda" and values.device.type == "cpu" and values.nbytes > STAGED:
+    if device.type == "cuda" and values.device.type == "cpu" and values.nbytes > _STAGED:
         values = values.pin_memory()  # no copy if pinned already; PyTorch keeps the memory until the device has read it
     return values.to(device, non_blocking=True)
 

@@ -1,7 +1,7 @@
 """Old paths of modules that have moved, for checkpoints, saved recipes and people's programs.
 
 `import dino.d2.data` gives the module `dino.d2.data_loading` itself, not a copy. A renamed class keeps its old name as
-an alias in its module. To move a module, change or add its line in `MOVED`: no value may be a key.
+an alias in its module. To move a module, change or add its line in `_MOVED`: no value may be a key.
 """
 
 import importlib
@@ -12,7 +12,7 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, spec_from_loader
 from types import CodeType, ModuleType
 
-MOVED = {
+_MOVED = {
     "dino.analysis": "dino.modeling.network_cost",
     "dino.build": "dino.layers.ops.build",
     "dino.check": "dino.data.check",
@@ -88,12 +88,12 @@ MOVED = {
 }
 
 
-def current_name(name: str) -> str:
+def _current_name(name: str) -> str:
     """The path of a module today: of one that has moved, or that lies in a package that has; else `name`."""
     parent, _, last = name.rpartition(".")
-    if name in MOVED or not parent:
-        return MOVED.get(name, name)
-    return f"{current_name(parent)}.{last}"
+    if name in _MOVED or not parent:
+        return _MOVED.get(name, name)
+    return f"{_current_name(parent)}.{last}"
 
 
 class _Loader(Loader):
@@ -121,7 +121,7 @@ class _Loader(Loader):
 
 class _Finder(MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None):
-        target = current_name(name) if name.startswith("dino.") else name
+        target = _current_name(name) if name.startswith("dino.") else name
         found = find_spec(target) if target != name else None
         if found is None:
             return None

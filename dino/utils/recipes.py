@@ -7,19 +7,19 @@ from pathlib import Path
 
 from .files import UserError
 
-PACKAGE = Path(__file__).parents[1]
-FOLDERS = ("configs", "projects/dino/configs", "projects/dino/configs/ablation")
+_PACKAGE = Path(__file__).parents[1]
+_FOLDERS = ("configs", "projects/dino/configs", "projects/dino/configs/ablation")
 _PARTS = ("__init__", "base")  # files that recipes share, which are no recipes
 
 
-def recipe_root() -> Path:
+def _recipe_root() -> Path:
     """The folder that holds FOLDERS: beside the package in a source tree, inside the package after an installation."""
-    return PACKAGE.parent if (PACKAGE.parent / "setup.py").is_file() else PACKAGE / "recipe_files"
+    return _PACKAGE.parent if (_PACKAGE.parent / "setup.py").is_file() else _PACKAGE / "recipe_files"
 
 
 def recipes() -> dict[str, Path]:
     """The file of each recipe that comes with the package, by its name without `.py`."""
-    files = [path for folder in FOLDERS for path in sorted((recipe_root() / folder).glob("*.py"))]
+    files = [path for folder in _FOLDERS for path in sorted((_recipe_root() / folder).glob("*.py"))]
     return {path.stem: path for path in files if path.stem not in _PARTS}
 
 

@@ -21,7 +21,7 @@ from .names import (
 )
 
 # Two keys that every file of a format has, and no file of another format.
-SIGNATURES = {
+_SIGNATURES = {
     "own": ("level_embed", "decoder.class_heads.0.bias"),
     "official": ("transformer.level_embed", "transformer.tgt_embed.weight"),
     "detrex": ("transformer.level_embeds", "transformer.tgt_embed.weight"),
@@ -72,7 +72,7 @@ def strip_wrappers(state_dict: StateDict) -> StateDict:
 def recognise(state_dict: StateDict) -> str | None:
     """Detect the format of a state dict from its keys: own, official, detrex, huggingface; None for anything else."""
     keys = strip_wrappers(state_dict).keys()
-    return next((name for name, signature in SIGNATURES.items() if keys >= set(signature)), None)
+    return next((name for name, signature in _SIGNATURES.items() if keys >= set(signature)), None)
 
 
 def convert(state_dict: StateDict, to: str = "own") -> StateDict:
@@ -92,7 +92,7 @@ def convert(state_dict: StateDict, to: str = "own") -> StateDict:
     found = recognise(state_dict)
     if found is None:
         some = ", ".join(list(state_dict)[:3])
-        raise DataError(f"this is no DINO in a known format ({', '.join(SIGNATURES)}): its keys are {some}, …")
+        raise DataError(f"this is no DINO in a known format ({', '.join(_SIGNATURES)}): its keys are {some}, …")
     own = _READ[found](strip_wrappers(state_dict))
     if to == "own":
         return own

@@ -153,9 +153,9 @@ def _find_part(target: Any) -> Callable:
         raise DataError(f"{str(target)[:100]!r} is no name of a part")
     if target in PARTS:
         return PARTS[target]
-    if target not in PARTS_OF_DETECTRON2:
+    if target not in _PARTS_OF_DETECTRON2:
         raise DataError(f"{target[:100]!r} is not on the list of parts that a checkpoint may ask for")
-    module, _, attribute = PARTS_OF_DETECTRON2[target].partition(":")
+    module, _, attribute = _PARTS_OF_DETECTRON2[target].partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
     except ImportError as error:
@@ -204,7 +204,7 @@ PARTS: dict[str, Callable] = {
 }
 # The parts that need Detectron2, as module:attribute. Strings, because the module is imported only for a file that asks
 # for the part.
-PARTS_OF_DETECTRON2 = {
+_PARTS_OF_DETECTRON2 = {
     "detectron2.modeling.FPN": "detectron2.modeling:FPN",
     "detectron2.modeling.MViT": "detectron2.modeling:MViT",
     "detectron2.modeling.SimpleFeaturePyramid": "detectron2.modeling:SimpleFeaturePyramid",

@@ -81,12 +81,12 @@ def test_choices_are_those_of_the_engines():
     from dino.modeling import cuda_graphs, precision
     from dino.weights import checkpoint_formats
 
-    assert tuple(predict_files.DTYPES) == predict._DTYPES
+    assert tuple(predict_files._DTYPES) == predict._DTYPES
     assert predict._PRECISIONS == precision.PRECISIONS
     assert predict.build_parser().get_default("cuda_graphs") == cuda_graphs.MOST
     assert tuple(export_formats.FORMATS) == export._FORMATS
-    assert tuple(export_formats.SAMPLING) == export._SAMPLING
-    assert (*checkpoint_formats.SIGNATURES, "safetensors") == convert._FORMS
+    assert tuple(export_formats._SAMPLING) == export._SAMPLING
+    assert (*checkpoint_formats._SIGNATURES, "safetensors") == convert._FORMS
 
 
 def test_checking_data_needs_no_detectron2():

@@ -28,7 +28,7 @@ def test_an_ancestor_is_built_for_the_classes_of_the_data(tmp_path, name):
     base = load_recipe(*file_arguments(train, val), config=FOLDER / "base.py")
     for part in ("dataloader", "train.max_iter", "train.eval_period", "train.seed"):
         assert recipe.OmegaConf.select(cfg, part) == recipe.OmegaConf.select(base, part)
-    model = engine.build_model(cfg)
+    model = engine._build_model(cfg)
     assert all(p.requires_grad for p in model.parameters())
     assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules()) == 20
     mapper = instantiate(cfg.dataloader.train.mapper)

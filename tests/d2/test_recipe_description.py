@@ -15,7 +15,7 @@ from torch import nn
 from dino.d2.checkpoint import Checkpointer
 from dino.d2.recipe_description import _plain, describe
 from dino.utils.files import DataError
-from dino.weights.description import PARTS_OF_DETECTRON2, model_from_checkpoint
+from dino.weights.description import _PARTS_OF_DETECTRON2, model_from_checkpoint
 
 from ..tiny import TinyBackbone, random_batch
 from ..weights.states import randomise
@@ -77,7 +77,7 @@ def test_backbones_of_a_persons_own_are_refused(tmp_path):
 
 def test_listed_names_are_those_that_recipes_store():
     """`describe` writes the name that Detectron2 makes of a class, so the list must have it under this name."""
-    for name, path in PARTS_OF_DETECTRON2.items():
+    for name, path in _PARTS_OF_DETECTRON2.items():
         module, _, attribute = path.partition(":")
         assert name_of(getattr(importlib.import_module(module), attribute)) == name
 

@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from dino.data.coco import CocoImages, classes_of, collate, objects_of, read_annotations, usable_box
+from dino.data.coco import CocoImages, _objects_of, classes_of, collate, read_annotations, usable_box
 from dino.structures import Target
 from dino.utils.files import DataError
 
@@ -233,7 +233,7 @@ def test_classes_and_objects_of_a_file(tmp_path):
     assert (classes.names, classes.ids) == (["red", "green", "blue"], [7, 40, 900])
     assert classes.labels == {7: 0, 40: 1, 900: 2}
     images = CocoImages(*files, unchanged)
-    assert {number: found.objects for number, found in objects_of(data).items()} == images.objects
+    assert {number: found.objects for number, found in _objects_of(data).items()} == images.objects
 
 
 def test_samples_become_lists():

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dino.data.coco import CocoImages
-from dino.evaluation.average_precision import METRICS, complete_annotations, evaluate, to_results
+from dino.evaluation.average_precision import _METRICS, complete_annotations, evaluate, to_results
 from dino.layers import Detections
 
 from ..coco_files import write_coco
@@ -60,7 +60,7 @@ def test_wrong_classes_and_shifted_boxes_score_less(tmp_path):
 def test_nothing_found(tmp_path):
     data = CocoImages(*write_coco(tmp_path), unchanged)
     metrics = evaluate(data.data, [])
-    assert set(metrics) == {*METRICS, "AP-red", "AP-green", "AP-blue"}
+    assert set(metrics) == {*_METRICS, "AP-red", "AP-green", "AP-blue"}
     assert not any(metrics.values())
 
 

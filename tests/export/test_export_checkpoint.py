@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dino import cli
-from dino.export.export_formats import FORMATS, Format
-from dino.export.verify import Comparison, Limits, match
+from dino.export.export_formats import FORMATS, _Format
+from dino.export.verify import Comparison, Limits, _match
 from dino.layers import Detections
 from dino.weights.description import PARTS
 
@@ -55,7 +55,7 @@ def pretend(monkeypatch, change=lambda boxes: boxes):
 
         return call
 
-    monkeypatch.setitem(FORMATS, "onnx", Format(write, run))
+    monkeypatch.setitem(FORMATS, "onnx", _Format(write, run))
 
 
 def export(*arguments):
@@ -193,9 +193,9 @@ def some(*rows):
 def test_matching():
     expected = some((0, 0, 50, 50, 0.9, 1), (0, 0, 50, 50, 0.8, 1), (60, 0, 90, 50, 0.7, 0), (0, 60, 9, 69, 0.01, 0))
     found = some((60, 0, 90.5, 50, 0.7, 0), (0, 0, 50, 51, 0.79, 1), (0, 0, 50, 50, 0.9, 1))
-    np.testing.assert_allclose(match(expected, found), [(0, 0), (1, 0.01), (0.5, 0)], atol=1e-6)
-    assert match(expected, found._replace(labels=found.labels + 1)) == [None] * 3
-    assert match(expected, found._replace(boxes=found.boxes + 30)) == [None] * 3
+    np.testing.assert_allclose(_match(expected, found), [(0, 0), (1, 0.01), (0.5, 0)], atol=1e-6)
+    assert _match(expected, found._replace(labels=found.labels + 1)) == [None] * 3
+    assert _match(expected, found._replace(boxes=found.boxes + 30)) == [None] * 3
 
 
 @pytest.mark.parametrize(

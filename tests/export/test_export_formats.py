@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from dino.export import export_formats
-from dino.export.export_formats import FORMATS, OPSET, write
+from dino.export.export_formats import _OPSET, FORMATS, write
 from dino.export.export_wrapper import ExportWrapper, Fixed, describe, prepare
-from dino.export.verify import match, run_exported, run_network
+from dino.export.verify import _match, run_exported, run_network
 from dino.layers import deform_attn_implementation
 from dino.modeling.detector import Detector, Preprocessing
 from dino.utils.files import DataError
@@ -50,7 +50,7 @@ def wrapper(detector):
 @pytest.fixture(scope="module")
 def traced():
     """`export_formats.trace`, whose open sizes take a while, once per argument."""
-    return functools.cache(export_formats.trace)
+    return functools.cache(export_formats._trace)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def exported(wrapper, traced):
         if case not in made:
             about = describe(NAMES, [0.3, 0.4, 0.5], PREPROCESSING, fixed)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(export_formats, "trace", traced)
+                patch.setattr(export_formats, "_trace", traced)
                 made[case] = write(form, wrapper, fixed, about, sampling=sampling)
         return made[case]
 
@@ -157,7 +157,7 @@ def test_onnx_has_standard_operators_only(exported, case):
     onnx = pytest.importorskip("onnx")
     model = onnx.load_from_string(content)
     onnx.checker.check_model(model)
-    assert {opset.domain: opset.version for opset in model.opset_import} == {"": OPSET}
+    assert {opset.domain: opset.version for opset in model.opset_import} == {"": _OPSET}
     assert not model.functions
     assert {node.domain for node in model.graph.node} == {""}
     assert ("GridSample" in {node.op_type for node in model.graph.node}) == (CASES[case][2] == "grid")
@@ -239,6 +239,6 @@ def test_verification_finds_the_same(exported, detector, case):
     form, fixed, _ = CASES[case]
     inputs = prepare(noise(1, 150, 170)[0][0].transpose(1, 2, 0), describe(NAMES, [0], PREPROCESSING, fixed)["resize"])
     pair = run_network(detector, inputs), run_exported(FORMATS[form].run(exported(case)), inputs, fixed)
-    differences = match(*pair)
+    differences = _match(*pair)
     assert len(differences) == PREPROCESSING.max_detections
     assert all(d is not None and d[0] < 0.05 and d[1] < 1e-3 for d in differences)

@@ -8,7 +8,7 @@ import torch
 
 from dino.layers import Tokens
 from dino.modeling import Encoder, QuerySelection
-from dino.modeling.dino import valid_size
+from dino.modeling.dino import _valid_size
 
 from .golden import GoldenFile
 
@@ -25,7 +25,7 @@ def tokens():
         position=torch.zeros_like(memory),
         padding_mask=padding,
         shapes=shapes,
-        valid_sizes=torch.stack([valid_size(p.unflatten(1, s)) for p, s in zip(levels, shapes, strict=True)], 1),
+        valid_sizes=torch.stack([_valid_size(p.unflatten(1, s)) for p, s in zip(levels, shapes, strict=True)], 1),
     )
 
 

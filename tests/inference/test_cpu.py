@@ -115,7 +115,7 @@ def test_residual_blocks_with_one_cell(size, dtype):
 
 @needs_onednn
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("tokens", [1, 900, cpu.PART, cpu.PART + 1])
+@pytest.mark.parametrize("tokens", [1, 900, cpu._PART, cpu._PART + 1])
 def test_feed_forward(tokens, dtype):
     compare_fused(FeedForward(16, 32), torch.randn(2, tokens, 16), 3, dtype)  # it, and its two linear layers
 

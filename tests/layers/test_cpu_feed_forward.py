@@ -19,7 +19,7 @@ from dino.modeling import dino, neck, transformer
 @pytest.fixture
 def small_parts(monkeypatch):
     """Parts of 4 tokens."""
-    monkeypatch.setattr(cpu_feed_forward, "PART", 4)
+    monkeypatch.setattr(cpu_feed_forward, "_PART", 4)
 
 
 @pytest.fixture

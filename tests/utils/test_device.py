@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from dino.utils.device import STAGED, to_device, to_host
+from dino.utils.device import _STAGED, to_device, to_host
 
 
-@pytest.mark.parametrize("count", [0, 3, STAGED // 8, STAGED // 8 + 1, STAGED])
+@pytest.mark.parametrize("count", [0, 3, _STAGED // 8, _STAGED // 8 + 1, _STAGED])
 @pytest.mark.parametrize("pinned", [False, True])
 def test_numbers_arrive_whatever_their_number(count, pinned):
     device = torch.empty(0).device

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 import dino
-from dino.utils.moved import MOVED
+from dino.utils.moved import _MOVED
 
 ROOT = Path(__file__).parents[2]
-NEEDS_DETECTRON2 = [name for name, target in MOVED.items() if target.startswith("dino.d2")]
+NEEDS_DETECTRON2 = [name for name, target in _MOVED.items() if target.startswith("dino.d2")]
 # Names in checkpoints, saved recipes and programs of before the modules moved: class paths of descriptions, `_target_`
 # and `!!python/name:` of config.yaml, and what the documentation showed. Module -> attributes.
 STORED = {
@@ -68,18 +68,18 @@ def run_python(*words):
     return done.stdout
 
 
-@pytest.mark.parametrize("name", [*(set(MOVED) - set(NEEDS_DETECTRON2)), *needs_detectron2(NEEDS_DETECTRON2)])
+@pytest.mark.parametrize("name", [*(set(_MOVED) - set(NEEDS_DETECTRON2)), *needs_detectron2(NEEDS_DETECTRON2)])
 def test_old_paths_lead_to_the_modules_themselves(name):
-    old, new = importlib.import_module(name), importlib.import_module(MOVED[name])
+    old, new = importlib.import_module(name), importlib.import_module(_MOVED[name])
     assert old is new
     assert sys.modules[name] is new
-    assert new.__name__ == new.__spec__.name == MOVED[name]
+    assert new.__name__ == new.__spec__.name == _MOVED[name]
 
 
 def test_the_table_is_sound():
     """No path leads to another old one, no old path hides a module that exists, and every target exists."""
-    assert not set(MOVED) & set(MOVED.values())
-    for old, new in MOVED.items():
+    assert not set(_MOVED) & set(_MOVED.values())
+    for old, new in _MOVED.items():
         assert not (ROOT / f"{old.replace('.', '/')}.py").exists(), old
         assert not (ROOT / old.replace(".", "/") / "__init__.py").exists(), old
         path = ROOT / new.replace(".", "/")
@@ -93,7 +93,7 @@ def test_stored_names_lead_to_the_objects_in_use(module):
         found = getattr(importlib.import_module(module), name)
         assert callable(found)
         assert getattr(importlib.import_module(found.__module__), found.__name__) is found
-        assert found.__module__ not in MOVED
+        assert found.__module__ not in _MOVED
 
 
 @pytest.mark.parametrize("path", [*needs_detectron2(["dino.d2.optim.tenth_for_backbone"])])
@@ -171,5 +171,5 @@ def test_reloading_an_old_path_reloads_the_module():
 
 def test_walking_the_package_meets_no_module_twice():
     names = [module.name for module in pkgutil.walk_packages(dino.__path__, "dino.") if "d2" not in module.name]
-    assert not set(names) & set(MOVED)
+    assert not set(names) & set(_MOVED)
     assert len(names) == len(set(names))

@@ -21,7 +21,7 @@ def test_recipes_are_found_by_name_and_by_path():
 
 
 def test_no_two_recipes_have_one_name():
-    files = [path for folder in recipes.FOLDERS for path in (ROOT / folder).glob("*.py")]
+    files = [path for folder in recipes._FOLDERS for path in (ROOT / folder).glob("*.py")]
     assert len(recipes.recipes()) == len([path for path in files if path.stem != "base"]) > 5
 
 
@@ -35,7 +35,7 @@ def test_an_installed_package_carries_them(tmp_path, monkeypatch):
     """Built as for a wheel, without the compiled operator; Detectron2 reads the copy."""
     command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
-    monkeypatch.setattr(recipes, "PACKAGE", tmp_path / "dino")
+    monkeypatch.setattr(recipes, "_PACKAGE", tmp_path / "dino")
     found = recipes.find_recipe("dino_r18_shapes")
     assert found == tmp_path / "dino/recipe_files/projects/dino/configs/dino_r18_shapes.py"
     assert not list(tmp_path.rglob("__pycache__"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dino.modeling import TorchvisionBackbone, build_dino, share_heads
-from dino.modeling.transformer import FOCAL_PRIOR
+from dino.modeling.transformer import _FOCAL_PRIOR
 from dino.utils.files import DataError
 from dino.weights import load_weights, resnet_to_detectron2
 
@@ -60,7 +60,7 @@ def test_another_number_of_classes():
     assert len(report.reinitialised) == CLASS_TENSORS
     for name, value in target.state_dict().items():
         assert torch.equal(value, (before if name in report.reinitialised else source.state_dict())[name]), name
-    assert torch.equal(target.decoder.class_heads[1].bias, torch.full((3,), FOCAL_PRIOR))
+    assert torch.equal(target.decoder.class_heads[1].bias, torch.full((3,), _FOCAL_PRIOR))
     assert "re-initialised, 3 classes instead of 5: " in str(report)
 
 

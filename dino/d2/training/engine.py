@@ -56,7 +56,7 @@ def train(cfg: DictConfig, resume: bool) -> dict:
     about = describe_run(images, cfg.train.seed)
     del images
     seed_random(cfg.train.seed)  # the same weights on all processes
-    model = build_model(cfg)
+    model = _build_model(cfg)
     names = names_of(cfg.dataloader.train.dataset)
     checkpointer = Checkpointer(
         model,
@@ -98,7 +98,7 @@ def _start_folder(cfg: DictConfig, start: int) -> str:
     return (folder / "config.yaml").read_text()
 
 
-def build_model(cfg: DictConfig) -> nn.Module:
+def _build_model(cfg: DictConfig) -> nn.Module:
     """Build the recipe's model on its device.
 
     Raises:
@@ -172,7 +172,7 @@ def _list_hooks(cfg: DictConfig, trainer: Trainer, checkpointer: Checkpointer, e
 
     def run_evaluation() -> dict:
         results.clear()
-        results.update(evaluate(cfg, model, ema))
+        results.update(_evaluate(cfg, model, ema))
         picture = os.path.join(folder, "val_predictions.png")
         if not from_main(os.path.exists(picture)):
             _show_predictions(cfg, model, names, picture)
@@ -210,7 +210,7 @@ def _list_writers(cfg: DictConfig) -> list[EventWriter]:
     return writers
 
 
-def evaluate(cfg: DictConfig, model: nn.Module, ema: Ema | None = None) -> dict:
+def _evaluate(cfg: DictConfig, model: nn.Module, ema: Ema | None = None) -> dict:
     """Evaluate the model on the recipe's test data -> metrics on the main process; prints and writes them too.
 
     With `ema`, the metrics of the averaged weights follow under the key "ema".
@@ -272,7 +272,7 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
         DataError: the file lacks a tensor of the recipe's model.
     """
     use_precision(cfg)
-    model = build_model(cfg).eval()
+    model = _build_model(cfg).eval()
     compile_if_wanted(cfg, model)
     checkpointer = Checkpointer(model, names=names_of(cfg.dataloader.test.dataset))
     content = checkpointer.load_whole(cfg.train.init_checkpoint)
@@ -282,4 +282,4 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
     if "ema" in content:
         ema = Ema(model, decay=0)
         ema.load_state_dict(content["ema"])
-    return evaluate(cfg, model, ema)
+    return _evaluate(cfg, model, ema)

@@ -18,7 +18,7 @@ from dino.utils.device import to_host
 from dino.utils.files import write_whole
 
 logger = logging.getLogger("detectron2.dino")
-LONGEST_STREAK = 20  # bad steps in a row that end a training in any case: float16's loss scale is then below 1
+_LONGEST_STREAK = 20  # bad steps in a row that end a training in any case: float16's loss scale is then below 1
 
 
 class _Step(NamedTuple):
@@ -102,7 +102,7 @@ class NonFiniteChecker:
             self.streak = 0
             return
         self.streak += 1
-        if self.scaled and not bad_loss and self.streak < LONGEST_STREAK:
+        if self.scaled and not bad_loss and self.streak < _LONGEST_STREAK:
             return  # the loss scale was too large and has been halved
         what = f"losses {dict(zip(step.names, values, strict=True))}" if bad_loss else "gradients are NaN or infinite"
         self.report(step.iteration, step.batch, what)
@@ -124,7 +124,7 @@ class NonFiniteChecker:
         write_whole(path, lambda part: torch.save(kept, part))
         names = ", ".join(x["file_name"] for x in kept)
         message = f"iteration {iteration}: {reason}. Images: {names}. The batch is in {path}"
-        if not self.skip or self.streak >= LONGEST_STREAK:
+        if not self.skip or self.streak >= _LONGEST_STREAK:
             raise FloatingPointError(f"{message}. Lower optimizer.lr, or look at the boxes of these images")
         self.skipped += 1
         logger.warning(f"{message}. The weights are unchanged; {self.skipped} such steps so far")

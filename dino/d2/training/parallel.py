@@ -29,7 +29,7 @@ from dino.modeling.blocks import find_blocks
 from dino.utils.files import UserError, write_whole
 
 logger = logging.getLogger("detectron2.dino")
-STARTER = "started_by"  # file in the folder of a run
+_STARTER = "started_by"  # file in the folder of a run
 
 
 class Processes(NamedTuple):
@@ -55,7 +55,7 @@ def launch(main: Callable, processes: Processes, *args: Any) -> None:
         UserError: the numbers of processes make no sense.
     """
     if "LOCAL_RANK" in os.environ:
-        join_group(processes)
+        _join_group(processes)
         try:
             main(*args)
         finally:
@@ -71,7 +71,7 @@ def launch(main: Callable, processes: Processes, *args: Any) -> None:
     spawn(main, num_gpus, num_machines, machine_rank, url, args=args)
 
 
-def join_group(processes: Processes) -> None:
+def _join_group(processes: Processes) -> None:
     """Join the process group that torchrun describes in the environment."""
     if processes.num_gpus != 1 or processes.num_machines != 1:
         raise UserError("torchrun starts the processes: leave out --num-gpus and --num-machines")
@@ -101,12 +101,12 @@ def _launch_id() -> str:
 
 def note_start(folder: Path) -> None:
     """Write the id of this launch into the folder of a run."""
-    write_whole(folder / STARTER, lambda part: part.write_text(_launch_id()))
+    write_whole(folder / _STARTER, lambda part: part.write_text(_launch_id()))
 
 
 def started_by_same(folder: Path) -> bool:
     """Whether the same launch has called `note_start` for this folder."""
-    return (folder / STARTER).is_file() and (folder / STARTER).read_text() == _launch_id()
+    return (folder / _STARTER).is_file() and (folder / _STARTER).read_text() == _launch_id()
 
 
 def from_main(value):

@@ -21,7 +21,7 @@ from .repair import repair
 from .splits import Split, compare
 
 
-class Checked(NamedTuple):
+class _Checked(NamedTuple):
     """A data set and its issues.
 
     Args:
@@ -36,7 +36,7 @@ class Checked(NamedTuple):
     sizes: np.ndarray
 
 
-def check(path: Path, folder: Path, resize: Resize, *, open_images: bool = True) -> Checked:
+def _check(path: Path, folder: Path, resize: Resize, *, open_images: bool = True) -> _Checked:
     """Check one data set.
 
     Raises:
@@ -60,29 +60,29 @@ def check(path: Path, folder: Path, resize: Resize, *, open_images: bool = True)
         issues += check_files(images, files)
     sizes = resized(contents.objects, resize)
     issues += check_sizes(contents.objects, sizes)
-    return Checked(path, data, Split(folder, contents, images, files), issues, sizes)
+    return _Checked(path, data, Split(folder, contents, images, files), issues, sizes)
 
 
 def _is_sound(entry: Any, contents: Contents) -> bool:
     return isinstance(entry, dict) and type(entry.get("id")) is int and contents.images.get(entry["id"]) is entry
 
 
-def check_all(sets: Sequence[tuple[Path, Path]], resize: Resize, *, open_images: bool = True) -> list[Checked]:
+def check_all(sets: Sequence[tuple[Path, Path]], resize: Resize, *, open_images: bool = True) -> list[_Checked]:
     """Check training data and, if given, validation data, and compare the two.
 
     Args:
         sets: annotations and image folder of one or two data sets.
 
     Raises:
-        DataError: see `check`.
+        DataError: see `_check`.
     """
-    train, *val = checked = [check(path, folder, resize, open_images=open_images) for path, folder in sets]
+    train, *val = checked = [_check(path, folder, resize, open_images=open_images) for path, folder in sets]
     for other in val:
         train.issues.extend(compare(train.split, other.split))
     return checked
 
 
-def print_report(checked: Sequence[Checked], show: int) -> int:
+def print_report(checked: Sequence[_Checked], show: int) -> int:
     """Print numbers and issues of each data set, and the image files that no data set lists.
 
     Args:
@@ -103,7 +103,7 @@ def print_report(checked: Sequence[Checked], show: int) -> int:
     return total
 
 
-def _describe(checked: Checked) -> list[str]:
+def _describe(checked: _Checked) -> list[str]:
     """Numbers of images, objects and classes, and the sizes of objects."""
     contents = checked.split.contents
     empty = len(contents.images) - len({o.image["id"] for o in contents.objects})
@@ -141,7 +141,7 @@ def _list_issues(issues: list[Issue], show: int) -> list[str]:
     return lines
 
 
-def _print_unlisted(checked: Sequence[Checked]) -> None:
+def _print_unlisted(checked: Sequence[_Checked]) -> None:
     """Print which image files no annotation lists."""
     for folder in dict.fromkeys(c.split.folder for c in checked):
         entries = [e for c in checked if c.split.folder == folder for e in c.data["images"] if isinstance(e, dict)]
@@ -159,7 +159,7 @@ def refuse_existing(*paths: Path | None) -> None:
             raise UserError(f"{path} exists: choose another name")
 
 
-def write_fixed(path: Path, checked: Checked) -> None:
+def write_fixed(path: Path, checked: _Checked) -> None:
     """Write a cleaned copy of the annotations.
 
     Raises:

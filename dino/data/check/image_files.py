@@ -41,7 +41,7 @@ class ImageFile(NamedTuple):
         return self.size[::-1] if self.orientation >= 5 else self.size
 
 
-def read_file(path: Path) -> ImageFile:
+def _read_file(path: Path) -> ImageFile:
     """Decode one file to its end."""
     if not path.is_file():
         return ImageFile(problem="missing")
@@ -63,7 +63,7 @@ def read_files(images: list[dict], folder: str | Path, label: str) -> list[Image
     paths = [resolve_inside(folder, image["file_name"]) for image in images]
     with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about metadata and large images; failures become issues
-        progress = tqdm(pool.map(read_file, paths), desc=label, total=len(paths), unit=" images", disable=None)
+        progress = tqdm(pool.map(_read_file, paths), desc=label, total=len(paths), unit=" images", disable=None)
         return list(progress)
 
 

@@ -21,7 +21,7 @@ from dino.evaluation.average_precision import precision_of, run_coco, summarise
 
 THRESHOLDS = np.round(np.arange(0.01, 1.0, 0.01), 2)  # of the slider and the figures
 _IOU, _LOOSE_IOU = 0.5, 0.1  # at least: right; badly placed
-KINDS = ("found", "misplaced", "confused", "duplicate", "false")
+_KINDS = ("found", "misplaced", "confused", "duplicate", "false")
 
 
 class Found(NamedTuple):
@@ -205,7 +205,7 @@ def _describe(detection: dict, labels: dict[int, int], kind: str, target: int = 
 
 def _count(found: list[Found], objects: list[Object]) -> dict[str, np.ndarray]:
     """(99,) int64 for each of KINDS and for "missed": the number at each of THRESHOLDS."""
-    tally = {kind: _above([f.score for f in found if f.kind == kind]) for kind in KINDS}
+    tally = {kind: _above([f.score for f in found if f.kind == kind]) for kind in _KINDS}
     return tally | {"missed": len(objects) - tally["found"]}
 
 
@@ -216,7 +216,7 @@ def _above(scores: list[float]) -> np.ndarray:
 
 def rates(tally: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Precision (1 where nothing is detected) and recall at each of THRESHOLDS."""
-    detected = sum(tally[kind] for kind in KINDS)
+    detected = sum(tally[kind] for kind in _KINDS)
     precision = np.divide(tally["found"], detected, out=np.ones(len(THRESHOLDS)), where=detected > 0)
     return precision, tally["found"] / np.maximum(tally["found"] + tally["missed"], 1)
 

@@ -22,12 +22,12 @@ from torch import Tensor
 from . import self_test
 from .reference import Shapes, check_sizes, deform_attn_gather, deform_attn_reference, flat
 
-CHOICES = ("auto", "reference", "gather", "compiled")
+_CHOICES = ("auto", "reference", "gather", "compiled")
 PLAIN = ("reference", "gather")  # forms in plain PyTorch
 VARIABLE = "DINO_DEFORM_ATTN"
 FOLDER = Path(__file__).parent  # of the shared objects
 FILES = {"cpu": "_deform_attn_cpu.so", "cuda": "_deform_attn_cuda.so"}
-SCHEMA = "_deform_attn_schema.so"  # the operators' names and arguments; the other files register kernels for them
+_SCHEMA = "_deform_attn_schema.so"  # the operators' names and arguments; the other files register kernels for them
 HINT = "`python -m dino.layers.ops.build` builds it"
 
 _override: ContextVar[str | None] = ContextVar(VARIABLE, default=None)
@@ -114,8 +114,8 @@ def requested() -> str:
 
 
 def _checked(choice: str, where: str) -> str:
-    if choice not in CHOICES:
-        raise ValueError(f"{where} must be one of {', '.join(CHOICES)}, but is {choice!r}")
+    if choice not in _CHOICES:
+        raise ValueError(f"{where} must be one of {', '.join(_CHOICES)}, but is {choice!r}")
     return choice
 
 
@@ -197,7 +197,7 @@ def _find_out(device: torch.device) -> Verdict:
     if not file.exists():
         return Verdict(False, False, f"it is not built for {device.type} ({HINT})")
     try:
-        load(device.type)
+        _load(device.type)
     except (OSError, RuntimeError) as error:
         return Verdict(False, True, f"{file.name} can't be loaded ({HINT} again): {_first_line(error)}")
     try:
@@ -230,7 +230,7 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def load(device_type: str) -> None:
+def _load(device_type: str) -> None:
     """Load the schema and the shared object for a type of device. Repeated calls change nothing.
 
     Raises:
@@ -238,9 +238,9 @@ def load(device_type: str) -> None:
     """
     if not hasattr(torch.ops.dino, "deform_attn_fused_backward"):
         # A CPU part that was built before the schema became a file of its own includes the schema.
-        torch.ops.load_library(FOLDER / (SCHEMA if (FOLDER / SCHEMA).exists() else FILES["cpu"]))
+        torch.ops.load_library(FOLDER / (_SCHEMA if (FOLDER / _SCHEMA).exists() else FILES["cpu"]))
         if not hasattr(torch.ops.dino, "deform_attn_fused_backward"):
-            raise OSError(f"{SCHEMA} is absent")
+            raise OSError(f"{_SCHEMA} is absent")
         _register()
     torch.ops.load_library(FOLDER / FILES[device_type])
 

@@ -1,6 +1,6 @@
 """The self-test of the compiled operator: compares each kernel with the reference before its first use.
 
-`WIDTHS`, `LAYOUTS` and `FORMS` list the cases. To cover the kernels of another head width, add a line to `WIDTHS`.
+`_WIDTHS`, `_LAYOUTS` and `_FORMS` list the cases. To cover the kernels of another head width, add a line to `_WIDTHS`.
 """
 
 import functools
@@ -16,23 +16,23 @@ from .reference import Shapes, deform_attn_reference, flat
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 _BATCH, _HEADS = 2, 2
 _FAR = 1024.0  # cells: an offset out of every level
-FORMS = ("plain", "points", "boxes")
+_FORMS = ("plain", "points", "boxes")
 
 # Head width: types of `value`. DINO runs 32; 5 fits no vector and no fast kernel.
-WIDTHS = {32: (F32, BF16, F16), 5: (F32, BF16, F16, F64)}
+_WIDTHS = {32: (F32, BF16, F16), 5: (F32, BF16, F16, F64)}
 
 # Greatest difference over greatest magnitude. Values, gradients, offsets and logits are exact in every type; weights of
 # the plain form and results are rounded.
-BOUNDS = {F16: 2e-3, BF16: 1e-2, F32: 2e-5, F64: 1e-11}
+_BOUNDS = {F16: 2e-3, BF16: 1e-2, F32: 2e-5, F64: 1e-11}
 _LOCATION_BOUNDS = {
-    **BOUNDS,
+    **_BOUNDS,
     F32: 1e-4,
     F16: 4e-3,
     BF16: 2e-2,
 }  # gradients: differences of values
 
 
-class Layout(NamedTuple):
+class _Layout(NamedTuple):
     """Levels, queries and points of a case; queries None: one for each cell of the pyramid."""
 
     shapes: Shapes
@@ -44,9 +44,9 @@ class Layout(NamedTuple):
 # off here. A few queries for many cells are the decoder's: backward goes from query to query. Both fill several blocks,
 # and have more samples than a group of lanes prepares at a time. The deterministic backward makes lists of samples for
 # both; some cells have several lists.
-LAYOUTS = {
-    "queries are cells": Layout([(9, 1), (1, 17), (2, 2)], None, 6),
-    "few queries": Layout([(3, 22), (1, 20), (10, 1)], 67, 3),
+_LAYOUTS = {
+    "queries are cells": _Layout([(9, 1), (1, 17), (2, 2)], None, 6),
+    "few queries": _Layout([(3, 22), (1, 20), (10, 1)], 67, 3),
 }
 
 
@@ -84,23 +84,23 @@ def run(operators, device: torch.device) -> None:
         RuntimeError: the operators can't run now, for example because memory ran out.
     """
     with ThreadPoolExecutor(1, "deform_attn_self_test") as thread:
-        thread.submit(check, operators, device).result()
+        thread.submit(_check, operators, device).result()
 
 
-def check(operators, device: torch.device) -> None:
+def _check(operators, device: torch.device) -> None:
     """`run` in this thread."""
     with torch.no_grad():
-        for width, dtypes in WIDTHS.items():
-            for name in LAYOUTS:
+        for width, dtypes in _WIDTHS.items():
+            for name in _LAYOUTS:
                 for dtype in dtypes:
                     _compare(list(_results_of(operators, device, name, width, dtype)))
             _check_order(operators, device, width)
 
 
 @functools.cache
-def example_of(name: str, width: int) -> _Example:
+def _example_of(name: str, width: int) -> _Example:
     """The example of a layout; cached, so that a repeated self-test is quick."""
-    shapes, queries, points = LAYOUTS[name]
+    shapes, queries, points = _LAYOUTS[name]
     tokens, levels = sum(h * w for h, w in shapes), len(shapes)
     queries = queries or tokens
     generator = torch.Generator("cpu").manual_seed(width)  # the generator of the process keeps its state
@@ -169,15 +169,15 @@ def _operator_of(operators, form: str, suffix: str):
 
 def _results_of(operators, device: torch.device, name: str, width: int, dtype: torch.dtype) -> Iterator[_Result]:
     """Run every form, forward and both backwards."""
-    example, shapes = example_of(name, width), flat(LAYOUTS[name].shapes)
+    example, shapes = _example_of(name, width), flat(_LAYOUTS[name].shapes)
     given = _arguments_of(example, dtype, device)
     where = f"head width {width}, {str(dtype).removeprefix('torch.')}, {name}"
 
     def result(title: str, argument: str, actual: Tensor) -> _Result:
-        bound = (BOUNDS if argument in ("output", "value") else _LOCATION_BOUNDS)[dtype] * example.greatest[argument]
+        bound = (_BOUNDS if argument in ("output", "value") else _LOCATION_BOUNDS)[dtype] * example.greatest[argument]
         return _Result(where, f"{title}: {argument}", actual, example.expected[argument], bound)
 
-    for form in FORMS:
+    for form in _FORMS:
         value, *others = (given[argument] for argument in _ARGUMENTS[form])
         yield result(f"{form} form", "output", _operator_of(operators, form, "forward")(value, shapes, *others))
         for suffix in ("backward", "backward_deterministic"):
@@ -189,10 +189,10 @@ def _results_of(operators, device: torch.device, name: str, width: int, dtype: t
 def _check_order(operators, device: torch.device, width: int) -> None:
     """Raise an AssertionError if two deterministic runs differ in a bit of their sums of long lists."""
     name = "queries are cells"
-    given = _arguments_of(example_of(name, width), F32, device)
+    given = _arguments_of(_example_of(name, width), F32, device)
     value, *others = (given[argument] for argument in _ARGUMENTS["plain"])
     backward = _operator_of(operators, "plain", "backward_deterministic")
-    first, second = (backward(given["grad"], value, flat(LAYOUTS[name].shapes), *others)[0] for _ in range(2))
+    first, second = (backward(given["grad"], value, flat(_LAYOUTS[name].shapes), *others)[0] for _ in range(2))
     if not torch.equal(first, second):
         raise AssertionError(f"plain form: two deterministic runs differ (head width {width}, float32, {name})")
 

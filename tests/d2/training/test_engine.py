@@ -110,7 +110,7 @@ def test_the_saved_recipe_evaluates_the_checkpoint(trained):
 
 
 def test_a_model_on_a_cpu_has_the_feed_forward_network_for_it(tmp_path):
-    kinds = {type(module) for module in engine.build_model(tiny_recipe(tmp_path)).modules()}
+    kinds = {type(module) for module in engine._build_model(tiny_recipe(tmp_path)).modules()}
     assert CpuFeedForward in kinds
     assert FeedForward not in kinds
 
@@ -183,7 +183,7 @@ def test_evaluation_in_the_same_precision_by_a_switch(tmp_path, switch, expected
     model = instantiate(cfg.model).eval()
     seen = set()
     model.network.decoder.layers[0].feed_forward.linear1.register_forward_hook(lambda *call: seen.add(call[2].dtype))
-    assert "AP" in engine.evaluate(cfg, model)["bbox"]
+    assert "AP" in engine._evaluate(cfg, model)["bbox"]
     assert seen == {expected}
 
 
@@ -446,4 +446,4 @@ def test_a_model_that_its_parts_refuse_is_told_in_one_sentence(tmp_path):
     cfg = tiny_recipe(tmp_path)
     cfg.model.network.neck.num_levels = 1
     with pytest.raises(DataError, match="the recipe's model can't be built: num_levels 1"):
-        engine.build_model(cfg)
+        engine._build_model(cfg)

@@ -84,7 +84,7 @@ def test_skips_and_counts_by_a_switch(tmp_path, kind, caplog):
 
 
 def test_skipping_has_an_end(tmp_path):
-    with pytest.raises(FloatingPointError, match=f"iteration {non_finite.LONGEST_STREAK - 1}:"):
+    with pytest.raises(FloatingPointError, match=f"iteration {non_finite._LONGEST_STREAK - 1}:"):
         run(tmp_path, Faulty("loss", bad=set(range(100))), iterations=40, skip_non_finite=True)
 
 

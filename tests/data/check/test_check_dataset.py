@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dino import cli
-from dino.data.check.image_files import read_file
+from dino.data.check.image_files import _read_file
 
 from ...coco_files import write_coco
 from ...tools.programs import contents
@@ -254,11 +254,11 @@ def test_huge_and_strange_pictures_are_unreadable_not_fatal(tmp_path):
     header = b"BM" + (54).to_bytes(4, "little") + bytes(4) + (54).to_bytes(4, "little") + (40).to_bytes(4, "little")
     size = (60_000).to_bytes(4, "little")
     bomb.write_bytes(header + size * 2 + (1).to_bytes(2, "little") + (24).to_bytes(2, "little") + bytes(24))
-    assert "decompression bomb" in read_file(bomb).problem
+    assert "decompression bomb" in _read_file(bomb).problem
     os.mkfifo(tmp_path / "pipe.png")
-    assert read_file(tmp_path / "pipe.png").problem == "missing"
+    assert _read_file(tmp_path / "pipe.png").problem == "missing"
     (tmp_path / "empty.jpg").touch()
-    assert "cannot identify image file" in read_file(tmp_path / "empty.jpg").problem
+    assert "cannot identify image file" in _read_file(tmp_path / "empty.jpg").problem
 
 
 @pytest.mark.parametrize("cut", [10, 1000])
@@ -266,9 +266,9 @@ def test_a_truncated_jpeg_is_noticed(tmp_path, cut):
     """Although it is decoded at an eighth of its size."""
     files = write_coco(tmp_path, counts=(3,), suffix=".jpg", width=300, height=200)
     path = Path(files.images) / "image_1.jpg"
-    assert read_file(path).problem is None
+    assert _read_file(path).problem is None
     path.write_bytes(path.read_bytes()[:-cut])
-    assert "truncated" in read_file(path).problem
+    assert "truncated" in _read_file(path).problem
 
 
 @pytest.mark.skipif(not BCCD.is_dir(), reason="the blood cells are not there: set DINO_BCCD")

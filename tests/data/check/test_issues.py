@@ -20,7 +20,7 @@ SEEDS = st.integers(0, 10**6)
 
 
 def check(files, open_images=True):
-    return check_dataset.check(Path(files.annotations), Path(files.images), Resize(), open_images=open_images)
+    return check_dataset._check(Path(files.annotations), Path(files.images), Resize(), open_images=open_images)
 
 
 def assert_found(planted, issues):

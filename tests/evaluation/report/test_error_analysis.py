@@ -3,7 +3,7 @@ import pytest
 
 from dino.data.coco import CocoImages
 from dino.evaluation.average_precision import evaluate
-from dino.evaluation.report.error_analysis import KINDS, THRESHOLDS, _best_threshold, analyse, confusion, f1_of, rates
+from dino.evaluation.report.error_analysis import _KINDS, THRESHOLDS, _best_threshold, analyse, confusion, f1_of, rates
 
 from ...coco_files import write_coco
 from .detections import imperfect
@@ -101,7 +101,7 @@ def test_planted_errors_are_counted(seed):
     assert tally["duplicate"] == done["duplicate"]
     assert tally["confused"] == done["confused"]
     assert tally["missed"] == done["missed"] + done["misplaced"] + done["confused"]
-    assert sum(tally[kind] for kind in KINDS) == len(results)
+    assert sum(tally[kind] for kind in _KINDS) == len(results)
 
 
 def test_ap_is_that_of_the_other_road(tmp_path):
@@ -128,5 +128,5 @@ def test_best_threshold_is_in_the_middle_of_a_plateau():
     f1 = np.zeros(99)
     f1[20:41] = 0.5
     assert _best_threshold(f1) == 0.31
-    zero = {kind: np.zeros(99, dtype=int) for kind in (*KINDS, "missed")}
+    zero = {kind: np.zeros(99, dtype=int) for kind in (*_KINDS, "missed")}
     assert f1_of(*rates(zero)).tolist() == [0] * 99

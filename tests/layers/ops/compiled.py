@@ -26,7 +26,7 @@ def folder_of_operator(temporary):
     if (operator.FOLDER / operator.FILES["cpu"]).exists():
         return operator.FOLDER
     try:
-        build.find_compilers()
+        build._find_compilers()
     except build.BuildError as reason:
         pytest.skip(f"the compiled operator is not built, and can't be: {reason}")
     build_for_cpu(temporary)
@@ -40,9 +40,9 @@ def build_for_cpu(folder):
 
 def build_variant(folder, monkeypatch, vectors, flags=()):
     """Build kernels for one vector unit only, with additional flags."""
-    chosen = {name: flags_ if name == vectors else [] for name, flags_ in build.VECTORS.items()}
-    monkeypatch.setattr(build, "VECTORS", chosen)
-    monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, *flags])
+    chosen = {name: flags_ if name == vectors else [] for name, flags_ in build._VECTORS.items()}
+    monkeypatch.setattr(build, "_VECTORS", chosen)
+    monkeypatch.setattr(build, "_FLAGS", [*build._FLAGS, *flags])
     build_for_cpu(folder)
 
 

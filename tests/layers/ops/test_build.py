@@ -62,7 +62,7 @@ def machine(tmp_path, monkeypatch):
 
 @pytest.fixture
 def torch_with_cuda(monkeypatch, tmp_path):
-    monkeypatch.setattr(build, "find_torch", lambda: build.Torch(tmp_path, "2.14.1+cu130", True))
+    monkeypatch.setattr(build, "_find_torch", lambda: build._Torch(tmp_path, "2.14.1+cu130", True))
 
 
 def build_cpu(folder):
@@ -98,7 +98,7 @@ def test_builds_once(machine, monkeypatch):
     calls = machine.log.read_text()
     assert build_cpu(machine.target).state == "up to date"
     assert machine.log.read_text() == calls
-    monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-g"])
+    monkeypatch.setattr(build, "_FLAGS", [*build._FLAGS, "-g"])
     assert build_cpu(machine.target).state == "built"
     machine(**{"g++": COMPILER.replace("1.0", "2.0")})
     assert build_cpu(machine.target).state == "built"
@@ -158,7 +158,7 @@ def test_a_failing_build_says_all_and_leaves_what_was_there(machine, capsys, mon
     monkeypatch.setattr(build, "build", lambda: everything(machine.target, ["cpu"]))
     monkeypatch.setattr(build, "FOLDER", machine.target)
     assert build.main() == 1
-    version = build.find_torch().version
+    version = build._find_torch().version
     reason = "deform_attn.cpp:1:1: fatal error: stable/library.h: No such file or directory"
     assert capsys.readouterr().err.splitlines() == [
         f"deform_attn for cpu: failed: with torch {version}",
@@ -172,7 +172,7 @@ def test_a_failing_build_says_all_and_leaves_what_was_there(machine, capsys, mon
 def test_without_any_build_it_says_what_runs(machine, capsys, monkeypatch):
     everything = build.build
     monkeypatch.setattr(build, "build", lambda: everything(machine.target))
-    monkeypatch.setattr(build, "file_of", lambda part: machine.target / part)
+    monkeypatch.setattr(build, "_file_of", lambda part: machine.target / part)
     assert build.main() == 1
     assert capsys.readouterr().err.splitlines()[-1] == "deform_attn runs as plain PyTorch on the CPU"
 
@@ -196,9 +196,9 @@ def old_build(machine, torch_with_cuda):
     """Of before the schema was a part of its own: both parts, made in another way."""
     machine.target.mkdir()
     for part in build.PLANS:
-        build.file_of(part, machine.target).write_text("old")
+        build._file_of(part, machine.target).write_text("old")
         record = {"architectures": ["old"], "compiler": "old", "flags": [], "sources": "old", "torch": "2.10.0"}
-        build.file_of(part, machine.target).with_suffix(".json").write_text(json.dumps(record))
+        build._file_of(part, machine.target).with_suffix(".json").write_text(json.dumps(record))
 
 
 NOT_KERNELS = FAILING.replace('echo "In', 'case "$*" in *-shared*|*schema.cpp*) OUT ;; esac\necho "In').replace(
@@ -252,8 +252,8 @@ def test_a_part_that_fails_later_leaves_the_other_alone(machine, torch_with_cuda
     build.build(machine.target)
     for name in (CPU, CUDA):
         (machine.target / name).write_text("older")
-    monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-g"])
-    monkeypatch.setattr(build, "CUDA_FLAGS", [*build.CUDA_FLAGS, "-g"])
+    monkeypatch.setattr(build, "_FLAGS", [*build._FLAGS, "-g"])
+    monkeypatch.setattr(build, "_CUDA_FLAGS", [*build._CUDA_FLAGS, "-g"])
     machine(**{"g++": FAILING})
     cpu, cuda = build.build(machine.target)
     assert (cpu.state, cuda.state) == ("failed", "built")
@@ -274,13 +274,13 @@ def test_a_lost_schema_is_made_again(machine):
 def test_torch_is_looked_at(tmp_path, monkeypatch):
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(build.BuildError, match="torch is not installed"):
-        build.find_torch()
+        build._find_torch()
     (tmp_path / "version.py").write_text("__version__ = '2.9.1+cpu'\n")
     spec = build.importlib.machinery.ModuleSpec("torch", None, is_package=True)
     spec.submodule_search_locations = [str(tmp_path)]
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(build.BuildError, match=r"torch 2\.9\.1\+cpu is older than 2\.10"):
-        build.find_torch()
+        build._find_torch()
 
 
 def test_cuda_needs_a_gpu_or_force(machine, torch_with_cuda, monkeypatch):
@@ -309,7 +309,7 @@ def test_cuda_for_the_gpus_that_are_there(machine, torch_with_cuda, monkeypatch)
 def test_cuda_needs_a_torch_with_cuda(machine, monkeypatch, tmp_path):
     machine(nvcc=NVCC)
     monkeypatch.setenv("FORCE_CUDA", "1")
-    monkeypatch.setattr(build, "find_torch", lambda: build.Torch(tmp_path, "2.13.0+cpu", False))
+    monkeypatch.setattr(build, "_find_torch", lambda: build._Torch(tmp_path, "2.13.0+cpu", False))
     assert build_cuda(machine.target).state == "left out"
 
 

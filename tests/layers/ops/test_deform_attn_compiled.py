@@ -29,7 +29,7 @@ def compiled_operator(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setattr(operator, "FOLDER", compiled.folder_of_operator(tmp_path_factory.mktemp("operator")))
     patch.setattr(operator, "_verdicts", {})
-    operator.load("cpu")
+    operator._load("cpu")
     with deform_attn_implementation("compiled"):
         yield
     patch.undo()
@@ -499,7 +499,7 @@ def test_a_binary_without_the_schema(tmp_path):
     shutil.copy(operator.FOLDER / operator.FILES["cpu"], tmp_path)
     output = run_with_binary(tmp_path)
     assert "_deform_attn_cpu.so can't be loaded (`python -m dino.layers.ops.build` builds it again): " in output
-    assert f"{operator.SCHEMA} is absent" in output
+    assert f"{operator._SCHEMA} is absent" in output
 
 
 CUDA_ALONE = """
@@ -516,7 +516,7 @@ print(torch.ops.dino.deform_attn_forward(ones[0], [1, 1], places, ones[0, None])
 
 def test_a_part_needs_the_schema_but_no_other_part(tmp_path):
     """The part for the CPU stands in for that for CUDA, under its name."""
-    shutil.copy(operator.FOLDER / operator.SCHEMA, tmp_path)
+    shutil.copy(operator.FOLDER / operator._SCHEMA, tmp_path)
     shutil.copy(operator.FOLDER / operator.FILES["cpu"], tmp_path / operator.FILES["cuda"])
     assert run_with_binary(tmp_path, CUDA_ALONE).strip() == "1.0"
 
@@ -524,14 +524,14 @@ def test_a_part_needs_the_schema_but_no_other_part(tmp_path):
 def test_a_binary_of_before_the_schema_was_apart(tmp_path):
     """It holds a schema of its own, and serves until it is built again."""
     try:
-        compiler = build.find_compilers()[0]
+        compiler = build._find_compilers()[0]
     except build.BuildError as reason:
         pytest.skip(str(reason))
     target = tmp_path / operator.FILES["cpu"]
-    compile_, link = build.cpu_commands(compiler, build.find_torch(), target)
-    (schema,), _ = build.schema_commands(compiler, build.find_torch(), tmp_path / "schema.so")
+    compile_, link = build._cpu_commands(compiler, build._find_torch(), target)
+    (schema,), _ = build._schema_commands(compiler, build._find_torch(), tmp_path / "schema.so")
     for command in [*compile_, schema]:
-        build.run([*command, "-O0"], build.SOURCES)
+        build.run([*command, "-O0"], build._SOURCES)
     build.run([*link, tmp_path / "schema.o"])
     assert run_with_binary(tmp_path) == "1.0 []\n"
 
@@ -539,14 +539,14 @@ def test_a_binary_of_before_the_schema_was_apart(tmp_path):
 def test_a_binary_that_computes_something_else(tmp_path, monkeypatch):
     """Samples half a cell beside where they should be."""
     try:
-        build.find_compilers()
+        build._find_compilers()
     except build.BuildError as reason:
         pytest.skip(str(reason))
     sources = tmp_path / "csrc"
     sources.mkdir()
-    for path in build.SOURCES.glob("deform_attn*"):
+    for path in build._SOURCES.glob("deform_attn*"):
         (sources / path.name).write_text(path.read_text().replace("A(-0.5)", "A(0.0)"))
-    monkeypatch.setattr(build, "SOURCES", sources)
+    monkeypatch.setattr(build, "_SOURCES", sources)
     compiled.build_variant(tmp_path, monkeypatch, "generic", ["-O1"])
     output = run_with_binary(tmp_path)
     assert "1.0 ['deform_attn runs as plain PyTorch: its self-test on cpu failed" in output
@@ -563,7 +563,7 @@ def vectors_of_this_machine():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("vectors", build.VECTORS)
+@pytest.mark.parametrize("vectors", build._VECTORS)
 def test_every_vector_unit(vectors, tmp_path, monkeypatch):
     if vectors not in vectors_of_this_machine():
         pytest.skip(f"this processor has no {vectors}")
@@ -586,14 +586,14 @@ def test_every_compiler(compiler, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("vectors", build.VECTORS)
+@pytest.mark.parametrize("vectors", build._VECTORS)
 def test_sanitizers_find_nothing(vectors, tmp_path, monkeypatch):
     """AddressSanitizer and UndefinedBehaviorSanitizer over the tests above."""
     if vectors not in vectors_of_this_machine():
         pytest.skip(f"this processor has no {vectors}")
     flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g", "-fno-omit-frame-pointer"]
     compiled.build_variant(tmp_path, monkeypatch, vectors, flags)
-    command = build.find_compilers()[0].command
+    command = build._find_compilers()[0].command
     libraries = [build.run([*command, f"-print-file-name={name}"]).strip() for name in ("libasan.so", "libubsan.so")]
     done = compiled.run_tests(
         tmp_path,

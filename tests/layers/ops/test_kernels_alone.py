@@ -26,8 +26,8 @@ pytestmark = pytest.mark.slow
 
 def compiled_driver(compiler, folder):
     program = folder / "kernels_alone"
-    sources = [DRIVER, build.SOURCES / "deform_attn_generic.cpp"]
-    build.run([*compiler, *build.FLAGS, "-static", f"-I{build.SOURCES}", *sources, "-o", program])
+    sources = [DRIVER, build._SOURCES / "deform_attn_generic.cpp"]
+    build.run([*compiler, *build._FLAGS, "-static", f"-I{build._SOURCES}", *sources, "-o", program])
     return program
 
 
@@ -36,7 +36,7 @@ def program(request, tmp_path_factory):
     """The command that runs the driver."""
     if request.param == "native":
         try:
-            compiler = build.find_compilers()[0].command
+            compiler = build._find_compilers()[0].command
         except build.BuildError as reason:
             pytest.skip(str(reason))
         return [compiled_driver(compiler, tmp_path_factory.mktemp("native"))]
@@ -158,6 +158,6 @@ def test_logits_that_are_no_numbers(program):
 def test_all_of_the_cpu_part_compiles_for_arm():
     if not shutil.which(ARM):
         pytest.skip(f"no {ARM}")
-    include = ["-isystem", build.find_torch().folder / "include"]
-    for path in build.SOURCES.glob("*.cpp"):
-        build.run([ARM, *build.FLAGS, "-Wall", "-Werror", "-fsyntax-only", *include, path])
+    include = ["-isystem", build._find_torch().folder / "include"]
+    for path in build._SOURCES.glob("*.cpp"):
+        build.run([ARM, *build._FLAGS, "-Wall", "-Werror", "-fsyntax-only", *include, path])

@@ -30,7 +30,7 @@ def unknown(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(operator, "_verdicts", {})
     monkeypatch.setattr(operator, "_warned", set())
     monkeypatch.delenv(operator.VARIABLE, raising=False)
-    operator.load("cpu")
+    operator._load("cpu")
 
 
 @contextlib.contextmanager
@@ -108,7 +108,7 @@ def state():
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @pytest.mark.parametrize("name", SURROUNDINGS)
 def test_surroundings_change_nothing(name):
-    self_test.example_of.cache_clear()
+    self_test._example_of.cache_clear()
     generator = torch.get_rng_state()
     with SURROUNDINGS[name]():
         before = state()
@@ -120,7 +120,7 @@ def test_surroundings_change_nothing(name):
 
 def test_inside_function_transforms():
     """Where gradients are taken, or a dimension mapped, at the first use."""
-    self_test.example_of.cache_clear()
+    self_test._example_of.cache_clear()
     seen = []
 
     def function(x):
@@ -133,8 +133,8 @@ def test_inside_function_transforms():
 
 def test_examples_lie_where_they_should():
     """Samples lie inside, half outside and outside; off the lines where gradients jump; all inputs fit every type."""
-    for name, layout in self_test.LAYOUTS.items():
-        example = self_test.example_of(name, 32)
+    for name, layout in self_test._LAYOUTS.items():
+        example = self_test._example_of(name, 32)
         extent = torch.tensor([(w, h) for h, w in layout.shapes], dtype=torch.float64)[:, None]
         places = example.inputs["locations"] * extent - 0.5  # in cells
         assert 0 < places.isnan().float().mean() < 0.2
@@ -153,7 +153,7 @@ def test_examples_lie_where_they_should():
 def test_layouts_take_all_ways_backward():
     """By the rules of deform_attn_cuda.cu: tiles where queries are cells; several lists for a cell of many samples."""
     tiled, copied = [], []
-    for layout in self_test.LAYOUTS.values():
+    for layout in self_test._LAYOUTS.values():
         tokens = sum(h * w for h, w in layout.shapes)
         queries = layout.queries or tokens
         tiled.append(queries == tokens)
@@ -161,7 +161,7 @@ def test_layouts_take_all_ways_backward():
         assert len(layout.shapes) * layout.points > 8  # forward and backward_packets prepare that many at a time
     assert tiled == [True, False]
     assert {*copied} == {True, False}
-    shapes, _, points = self_test.LAYOUTS["queries are cells"]
+    shapes, _, points = self_test._LAYOUTS["queries are cells"]
     assert len(shapes) * points > 16  # a lane has several samples of a query
     assert any(h > 8 for h, _ in shapes)  # a tile ends within a level
     assert any(w > 16 for _, w in shapes)
@@ -220,7 +220,7 @@ def test_runs_that_differ_are_noticed():
 def failing(monkeypatch, error):
     """The self-test raises `error`, until the result is set to None; the list counts its runs."""
     runs, current = [], [error]
-    real = self_test.check
+    real = self_test._check
 
     def check(operators, device):
         runs.append(device)
@@ -228,7 +228,7 @@ def failing(monkeypatch, error):
             raise current[0]
         real(operators, device)
 
-    monkeypatch.setattr(self_test, "check", check)
+    monkeypatch.setattr(self_test, "_check", check)
     return runs, current
 
 

@@ -43,7 +43,7 @@ OLDEST = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"
 
 
 def names_in_sources():
-    texts = [path.read_text() for path in build.SOURCES.iterdir()]
+    texts = [path.read_text() for path in build._SOURCES.iterdir()]
     return {name for text in texts for name in NAMES.findall(re.sub(r"//.*", "", text))}
 
 
@@ -60,8 +60,8 @@ def test_symbols_are_of_the_oldest_abi(tmp_path):
     source = tmp_path / "declared.cpp"
     headers = ["csrc/inductor/aoti_torch/c/shim.h", "csrc/stable/c/shim.h"]
     source.write_text("".join(f"#include <torch/{header}>\n" for header in headers))
-    include = ["-isystem", build.find_torch().folder / "include"]
-    compiler = build.find_compilers()[0].command
+    include = ["-isystem", build._find_torch().folder / "include"]
+    compiler = build._find_compilers()[0].command
     declared = build.run([*compiler, "-std=c++17", "-E", "-DUSE_CUDA", OLDEST, *include, source])
     wanted = set()
     for path in folder.glob("_deform_attn_*.so"):
@@ -77,7 +77,7 @@ def headers_of(version):
     if not (folder / "include").exists():
         with tempfile.TemporaryDirectory() as temporary:
             download(version, Path(temporary))
-    return build.Torch(folder, version, True)
+    return build._Torch(folder, version, True)
 
 
 def download(version, temporary):
@@ -96,7 +96,7 @@ def download(version, temporary):
 
 @pytest.fixture(params=[*VERSIONS, "installed"])
 def torch(request):
-    return build.find_torch() if request.param == "installed" else headers_of(request.param)
+    return build._find_torch() if request.param == "installed" else headers_of(request.param)
 
 
 @pytest.mark.slow
@@ -115,22 +115,22 @@ def test_names_are_in_the_oldest_headers():
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_schema_and_cpu_part_compile(torch, tmp_path):
-    compiler = build.find_compilers()[0]
-    for commands in (build.schema_commands, build.cpu_commands):
+    compiler = build._find_compilers()[0]
+    for commands in (build._schema_commands, build._cpu_commands):
         compile_, _ = commands(compiler, torch, tmp_path / "part.so")
         for command in compile_:
-            build.run(command, build.SOURCES)
+            build.run(command, build._SOURCES)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_cuda_part_compiles(torch, tmp_path):
     """For all GPUs with the oldest and with the installed torch, for one with the others: it takes minutes."""
-    nvcc = build.find_nvcc()
+    nvcc = build._find_nvcc()
     if nvcc is None:
         pytest.skip("no nvcc")
     between = torch.version in VERSIONS[1:]
-    architectures = ["9.0"] if between else build.CUDA_ARCHITECTURES
-    (command,), _ = build.cuda_commands(nvcc, torch, architectures, tmp_path / "part.so")
-    build.run(command, build.SOURCES)
+    architectures = ["9.0"] if between else build._CUDA_ARCHITECTURES
+    (command,), _ = build._cuda_commands(nvcc, torch, architectures, tmp_path / "part.so")
+    build.run(command, build._SOURCES)
     assert (tmp_path / "deform_attn_cuda.o").stat().st_size > 100_000
