@@ -133,7 +133,7 @@ def test_importing_the_package_finds_nothing_moved():
 
 def test_commands_by_their_old_names():
     """`run_module` does what `python -m` does; with another name than __main__, nothing is compiled."""
-    code = "import runpy; print(runpy.run_module('dino.build', run_name='other')['file_of']('cpu'))"
+    code = "import runpy; print(runpy.run_module('dino.build', run_name='other')['_file_of']('cpu'))"
     assert run_python("-c", code).strip() == str(ROOT / "dino/layers/ops/_deform_attn_cpu.so")
     assert "cpu runs " in run_python("-m", "dino.env")
 
