@@ -45,8 +45,10 @@ class Record(NamedTuple):
     scores: Tensor  # (B, Q) the highest class score of each of them, in [0, 1]
     anchors: Tensor  # (B, Q, 4) their anchors, which do not depend on the image
     queries: Queries  # initial queries of the decoder
-    noised: DenoisingQueries
-    noised_labels: Tensor  # (B, T) int64, the classes whose embeddings the denoising queries carry; -1 without object
+    denoising: DenoisingQueries
+    denoising_labels: (
+        Tensor  # (B, T) int64, the classes whose embeddings the denoising queries carry; -1 without object
+    )
     samples: list[Samples]  # of each decoder layer
     outputs: Outputs
     matches: list[tuple[Tensor, Tensor]]  # of each image: K queries of the last layer, and their objects
@@ -65,7 +67,7 @@ def record(
     """Run a batch as in training, in the mode (`train` or `eval`) of the network, and record it.
 
     Args:
-        network: any DINO whose queries are selected as by `QuerySelection` and noised as by `ContrastiveDenoising`.
+        network: any DINO whose queries are selected as by `QuerySelection` and denoised as by `ContrastiveDenoising`.
         images, padding: as of `DINO.forward`.
         targets: the objects of each image, at least one in all.
         criterion: its losses and matching are recorded.
@@ -80,9 +82,9 @@ def record(
     with torch.no_grad(), _watch(watched | {f"layer {i}": part for i, part in enumerate(attentions)}) as calls:
         outputs = network(images, padding, targets)
     (memory,), (queries, _) = calls["selection"][0]
-    _, noised = calls["denoising"][0]
-    if noised.num_groups == 0:
-        raise ValueError("nothing was noised: the batch has no objects, or num_denoising is 0")
+    _, dn = calls["denoising"][0]
+    if dn.num_groups == 0:
+        raise ValueError("nothing to denoise: the batch has no objects, or num_denoising is 0")
     with torch.no_grad():
         logits = calls["classes"][0][1]  # (B, S, C)
         anchors, usable = selection.anchors(memory)
@@ -92,7 +94,7 @@ def record(
         matches = criterion.matcher(type(outputs.decoder)(*(x[-1:] for x in outputs.decoder)), targets)[0]
 
     def pulls(decoder: Decoder) -> Tensor:
-        return _box_gradients(decoder, concatenate(noised.queries, queries), memory, outputs, criterion, targets)
+        return _box_gradients(decoder, concatenate(dn.queries, queries), memory, outputs, criterion, targets)
 
     return Record(
         memory=memory,
@@ -100,8 +102,8 @@ def record(
         scores=logits.sigmoid().amax(-1).gather(1, tokens),
         anchors=anchors.take_along_dim(tokens[..., None], 1).sigmoid(),
         queries=queries,
-        noised=noised,
-        noised_labels=_labels_of(noised.queries.content, network.denoising.label_embed.weight.detach()),
+        denoising=dn,
+        denoising_labels=_labels_of(dn.queries.content, network.denoising.label_embed.weight.detach()),
         samples=samples,
         outputs=outputs,
         matches=[tuple(map(torch.as_tensor, pair)) for pair in matches],

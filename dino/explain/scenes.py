@@ -47,11 +47,11 @@ def _anchors(scene: Scene) -> Figure:
     levels = _level_of(record.tokens[b], record.memory.shapes)
     centers = record.anchors[b, :, :2].numpy() * [width, height]
     shown = min(_SHOWN_ANCHORS, len(centers))
-    figure, ((places, boxes, starts),) = new_figure(10.5, 3.6, 1, 3)
-    show_image(places, scene.pixels, f"the {len(centers)} selected of {record.count_tokens(b)} tokens")
+    figure, ((points, boxes, starts),) = new_figure(10.5, 3.6, 1, 3)
+    show_image(points, scene.pixels, f"the {len(centers)} selected of {record.count_tokens(b)} tokens")
     for level, colour in zip(range(len(record.memory.shapes)), LEVELS, strict=False):
         x, y = centers[levels == level].T
-        places.scatter(x, y, s=14 * 1.7**level, color=colour, edgecolor="white", linewidth=0.6)
+        points.scatter(x, y, s=14 * 1.7**level, color=colour, edgecolor="white", linewidth=0.6)
     colours = [LEVELS[level % len(LEVELS)] for level in levels[:shown]]
     for axes, values, title in (
         (boxes, record.anchors, f"anchors of the best {shown}"),
@@ -77,9 +77,9 @@ def _level_of(tokens: torch.Tensor, shapes: list[tuple[int, int]]) -> np.ndarray
 def denoising(scene: Scene) -> Figure:
     """Draw the objects, and their positives and negatives in one group."""
     record, b = scene.record, scene.image
-    target = record.noised.targets[b]
-    count, half = len(target.labels), record.noised.queries.content.shape[1] // (2 * record.noised.num_groups)
-    boxes = record.noised.queries.box_logits[b].sigmoid()
+    target = record.denoising.targets[b]
+    count, half = len(target.labels), record.denoising.queries.content.shape[1] // (2 * record.denoising.num_groups)
+    boxes = record.denoising.queries.box_logits[b].sigmoid()
     truth = scene.corners(target.boxes)
     figure, ((left, middle, right),) = new_figure(10.5, 3.5, 1, 3)
     show_image(left, scene.pixels, f"{count} objects")
@@ -88,11 +88,11 @@ def denoising(scene: Scene) -> Figure:
         add_label(left, (x0 + x1) / 2, (y0 + y1) / 2, scene.names[label])
     for axes, first, colour, kind in ((middle, 0, POSITIVE, "positives"), (right, half, NEGATIVE, "negatives")):
         chosen = slice(first, first + count)
-        show_image(axes, scene.pixels, f"{kind} of the first of {record.noised.num_groups} groups")
+        show_image(axes, scene.pixels, f"{kind} of the first of {record.denoising.num_groups} groups")
         add_boxes(axes, truth, INK, linewidth=0.8, linestyle=(0, (3, 2)))
-        noised = scene.corners(boxes[chosen])
-        add_boxes(axes, noised, colour)
-        labels = zip(noised, record.noised_labels[b, chosen].tolist(), target.labels.tolist(), strict=True)
+        dn_boxes = scene.corners(boxes[chosen])
+        add_boxes(axes, dn_boxes, colour)
+        labels = zip(dn_boxes, record.denoising_labels[b, chosen].tolist(), target.labels.tolist(), strict=True)
         for (x0, y0, x1, y1), carried, true in labels:
             if carried != true:
                 add_label(axes, (x0 + x1) / 2, (y0 + y1) / 2, f"as {scene.names[carried]}", colour)
@@ -142,23 +142,23 @@ def noise(denoising: ContrastiveDenoising) -> Figure:
 
 def _mask(scene: Scene) -> Figure:
     """Draw the attention mask of the batch, coloured by the kind of the seen query in this image."""
-    noised, b = scene.record.noised, scene.image
-    attn_mask = noised.queries.attn_mask.cpu().numpy()
-    slots = noised.queries.content.shape[1]
-    half = slots // (2 * noised.num_groups)
-    kinds = _kinds_of(len(attn_mask), slots, half, len(noised.targets[b].labels))
+    dn, b = scene.record.denoising, scene.image
+    attn_mask = dn.queries.attn_mask.cpu().numpy()
+    slots = dn.queries.content.shape[1]
+    half = slots // (2 * dn.num_groups)
+    kinds = _kinds_of(len(attn_mask), slots, half, len(dn.targets[b].labels))
     colours = np.array([to_rgb(colour) for colour in _KINDS.values()])
     seen = np.where(attn_mask[..., None], to_rgb(BLOCKED), colours[kinds][None])  # (T+Q, T+Q, 3)
     figure, ((whole, part),) = new_figure(10.5, 6.0, 1, 2)
     whole.imshow(seen, interpolation="nearest")
-    groups = f"{noised.num_groups} group{'s' if noised.num_groups > 1 else ''} of {2 * half}"
+    groups = f"{dn.num_groups} group{'s' if dn.num_groups > 1 else ''} of {2 * half}"
     middles = [slots / 2, (slots + len(attn_mask)) / 2]
     names = [f"{slots} denoising queries:\n{groups}", f"{len(attn_mask) - slots} matching\nqueries"]
     whole.set_xticks(middles, names, fontsize=8, color=INK)
     whole.set_yticks(middles, names, fontsize=8, color=INK, rotation=90, va="center")
     whole.axhline(slots - 0.5, color=INK, linewidth=0.8)
     whole.axvline(slots - 0.5, color=INK, linewidth=0.8)
-    shown = min(2, noised.num_groups) * 2 * half
+    shown = min(2, dn.num_groups) * 2 * half
     first = np.r_[0:shown, slots : min(slots + half, len(attn_mask))]
     part.imshow(seen[np.ix_(first, first)], interpolation="nearest")
     for edge in [*range(half, shown + 1, half)]:
@@ -195,10 +195,10 @@ def layers(scene: Scene) -> Figure:
 def _denoised(scene: Scene) -> Figure:
     """Draw the positives of the first group, from their noised boxes through all layers."""
     record, b = scene.record, scene.image
-    objects = torch.arange(len(record.noised.targets[b].labels))
+    objects = torch.arange(len(record.denoising.targets[b].labels))
     if len(objects) < len(scene.target.labels):  # a random choice of the objects
-        scene = scene._replace(targets=record.noised.targets)
-    found, start = record.outputs.denoising.predictions, record.noised.queries.box_logits[b, objects].sigmoid()
+        scene = scene._replace(targets=record.denoising.targets)
+    found, start = record.outputs.denoising.predictions, record.denoising.queries.box_logits[b, objects].sigmoid()
     return _course(scene, objects, start, found.boxes[:, b, objects], found.logits[-1, b, objects].sigmoid())
 
 
@@ -241,7 +241,7 @@ def _sampling(scene: Scene) -> Figure:
     queries, objects = record.matches[b]
     order = scene.target.boxes[objects, 2:].prod(1).argsort(descending=True)
     chosen = queries[order[torch.linspace(0, len(order) - 1, min(3, len(order))).round().long()]]
-    slots = record.noised.queries.content.shape[1]  # they stand in front
+    slots = record.denoising.queries.content.shape[1]  # they stand in front
     figure, grid = new_figure(3.2 * len(chosen), 6.5, 2, len(chosen))
     for row, layer in zip(grid, (0, len(record.samples) - 1), strict=True):
         for axes, query in zip(row, chosen.tolist(), strict=True):

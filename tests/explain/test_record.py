@@ -60,7 +60,7 @@ def test_samples_are_what_the_attention_reads():
     read = attention.output_proj(deform_attn(value, memory.shapes, locations, samples.weights))
     torch.testing.assert_close(read, seen[0][1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(samples.weights.sum((-2, -1)), torch.ones(samples.weights.shape[:3]))
-    slots = recorded.noised.queries.content.shape[1]
+    slots = recorded.denoising.queries.content.shape[1]
     torch.testing.assert_close(recorded.samples[0].boxes[:, slots:], recorded.queries.box_logits.sigmoid())
 
 
@@ -70,7 +70,7 @@ def test_labels_are_read_off_the_contents():
     content = torch.stack([embedding[2], torch.zeros_like(embedding[0]), embedding[0]])[None]
     assert _labels_of(content, embedding).tolist() == [[2, -1, 0]]
     recorded = tiny_record(network)
-    slots = recorded.noised_labels.view(2, -1, 3)
+    slots = recorded.denoising_labels.view(2, -1, 3)
     assert (slots[0] >= 0).all()
     assert (slots[1, :, 0] >= 0).all()
     assert (slots[1, :, 1:] == -1).all()  # one object where three have room
@@ -99,7 +99,7 @@ def test_matches_and_losses():
 
 @pytest.mark.parametrize(("budget", "counts"), [(6, (0, 0)), (0, (2, 1))])
 def test_nothing_to_noise(budget, counts):
-    with pytest.raises(ValueError, match="nothing was noised"):
+    with pytest.raises(ValueError, match="nothing to denoise"):
         tiny_record(moving_network(num_denoising=budget), counts)
 
 

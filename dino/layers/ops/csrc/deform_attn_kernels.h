@@ -501,7 +501,7 @@ DINO_INLINE Vector<double> exponential(Vector<double> x) {
 
 template <class A>
 const A* Slot<A>::softmax(const A* logits, int64_t n) {
-  // Where n is no whole number of vectors, the logits are in the buffer already, and there is room behind them.
+  // Where n is no whole number of vectors, the logits are in the buffer already, and room follows them.
   for (int64_t i = n; i % kWidth; ++i) weights[i] = logits[0];
   V highest = load<V>(logits);
   for (int64_t i = kWidth; i < n; i += kWidth) highest = largest<V>(highest, load<V>(logits + i));
@@ -777,7 +777,7 @@ struct Backward {
   }
 
   void differentiate_softmax(int64_t n, A* by_weights) {
-    V products = {};  // behind the last sample, the attention is zero
+    V products = {};  // after the last sample, the attention is zero
     for (int64_t i = 0; i < n; i += kWidth) products += load<V>(slot.attention + i) * load<V>(by_weights + i);
     const A sum = sum_of_lanes<A>(products);
     for (int64_t i = 0; i < n; i += kWidth)

@@ -30,7 +30,7 @@ struct alignas(4 * sizeof(A)) Entry {
 template <typename A>
 struct Lists {
   int* count;  // samples of each list, (B, M, lists)
-  int* end;    // behind the last entry of each list
+  int* end;    // after the last entry of each list
   int* used;   // entries placed so far
   int* rank;   // of each sample in its list, (B, Q, M, L, P); -1 outside the image
   Entry<A>* entries;
