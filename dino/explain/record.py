@@ -46,9 +46,7 @@ class Record(NamedTuple):
     anchors: Tensor  # (B, Q, 4) their anchors, which do not depend on the image
     queries: Queries  # initial queries of the decoder
     denoising: DenoisingQueries
-    denoising_labels: (
-        Tensor  # (B, T) int64, the classes whose embeddings the denoising queries carry; -1 without object
-    )
+    denoising_labels: Tensor  # (B, T) int64, classes of the embeddings of the denoising queries; -1 without object
     samples: list[Samples]  # of each decoder layer
     outputs: Outputs
     matches: list[tuple[Tensor, Tensor]]  # of each image: K queries of the last layer, and their objects

@@ -197,7 +197,7 @@ def _find_out(device: torch.device) -> Verdict:
     if not file.exists():
         return Verdict(False, False, f"it is not built for {device.type} ({HINT})")
     try:
-        _load(device.type)
+        load(device.type)
     except (OSError, RuntimeError) as error:
         return Verdict(False, True, f"{file.name} can't be loaded ({HINT} again): {_first_line(error)}")
     try:
@@ -230,7 +230,7 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _load(device_type: str) -> None:
+def load(device_type: str) -> None:
     """Load the schema and the shared object for a type of device. Repeated calls change nothing.
 
     Raises:

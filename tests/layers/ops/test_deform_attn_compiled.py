@@ -29,7 +29,7 @@ def compiled_operator(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setattr(operator, "FOLDER", compiled.folder_of_operator(tmp_path_factory.mktemp("operator")))
     patch.setattr(operator, "_verdicts", {})
-    operator._load("cpu")
+    operator.load("cpu")
     with deform_attn_implementation("compiled"):
         yield
     patch.undo()

@@ -39,7 +39,7 @@ def stand_in(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def gpu():
-    operator._load("cuda")
+    operator.load("cuda")
     return torch.ops.dino, torch.device("cuda", torch.cuda.current_device()), None
 
 

@@ -27,7 +27,7 @@ def test_it_tells_of_a_build_that_does_not_work(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(operator, "FOLDER", tmp_path)
     monkeypatch.setattr(operator, "_verdicts", {})
-    monkeypatch.setattr(operator, "_load", lambda device_type: torch.ops.load_library(tmp_path / operator.FILES["cpu"]))
+    monkeypatch.setattr(operator, "load", lambda device_type: torch.ops.load_library(tmp_path / operator.FILES["cpu"]))
     with deform_attn_implementation("auto"):
         text = "\n".join(operator_lines())
     assert "cpu build: for generic; c++ 1; against torch 2.10.0" in text

@@ -30,7 +30,7 @@ def unknown(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(operator, "_verdicts", {})
     monkeypatch.setattr(operator, "_warned", set())
     monkeypatch.delenv(operator.VARIABLE, raising=False)
-    operator._load("cpu")
+    operator.load("cpu")
 
 
 @contextlib.contextmanager
@@ -373,7 +373,7 @@ PROGRAM = """
 import sys, time
 from pathlib import Path
 import torch
-from dino.layers import operator, self_test
+from dino.layers.ops import operator, self_test
 operator.FOLDER = Path(sys.argv[1])
 operator.load("cpu")
 start = time.process_time()
