@@ -44,5 +44,5 @@ lint:
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache build *.egg-info
-	rm -f dino/layers/ops/_deform_attn_*
+	rm -f dino/layers/ops/_deform_attn_* dino/layers/_deform_attn_*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,6 +17,7 @@ from detectron2.config import LazyConfig, instantiate  # noqa: E402
 from dino.d2.recipe import check_overrides, check_recipe  # noqa: E402
 from dino.layers.ops.operator import use_compiled  # noqa: E402
 from dino.modeling import network_cost  # noqa: E402
+from dino.utils.files import UserError  # noqa: E402
 from dino.utils.recipes import find_recipe  # noqa: E402
 
 EXAMPLES = """
@@ -59,7 +60,10 @@ def load_model(path, overrides):
     cfg = LazyConfig.load(path)
     check_recipe(cfg, path)
     check_overrides(cfg, overrides)
-    return instantiate(LazyConfig.apply_overrides(cfg, overrides).model)
+    try:
+        return instantiate(LazyConfig.apply_overrides(cfg, overrides).model)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"the recipe's model can't be built: {error}") from error
 
 
 def print_costs(network, batch, size):

@@ -45,6 +45,15 @@ class DINODetector(Detector):
         super().__init__(network, preprocessing, criterion=criterion)
         self.num_classes = num_classes
 
+    @property
+    def max_detections(self) -> int:
+        """Detections per image; can be set."""
+        return self.preprocessing.max_detections
+
+    @max_detections.setter
+    def max_detections(self, number: int) -> None:
+        self.preprocessing = self.preprocessing._replace(max_detections=number)
+
     @classmethod
     def from_config(cls, cfg) -> dict:
         """Arguments of the constructor from a yacs config, see `dino.d2.config`."""

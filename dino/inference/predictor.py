@@ -34,6 +34,7 @@ from .cpu import fold_norms, prepare_for_cpu
 from .drawing import draw_detections
 from .tiling import View, merge, suppress, take, views
 
+_CROPS = 16  # batches of crops that are resized at a time
 _MERGE_IOU = 0.5  # of boxes from different views of one picture, where `nms` says nothing
 
 
@@ -240,8 +241,19 @@ class Predictor:
         options = {"batch_size": self.batch_size, "graphs": self.graphs, **options}
         if sources:
             options["sources"] = [*chain(*([source] * len(vs) for source, vs in zip(sources, cuts, strict=True)))]
-        found = iter(self.detector.detect([*map(self._prepare, crops)], [c.shape[:2] for c in crops], **options))
+        found = iter(self._detect_crops(crops, **options))
         return [self._join(list(islice(found, len(vs))), vs, p.shape[:2]) for p, vs in zip(pictures, cuts, strict=True)]
+
+    def _detect_crops(
+        self, crops: Sequence[np.ndarray], sources: Sequence[str] = (), **options: Any
+    ) -> list[Detections]:
+        """Detections of crops (H, W, 3), uint8, a few of which are resized at a time."""
+        found = []
+        for start in range(0, len(crops), _CROPS * self.batch_size):
+            part = slice(start, start + _CROPS * self.batch_size)
+            sizes = [crop.shape[:2] for crop in crops[part]]
+            found += self.detector.detect([*map(self._prepare, crops[part])], sizes, sources=sources[part], **options)
+        return found
 
     def _views(self, height: int, width: int) -> list[View]:
         """Parts of a picture that run through the network."""

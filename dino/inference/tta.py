@@ -30,10 +30,11 @@ def views(
     Args:
         height, width: of the image in pixels.
         short_sides, max_size: of the views in pixels, see `resized_size`.
-        flips: whether views are mirrored: (False,) or (False, True).
+        flips: (False,) for plain views; with True among them, mirrored views besides.
     """
     sizes = [resized_size(height, width, short_side, max_size) for short_side in short_sides]
-    return [Augmentation(size, mirrored) for size in sizes for mirrored in flips]
+    both = (False, True) if True in flips else (False,)
+    return [Augmentation(size, mirrored) for size in sizes for mirrored in both]
 
 
 def make_view(image: Tensor, view: Augmentation) -> Tensor:

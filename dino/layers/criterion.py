@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from dino.structures import DenoisingOutputs, LayerOutputs, Outputs, Target
 from dino.utils.device import to_device
+from dino.utils.files import UserError
 
 from .boxes import cxcywh_to_xyxy, generalized_iou, to_float32
-from .matcher import NonFinite, Pairs, start_matching
+from .matcher import NonFinite, Pairs, start_matching, takes
 
 
 class _Matches(NamedTuple):
@@ -191,3 +192,21 @@ def global_loss_normalizer(num_objects: int, num_denoised: int, device: torch.de
         dist.all_reduce(total)
         total /= dist.get_world_size()
     return total.clamp(min=1)
+
+
+def call_criterion(criterion: nn.Module, outputs: Outputs, targets: list[Target], **options: Any) -> dict[str, Tensor]:
+    """Call any criterion with those of `options` (see `SetCriterion.forward`) that it takes.
+
+    Options at their defaults are left out, so that a criterion of two arguments works.
+
+    Raises:
+        UserError: a batch comes in parts, and the criterion takes no `normalizer`.
+    """
+    given = {k: v for k, v in options.items() if isinstance(v, Tensor) or v not in (None, "raise")}
+    taken = {name: value for name, value in given.items() if takes(getattr(criterion, "forward", criterion), name)}
+    if "normalizer" in given and "normalizer" not in taken:
+        raise UserError(
+            f"{type(criterion).__name__} takes no `normalizer`, so a batch can't come in parts: set "
+            "train.grad_accum_steps=1, or let its forward accept **options and pass them on"
+        )
+    return criterion(outputs, targets, **taken)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from dino.structures import Outputs, Target
 
+from .criterion import call_criterion
+
 
 class LossScaling(nn.Module):
     """Multiplies some of the losses of a criterion.
@@ -32,7 +34,7 @@ class LossScaling(nn.Module):
         Raises:
             ValueError: no loss begins as a key of `factors`.
         """
-        losses = self.criterion(outputs, targets, **options)
+        losses = call_criterion(self.criterion, outputs, targets, **options)
         for beginning, factor in self.factors.items():
             names = [name for name in losses if name.startswith(beginning)]
             if not names and outputs.denoising:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -105,11 +106,30 @@ def start_matching(
 ) -> Callable[[], Pairs]:
     """Start any matcher as `HungarianMatcher.start`; a matcher without `start` does all its work at the call.
 
-    A matcher of two arguments works as long as `non_finite` is "raise".
+    For a matcher that does not take `non_finite`, "match" pairs the first queries where it raises.
     """
-    options = {} if non_finite == "raise" else {"non_finite": non_finite}
     start = getattr(matcher, "start", None)
+    options = {} if non_finite == "raise" else {"non_finite": non_finite}
+    if options and not takes(start or getattr(matcher, "forward", matcher), "non_finite"):
+        matching = start(predictions, targets) if start else partial(matcher, predictions, targets)
+        return partial(_match_anyhow, matching, predictions, targets)
     return start(predictions, targets, **options) if start else partial(matcher, predictions, targets, **options)
+
+
+def takes(function: Callable, argument: str) -> bool:
+    """Whether `function` accepts a keyword argument of this name."""
+    parameters = inspect.signature(function).parameters
+    return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _match_anyhow(matching: Callable[[], Pairs], predictions: LayerOutputs, targets: list[Target]) -> Pairs:
+    """The result of `matching`; the first queries where it raises a NonFiniteCostError."""
+    try:
+        return matching()
+    except NonFiniteCostError:
+        layers, _, queries, _ = predictions.boxes.shape
+        first = [np.arange(min(queries, len(target.labels))) for target in targets]
+        return [[(pair, pair) for pair in first] for _ in range(layers)]
 
 
 def _assign(cost: np.ndarray, counts: list[int], non_finite: NonFinite = "raise") -> Pairs:

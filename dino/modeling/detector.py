@@ -93,17 +93,15 @@ class Detector(nn.Module):
             images: B images (3, h, w) of any sizes, RGB, values 0 to 255.
             targets: objects of each image.
             sources: what an error message calls each image.
-            loss_options: `normalizer` and `non_finite` of the criterion. Defaults (None, "raise") are not passed on, so
-                that a criterion of two arguments works.
+            loss_options: `normalizer` and `non_finite`, see `SetCriterion.forward` and `call_criterion`.
 
         Raises:
             FloatingPointError: a matching cost is NaN or infinite; names the image.
         """
         targets = [Target(*(to_device(x, self.device) for x in target)) for target in targets]
-        given = {k: v for k, v in loss_options.items() if isinstance(v, Tensor) or v not in (None, "raise")}
         outputs = self.network(*self.batch(images), targets)
         try:
-            return self.criterion(outputs, targets, **given)
+            return criterion.call_criterion(self.criterion, outputs, targets, **loss_options)
         except NonFiniteCostError as error:
             called = [_name(sources, i) for i in range(len(images))]
             raise FloatingPointError(

@@ -88,6 +88,16 @@ _MOVED = {
 }
 
 
+def _within_moved_packages() -> dict[str, str]:
+    """What `from dino.check import program` asks for: a renamed module by its old name in the package of today."""
+    parts = {name: name.rpartition(".") for name in _MOVED}
+    found = {f"{_MOVED[package]}.{last}": _MOVED[n] for n, (package, _, last) in parts.items() if package in _MOVED}
+    return {name: target for name, target in found.items() if name != target}
+
+
+_MOVED |= _within_moved_packages()
+
+
 def _current_name(name: str) -> str:
     """The path of a module today: of one that has moved, or that lies in a package that has; else `name`."""
     parent, _, last = name.rpartition(".")

@@ -240,7 +240,7 @@ def _is_list_of(value: Any, kind: type | tuple) -> bool:
 
 
 def _is_color(value: Any) -> bool:
-    return _is_list_of(value, (int, float)) and len(value) == 3
+    return _is_list_of(value, (int, float)) and len(value) == 3 and all(abs(number) < 1e6 for number in value)
 
 
 def _is_count(value: Any) -> bool:

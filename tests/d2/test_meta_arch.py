@@ -293,3 +293,10 @@ def test_parts_of_the_network_are_modules():
     """So that `.to(device)`, `.train()` and checkpoints reach them."""
     model = tiny_detector()
     assert all(isinstance(part, nn.Module) for part in (model.network, model.criterion, model.criterion.matcher))
+
+
+def test_the_number_of_detections_can_be_set():
+    model = tiny_detector(max_detections=20)
+    assert model.max_detections == 20
+    model.max_detections = 5
+    assert len(detect(model, [random_input("a.png")])[0]) == 5

@@ -112,7 +112,7 @@ def undescribed(tmp_path):
 
 @pytest.mark.parametrize(
     ("make", "message"),
-    [(absent, "absent.pth"), (broken, "broken.pth"), (undescribed, "bare.pth does not say how to build its model")],
+    [(absent, "absent.pth"), (broken, "broken.pth"), (undescribed, "bare.pth does not describe its model")],
 )
 def test_bad_checkpoints(tmp_path, capsys, make, message):
     path = make(tmp_path)

@@ -447,3 +447,16 @@ def test_cuda_graphs_find_the_same():
     assert (replayed.graphs.recorder.recorded, replayed.graphs.recorder.replayed) == (1, 2)
     with pytest.raises(ValueError, match="cuda_graphs"):
         tiny(cuda_graphs=-1)
+
+
+def test_few_tiles_are_resized_at_a_time(monkeypatch):
+    predictor, seen = painted(tile=64), []
+    detect = predictor.detector.detect
+    monkeypatch.setattr(
+        predictor.detector,
+        "detect",
+        lambda images, *args, **options: seen.append(len(images)) or detect(images, *args, **options),
+    )
+    predictor(paint(256, 512, (20, 20, 60, 60)))
+    assert sum(seen) > 40
+    assert max(seen) == 16

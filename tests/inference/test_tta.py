@@ -45,3 +45,8 @@ def test_joining():
     assert joined.labels.tolist() == [0, 1, 1]
     assert joined.boxes[0].tolist() == [11, 10, 31, 30]
     assert len(join([first, second], chosen, 100, 0.5, 2).scores) == 2
+
+
+def test_flips_with_true_among_them_add_mirrored_views():
+    for flips in ((False, True), (True,)):
+        assert [view.mirrored for view in views(50, 100, (50,), 1000, flips)] == [False, True]

@@ -9,13 +9,15 @@ from dino.layers import (
     DenoisingOutputs,
     HungarianMatcher,
     LayerOutputs,
+    LossScaling,
     NonFiniteCostError,
     Outputs,
     SetCriterion,
     Target,
     cxcywh_to_xyxy,
 )
-from dino.layers.criterion import focal_loss, global_loss_normalizer
+from dino.layers.criterion import call_criterion, focal_loss, global_loss_normalizer
+from dino.utils.files import UserError
 
 from ..tiny import default_criterion, random_boxes, random_targets
 from .test_boxes import giou_by_hand
@@ -326,3 +328,20 @@ def test_the_device_has_the_losses_that_need_no_matches_before_the_host_matches(
     losses = NotingCriterion(matcher=Noting())(outputs, targets)
     assert order == ["start", "negatives", "denoising", "negatives", "match"]
     assert losses == SetCriterion(matcher=Whole())(outputs, targets)
+
+
+class TwoArguments(torch.nn.Module):
+    """A person's own criterion."""
+
+    def forward(self, outputs, targets):
+        return default_criterion()(outputs, targets)
+
+
+@pytest.mark.parametrize("wrap", [lambda c: c, lambda c: LossScaling(criterion=c, factors={})])
+def test_criteria_of_two_arguments(wrap):
+    targets = random_targets(2, 1)
+    outputs, criterion = random_outputs(targets), wrap(TwoArguments())
+    expected = default_criterion()(outputs, targets)
+    assert call_criterion(criterion, outputs, targets, normalizer=None, non_finite="match") == expected
+    with pytest.raises(UserError, match="TwoArguments takes no `normalizer`, so a batch can't come in parts"):
+        call_criterion(criterion, outputs, targets, normalizer=torch.ones(2))

@@ -185,3 +185,23 @@ def test_non_finite_costs_are_matched_on_demand():
     predictions.boxes.fill_(math.nan)
     found = matcher(predictions, targets, non_finite="match")
     assert [[len(query) for query, _ in layer] for layer in found] == [[2, 1]] * 2
+
+
+class TwoArguments(torch.nn.Module):
+    """A person's own matcher."""
+
+    def forward(self, predictions, targets):
+        return HungarianMatcher()(predictions, targets)
+
+
+def test_matchers_of_two_arguments_can_skip_non_finite_costs():
+    predictions, targets = random_predictions(2, 1, 5), random_targets(3)
+    finite = start_matching(TwoArguments(), predictions, targets, "match")()
+    assert all(
+        (a == b).all() for a, b in zip(finite[0][0], HungarianMatcher()(predictions, targets)[0][0], strict=True)
+    )
+    predictions.logits[0, 0, 0] = math.nan
+    pairs = start_matching(TwoArguments(), predictions, targets, "match")()
+    assert [[query.tolist() for query, _ in layer] for layer in pairs] == [[[0, 1, 2]]] * 2
+    with pytest.raises(NonFiniteCostError):
+        start_matching(TwoArguments(), predictions, targets)()

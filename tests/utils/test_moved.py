@@ -173,3 +173,10 @@ def test_walking_the_package_meets_no_module_twice():
     names = [module.name for module in pkgutil.walk_packages(dino.__path__, "dino.") if "d2" not in module.name]
     assert not set(names) & set(_MOVED)
     assert len(names) == len(set(names))
+
+
+def test_old_submodules_come_from_their_package():
+    code = (
+        "from dino.check import program, faults; from dino.report import build; print(program.__name__, build.__name__)"
+    )
+    assert run_python("-c", code) == "dino.data.check.check_dataset dino.evaluation.report.report\n"

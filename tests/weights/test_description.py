@@ -146,6 +146,8 @@ def test_files_without_a_description(tmp_path, content):
         {"pixel_std": [0, 1, 1]},
         {"pixel_mean": [1, 2]},
         {"pixel_mean": "abc"},
+        {"pixel_mean": [10**400, 1, 1]},
+        {"pixel_mean": [float("nan"), 1, 1]},
         {"short_side": 0},
         {"short_side": 1.5},
         {"max_size": "big"},

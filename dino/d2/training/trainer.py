@@ -13,7 +13,8 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
 from dino.d2.meta_arch import DINODetector
-from dino.utils.files import DataError
+from dino.layers.matcher import takes
+from dino.utils.files import UserError
 
 from .memory_saving import OutOfMemory, advice
 from .non_finite import NonFiniteChecker
@@ -28,7 +29,7 @@ class EndOfTraining(Exception):
 
 
 # Detectron2 logs a traceback of every error that ends a training; the program prints these in one line.
-_ONE_LINE_ERRORS = (DataError, FloatingPointError, OutOfMemory, EndOfTraining, OSError)
+_ONE_LINE_ERRORS = (UserError, FloatingPointError, OutOfMemory, EndOfTraining, OSError)
 logging.getLogger("detectron2.engine.train_loop").addFilter(
     lambda record: not (record.exc_info and isinstance(record.exc_info[1], _ONE_LINE_ERRORS))
 )
@@ -142,8 +143,14 @@ class Trainer(SimpleTrainer):
         model = unwrapped(self.model)
         if not isinstance(model, DINODetector):
             return {}
-        options: dict[str, Any] = {"non_finite": "match"} if self.checker.skip else {}
+        skip = self.checker.skip and takes(model.forward, "non_finite")
+        options: dict[str, Any] = {"non_finite": "match"} if skip else {}
         if len(parts) > 1:
+            if not takes(model.forward, "normalizer"):
+                raise UserError(
+                    f"{type(model).__name__} takes no `normalizer`: set train.grad_accum_steps=1, or let its forward "
+                    "accept **options and pass them on"
+                )
             options["normalizer"] = model.loss_normalizer([len(x["instances"]) for part in parts for x in part])
         return options
 

@@ -398,7 +398,7 @@ def test_evaluation_refuses_weights_that_do_not_fit(trained, tmp_path, change):
     else:
         weights[key] = torch.zeros(91)
     torch.save(content, tmp_path / "other.pth")
-    message = {"missing": "does not fit the recipe: 1 tensors", "shape": "it is of another model"}[change]
+    message = {"missing": "does not fit the recipe: 1 tensors", "shape": "the file is of another model"}[change]
     with pytest.raises(DataError, match=rf"other\.pth:? {message}") as caught:
         evaluate_file(cfg, tmp_path / "other.pth")
     assert key.removeprefix("network.") in str(caught.value)
@@ -410,10 +410,10 @@ def test_weights_of_another_model_are_refused(trained, tmp_path, names):
     cfg = trained[0].copy()
     path = tmp_path / "other.pth"
     torch.save({"model": nn.Linear(2, 2).state_dict(), **names}, path)
-    with pytest.raises(DataError, match=r"other\.pth: it is no DINO in a known form"):
+    with pytest.raises(DataError, match=r"other\.pth: the file is no DINO in a known format"):
         evaluate_file(cfg, path)
     cfg.train.init_checkpoint, cfg.train.output_dir = str(path), str(tmp_path)
-    with pytest.raises(DataError, match=r"other\.pth: it is no DINO in a known form"):
+    with pytest.raises(DataError, match=r"other\.pth: the file is no DINO in a known format"):
         engine.train(cfg, resume=False)
 
 

@@ -1,5 +1,6 @@
 """One step, and what it waits for."""
 
+import logging
 import resource
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dino.d2 import DINODetector
 from dino.d2.training.parallel import note_start
 from dino.d2.training.trainer import Trainer
 from dino.utils.files import UserError
@@ -198,3 +200,29 @@ def test_other_starts_in_a_used_folder_are_refused(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="holds the checkpoints of a run: add --resume"):
             choose(tmp_path)
     assert choose(tmp_path, "--resume")
+
+
+def test_errors_that_the_program_prints_leave_no_traceback(caplog):
+    """Detectron2 logs a traceback of whatever ends a training."""
+    for error, logged in ((UserError("the disk is full"), 0), (KeyError("a bug"), 1)):
+        caplog.clear()
+        try:
+            raise error
+        except Exception:
+            logging.getLogger("detectron2.engine.train_loop").exception("Exception during training:")
+        assert len(caplog.records) == logged
+
+
+class OldDetector(DINODetector):
+    """A person's subclass with Detectron2's own signature."""
+
+    def forward(self, batched_inputs):
+        return super().forward(batched_inputs)
+
+
+def test_a_subclass_of_one_argument_trains(tmp_path):
+    model = tiny_detector()
+    old = OldDetector(network=model.network, criterion=model.criterion, num_classes=model.num_classes).train()
+    run(make(tmp_path, old, skip_non_finite=True), 0, 2)
+    with pytest.raises(UserError, match="OldDetector takes no `normalizer`"):
+        run(make(tmp_path, old, grad_accum_steps=2), 0, 1)
