@@ -74,7 +74,7 @@ def _level_of(tokens: torch.Tensor, shapes: list[tuple[int, int]]) -> np.ndarray
     return np.searchsorted(ends, tokens.numpy(), side="right")
 
 
-def denoising(scene: Scene) -> Figure:
+def _denoising(scene: Scene) -> Figure:
     """Draw the objects, and their positives and negatives in one group."""
     record, b = scene.record, scene.image
     target = record.denoising.targets[b]
@@ -184,7 +184,7 @@ def _kinds_of(total: int, slots: int, half: int, objects: int) -> np.ndarray:
     return kinds
 
 
-def layers(scene: Scene) -> Figure:
+def _layers(scene: Scene) -> Figure:
     """Draw the queries matched in the last layer, from their initial boxes through all layers."""
     record, b = scene.record, scene.image
     queries, objects = record.matches[b]
@@ -329,4 +329,13 @@ def _losses(scene: Scene) -> Figure:
     return figure
 
 
-SCENES = {f.__name__: f for f in (_anchors, denoising, _mask, layers, _denoised, _sampling, _gradients, _losses)}
+SCENES = {  # name of the picture -> what draws it
+    "anchors": _anchors,
+    "denoising": _denoising,
+    "mask": _mask,
+    "layers": _layers,
+    "denoised": _denoised,
+    "sampling": _sampling,
+    "gradients": _gradients,
+    "losses": _losses,
+}

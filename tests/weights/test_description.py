@@ -189,13 +189,21 @@ def test_resnets_that_only_detectron2_has(tmp_path, change):
 def test_nothing_is_imported_but_for_a_name_on_the_list(tmp_path):
     """A module of the search path would run its code at import, whatever the import found in it."""
     (tmp_path / "detectron2_evil.py").write_text("open('trace', 'w')")
-    for target in ("detectron2_evil.part", "detectron2_evil:part", "detectron2_evil"):
-        write_content(tmp_path / "bad.pth", network(backbone={"_target_": target}))
-        code = "from dino.weights.description import model_from_checkpoint; model_from_checkpoint('bad.pth')"
-        path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
-        command, environment = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": path}
-        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert "is not on the list" in result.stderr
+    targets = ("detectron2_evil.part", "detectron2_evil:part", "detectron2_evil")
+    for number, target in enumerate(targets):
+        write_content(tmp_path / f"{number}.pth", network(backbone={"_target_": target}))
+    code = """
+from dino.weights.description import model_from_checkpoint
+for number in range(3):
+    try:
+        model_from_checkpoint(f"{number}.pth")
+    except ValueError as error:
+        print("is not on the list" in str(error))
+"""
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    command, environment = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": path}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.stdout.split() == ["True"] * 3, result.stderr
     assert not (tmp_path / "trace").exists()
 
 
