@@ -154,7 +154,10 @@ def _find_part(target: Any) -> Callable:
     if target in PARTS:
         return PARTS[target]
     if target not in _PARTS_OF_DETECTRON2:
-        raise DataError(f"{target[:100]!r} is not on the list of parts that a checkpoint may ask for")
+        raise DataError(
+            f"{target[:100]!r} is not on the list of parts that a checkpoint may ask for, PARTS of "
+            "dino/weights/description.py"
+        )
     module, _, attribute = _PARTS_OF_DETECTRON2[target].partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)

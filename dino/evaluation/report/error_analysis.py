@@ -30,7 +30,7 @@ class Found(NamedTuple):
     Args:
         image, label: id of the image, index of the class.
         box: xywh in pixels.
-        kind: one of KINDS.
+        kind: one of `_KINDS`.
         target: id of the object that it takes or overlaps; 0 for none.
     """
 
@@ -68,7 +68,7 @@ class ClassRow(NamedTuple):
 
 
 # Heading -> figure of a class, for the page and the terminal; negative where undefined. To add a figure: a field of
-# `ClassRow`, which goes to metrics.json, and a line here.
+# `ClassRow`, which goes to metrics.json, its value in `_class_rows`, and a line here.
 COLUMNS: dict[str, Callable[[ClassRow], float]] = {
     "AP": lambda row: row.ap,
     "AP50": lambda row: row.ap50,
@@ -83,11 +83,14 @@ COLUMNS: dict[str, Callable[[ClassRow], float]] = {
 }
 
 
+_FORMATS = {"Threshold": "{:.2f}"}  # of headings whose figure is not in percent
+
+
 def show(heading: str, value: float) -> str:
-    """A figure of COLUMNS as text: a score, or percent."""
+    """A figure of COLUMNS as text."""
     if value < 0:
         return "–"
-    return f"{value:.2f}" if heading == "Threshold" else f"{100 * value:.1f}"
+    return _FORMATS[heading].format(value) if heading in _FORMATS else f"{100 * value:.1f}"
 
 
 class Analysis(NamedTuple):
@@ -204,7 +207,7 @@ def _describe(detection: dict, labels: dict[int, int], kind: str, target: int = 
 
 
 def _count(found: list[Found], objects: list[Object]) -> dict[str, np.ndarray]:
-    """(99,) int64 for each of KINDS and for "missed": the number at each of THRESHOLDS."""
+    """(99,) int64 for each of `_KINDS` and for "missed": the number at each of THRESHOLDS."""
     tally = {kind: _above([f.score for f in found if f.kind == kind]) for kind in _KINDS}
     return tally | {"missed": len(objects) - tally["found"]}
 
