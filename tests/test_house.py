@@ -33,7 +33,7 @@ EXCEPTIONS = {"dino.weights.reading"}  # official checkpoints hold an argparse.N
 MODEL = [  # what one reads to understand DINO
     "structures.py",
     *(f"layers/{name}.py" for name in ("boxes", "criterion", "deform_attn", "denoising", "matcher")),
-    *(f"layers/{name}.py" for name in ("position_encoding", "postprocess")),
+    *(f"layers/{name}.py" for name in ("feed_forward", "position_encoding", "postprocess")),
     *(f"modeling/{name}.py" for name in ("detector", "dino", "neck", "transformer")),
 ]
 DEVICE_LITERAL = re.compile(r"""\.cuda\(|device\s*=\s*["']cuda|\.to\(\s*["']cuda|torch\.device\(\s*["']cuda""")

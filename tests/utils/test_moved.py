@@ -114,7 +114,7 @@ def test_pickles_name_old_modules():
 def test_old_paths_come_first_too():
     """In a new process the old path is the first that is asked for; the new one must not be loaded again."""
     code = (
-        "import importlib, dino.layers.structures as old, dino.files, dino.check.program as check\n"
+        "import importlib.util, dino.layers.structures as old, dino.files, dino.check.program as check\n"
         "import dino.structures, dino.utils.files, dino.data.check.check_dataset\n"
         "assert old is dino.structures and dino.files is dino.utils.files\n"
         "assert check is dino.data.check.check_dataset\n"
@@ -122,6 +122,12 @@ def test_old_paths_come_first_too():
         "assert structures is old and operator.__name__ == 'dino.layers.ops.operator'\n"
         "from dino.layers import deform_attn\n"
         "assert callable(deform_attn)\n"
+        # A folder stays a package, in which a later module is found by the old path as well, and not copied.
+        "assert importlib.util.find_spec('dino.check').submodule_search_locations is not None\n"
+        "assert importlib.util.find_spec('dino.files').submodule_search_locations is None\n"
+        "import dino.check.issues as old, dino.data.check.issues as new\n"
+        "assert old is new and dino.check is dino.data.check and dino.check.__name__ == 'dino.data.check'\n"
+        "assert importlib.util.find_spec('dino.check.absent') is None\n"
     )
     run_python("-c", code)
 
@@ -145,19 +151,6 @@ def test_specs_describe_the_new_module():
     assert importlib.util.find_spec("dino.absent") is None
     with pytest.raises(ModuleNotFoundError, match=r"No module named 'dino\.absent'"):
         importlib.import_module("dino.absent")
-
-
-def test_folders_stay_packages():
-    """Modules that came into a moved package later are found by its old path as well, and not copied."""
-    code = (
-        "import importlib.util\n"
-        "assert importlib.util.find_spec('dino.check').submodule_search_locations is not None\n"
-        "assert importlib.util.find_spec('dino.files').submodule_search_locations is None\n"
-        "import dino.check.issues, dino.check.issues as old, dino.data.check.issues as new, dino.data.check as check\n"
-        "assert old is new and dino.check is check and check.__name__ == 'dino.data.check'\n"
-        "assert importlib.util.find_spec('dino.check.absent') is None\n"
-    )
-    run_python("-c", code)
 
 
 def test_reloading_an_old_path_reloads_the_module():

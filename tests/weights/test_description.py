@@ -218,18 +218,18 @@ def test_a_detector_comes_back(tmp_path):
         assert torch.equal(detector.network(*batch).decoder.boxes, model(*batch).decoder.boxes)
 
 
-def run_without_detectron2(path):
-    code = "import sys; sys.modules['detectron2'] = None; from dino.weights.description import model_from_checkpoint"
-    code += f"; print(model_from_checkpoint({str(path)!r}).names)"
-    return subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
-
-
-def test_resnets_of_detectron2_do_without_it(tmp_path):
-    write(tmp_path / "model.pth", network(backbone=RESNET))
-    assert run_without_detectron2(tmp_path / "model.pth").stdout.strip() == "['a', 'b', 'c']"
-
-
-def test_other_backbones_of_detectron2_say_that_they_need_it(tmp_path):
-    write_content(tmp_path / "model.pth", network(backbone={"_target_": "detectron2.modeling.SwinTransformer"}))
-    result = run_without_detectron2(tmp_path / "model.pth")
+def test_backbones_of_detectron2_without_it(tmp_path):
+    """ResNets are built from torchvision's; others say what they need."""
+    write(tmp_path / "resnet.pth", network(backbone=RESNET))
+    write_content(tmp_path / "swin.pth", network(backbone={"_target_": "detectron2.modeling.SwinTransformer"}))
+    code = f"""
+import sys
+sys.modules["detectron2"] = None
+from dino.weights.description import model_from_checkpoint
+print(model_from_checkpoint({str(tmp_path / "resnet.pth")!r}).names)
+model_from_checkpoint({str(tmp_path / "swin.pth")!r})
+"""
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert result.stdout.strip() == "['a', 'b', 'c']"
     assert "detectron2.modeling.SwinTransformer needs Detectron2, which is not installed here" in result.stderr

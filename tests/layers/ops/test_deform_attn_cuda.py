@@ -463,6 +463,7 @@ def check_stack(kernel, most=8):
 
 
 @needs_nvcc
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_nothing_is_spilled_in_loops(machine_code):
     assert len(machine_code) == 3 * (2 + 2 + 4 + 1)  # types; forward, backward by queries, by tiles, lists
