@@ -161,7 +161,7 @@ def test_steps(golden: Callable) -> list[Step]:
              check_says=("golden_01", "golden_07", "golden_11")),
         Step("network", "tests of the network on the GPU", 60, 240,
              **tests("-p", "tests.on_device", *network, "-m", "not slow", "-k", "not published"),
-             check_says=("test_network",)),
+             check_says=("test_dino",)),
         Step("operator_cpu", "the other tests of the operator", 100, 400, **tests(*others, "-m", "not slow")),
     ]  # fmt: skip
 
