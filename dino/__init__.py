@@ -1,6 +1,6 @@
 """DINO (DETR with Improved DeNoising Anchor Boxes, arXiv 2203.03605) for Detectron2.
 
-Importing the package imports nothing else. `dino.layers` and `dino.modeling` need torch only, `dino.d2` needs
+Importing the package imports no other library. `dino.layers` and `dino.modeling` need torch only, `dino.d2` needs
 Detectron2. Each name of `__all__` is imported when it is first used.
 """
 

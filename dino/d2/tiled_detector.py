@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
@@ -36,7 +37,11 @@ class TiledDetector(DINODetector):
         super().__init__(**arguments)
         self.preprocessing = self.preprocessing._replace(short_side=short_side, max_size=max_size)
         plain = Detector(self.network, self.preprocessing)
-        self.predictor = Predictor(plain, score_thresh=0, tile=tile, overlap=overlap)
+        self.predictor = Predictor(plain, score_thresh=0, tile=tile, overlap=overlap, cuda_graphs=0)
+
+    def replay(self, most: int) -> AbstractContextManager[None]:
+        """As `Detector.replay`; the predictor's detector runs the network."""
+        return self.predictor.detector.replay(most)
 
     def detect(
         self,

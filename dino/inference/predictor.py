@@ -120,13 +120,14 @@ class Predictor:
         number = detector.preprocessing.max_detections if max_detections is None else max_detections
         self.max_detections = _within("max_detections", number, 1)
         preprocessing = detector.preprocessing._replace(max_detections=number)
-        self.detector = Detector(detector.network, preprocessing, detector.names, select=select or detector.select)
+        graphs = CudaGraphs(detector.network, most=cuda_graphs) if _within("cuda_graphs", cuda_graphs, 0) else None
+        select = select or detector.select
+        self.detector = Detector(detector.network, preprocessing, detector.names, select=select, graphs=graphs)
         self.score_thresh = _within("score_thresh", score_thresh, 0, 1)
         self.nms = None if nms is None else _within("nms", nms, 0, 1)
         self.tile = None if tile is None else _within("tile", tile, 32)
         self.overlap = _within("overlap", overlap, 0, 0.9)
         self.batch_size = _within("batch_size", batch_size, 1)
-        self.graphs = CudaGraphs(self.network, most=cuda_graphs) if _within("cuda_graphs", cuda_graphs, 0) else None
 
     @property
     def network(self) -> DINO:
@@ -238,7 +239,7 @@ class Predictor:
         """
         cuts = [self._views(*picture.shape[:2]) for picture in pictures]
         crops = [p[v.y0 : v.y1, v.x0 : v.x1] for p, vs in zip(pictures, cuts, strict=True) for v in vs]
-        options = {"batch_size": self.batch_size, "graphs": self.graphs, **options}
+        options = {"batch_size": self.batch_size, **options}
         if sources:
             options["sources"] = [*chain(*([source] * len(vs) for source, vs in zip(sources, cuts, strict=True)))]
         found = iter(self._detect_crops(crops, **options))

@@ -17,10 +17,7 @@ from .deform_attn import MultiScaleDeformableAttention
 from .denoising import ContrastiveDenoising, denoising_mask
 from .loss_scaling import LossScaling, Reweighting
 from .matcher import HungarianMatcher, NonFiniteCostError
-from .ops.operator import (
-    deform_attn,
-    deform_attn_implementation,
-)  # after the module `.deform_attn`, whose name it takes
+from .ops.operator import deform_attn, deform_attn_implementation  # takes the name of the module `.deform_attn`
 from .ops.reference import deform_attn_gather, deform_attn_reference
 from .position_encoding import SinePositionEncoding
 from .postprocess import detections, one_label_detections

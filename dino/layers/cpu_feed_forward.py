@@ -29,10 +29,10 @@ class CpuFeedForward(FeedForward):
         if not trains:
             return torch.cat([plain(part) for part in x.split(_PART, 1)], 1)
         args = (self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias)
-        return self.norm(x + RecomputedFeedForward.apply(x, *args))
+        return self.norm(x + _RecomputedFeedForward.apply(x, *args))
 
 
-class RecomputedFeedForward(torch.autograd.Function):
+class _RecomputedFeedForward(torch.autograd.Function):
     """linear2(relu(linear1(x))) in parts of the tokens.
 
     Called as `apply(x, weight1, bias1, weight2, bias2)`, all of one dtype: x (B, N, E), weights (F, E), (F,), (E, F)

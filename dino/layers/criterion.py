@@ -203,7 +203,7 @@ def call_criterion(criterion: nn.Module, outputs: Outputs, targets: list[Target]
         UserError: a batch comes in parts, and the criterion takes no `normalizer`.
     """
     given = {k: v for k, v in options.items() if isinstance(v, Tensor) or v not in (None, "raise")}
-    taken = {name: value for name, value in given.items() if takes(getattr(criterion, "forward", criterion), name)}
+    taken = {name: value for name, value in given.items() if takes(criterion, name)}
     if "normalizer" in given and "normalizer" not in taken:
         raise UserError(
             f"{type(criterion).__name__} takes no `normalizer`, so a batch can't come in parts: set "

@@ -108,17 +108,18 @@ def start_matching(
 
     For a matcher that does not take `non_finite`, "match" pairs the first queries where it raises.
     """
-    start = getattr(matcher, "start", None)
-    options = {} if non_finite == "raise" else {"non_finite": non_finite}
-    if options and not takes(start or getattr(matcher, "forward", matcher), "non_finite"):
-        matching = start(predictions, targets) if start else partial(matcher, predictions, targets)
-        return partial(_match_anyhow, matching, predictions, targets)
-    return start(predictions, targets, **options) if start else partial(matcher, predictions, targets, **options)
+    own = getattr(matcher, "start", None)
+    start = own or partial(partial, matcher)  # starting does nothing yet
+    if non_finite == "raise":
+        return start(predictions, targets)
+    if takes(own or matcher, "non_finite"):
+        return start(predictions, targets, non_finite=non_finite)
+    return partial(_match_anyhow, start(predictions, targets), predictions, targets)
 
 
 def takes(function: Callable, argument: str) -> bool:
-    """Whether `function` accepts a keyword argument of this name."""
-    parameters = inspect.signature(function).parameters
+    """Whether a function, or the `forward` of a module, accepts a keyword argument of this name."""
+    parameters = inspect.signature(getattr(function, "forward", function)).parameters
     return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 

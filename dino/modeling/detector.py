@@ -11,7 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dino.layers import Detections, NonFiniteCostError, Outputs, Target, criterion, detections, xyxy_to_cxcywh
+from dino.layers.boxes import xyxy_to_cxcywh
+from dino.layers.criterion import call_criterion, global_loss_normalizer
+from dino.layers.matcher import NonFiniteCostError
+from dino.layers.postprocess import detections
+from dino.structures import Detections, Outputs, Target
 from dino.utils.device import to_device
 
 from .cuda_graphs import CudaGraphs
@@ -20,7 +24,7 @@ from .dino import DINO
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # RGB, values 0 to 255
 
 # logits (B, Q, C), boxes (B, Q, 4), sizes (B, 2) in pixels, number of detections -> Detections with B in front
-Select = Callable[[Tensor, Tensor, "Tensor | Sequence", int], Detections]
+Select = Callable[[Tensor, Tensor, Tensor | Sequence, int], Detections]
 
 
 class Preprocessing(NamedTuple):
@@ -53,6 +57,7 @@ class Detector(nn.Module):
         criterion: (Outputs, targets) -> dict of losses, see `SetCriterion`; needed for training only.
         select: chooses the detections: `dino.layers.detections`, or `one_label_detections`, which gives no box two
             labels.
+        graphs: run in place of the network in `detect`, for speed.
     """
 
     def __init__(
@@ -63,6 +68,7 @@ class Detector(nn.Module):
         *,
         criterion: nn.Module | None = None,
         select: Select = detections,
+        graphs: CudaGraphs | None = None,
     ):
         super().__init__()
         self.network = network
@@ -70,7 +76,7 @@ class Detector(nn.Module):
         self.preprocessing = preprocessing
         self.names = list(names)
         self.select = select
-        self._graphs: CudaGraphs | None = None
+        self.graphs = graphs
         for name in ("pixel_mean", "pixel_std"):
             values = torch.tensor(list(getattr(preprocessing, name)), dtype=torch.float32)
             self.register_buffer(name, values.view(3, 1, 1), persistent=False)
@@ -101,7 +107,7 @@ class Detector(nn.Module):
         targets = [Target(*(to_device(x, self.device) for x in target)) for target in targets]
         outputs = self.network(*self.batch(images), targets)
         try:
-            return criterion.call_criterion(self.criterion, outputs, targets, **loss_options)
+            return call_criterion(self.criterion, outputs, targets, **loss_options)
         except NonFiniteCostError as error:
             called = [_name(sources, i) for i in range(len(images))]
             raise FloatingPointError(
@@ -116,7 +122,6 @@ class Detector(nn.Module):
         *,
         sources: Sequence[str] = (),
         batch_size: int | None = None,
-        graphs: CudaGraphs | None = None,
     ) -> list[Detections]:
         """Detect in each image; images of equal size run together.
 
@@ -128,7 +133,6 @@ class Detector(nn.Module):
             sizes: height and width in pixels of the picture that the boxes refer to; those of the image by default.
             sources: what an error message calls each image.
             batch_size: most images that run together; no bound by default.
-            graphs: run in place of the network.
 
         Returns:
             for each image the detections on the device of the network, not clipped, best first.
@@ -137,7 +141,7 @@ class Detector(nn.Module):
             FloatingPointError: a prediction is NaN or infinite; names the image.
         """
         sizes = [tuple(image.shape[1:]) for image in images] if sizes is None else sizes
-        run = graphs or self._graphs or self.network
+        run = self.graphs or self.network
         results: dict[int, Detections] = {}
         for indices in _equal_sizes(images, batch_size):
             found = self.postprocess(run(*self.batch([images[i] for i in indices])), [sizes[i] for i in indices])
@@ -194,16 +198,16 @@ class Detector(nn.Module):
             counts: objects of each image of the whole batch, all its parts together.
         """
         num_denoised = self.network.denoising.num_denoised(counts)
-        return criterion.global_loss_normalizer(sum(counts), num_denoised, self.device)
+        return global_loss_normalizer(sum(counts), num_denoised, self.device)
 
     @contextmanager
     def replay(self, most: int) -> Iterator[None]:
         """Let `detect` replay CUDA graphs of at most `most` sizes within the block; of none where that is 0."""
-        before, self._graphs = self._graphs, CudaGraphs(self.network, most=most) if most else None
+        before, self.graphs = self.graphs, CudaGraphs(self.network, most=most) if most else None
         try:
             yield
         finally:
-            self._graphs = before
+            self.graphs = before
 
 
 def resized_size(height: int, width: int, short_side: int, max_size: int | None) -> tuple[int, int]:

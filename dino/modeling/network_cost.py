@@ -22,11 +22,6 @@ _PARTS = ("neck.backbone", "neck", "encoder", "query_selection", "denoising", "d
 _SAMPLE = 5  # multiply-adds per channel of a sample: four for the bilinear interpolation, one for its weight
 
 
-def _parts_of(network: nn.Module) -> dict[str, nn.Module]:
-    """The parts of a `DINO` whose costs are listed, by name."""
-    return {name: network.get_submodule(name) for name in _PARTS}
-
-
 def count_parameters(network: nn.Module) -> dict[str, tuple[int, int]]:
     """Count the (all, trainable) parameters of each part of a `DINO`, and of the whole under `total`.
 
@@ -34,7 +29,8 @@ def count_parameters(network: nn.Module) -> dict[str, tuple[int, int]]:
     """
     inside = set(network.neck.backbone.parameters())
     counts = {}
-    for name, part in {**_parts_of(network), "total": network}.items():
+    for name in (*_PARTS, "total"):
+        part = network if name == "total" else network.get_submodule(name)
         own = [p for p in part.parameters() if name != "neck" or p not in inside]
         counts[name] = (sum(p.numel() for p in own), sum(p.numel() for p in own if p.requires_grad))
     return counts

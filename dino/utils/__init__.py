@@ -1,1 +1,1 @@
-"""Errors, files written whole, devices, recipes by name, the environment report. Imports nothing of dino."""
+"""Errors, whole files, devices, recipes by name, old module paths, the environment report. Imports nothing of dino."""

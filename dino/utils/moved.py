@@ -1,7 +1,8 @@
 """Old paths of modules that have moved, for checkpoints, saved recipes and people's programs.
 
 `import dino.d2.data` gives the module `dino.d2.data_loading` itself, not a copy. A renamed class keeps its old name as
-an alias in its module. To move a module, change or add its line in `_MOVED`: no value may be a key.
+an alias in its module. To move a module, change or add its line in `_MOVED`: no value may be a key. A module of a moved
+package needs no line if its own name is still the same.
 """
 
 import importlib
@@ -16,14 +17,11 @@ _MOVED = {
     "dino.analysis": "dino.modeling.network_cost",
     "dino.build": "dino.layers.ops.build",
     "dino.check": "dino.data.check",
-    "dino.check.annotations": "dino.data.check.annotations",
     "dino.check.faults": "dino.data.check.issues",
     "dino.check.pictures": "dino.data.check.image_files",
     "dino.check.program": "dino.data.check.check_dataset",
-    "dino.check.repair": "dino.data.check.repair",
     "dino.check.sheet": "dino.evaluation.report.preview",
     "dino.check.sizes": "dino.data.check.object_sizes",
-    "dino.check.splits": "dino.data.check.splits",
     "dino.coco": "dino.data.coco",
     "dino.d2.backbones": "dino.d2.detectron2_backbones",
     "dino.d2.data": "dino.d2.data_loading",
@@ -75,10 +73,7 @@ _MOVED = {
     "dino.report": "dino.evaluation.report",
     "dino.report.analysis": "dino.evaluation.report.error_analysis",
     "dino.report.build": "dino.evaluation.report.report",
-    "dino.report.charts": "dino.evaluation.report.charts",
-    "dino.report.page": "dino.evaluation.report.page",
     "dino.report.program": "dino.evaluation.report.evaluate",
-    "dino.report.results": "dino.evaluation.report.results",
     "dino.tiling": "dino.inference.tiling",
     "dino.video": "dino.inference.video",
     "dino.weights.forms": "dino.weights.checkpoint_formats",
@@ -91,8 +86,7 @@ _MOVED = {
 def _within_moved_packages() -> dict[str, str]:
     """What `from dino.check import program` asks for: a renamed module by its old name in the package of today."""
     parts = {name: name.rpartition(".") for name in _MOVED}
-    found = {f"{_MOVED[package]}.{last}": _MOVED[n] for n, (package, _, last) in parts.items() if package in _MOVED}
-    return {name: target for name, target in found.items() if name != target}
+    return {f"{_MOVED[package]}.{last}": _MOVED[n] for n, (package, _, last) in parts.items() if package in _MOVED}
 
 
 _MOVED |= _within_moved_packages()

@@ -7,8 +7,10 @@ from detectron2.config import instantiate
 
 from dino.d2.meta_arch import DINODetector
 from dino.d2.tiled_detector import TiledDetector
-from dino.d2.training import engine
+from dino.d2.training import engine, gpu_speed
+from dino.modeling import CudaGraphs, detector
 
+from ..modeling.test_cuda_graphs import FakeRecorder
 from ..tiny import default_criterion, tiny_network
 from .recipes import tiny_recipe
 from .tiny import random_input, stirred
@@ -38,6 +40,18 @@ def test_a_large_picture_is_seen_in_tiles():
     (found,) = detector([random_input("a.png", height=64, width=150)])
     assert sizes == [(1, 3, 55, 128)] + [(1, 3, 64, 64)] * 3  # the whole, and three tiles
     assert 0 < len(found["instances"]) <= 20
+
+
+def test_tiles_are_replayed_where_the_recipe_wants_graphs(monkeypatch):
+    recorder = FakeRecorder()
+    monkeypatch.setattr(detector, "CudaGraphs", lambda network, most: CudaGraphs(network, most=most, recorder=recorder))
+    model, image = tiled(stirred(tiny_network())), random_input("a.png", height=64, width=80)
+    assert model.predictor.detector.graphs is None
+    with gpu_speed.replayed(model, 2):
+        for _ in range(2):
+            model([image])
+    assert (recorder.recorded, recorder.replayed) == (1, 1)
+    assert model.predictor.detector.graphs is None
 
 
 def test_training_and_evaluation_by_the_recipe(tmp_path):

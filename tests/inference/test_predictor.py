@@ -440,11 +440,11 @@ def test_photographs(checkpoint):
 def test_cuda_graphs_find_the_same():
     """With a recorder that only pretends; on a CPU the network runs as ever."""
     plain, replayed = tiny(cuda_graphs=0), tiny(cuda_graphs=2)
-    assert plain.graphs is None
-    replayed.graphs.recorder = FakeRecorder()
+    assert plain.detector.graphs is None
+    recorder = replayed.detector.graphs.recorder = FakeRecorder()
     for number, size in enumerate(((72, 100), (72, 100), (100, 72), (72, 100))):
         assert equal(replayed(picture(*size, seed=number)), plain(picture(*size, seed=number)))
-    assert (replayed.graphs.recorder.recorded, replayed.graphs.recorder.replayed) == (1, 2)
+    assert (recorder.recorded, recorder.replayed) == (1, 2)
     with pytest.raises(ValueError, match="cuda_graphs"):
         tiny(cuda_graphs=-1)
 

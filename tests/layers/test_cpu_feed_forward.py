@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dino.layers import cpu_feed_forward, feed_forward
-from dino.layers.cpu_feed_forward import CpuFeedForward, RecomputedFeedForward, replace_modules, use_cpu_feed_forward
+from dino.layers.cpu_feed_forward import CpuFeedForward, _RecomputedFeedForward, replace_modules, use_cpu_feed_forward
 from dino.layers.feed_forward import FeedForward
 from dino.modeling import dino, neck, transformer
 
@@ -36,7 +36,7 @@ def plain(x, weight1, bias1, weight2, bias2):
 
 def test_result_and_gradients(small_parts, arguments):
     pull = torch.randn(2, 9, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    result, expected = RecomputedFeedForward.apply(*arguments), plain(*arguments)
+    result, expected = _RecomputedFeedForward.apply(*arguments), plain(*arguments)
     torch.testing.assert_close(result, expected)
     torch.testing.assert_close(
         torch.autograd.grad(result, arguments, pull), torch.autograd.grad(expected, arguments, pull)
@@ -45,7 +45,7 @@ def test_result_and_gradients(small_parts, arguments):
 
 def test_gradients_of_leading_dimensions_that_are_not_contiguous(small_parts, arguments):
     x = arguments[0].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
-    result = RecomputedFeedForward.apply(x, *arguments[1:])
+    result = _RecomputedFeedForward.apply(x, *arguments[1:])
     (grad,) = torch.autograd.grad(result, x, torch.ones(2, 1, 1, dtype=torch.float64).expand(2, 9, 3))
     torch.testing.assert_close(grad, torch.autograd.grad(plain(*arguments).sum(), arguments[0])[0])
 

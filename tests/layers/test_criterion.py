@@ -21,6 +21,7 @@ from dino.utils.files import UserError
 
 from ..tiny import default_criterion, random_boxes, random_targets
 from .test_boxes import giou_by_hand
+from .test_matcher import TwoArguments as MatcherOfTwoArguments
 
 UNWEIGHTED = {"class_weight": 1, "l1_weight": 1, "giou_weight": 1}
 
@@ -278,14 +279,11 @@ def test_non_finite_predictions_that_are_matched_have_non_finite_losses(part, lo
 
 
 def test_a_matcher_of_two_arguments_needs_no_option():
-    class Own(torch.nn.Module):
-        def forward(self, predictions, targets):
-            return HungarianMatcher()(predictions, targets)
-
     targets = random_targets(1, 2)
     outputs = random_outputs(targets)
     normalizer = torch.tensor([3.0, 1.0])
-    assert SetCriterion(matcher=Own())(outputs, targets, normalizer=normalizer) == default_criterion()(outputs, targets)
+    criterion = SetCriterion(matcher=MatcherOfTwoArguments())
+    assert criterion(outputs, targets, normalizer=normalizer) == default_criterion()(outputs, targets)
 
 
 def test_counts_are_averaged_over_workers(monkeypatch):
@@ -321,13 +319,9 @@ def test_the_device_has_the_losses_that_need_no_matches_before_the_host_matches(
             order.append("denoising")
             return super().denoising_losses(denoising)
 
-    class Whole(torch.nn.Module):
-        def forward(self, predictions, targets):
-            return HungarianMatcher()(predictions, targets)
-
     losses = NotingCriterion(matcher=Noting())(outputs, targets)
     assert order == ["start", "negatives", "denoising", "negatives", "match"]
-    assert losses == SetCriterion(matcher=Whole())(outputs, targets)
+    assert losses == SetCriterion(matcher=MatcherOfTwoArguments())(outputs, targets)
 
 
 class TwoArguments(torch.nn.Module):

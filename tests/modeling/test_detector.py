@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dino.layers import LayerOutputs, NonFiniteCostError, Outputs, Target, criterion, one_label_detections
+from dino.layers import LayerOutputs, NonFiniteCostError, Outputs, Target, one_label_detections
 from dino.modeling import CudaGraphs, detector
 from dino.modeling.detector import IMAGENET_MEAN, IMAGENET_STD, Detector, Preprocessing, resized_size, to_target
 
@@ -157,8 +157,8 @@ def test_the_image_of_a_non_finite_cost_is_named():
 
 def test_the_normalizer_counts_objects_and_denoised_objects(monkeypatch):
     model = make()
-    monkeypatch.setattr(model.network.denoising, "num_denoised", lambda counts: 10 * max(counts), raising=False)
-    monkeypatch.setattr(criterion, "global_loss_normalizer", lambda *args: args, raising=False)
+    monkeypatch.setattr(model.network.denoising, "num_denoised", lambda counts: 10 * max(counts))
+    monkeypatch.setattr(detector, "global_loss_normalizer", lambda *args: args)
     assert model.loss_normalizer([2, 0, 3]) == (5, 30, torch.device("cpu"))
 
 

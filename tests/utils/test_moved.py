@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import pickle
 import pkgutil
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -122,10 +123,10 @@ def test_old_paths_come_first_too():
         "assert structures is old and operator.__name__ == 'dino.layers.ops.operator'\n"
         "from dino.layers import deform_attn\n"
         "assert callable(deform_attn)\n"
-        # A folder stays a package, in which a later module is found by the old path as well, and not copied.
+        # A folder stays a package. A module that kept its name in it is found by the old path as well, and not copied.
         "assert importlib.util.find_spec('dino.check').submodule_search_locations is not None\n"
         "assert importlib.util.find_spec('dino.files').submodule_search_locations is None\n"
-        "import dino.check.issues as old, dino.data.check.issues as new\n"
+        "import dino.check.splits as old, dino.data.check.splits as new\n"
         "assert old is new and dino.check is dino.data.check and dino.check.__name__ == 'dino.data.check'\n"
         "assert importlib.util.find_spec('dino.check.absent') is None\n"
     )
@@ -139,8 +140,8 @@ def test_importing_the_package_finds_nothing_moved():
 
 def test_commands_by_their_old_names():
     """`run_module` does what `python -m` does; with another name than __main__, nothing is compiled."""
-    code = "import runpy; print(runpy.run_module('dino.build', run_name='other')['_file_of']('cpu'))"
-    assert run_python("-c", code).strip() == str(ROOT / "dino/layers/ops/_deform_attn_cpu.so")
+    found = runpy.run_module("dino.build", run_name="other")["_file_of"]("cpu")
+    assert str(found) == str(ROOT / "dino/layers/ops/_deform_attn_cpu.so")
     code = _Finder().find_spec("dino.env").loader.get_code("dino.env")
     assert code.co_filename == str(ROOT / "dino/cli/env.py")
 
@@ -167,6 +168,17 @@ def test_walking_the_package_meets_no_module_twice():
     names = [module.name for module in pkgutil.walk_packages(dino.__path__, "dino.") if "d2" not in module.name]
     assert not set(names) & set(_MOVED)
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("name", ["check." + n for n in ("annotations", "issues", "repair", "splits")])
+def test_names_that_stayed_in_a_moved_package(name):
+    assert importlib.import_module(f"dino.{name}") is importlib.import_module(f"dino.data.{name}")
+
+
+@pytest.mark.parametrize("name", ["charts", "page", "results"])
+def test_names_that_stayed_in_the_report(name):
+    new = importlib.import_module(f"dino.evaluation.report.{name}")
+    assert importlib.import_module(f"dino.report.{name}") is new
 
 
 def test_old_submodules_come_from_their_package():

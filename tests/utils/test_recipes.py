@@ -31,21 +31,26 @@ def test_the_nearest_names_are_offered(name):
         recipes.find_recipe(name)
 
 
-def test_an_installed_package_carries_them(tmp_path, monkeypatch):
-    """Built as for a wheel, without the compiled operator; Detectron2 reads the copy."""
-    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The package as for a wheel, without the compiled operator."""
+    folder = tmp_path_factory.mktemp("installed")
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(folder)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
-    monkeypatch.setattr(recipes, "_PACKAGE", tmp_path / "dino")
+    return folder / "dino"
+
+
+def test_an_installed_package_carries_them(installed, monkeypatch):
+    """Detectron2 reads the copy."""
+    monkeypatch.setattr(recipes, "_PACKAGE", installed)
     found = recipes.find_recipe("dino_r18_shapes")
-    assert found == tmp_path / "dino/recipe_files/projects/dino/configs/dino_r18_shapes.py"
-    assert not list(tmp_path.rglob("__pycache__"))
-    assert recipes.find_recipe("look_once").is_relative_to(tmp_path)
+    assert found == installed / "recipe_files/projects/dino/configs/dino_r18_shapes.py"
+    assert not list(installed.rglob("__pycache__"))
+    assert recipes.find_recipe("look_once").is_relative_to(installed)
     config = pytest.importorskip("detectron2.config", reason="Detectron2 is not installed")
     assert config.LazyConfig.load(str(found)).model.max_detections == 50
 
 
-def test_an_installed_package_carries_the_templates(tmp_path):
-    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+def test_an_installed_package_carries_the_templates(installed):
     names = {path.name for path in (ROOT / "dino/evaluation/report/templates").iterdir()}
-    assert {path.name for path in (tmp_path / "dino/evaluation/report/templates").iterdir()} == names
+    assert {path.name for path in (installed / "evaluation/report/templates").iterdir()} == names

@@ -143,10 +143,10 @@ class Trainer(SimpleTrainer):
         model = unwrapped(self.model)
         if not isinstance(model, DINODetector):
             return {}
-        skip = self.checker.skip and takes(model.forward, "non_finite")
+        skip = self.checker.skip and takes(model, "non_finite")
         options: dict[str, Any] = {"non_finite": "match"} if skip else {}
         if len(parts) > 1:
-            if not takes(model.forward, "normalizer"):
+            if not takes(model, "normalizer"):
                 raise UserError(
                     f"{type(model).__name__} takes no `normalizer`: set train.grad_accum_steps=1, or let its forward "
                     "accept **options and pass them on"
