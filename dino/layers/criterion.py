@@ -204,9 +204,15 @@ def call_criterion(criterion: nn.Module, outputs: Outputs, targets: list[Target]
     """
     given = {k: v for k, v in options.items() if isinstance(v, Tensor) or v not in (None, "raise")}
     taken = {name: value for name, value in given.items() if takes(getattr(criterion, "forward", criterion), name)}
-    if "normalizer" in given and "normalizer" not in taken:
+    if "normalizer" in given:
+        check_normalizer(criterion)
+    return criterion(outputs, targets, **taken)
+
+
+def check_normalizer(part: nn.Module) -> None:
+    """Raise a UserError if a criterion or detector takes no `normalizer`, which losses of a batch in parts need."""
+    if not takes(getattr(part, "forward", part), "normalizer"):
         raise UserError(
-            f"{type(criterion).__name__} takes no `normalizer`, so a batch can't come in parts: set "
+            f"{type(part).__name__} takes no `normalizer`, so a batch can't come in parts: set "
             "train.grad_accum_steps=1, or let its forward accept **options and pass them on"
         )
-    return criterion(outputs, targets, **taken)
