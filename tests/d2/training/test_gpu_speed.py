@@ -2,15 +2,13 @@ import logging
 
 import pytest
 
-from dino.d2.training import gpu_speed
-
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from dino.d2.training import engine
+from dino.d2.training import engine, gpu_speed
 from dino.d2.training.memory_saving import checkpoint_activations
 from dino.layers.ops.operator import use_compiled
 from dino.modeling import CudaGraphs, detector, float32_precision
@@ -51,7 +49,7 @@ def test_an_evaluation_has_the_precision_too(tmp_path):
     engine.train(cfg, resume=False)
     cfg.train.float32_precision, cfg.train.init_checkpoint = "highest", str(tmp_path / "run/model_final.pth")
     assert float32_precision() == "TensorFloat-32"
-    engine.evaluate_checkpoint(cfg)
+    engine.evaluate(cfg)
     assert float32_precision() == "float32"
 
 
