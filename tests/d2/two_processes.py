@@ -18,7 +18,8 @@ def steps(recipe):
     """(what was done) -> losses and gradients of the whole batch."""
     return {
         (recipe, "whole"): step(recipe, EVEN, (2,)),
-        (recipe, "parts"): step(recipe, ONE_EMPTY, (1, 2), wrapper="own", own_denoising=False),
+        (recipe, "parts"): step(recipe, UNEVEN, (1, 2), own_denoising=False),
+        (recipe, "wrapped"): step(recipe, ONE_EMPTY, (1, 2), wrapper="own", own_denoising=False),
     }
 
 
@@ -29,7 +30,8 @@ def main(folder, *recipes):
     results, skipped = {}, {}
     for recipe in recipes:
         results |= steps(recipe)
-        skipped[recipe] = skip_a_step(recipe, "own", folder, parts=2)
+        for wrapper, parts in (("plain", 1), ("own", 2)):
+            skipped[recipe, wrapper] = skip_a_step(recipe, wrapper, folder, parts=parts)
     results["fsdp"] = step(BASE, UNEVEN, (1, 2), own_denoising=False, parallel="fsdp")
     skipped["fsdp"] = skip_a_step(BASE, "own", folder, parts=2, parallel="fsdp")
     torch.save({"results": results, "skipped": skipped}, folder / f"results_{comm.get_rank()}.pth")

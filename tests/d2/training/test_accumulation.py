@@ -62,11 +62,12 @@ def test_wrapped_uneven_parts_equal_the_whole_batch(recipe):
     assert_equal_steps(step(recipe, UNEVEN, (1, 2, 3, 4), **options), whole_step(recipe, UNEVEN, **options))
 
 
+@pytest.mark.parametrize("wrapper", ["plain", "scaled"])
 @pytest.mark.parametrize("counts", [UNEVEN, (0, 0, 0, 5), (9, 30, 0, 1), (0, 0, 0, 0)])
 @pytest.mark.parametrize("stops", [(1, 4), (3, 4)])
-def test_parts_of_other_sizes(stops, counts):
+def test_parts_of_other_sizes(stops, counts, wrapper):
     """Also with more objects than queries or than the budget of denoising, and without any object."""
-    options = {"wrapper": "scaled", "own_denoising": False}
+    options = {"wrapper": wrapper, "own_denoising": False}
     assert_equal_steps(step(DEFAULT, counts, stops, **options), whole_step(DEFAULT, counts, **options))
 
 
