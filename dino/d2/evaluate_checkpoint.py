@@ -97,7 +97,7 @@ def _work(job: _Job) -> None:
     keep_freed_memory()
     cfg = _load(job)
     default_setup(cfg, job)
-    engine.evaluate(cfg)
+    engine.evaluate_checkpoint(cfg)
 
 
 def _load(job: _Job) -> DictConfig:

@@ -110,15 +110,15 @@ def start_matching(
     """
     start = getattr(matcher, "start", None)
     options = {} if non_finite == "raise" else {"non_finite": non_finite}
-    if options and not takes(start or getattr(matcher, "forward", matcher), "non_finite"):
+    if options and not takes(start or matcher, "non_finite"):
         matching = start(predictions, targets) if start else partial(matcher, predictions, targets)
         return partial(_match_anyhow, matching, predictions, targets)
     return start(predictions, targets, **options) if start else partial(matcher, predictions, targets, **options)
 
 
 def takes(function: Callable, argument: str) -> bool:
-    """Whether `function` accepts a keyword argument of this name."""
-    parameters = inspect.signature(function).parameters
+    """Whether a function, or the `forward` of a module, accepts a keyword argument of this name."""
+    parameters = inspect.signature(getattr(function, "forward", function)).parameters
     return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 

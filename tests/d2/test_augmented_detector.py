@@ -77,4 +77,4 @@ def test_as_an_option_of_the_evaluation(tmp_path):
     cfg.model._target_ = "dino.d2.augmented_detector.AugmentedDetector"
     cfg.model.sizes = [48, 64]
     cfg.dataloader.test.mapper.augmentations = []
-    assert 0 <= engine.evaluate(cfg)["bbox"]["AP"] <= 100
+    assert 0 <= engine.evaluate_checkpoint(cfg)["bbox"]["AP"] <= 100

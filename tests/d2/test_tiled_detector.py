@@ -50,4 +50,4 @@ def test_training_and_evaluation_by_the_recipe(tmp_path):
     assert set(model.state_dict()) == set(instantiate(tiny_recipe(tmp_path).model).state_dict())
     torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
     cfg.train.init_checkpoint = str(tmp_path / "weights.pth")
-    assert 0 <= engine.evaluate(cfg)["bbox"]["AP"] <= 100
+    assert 0 <= engine.evaluate_checkpoint(cfg)["bbox"]["AP"] <= 100

@@ -43,7 +43,7 @@ def main(args):
     setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="detectron2")
     engine.Trainer = Mortal
     if args.eval_only:
-        engine.evaluate(cfg)
+        engine.evaluate_checkpoint(cfg)
     else:
         engine.train(cfg, resume)
 

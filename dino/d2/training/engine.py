@@ -172,7 +172,7 @@ def _list_hooks(cfg: DictConfig, trainer: Trainer, checkpointer: Checkpointer, e
 
     def run_evaluation() -> dict:
         results.clear()
-        results.update(_evaluate_model(cfg, model, ema))
+        results.update(_evaluate(cfg, model, ema))
         picture = os.path.join(folder, "val_predictions.png")
         if not from_main(os.path.exists(picture)):
             _show_predictions(cfg, model, names, picture)
@@ -210,7 +210,7 @@ def _list_writers(cfg: DictConfig) -> list[EventWriter]:
     return writers
 
 
-def _evaluate_model(cfg: DictConfig, model: nn.Module, ema: Ema | None = None) -> dict:
+def _evaluate(cfg: DictConfig, model: nn.Module, ema: Ema | None = None) -> dict:
     """Evaluate the model on the recipe's test data -> metrics on the main process; prints and writes them too.
 
     With `ema`, the metrics of the averaged weights follow under the key "ema".
@@ -265,7 +265,7 @@ def _show_predictions(cfg: DictConfig, model: nn.Module, names: list[str], path:
     model.train(training)
 
 
-def evaluate(cfg: DictConfig) -> dict:
+def evaluate_checkpoint(cfg: DictConfig) -> dict:
     """Evaluate `train.init_checkpoint`, and its averaged weights if it has any -> metrics.
 
     Raises:
@@ -282,4 +282,4 @@ def evaluate(cfg: DictConfig) -> dict:
     if "ema" in content:
         ema = Ema(model, decay=0)
         ema.load_state_dict(content["ema"])
-    return _evaluate_model(cfg, model, ema)
+    return _evaluate(cfg, model, ema)

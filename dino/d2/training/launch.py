@@ -52,7 +52,7 @@ def _work(job: Job) -> None:
     resume = recipe.choose_output(cfg, eval_only=job.eval_only, resume=job.resume)
     default_setup(cfg, job)
     if job.eval_only:
-        engine.evaluate(cfg)
+        engine.evaluate_checkpoint(cfg)
     else:
         recipe.scale_to_batch(cfg, job.overrides)
         engine.train(cfg, resume)

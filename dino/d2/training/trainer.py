@@ -144,7 +144,7 @@ class Trainer(SimpleTrainer):
         model = unwrapped(self.model)
         if not isinstance(model, DINODetector):
             return {}
-        skip = self.checker.skip and takes(model.forward, "non_finite")
+        skip = self.checker.skip and takes(model, "non_finite")
         options: dict[str, Any] = {"non_finite": "match"} if skip else {}
         if len(parts) > 1:
             check_normalizer(model)

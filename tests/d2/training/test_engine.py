@@ -105,7 +105,7 @@ def test_the_saved_recipe_evaluates_the_checkpoint(trained):
     cfg, results = trained
     again = cfg.copy()
     again.train.init_checkpoint = str(run_folder(cfg) / "model_final.pth")
-    found = engine.evaluate(again)
+    found = engine.evaluate_checkpoint(again)
     assert found["bbox"]["AP"] == pytest.approx(results["bbox"]["AP"], nan_ok=True)
 
 
@@ -384,7 +384,7 @@ def test_weights_of_detectron2_in_a_pickle(tmp_path):
 def evaluate_file(cfg, path):
     cfg = cfg.copy()
     cfg.train.init_checkpoint = str(path)
-    return engine.evaluate(cfg)
+    return engine.evaluate_checkpoint(cfg)
 
 
 @pytest.mark.parametrize("change", ["missing", "shape"])

@@ -49,7 +49,7 @@ def test_an_evaluation_has_the_precision_too(tmp_path):
     engine.train(cfg, resume=False)
     cfg.train.float32_precision, cfg.train.init_checkpoint = "highest", str(tmp_path / "run/model_final.pth")
     assert float32_precision() == "TensorFloat-32"
-    engine.evaluate(cfg)
+    engine.evaluate_checkpoint(cfg)
     assert float32_precision() == "float32"
 
 
