@@ -203,10 +203,19 @@ def call_criterion(criterion: nn.Module, outputs: Outputs, targets: list[Target]
         UserError: a batch comes in parts, and the criterion takes no `normalizer`.
     """
     given = {k: v for k, v in options.items() if isinstance(v, Tensor) or v not in (None, "raise")}
-    taken = {name: value for name, value in given.items() if takes(criterion, name)}
-    if "normalizer" in given and "normalizer" not in taken:
+    if "normalizer" in given:
+        check_normalizer(criterion)
+    return criterion(outputs, targets, **{k: v for k, v in given.items() if takes(criterion, k)})
+
+
+def check_normalizer(part: nn.Module) -> None:
+    """Check that a criterion or a detector takes a `normalizer`, which the losses of a batch in parts need.
+
+    Raises:
+        UserError: it takes none.
+    """
+    if not takes(part, "normalizer"):
         raise UserError(
-            f"{type(criterion).__name__} takes no `normalizer`, so a batch can't come in parts: set "
+            f"{type(part).__name__} takes no `normalizer`, so a batch can't come in parts: set "
             "train.grad_accum_steps=1, or let its forward accept **options and pass them on"
         )
-    return criterion(outputs, targets, **taken)

@@ -24,6 +24,7 @@ from dino.layers.cpu_feed_forward import use_cpu_feed_forward
 from dino.modeling import compile_network, use_float32_precision
 from dino.modeling.detector import Detector, Preprocessing
 from dino.utils.files import DataError, UserError, free_name, write_whole
+from dino.weights import read_content
 from dino.weights.description import build_network
 
 FLIPS = ("none", "horizontal", "both")
@@ -212,13 +213,11 @@ def _start(settings: Settings, names: list[str], weights: str | Path | None) -> 
 
 
 def _load(network: nn.Module, path: str | Path, names: list[str]) -> None:
-    """Load weights that `save` wrote. Reads plain tensors only, so no code in the file can run."""
+    """Load weights that `save` wrote."""
+    checkpoint = read_content(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         network.load_state_dict(checkpoint["model"])
-    except FileNotFoundError:
-        raise DataError(f"weights not found: {path}") from None
-    except Exception as error:
+    except Exception as error:  # a foreign file can raise anything
         raise DataError(f"can't use the weights {path}: {str(error)[:500]}") from error
     if checkpoint.get("names") != names:
         raise DataError(f"{path} was trained for the classes {checkpoint.get('names')}, the data has {names}")

@@ -2,6 +2,9 @@ import os
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+
 import torch
 from detectron2.structures import Instances
 

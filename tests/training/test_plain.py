@@ -130,7 +130,8 @@ def test_bad_weights_are_named(sets, tmp_path, small_backbone):
     }
     for name, write in bad.items():
         write(tmp_path / name)
-        with pytest.raises(DataError, match=f"can't use the weights .*{name}"):
+        verb = "read" if name in ("text.pth", "evil.pth") else "use"
+        with pytest.raises(DataError, match=f"can't {verb} the weights .*{name}"):
             run(sets, tmp_path / "run", weights=tmp_path / name)
     with pytest.raises(DataError, match="weights not found"):
         run(sets, tmp_path / "run", weights=tmp_path / "absent.pth")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
 from omegaconf import DictConfig
 from torch import nn
@@ -43,11 +42,6 @@ def compile_if_wanted(cfg: DictConfig, model: nn.Module) -> None:
     compile_network(model.network)
 
 
-@contextmanager
-def replayed(model: nn.Module, most: int) -> Iterator[None]:
-    """Within, evaluation of a `DINODetector` replays CUDA graphs of so many sizes; of none where `most` is 0."""
-    if not most or not isinstance(model, DINODetector):
-        yield
-        return
-    with model.replay(most):
-        yield
+def replayed(model: nn.Module, most: int) -> AbstractContextManager[None]:
+    """Context where a `DINODetector` replays CUDA graphs, see `Detector.replay`; other detectors stay as they are."""
+    return model.replay(most) if isinstance(model, DINODetector) else nullcontext()

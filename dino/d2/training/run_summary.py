@@ -86,7 +86,7 @@ def _sizes_after_resize(images: list[dict], augmentations: list) -> np.ndarray:
             transform = augmentation.get_transform(blank)
             height, width = getattr(transform, "new_h", height), getattr(transform, "new_w", width)
         scale = (height * width / (x["height"] * x["width"])) ** 0.5
-        boxes = np.array([o["bbox"] for o in x["annotations"]]).reshape(-1, 4)  # xyxy, see `sanitise`
+        boxes = np.array([o["bbox"] for o in x["annotations"]]).reshape(-1, 4)  # xyxy, as `dataset` gives them
         sizes += list(np.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])) * scale)
     return np.array(sizes)
 

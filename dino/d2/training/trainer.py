@@ -13,6 +13,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
 from dino.d2.meta_arch import DINODetector
+from dino.layers.criterion import check_normalizer
 from dino.layers.matcher import takes
 from dino.utils.files import UserError
 
@@ -146,11 +147,7 @@ class Trainer(SimpleTrainer):
         skip = self.checker.skip and takes(model, "non_finite")
         options: dict[str, Any] = {"non_finite": "match"} if skip else {}
         if len(parts) > 1:
-            if not takes(model, "normalizer"):
-                raise UserError(
-                    f"{type(model).__name__} takes no `normalizer`: set train.grad_accum_steps=1, or let its forward "
-                    "accept **options and pass them on"
-                )
+            check_normalizer(model)
             options["normalizer"] = model.loss_normalizer([len(x["instances"]) for part in parts for x in part])
         return options
 

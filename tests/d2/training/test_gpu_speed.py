@@ -2,15 +2,13 @@ import logging
 
 import pytest
 
-from dino.d2.training import gpu_speed
-
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from dino.d2.training import engine
+from dino.d2.training import engine, gpu_speed
 from dino.d2.training.memory_saving import checkpoint_activations
 from dino.layers.ops.operator import use_compiled
 from dino.modeling import CudaGraphs, detector, float32_precision

@@ -2,14 +2,13 @@
 
 import pytest
 
-from dino.d2.training import non_finite
-
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import torch
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from dino.d2.training import non_finite
 from dino.d2.training.trainer import Trainer
 
 from ..tiny import random_input, tiny_detector

@@ -2,8 +2,6 @@ import logging
 
 import pytest
 
-from dino.d2.training import run_summary
-
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import numpy as np
@@ -12,7 +10,7 @@ from detectron2.config import instantiate
 
 from dino.d2 import recipe
 from dino.d2.data_loading import ShortSide
-from dino.d2.training import engine
+from dino.d2.training import engine, run_summary
 from dino.utils.files import DataError
 
 from ..recipes import file_arguments as files
