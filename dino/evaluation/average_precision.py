@@ -33,7 +33,7 @@ def to_results(found: Detections, image_id: int, category_ids: list[int]) -> lis
 
 
 def evaluate(data: dict[str, Any], results: list[dict]) -> dict[str, float]:
-    """METRICS, and `AP-<name>` of each class; all 0 if there are no results.
+    """`_METRICS`, and `AP-<name>` of each class; all 0 if there are no results.
 
     Args:
         data: checked COCO-format annotations.
@@ -68,7 +68,7 @@ def precision_of(coco_eval: COCOeval) -> np.ndarray:
 
 
 def summarise(precision: np.ndarray) -> dict[str, float]:
-    """METRICS of `precision_of`, or of a part of its classes."""
+    """`_METRICS` of `precision_of`, or of a part of its classes."""
     by_size = [precision[..., size] for size in range(4)]
     parts = (by_size[0], by_size[0][0], by_size[0][_IOU_75], *by_size[1:])
     return dict(zip(_METRICS, map(_mean, parts), strict=True))

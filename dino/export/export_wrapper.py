@@ -47,7 +47,9 @@ class ExportWrapper(nn.Module):
         return tuple(self.detector.postprocess(outputs, sizes))
 
 
-def describe(names: Sequence[str], thresholds: Sequence[float], preprocessing: Preprocessing, fixed: Fixed | None):
+def describe(
+    names: Sequence[str], thresholds: Sequence[float], preprocessing: Preprocessing, fixed: Fixed | None
+) -> dict[str, Any]:
     """Describe an exported program for its file, as a dict of plain values; `docs/export.md` explains the keys."""
     resize: dict[str, Any] = {"short_side": preprocessing.short_side, "max_size": preprocessing.max_size}
     if fixed:

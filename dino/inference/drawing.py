@@ -14,7 +14,7 @@ Colour = tuple[int, int, int]  # RGB, 0 to 255
 
 _GOLDEN_RATIO = (5**0.5 - 1) / 2  # hues a step of this apart stay apart, however many there are
 _DARK, _LIGHT = (0, 0, 0), (255, 255, 255)
-_GROUND = (40, 40, 40)  # of a grid of pictures
+_GROUND, _GAP = (40, 40, 40), 4  # colour behind the pictures of a grid, pixels between them
 
 
 def draw_detections(
@@ -60,15 +60,11 @@ def draw_boxes(
     return image
 
 
-def tile_images(images: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Image:
-    """Images of any sizes in one picture, row by row, on dark ground.
-
-    Args:
-        gap: pixels between them.
-    """
-    width, height = (max(image.size[i] for image in images) + gap for i in (0, 1))
+def tile_images(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Images of any sizes in one picture, row by row, on dark ground."""
+    width, height = (max(image.size[i] for image in images) + _GAP for i in (0, 1))
     rows = -(-len(images) // columns)
-    grid = Image.new("RGB", (columns * width - gap, rows * height - gap), _GROUND)
+    grid = Image.new("RGB", (columns * width - _GAP, rows * height - _GAP), _GROUND)
     for number, image in enumerate(images):
         row, column = divmod(number, columns)
         grid.paste(image, (column * width, row * height))

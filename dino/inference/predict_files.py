@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -40,7 +40,7 @@ def make_predictor(
     """A predictor of a checkpoint.
 
     Args:
-        dtype: of the network, a key of DTYPES.
+        dtype: of the network, a key of `_DTYPES`.
         one_label: give no box two labels.
         compile: compile the network.
         options: of `Predictor.from_checkpoint`.
@@ -132,7 +132,11 @@ def _predict_images(predictor: Predictor, jobs: Sequence[_Job], folder: Path, is
         _open_coco(folder / "predictions.json", predictor.names) as coco,
         tqdm(total=len(jobs), desc="predict", unit="image", disable=None) as bar,
     ):
-        skip = _chain(issues.append, lambda _: bar.update())
+
+        def skip(error: DataError) -> None:
+            issues.append(error)
+            bar.update()
+
         for found in predictor.stream(list(targets), on_error=skip):
             picture = found.draw()
             target = targets[found.source]
@@ -141,16 +145,6 @@ def _predict_images(predictor: Predictor, jobs: Sequence[_Job], folder: Path, is
             coco.add(found, file_name=found.source.name)
             bar.update()
     print(f"{counted(coco.images, 'picture')} with {counted(coco.objects, 'object')} written to {folder}")
-
-
-def _chain(*functions: Callable[[Any], object]) -> Callable[[Any], None]:
-    """Make a function that calls all of these with its argument."""
-
-    def call(argument: Any) -> None:
-        for function in functions:
-            function(argument)
-
-    return call
 
 
 def _predict_video(predictor: Predictor, job: _Job, issues: list[DataError]) -> None:

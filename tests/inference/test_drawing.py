@@ -52,7 +52,7 @@ def test_detections_have_the_colours_of_their_classes():
 
 def test_images_of_different_sizes_side_by_side():
     red, blue = Image.new("RGB", (10, 20), RED), Image.new("RGB", (30, 5), BLUE)
-    grid = tile_images([red, blue, red], columns=2, gap=4)
+    grid = tile_images([red, blue, red], columns=2)
     assert grid.size == (64, 44)
     assert grid.getpixel((0, 0)) == RED
     assert where(grid, BLUE) == (34, 0, 63, 4)

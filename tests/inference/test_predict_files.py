@@ -14,7 +14,7 @@ from dino.data.images import read_image
 from dino.inference import predict_files
 
 from ..coco_files import write_coco
-from ..tools.programs import assert_one_error, contents, run_verb
+from ..tools.programs import ROOT, contents, run_verb
 from .test_predictor import picture, write_checkpoint
 
 
@@ -42,17 +42,20 @@ def read_json(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_a_new_user(checkpoint, tmp_path):
-    """In an empty folder, in a process of its own, with names that hold spaces and letters of any kind."""
+def test_a_new_user(dino, checkpoint, tmp_path, tmp_path_factory):
+    """In an empty folder, in a process of its own without Detectron2, with names of spaces and letters of any kind."""
     write_coco(tmp_path / "my photos 图")
-    words = ["predict", checkpoint, "my photos 图", "--score-thresh", "0", "--device", "cpu"]
-    result = run_verb(*words, folder=tmp_path)
+    blocked = tmp_path_factory.mktemp("blocked")
+    (blocked / "detectron2.py").write_text("raise ImportError('blocked')")
+    words = ["my photos 图", "--score-thresh", "0"]
+    path = os.pathsep.join(map(str, (blocked, ROOT)))
+    result = run_verb("predict", checkpoint, *words, "--device", "cpu", folder=tmp_path, PYTHONPATH=path)
     assert result.returncode == 0, result.stderr
     assert "4 pictures with 40 objects written to output/predictions" in result.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"my photos 图", "output"}
     names = {path.name for path in (tmp_path / "output/predictions").iterdir()}
     assert names == {"predictions.json", *(f"image_{n}.png" for n in range(1, 5))}
-    assert run_verb(*words, folder=tmp_path).returncode == 0
+    assert dino(*words) == (0, "")
     assert (tmp_path / "output/predictions.1/image_1.png").exists()
 
 
@@ -108,11 +111,17 @@ def test_nothing_is_overwritten(dino, tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_bad_checkpoints(tmp_path):
+def test_bad_checkpoints(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(predict_files, "keep_freed_memory", lambda: None)  # it would last
     write_coco(tmp_path / "images")
     (tmp_path / "model.pth").write_bytes(b"")
     for name in ("model.pth", "absent.pth", "images"):
-        assert_one_error(run_verb("predict", name, "images", folder=tmp_path), name)
+        assert cli.main(["predict", name, "images"]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert name in error
+        assert error.count("\n") == 1
     assert not (tmp_path / "output").exists()
 
 

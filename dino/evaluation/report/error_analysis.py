@@ -83,14 +83,11 @@ COLUMNS: dict[str, Callable[[ClassRow], float]] = {
 }
 
 
-_FORMATS = {"Threshold": "{:.2f}"}  # of headings whose figure is not in percent
-
-
 def show(heading: str, value: float) -> str:
-    """A figure of COLUMNS as text."""
+    """A figure of COLUMNS, or an AP by its name, as text: in percent, but for the threshold."""
     if value < 0:
         return "–"
-    return _FORMATS[heading].format(value) if heading in _FORMATS else f"{100 * value:.1f}"
+    return f"{value:.2f}" if heading == "Threshold" else f"{100 * value:.1f}"
 
 
 class Analysis(NamedTuple):

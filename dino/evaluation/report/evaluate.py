@@ -79,9 +79,7 @@ def write_evaluation(folder: Path, detected: Detected, shown: int = 24) -> None:
 
 def _table(analysis: Analysis) -> str:
     """AP of all classes, then a row for each class."""
-    lines = [
-        "  ".join(f"{name} {100 * value:.1f}" if value >= 0 else f"{name} –" for name, value in analysis.ap.items())
-    ]
+    lines = ["  ".join(f"{name} {show(name, value)}" for name, value in analysis.ap.items())]
     width = max(len("class"), *(len(row.name) for row in analysis.rows))
     lines.append(f"{'class':<{width}}  objects" + "".join(f"{heading:>11}" for heading in COLUMNS))
     for row in analysis.rows:

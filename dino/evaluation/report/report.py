@@ -19,6 +19,7 @@ from .page import Figure, Mark, draw, write_page
 _LOWEST = float(THRESHOLDS[0])  # least score that is drawn; start of the slider
 _MOST_MARKS = 300  # detections drawn in one image
 _MOST_CLASSES = 25  # rows of the confusion matrix
+_MOST_PAIRS = 8  # of confused classes, named above the matrix
 _WORDS = {
     "found": "right",
     "missed": "missed",
@@ -80,6 +81,7 @@ def write_report(
         write_page(path, "predictions.html.j2", figures=figures, classes=_count_classes(data, results), **values)
         return None
     analysis = analyse(data, results)
+    matrix = confusion(analysis)
     write_page(
         path,
         "report.html.j2",
@@ -90,8 +92,8 @@ def write_report(
             ("Precision and recall", precision_recall(analysis)),
             ("Choosing a threshold", over_threshold(analysis)),
         ],
-        matrix=_matrix_of(analysis),
-        confusions=_frequent_confusions(analysis),
+        matrix=_cells_of(matrix, analysis.names),
+        confusions=_frequent_confusions(matrix, analysis.names),
         figures=_draw_worst(analysis, entries, files, shown),
         tally={kind: [int(n) for n in counts] for kind, counts in analysis.tally.items()},
         **values,
@@ -207,32 +209,31 @@ def _try_to_draw(path: Path, text: str, marks: list[Mark], groups: str) -> list[
         return []
 
 
-def _matrix_of(analysis: Analysis) -> dict[str, Any]:
+def _cells_of(matrix: np.ndarray, names: list[str]) -> dict[str, Any]:
     """Confusion matrix for the page: heads, and rows of cells. Of many classes, the most confused ones."""
-    matrix = confusion(analysis)
     wrong = matrix - np.diag(np.diag(matrix))
     mixed = wrong[:-1, :-1].sum(0) + wrong[:-1, :-1].sum(1)
     kept = sorted(np.argsort(-mixed, kind="stable")[:_MOST_CLASSES].tolist())
-    indices, heads = [*kept, len(analysis.names)], [analysis.names[k] for k in kept]
+    indices, heads = [*kept, len(names)], [names[k] for k in kept]
     rows = []
     for i in indices:
         total = max(matrix[i].sum(), 1)
-        true = analysis.names[i] if i < len(analysis.names) else "nothing"
+        true = names[i] if i < len(names) else "nothing"
         cells = []
         for j in indices:
-            predicted = analysis.names[j] if j < len(analysis.names) else "nothing"
+            predicted = names[j] if j < len(names) else "nothing"
             hue = "var(--found)" if i == j else "var(--missed)" if j == indices[-1] else "var(--false)"
             title = f"true: {true}, detected: {predicted}, {matrix[i, j]}"
             cells.append(_Cell(int(matrix[i, j]), float(matrix[i, j] / total), hue, title))
         rows.append((true, cells))
     rows[-1][1][-1] = _Cell(0, 0.0, "transparent", "nothing, detected as nothing: not counted")
-    return {"heads": heads, "rows": rows, "left_out": len(analysis.names) - len(kept)}
+    return {"heads": heads, "rows": rows, "left_out": len(names) - len(kept)}
 
 
-def _frequent_confusions(analysis: Analysis, most: int = 8) -> list[tuple[str, str, int]]:
+def _frequent_confusions(matrix: np.ndarray, names: list[str]) -> list[tuple[str, str, int]]:
     """The most frequent pairs: true class, predicted class, number."""
-    matrix = confusion(analysis)[:-1, :-1]
-    np.fill_diagonal(matrix, 0)
-    order = np.argsort(-matrix, axis=None, kind="stable")[:most]
-    pairs = zip(*np.unravel_index(order, matrix.shape), strict=True)
-    return [(analysis.names[i], analysis.names[j], int(matrix[i, j])) for i, j in pairs if matrix[i, j]]
+    mixed = matrix[:-1, :-1].copy()
+    np.fill_diagonal(mixed, 0)
+    order = np.argsort(-mixed, axis=None, kind="stable")[:_MOST_PAIRS]
+    pairs = zip(*np.unravel_index(order, mixed.shape), strict=True)
+    return [(names[i], names[j], int(mixed[i, j])) for i, j in pairs if mixed[i, j]]

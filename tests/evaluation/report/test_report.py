@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from dino import cli
-from dino.evaluation.report.error_analysis import analyse
-from dino.evaluation.report.report import _matrix_of, image_paths, write_report
+from dino.evaluation.report.error_analysis import analyse, confusion
+from dino.evaluation.report.report import _cells_of, image_paths, write_report
 
 from ...coco_files import write_coco
 from ...tools.programs import contents
@@ -124,7 +124,8 @@ def test_many_classes_are_cut_to_the_most_confused_ones(tmp_path):
         a["category_id"] = number % 60
     results = perfect(data)
     results[59]["category_id"] = 3
-    matrix = _matrix_of(analyse(data, results))
+    analysis = analyse(data, results)
+    matrix = _cells_of(confusion(analysis), analysis.names)
     assert len(matrix["heads"]) == 25
     assert matrix["left_out"] == 35
     assert {"class 3", "class 59"} <= set(matrix["heads"])
