@@ -3,7 +3,7 @@
 # make test-slow  the long tests
 # make gpu RESULTS=folder STEPS="--only build,kernels"  build, test and measure on a machine with a CUDA GPU;
 #                          installs nothing; for STEPS see tools/gpu_suite.py
-# make soak       kill trainings at random moments and compare their results with unbroken ones (15 minutes)
+# make soak       kill trainings at random moments and compare their results with unbroken ones (half an hour)
 # make pictures   train a small model and redraw the pictures of docs/how_it_works.md and docs/method.md
 # make lint       ruff
 # make clean      remove .venv, the compiled operator and caches; keep the results in output/

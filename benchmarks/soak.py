@@ -5,7 +5,7 @@
 
 A kill is SIGKILL to every process of the training, at a random moment between its start and its end: while it starts,
 trains, evaluates or writes a checkpoint. Then it is resumed, until it ends. Losses, weights, optimizer state and
-averaged weights must equal those of the unbroken run to the last bit. Needs no GPU and no data; takes a quarter of an
+averaged weights must equal those of the unbroken run to the last bit. Needs no GPU and no data; takes half an
 hour on two CPU cores.
 """
 

@@ -1,4 +1,4 @@
-"""`dino convert`: convert checkpoints between this project, the official program, detrex and Hugging Face's form."""
+"""`dino convert`: convert checkpoints between this project, the official program, detrex and Hugging Face."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ examples:
   detrex' 12-epoch checkpoint, whose position encoding has other constants:
     %(prog)s dino_r50_4scale_12ep_49_2AP.pth own.pth --to own --temperature 10000 --offset -0.5
   back to the official program: %(prog)s own.pth official.pth --to official
-Training and evaluation read all of these forms directly: train.init_checkpoint=checkpoint0011_4scale.pth
+Training and evaluation read all of these formats directly: train.init_checkpoint=checkpoint0011_4scale.pth
 """
-_FORMS = ("own", "official", "detrex", "huggingface", "safetensors")
+_FORMATS = ("own", "official", "detrex", "huggingface", "safetensors")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The arguments."""
     parser = new_parser("dino convert", __doc__, _EXAMPLES)
-    parser.add_argument("input", metavar="IN", type=Path, help="a checkpoint in any known form (.pth, .safetensors)")
+    parser.add_argument("input", metavar="IN", type=Path, help="a checkpoint in any known format (.pth, .safetensors)")
     parser.add_argument("output", metavar="OUT", type=Path, help="the file to write; it must not exist")
     parser.add_argument(
         "--to",
         required=True,
-        choices=_FORMS,
-        help="the form to write; safetensors is the own form in such a file. official and huggingface need a model "
+        choices=_FORMATS,
+        help="the format to write; safetensors: own format in such a file. official and huggingface need a model "
         "whose decoder layers share one pair of heads",
     )
     parser.add_argument(

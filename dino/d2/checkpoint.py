@@ -178,5 +178,5 @@ def read_names(path: str) -> list[str]:
     """
     names = read_content(path).get("names")
     if not names:
-        raise DataError(f"{path} has no class names: tools/lazyconfig_train_net.py did not write it")
+        raise DataError(f"{path} has no class names: only checkpoints of this project have them")
     return names

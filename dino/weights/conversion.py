@@ -74,10 +74,8 @@ def convert_file(
 
 def _read_own(content: dict[str, Any], coco80: bool, copy: str) -> StateDict:
     """The weights to convert, in own format."""
-    own, average = convert(weights_of(content)), average_of(content)
-    if copy == "ema" and average is None:
-        raise DataError("the file has no running average (EMA) of the weights")
-    if average is not None and copy != "model":
+    own, average = convert(weights_of(content)), average_of(content, copy)
+    if average is not None:
         print("converted: the running average (EMA) of the weights")
         own |= convert(average)
     if not coco80:

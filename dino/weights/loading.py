@@ -105,9 +105,7 @@ def _choose(
     network: DINO, content: Mapping, report: Report, min_backbone: float, copy: str, classes: Sequence[str] | None
 ) -> StateDict:
     """Choose the tensors of a file that fit the network, under its names; fills in the report."""
-    state, average = strip_wrappers(weights_of(content)), average_of(content)
-    if copy == "ema" and average is None:
-        raise DataError("the file has no running average (EMA) of the weights")
+    state, average = strip_wrappers(weights_of(content)), average_of(content, copy)
     report.format = recognise(state) or "backbone"
     target, partial = network.state_dict(), {}
     if report.format == "backbone":
@@ -115,7 +113,7 @@ def _choose(
         own = _with_front(fit_backbone(state, network.neck.backbone))
         sizes, target = _Sizes.of(own), _backbone_of(target)
     else:
-        own = _in_own_format(state, None if copy == "model" else average, report)
+        own = _in_own_format(state, average, report)
         own = _order_classes(_fit_classes(own, target, report), content.get("names"), classes, report)
         sizes = _Sizes.of(own)
         own, partial = fit_levels(own, network)

@@ -82,10 +82,20 @@ def weights_of(content: Mapping[str, Any]) -> StateDict:
     return _to_tensors(state)
 
 
-def average_of(content: Mapping[str, Any]) -> StateDict | None:
-    """Find the running average of the weights in the content of a file; None if there is none."""
+def average_of(content: Mapping[str, Any], copy: str = "auto") -> StateDict | None:
+    """Find the running average of the weights in the content of a file; None if there is none.
+
+    Args:
+        content: of `read_content`.
+        copy: "auto"; "model" for None in any case; "ema" for an error if there is none.
+
+    Raises:
+        DataError: there is none, but `copy` is "ema"; or it has no tensors.
+    """
     state = next((content[key] for key in _EMA_KEYS if isinstance(content.get(key), Mapping)), None)
-    if state is None:
+    if state is None and copy == "ema":
+        raise DataError("the file has no running average (EMA) of the weights")
+    if state is None or copy == "model":
         return None
     return _to_tensors(
         next((state[key] for key in ("module", *_STATE_KEYS) if isinstance(state.get(key), Mapping)), state)

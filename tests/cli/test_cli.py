@@ -85,8 +85,9 @@ def test_choices_are_those_of_the_engines():
     assert predict._PRECISIONS == precision.PRECISIONS
     assert predict.build_parser().get_default("cuda_graphs") == cuda_graphs.MOST
     assert tuple(export_formats.FORMATS) == export._FORMATS
+    assert set(export._SUFFIXES.values()) == set(export_formats.FORMATS)
     assert tuple(export_formats._SAMPLING) == export._SAMPLING
-    assert (*checkpoint_formats._SIGNATURES, "safetensors") == convert._FORMS
+    assert (*checkpoint_formats._SIGNATURES, "safetensors") == convert._FORMATS
 
 
 def test_checking_data_needs_no_detectron2():

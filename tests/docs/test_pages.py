@@ -11,8 +11,11 @@ from tests.coco_files import write_coco
 from tests.tools.programs import ROOT, run_python
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "projects/dino/README.md"]
+ABOUT_THE_METHOD = [ROOT / "docs/how_it_works.md", ROOT / "docs/method.md"]
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+NAMED = re.compile(r"\[`([^`\]]*)`\]\(([^)\s#]+\.py)\)")  # (name, file) of links whose text is code
 FENCE = re.compile(r"^```.*?^```", re.M | re.S)
+LARGEST = 150_000  # bytes of a picture
 
 
 def name(path):
@@ -58,6 +61,47 @@ def test_every_page_can_be_reached_from_the_readme():
         targets = (link.partition("#")[0] for link in LINK.findall(path.read_text()) if "://" not in link)
         todo += [(path.parent / target).resolve() for target in targets if target]
     assert set(PAGES) <= found
+
+
+def defined(path):
+    """Names that a Python file defines, those inside classes also as `Class.name`."""
+    found = set()
+
+    def visit(node, owner):
+        for child in ast.iter_child_nodes(node):
+            name = None
+            if isinstance(child, ast.FunctionDef | ast.ClassDef):
+                name = child.name
+            elif isinstance(child, ast.Name | ast.Attribute) and isinstance(child.ctx, ast.Store):
+                name = child.id if isinstance(child, ast.Name) else child.attr
+            if name:
+                found.update({name, f"{owner}.{name}"})
+            visit(child, child.name if isinstance(child, ast.ClassDef) else owner)
+
+    visit(ast.parse(path.read_text()), "")
+    return found
+
+
+@pytest.mark.parametrize("page", ABOUT_THE_METHOD, ids=name)
+def test_names_are_defined_where_their_links_lead(page):
+    named = [(text, (page.parent / place).resolve()) for text, place in NAMED.findall(page.read_text())]
+    assert len(named) > 8
+    missing = [(text, path.name) for text, path in named if text not in defined(path)]
+    assert not missing
+
+
+def test_pictures_are_small_and_all_are_shown():
+    shown = "".join(page.read_text() for page in ABOUT_THE_METHOD)
+    for picture in (ROOT / "docs/pictures").iterdir():
+        assert picture.stat().st_size < LARGEST, picture.name
+        assert picture.name in shown, picture.name
+
+
+def test_what_is_undefined_is_found():
+    names = defined(ROOT / "dino/layers/denoising.py")
+    assert {"ContrastiveDenoising", "ContrastiveDenoising.draw", "box_noise", "denoising_mask"} <= names
+    assert not {"ContrastiveDenoising.denoising_mask", "absent"} & names
+    assert {"positives-and-negatives", "the-39-losses", "3-look-forward-twice"} <= anchors(ROOT / "docs/method.md")
 
 
 def literals():

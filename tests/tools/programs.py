@@ -1,10 +1,14 @@
-"""Starts the programs of `tools/` in a process of their own, and loads them as modules."""
+"""Starts the programs of `tools/`, here or in a process of their own, and loads them as modules."""
 
+import contextlib
 import importlib.util
+import io
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).parents[2]
 
@@ -15,6 +19,22 @@ def load_program(name, folder="tools"):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def run_here(name, *arguments):
+    """Run it in this process and folder, as `python tools/<name>.py` would: without the seconds of a start."""
+    words = [str(ROOT / f"tools/{name}.py"), *map(str, arguments)]
+    out, err = io.StringIO(), io.StringIO()
+    with mock.patch.object(sys, "argv", words), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(words[0], run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+            if isinstance(code, str):  # a message, which Python prints
+                print(code, file=err)
+                code = 1
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def run_program(name, *arguments, folder):

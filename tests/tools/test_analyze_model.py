@@ -2,7 +2,7 @@ import pytest
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
-from .programs import ROOT, assert_one_error, load_program, run_program
+from .programs import ROOT, assert_one_error, load_program, run_here
 
 R50 = ROOT / "configs/dino_r50_4scale_12ep.py"
 SMALL = ROOT / "projects/dino/configs/dino_r18_small_data.py"
@@ -31,10 +31,10 @@ def test_overrides_and_measurements(capsys):
     assert "images/s" in inference
 
 
-def test_errors(tmp_path):
-    result = run_program("analyze_model", "--config-file", "absent.py", folder=tmp_path)
+def test_errors():
+    result = run_here("analyze_model", "--config-file", "absent.py")
     assert_one_error(result, "recipe not found: 'absent.py'")
-    result = run_program("analyze_model", "--config-file", SMALL, "model.num_class=3", folder=tmp_path)
+    result = run_here("analyze_model", "--config-file", SMALL, "model.num_class=3")
     assert_one_error(result, "no key 'model.num_class'; the nearest is 'model.num_classes'")
 
 

@@ -13,7 +13,7 @@ from dino.weights.description import model_from_checkpoint
 from ..tiny import random_batch, tiny_network
 from ..weights.states import detrex_state, equal, official_state, randomise
 from ..weights.test_checkpoint_formats import shared_network
-from .programs import assert_one_error, run_program
+from .programs import assert_one_error, run_here
 
 
 def convert(source, target, to, **options):
@@ -127,10 +127,8 @@ def test_faults_are_named(tmp_path):
     assert not (tmp_path / "new.pth").exists()
 
 
-def test_the_program(tmp_path):
-    result = run_program("convert_weights", "--help", folder=tmp_path)
+def test_the_program():
+    result = run_here("convert_weights", "--help")
     assert result.returncode == 0
     assert "checkpoint0011_4scale.pth dino_r50_4scale.pth --to own --coco80" in result.stdout
-    assert_one_error(
-        run_program("convert_weights", "a.pth", "b.pth", "--to", "own", folder=tmp_path), "weights not found"
-    )
+    assert_one_error(run_here("convert_weights", "a.pth", "b.pth", "--to", "own"), "weights not found")

@@ -12,7 +12,7 @@ from dino.utils.files import DataError
 
 from ..coco_files import write_coco
 from ..d2.recipes import SHRINK, SMALL, file_arguments
-from .programs import assert_one_error, contents, load_program, run_program
+from .programs import assert_one_error, contents, load_program, run_here, run_program
 
 RECIPE = ["--config-file", SMALL]
 
@@ -21,8 +21,8 @@ def run(*arguments, folder):
     return run_program("lazyconfig_train_net", *arguments, folder=folder)
 
 
-def test_help_shows_examples(tmp_path):
-    result = run("--help", folder=tmp_path)
+def test_help_shows_examples():
+    result = run_here("lazyconfig_train_net", "--help")
     assert result.returncode == 0
     assert "python tools/lazyconfig_train_net.py --config-file dino_r50_4scale_12ep" in result.stdout
     assert "--train-json train.json --train-images images --val-json val.json --val-images images" in result.stdout

@@ -71,7 +71,10 @@ def test_pickled_arrays(tmp_path):
 @pytest.mark.parametrize("form", [dict, lambda s: {"module": s, "decay": 0.9}, lambda s: {"model": s}])
 def test_running_averages(key, form):
     assert average_of({"model": {}, key: form(STATE)}).keys() == STATE.keys()
+    assert average_of({"model": {}, key: form(STATE)}, "model") is None
     assert average_of({"model": STATE}) is None
+    with pytest.raises(DataError, match="no running average"):
+        average_of({"model": STATE}, "ema")
 
 
 @pytest.mark.parametrize("name", ["evil.pth", "evil.pyth", "evil.pkl", "legacy.pth"])
