@@ -84,6 +84,10 @@ class LayerOutputs(NamedTuple):
         head, tail = (LayerOutputs(*pair) for pair in zip(*parts, strict=True))
         return head, tail
 
+    def without_layers(self) -> LayerOutputs:
+        """The same shapes, but with N = 0."""
+        return LayerOutputs(*(x[:0] for x in self))
+
 
 class DenoisingQueries(NamedTuple):
     """Denoising queries, and what the criterion needs for their losses."""
@@ -107,6 +111,7 @@ class Outputs(NamedTuple):
     decoder: LayerOutputs  # N decoder layers; the last one is the result
     proposals: LayerOutputs  # N = 1: the encoder's predictions for the selected tokens; N = 0 where none are selected
     denoising: DenoisingOutputs | None = None  # training only
+    extra: dict[str, Outputs] | None = None  # training only: predictions of further branches by name
 
 
 class Detections(NamedTuple):
@@ -115,6 +120,12 @@ class Detections(NamedTuple):
     boxes: Tensor  # (K, 4) float32, xyxy in pixels
     scores: Tensor  # (K,) float32 in [0, 1]
     labels: Tensor  # (K,) int64
+
+
+def separate(predictions: LayerOutputs, proposals: LayerOutputs, denoising: DenoisingQueries) -> Outputs:
+    """Predictions for T denoising queries and Q others, in this order -> their `Outputs`."""
+    denoised, decoder = predictions.split(denoising.queries.content.shape[1])
+    return Outputs(decoder, proposals, DenoisingOutputs(denoised, denoising.targets, denoising.num_groups))
 
 
 def concatenate(first: Queries, second: Queries) -> Queries:

@@ -39,6 +39,14 @@ def _area(sides: Tensor) -> Tensor:
     return width * height
 
 
+def box_iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU of xyxy boxes that broadcast: (..., 4), (..., 4) -> (...). 0 where both are empty."""
+    (low_a, high_a), (low_b, high_b) = a.split(2, -1), b.split(2, -1)  # (..., 2) each
+    overlap = _area((torch.min(high_a, high_b) - torch.max(low_a, low_b)).clamp(min=0))
+    union = _area(high_a - low_a) + _area(high_b - low_b) - overlap
+    return overlap / union.clamp(min=torch.finfo(union.dtype).tiny)
+
+
 def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     """Generalized IoU of xyxy boxes that broadcast: (..., 4), (..., 4) -> (...).
 

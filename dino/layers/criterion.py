@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino.structures import DenoisingOutputs, LayerOutputs, Outputs, Target
@@ -15,14 +15,23 @@ from dino.utils.device import to_device
 from dino.utils.files import UserError
 
 from .boxes import cxcywh_to_xyxy, generalized_iou, to_float32
+from .class_loss import FocalLoss, Positives
 from .matcher import NonFinite, Pairs, start_matching, takes
 
 
-class _Matches(NamedTuple):
-    """K pairs of a prediction and an object, the same number for every layer, sorted by layer."""
+class Matches(NamedTuple):
+    """K pairs of a prediction and an object, layer after layer, image after image."""
 
-    query: Tensor  # (K,) int64, index into the queries of all layers and images: layer after layer, image after image
-    target: Tensor  # (K,) int64, index into the objects of all images: image after image
+    query: Tensor  # (K,) int64, index into the queries of all layers and images
+    target: Tensor  # (K,) int64, index into the objects of all images
+    counts: list[int]  # pairs of each of N layers
+
+    def sum_layers(self, values: Tensor) -> Tensor:
+        """Values (K, ...) -> (N,), the sums over the pairs of each layer."""
+        if len(set(self.counts)) == 1:
+            values = values.view(len(self.counts), self.counts[0], *values.shape[1:])
+            return values.sum(tuple(range(1, values.ndim)))
+        return torch.stack([part.sum() for part in values.split(self.counts)])
 
 
 class SetCriterion(nn.Module):
@@ -37,6 +46,7 @@ class SetCriterion(nn.Module):
         matcher: (LayerOutputs, targets) -> pairs, see `HungarianMatcher`.
         class_weight, l1_weight, giou_weight: weights of the three losses, equal for all sets of predictions.
         alpha, gamma: parameters of the focal loss.
+        class_loss: another classification loss, see `dino.layers.class_loss`; it has its own parameters.
     """
 
     def __init__(
@@ -48,12 +58,12 @@ class SetCriterion(nn.Module):
         giou_weight: float = 2.0,
         alpha: float = 0.25,
         gamma: float = 2.0,
+        class_loss: nn.Module | None = None,
     ):
         super().__init__()
         self.matcher = matcher
         self.weights = {"ce": class_weight, "bbox": l1_weight, "giou": giou_weight}
-        self.alpha = alpha
-        self.gamma = gamma
+        self.class_loss = class_loss or FocalLoss(alpha=alpha, gamma=gamma)
 
     def forward(
         self,
@@ -83,9 +93,10 @@ class SetCriterion(nn.Module):
         num_objects, num_denoised = normalizer
         layers = [f"_{i}" for i in range(len(outputs.decoder.logits) - 1)]
         matched = LayerOutputs(*(torch.cat(pair) for pair in zip(outputs.decoder, outputs.proposals, strict=True)))
-        matching = start_matching(self.matcher, matched, targets, non_finite)
+        copies = self.copies(len(outputs.decoder.logits), len(outputs.proposals.logits))
+        matching = start_matching(self.matcher, matched, targets, non_finite, copies)
         # What needs no matches comes first: the device computes it while the host matches.
-        negatives = self.negative_focal_loss(matched.logits)
+        negatives = self.class_loss.negatives(matched.logits)
         denoising_losses = {}
         if outputs.denoising:
             sums = self.denoising_losses(outputs.denoising)
@@ -93,8 +104,20 @@ class SetCriterion(nn.Module):
             denoising_losses = self._weighted(sums, scale, [f"_dn{layer}" for layer in [*layers, ""]])
         matches = _flatten_matches(matching(), targets, matched)
         suffixes = [*layers, "", *["_interm"] * len(outputs.proposals.logits)]
-        sums = self.losses(matched, negatives, matches, targets)
-        return self._weighted(sums, num_objects, suffixes) | denoising_losses
+        sums = self.losses(matched, negatives, matches, targets, self.pair_weights)
+        return self._weighted(sums, num_objects * self.objects_factor(), suffixes) | denoising_losses
+
+    def copies(self, num_layers: int, num_proposals: int) -> list[int] | None:
+        """Predictions that each object gets in N decoder layers and the proposals; None for one everywhere."""
+        return None
+
+    def objects_factor(self) -> float:
+        """Factor of the number of objects that divides the losses."""
+        return 1.0
+
+    def pair_weights(self, quality: Tensor, matches: Matches) -> Tensor | None:
+        """Weights (K,) of the pairs by the targets (K,) of the class loss; None for 1. Denoising has none."""
+        return None
 
     def _weighted(self, sums: dict[str, Tensor], scale: Tensor, suffixes: list[str]) -> dict[str, Tensor]:
         """{"ce": (N,), …} -> {"loss_ce" + suffix of the layer: scalar, divided by `scale` and weighted, …}."""
@@ -105,38 +128,39 @@ class SetCriterion(nn.Module):
         }
 
     def losses(
-        self, predictions: LayerOutputs, negatives: Tensor, matches: _Matches, targets: list[Target]
+        self,
+        predictions: LayerOutputs,
+        negatives: Tensor,
+        matches: Matches,
+        targets: list[Target],
+        pair_weights: Callable[[Tensor | None, Matches], Tensor | None] = lambda quality, matches: None,
     ) -> dict[str, Tensor]:
         """Sum the three losses of N layers over all images and queries -> (N,) each.
 
         Args:
             predictions, targets: N layers of B images; the objects of each image.
-            negatives: (N,) of `negative_focal_loss`.
+            negatives: (N,), class loss of all predictions as negatives.
             matches: pairs of predictions and objects.
+            pair_weights: see the method of this name.
         """
         logits, boxes = to_float32(predictions.logits), to_float32(predictions.boxes)
-        layers = len(logits)
         labels = torch.cat([t.labels for t in targets])[matches.target]  # (K,)
         true_boxes = torch.cat([t.boxes for t in targets]).to(boxes)[matches.target]  # (K, 4)
         boxes = boxes.flatten(0, 2).index_select(0, matches.query)  # (K, 4)
         true_logits = logits.flatten().gather(0, matches.query * logits.shape[3] + labels)  # (K,)
-        giou = generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(true_boxes))  # (K,)
-        per_layer = (layers, len(boxes) // layers)
+        l1 = (boxes - true_boxes).abs()  # (K, 4)
+        giou = 1 - generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(true_boxes))  # (K,)
+        layers, images, queries, _ = logits.shape
+        pairs = Positives(true_logits, boxes, true_boxes, matches.query // queries, layers * images)
+        quality = self.class_loss.targets(pairs)
+        weights = pair_weights(quality, matches)
+        if weights is not None:
+            quality, l1, giou = quality * weights, l1 * weights[:, None], giou * weights
         return {
-            "ce": negatives + self.positive_focal_loss(true_logits.view(per_layer)),
-            "bbox": (boxes - true_boxes).abs().view(*per_layer, 4).sum((1, 2)),
-            "giou": (1 - giou).view(per_layer).sum(1),
+            "ce": negatives + matches.sum_layers(self.class_loss.positives(true_logits, quality)),
+            "bbox": matches.sum_layers(l1),
+            "giou": matches.sum_layers(giou),
         }
-
-    def negative_focal_loss(self, logits: Tensor) -> Tensor:
-        """Focal loss of logits (N, B, Q, C) as if all were negatives -> (N,). Positives are few."""
-        return (1 - self.alpha) * focal_loss(to_float32(logits), self.gamma).sum((1, 2, 3))
-
-    def positive_focal_loss(self, true_logits: Tensor) -> Tensor:
-        """Focal loss of positives (N, K/N) in float32, minus their share of `negative_focal_loss` -> (N,)."""
-        negative = (1 - self.alpha) * focal_loss(true_logits, self.gamma)
-        positive = self.alpha * focal_loss(-true_logits, self.gamma)
-        return (positive - negative).sum(1)
 
     def denoising_losses(self, denoising: DenoisingOutputs) -> dict[str, Tensor]:
         """As `losses`, with pairs known by construction. Zero, but part of the graph, where no object is denoised."""
@@ -147,15 +171,7 @@ class SetCriterion(nn.Module):
         layers, _, num_queries, _ = predictions.boxes.shape
         known = [_known_pairs(len(t.labels), num_groups, num_queries) for t in targets]
         matches = _flatten_matches([known] * layers, targets, predictions)
-        return self.losses(predictions, self.negative_focal_loss(predictions.logits), matches, targets)
-
-
-def focal_loss(wrong: Tensor, gamma: float) -> Tensor:
-    """Sigmoid focal loss without its weight alpha (RetinaNet, arXiv 1708.02002, eq. 4), of any shape.
-
-    `wrong` is the logit of the wrong answer: for a negative its logit, for a positive the opposite of its logit.
-    """
-    return wrong.sigmoid() ** gamma * F.softplus(wrong)
+        return self.losses(predictions, self.class_loss.negatives(predictions.logits), matches, targets)
 
 
 def _known_pairs(num_objects: int, num_groups: int, num_queries: int) -> tuple[np.ndarray, np.ndarray]:
@@ -165,7 +181,7 @@ def _known_pairs(num_objects: int, num_groups: int, num_queries: int) -> tuple[n
     return (starts[:, None] + objects).ravel(), np.tile(objects, num_groups)
 
 
-def _flatten_matches(layers: Pairs, targets: list[Target], predictions: LayerOutputs) -> _Matches:
+def _flatten_matches(layers: Pairs, targets: list[Target], predictions: LayerOutputs) -> Matches:
     """Pairs per layer and image -> one table, in one transfer to the device of the predictions."""
     _, images, queries, _ = predictions.boxes.shape
     first = np.cumsum([0] + [len(t.labels) for t in targets])
@@ -174,7 +190,8 @@ def _flatten_matches(layers: Pairs, targets: list[Target], predictions: LayerOut
         for n, pairs in enumerate(layers)
         for b, (query, target) in enumerate(pairs)
     ]
-    return _Matches(*to_device(np.concatenate(rows, 1), predictions.boxes.device, torch.int64))
+    counts = [sum(len(query) for query, _ in pairs) for pairs in layers]
+    return Matches(*to_device(np.concatenate(rows, 1), predictions.boxes.device, torch.int64), counts)
 
 
 def _count(targets: list[Target]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Literal
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dino.structures import LayerOutputs, Target
 from dino.utils.device import to_device, to_host
+from dino.utils.files import UserError
 
 from .boxes import cxcywh_to_xyxy, generalized_iou, to_float32
 
@@ -59,7 +60,14 @@ class HungarianMatcher(nn.Module):
         self.alpha = alpha
         self.gamma = gamma
 
-    def forward(self, predictions: LayerOutputs, targets: list[Target], *, non_finite: NonFinite = "raise") -> Pairs:
+    def forward(
+        self,
+        predictions: LayerOutputs,
+        targets: list[Target],
+        *,
+        non_finite: NonFinite = "raise",
+        copies: Sequence[int] | None = None,
+    ) -> Pairs:
         """Match N layers of B images.
 
         Args:
@@ -67,18 +75,26 @@ class HungarianMatcher(nn.Module):
             non_finite: "raise" ends with an error where a cost is NaN or infinite. "match" returns pairs all the same,
                 and pairs such predictions first, so that the losses are not finite either. Then all processes reach
                 the end of the step and can skip it together.
+            copies: how many predictions each object gets, for each layer; 1 by default. A crowded image gets fewer, so
+                that at most half of the queries are matched more than once.
 
         Returns:
-            for each layer, for each image, (query indices, ascending; object indices), both int64 of min(Q, G) entries.
+            for each layer, for each image, (query indices, ascending; object indices), both int64 of min(Q, copies * G)
+            entries.
 
         Raises:
             NonFiniteCostError: a cost is NaN or infinite, and `non_finite` is "raise".
         """
-        return self.start(predictions, targets, non_finite=non_finite)()
+        return self.start(predictions, targets, non_finite=non_finite, copies=copies)()
 
     @torch.no_grad()
     def start(
-        self, predictions: LayerOutputs, targets: list[Target], *, non_finite: NonFinite = "raise"
+        self,
+        predictions: LayerOutputs,
+        targets: list[Target],
+        *,
+        non_finite: NonFinite = "raise",
+        copies: Sequence[int] | None = None,
     ) -> Callable[[], Pairs]:
         """Start to compute the costs on the device. Arguments are those of `forward`.
 
@@ -88,7 +104,26 @@ class HungarianMatcher(nn.Module):
         """
         costs = to_host(self.cost(predictions, targets))  # the one transfer to the host of a training step
         counts = [len(t.labels) for t in targets]
-        return lambda: _assign(costs().numpy(), counts, non_finite)
+        return lambda: self.assign(_finite_costs(costs().numpy(), counts, non_finite), counts, copies)
+
+    def assign(self, cost: np.ndarray, counts: list[int], copies: Sequence[int] | None = None) -> Pairs:
+        """Solve N * B assignment problems on the host.
+
+        Args:
+            cost: (N, B, Q, G), finite; an image's own objects come first along G.
+            counts: objects of each of B images.
+            copies: see `forward`.
+        """
+        copies = copies or [1] * len(cost)
+        problems = [
+            _repeat(layer[image, :, :count], times)
+            for layer, times in zip(cost, copies, strict=True)
+            for image, count in enumerate(counts)
+        ]
+        pairs = _solve(problems, sum(problem.shape[1] for problem in problems))
+        sizes = [max(count, 1) for count in counts] * len(cost)
+        pairs = [(query, target % size) for (query, target), size in zip(pairs, sizes, strict=True)]
+        return [pairs[i : i + len(counts)] for i in range(0, len(pairs), len(counts))]
 
     def cost(self, predictions: LayerOutputs, targets: list[Target]) -> Tensor:
         """(N, B, Q, G) with G objects in the fullest image; columns past an image's own objects mean nothing."""
@@ -101,15 +136,33 @@ class HungarianMatcher(nn.Module):
         return self.class_cost * class_term + self.l1_cost * l1 - self.giou_cost * giou
 
 
+def _repeat(cost: np.ndarray, copies: int) -> np.ndarray:
+    """(Q, G) -> (Q, copies * G); fewer copies where they need more than half of the queries, but at least one."""
+    queries, objects = cost.shape
+    copies = min(copies, queries // (2 * max(objects, 1)))
+    return np.tile(cost, copies) if copies > 1 else cost
+
+
 def start_matching(
-    matcher: nn.Module, predictions: LayerOutputs, targets: list[Target], non_finite: NonFinite = "raise"
+    matcher: nn.Module,
+    predictions: LayerOutputs,
+    targets: list[Target],
+    non_finite: NonFinite = "raise",
+    copies: Sequence[int] | None = None,
 ) -> Callable[[], Pairs]:
     """Start any matcher as `HungarianMatcher.start`; a matcher without `start` does all its work at the call.
 
     For a matcher that does not take `non_finite`, "match" pairs the first queries where it raises.
+
+    Raises:
+        UserError: objects need several predictions, and the matcher takes no `copies`.
     """
     own = getattr(matcher, "start", None)
     start = own or partial(partial, matcher)  # starting does nothing yet
+    if copies:
+        if not takes(own or matcher, "copies"):
+            raise UserError(f"{type(matcher).__name__} gives each object one prediction: it takes no `copies`")
+        start = partial(start, copies=copies)
     if non_finite == "raise":
         return start(predictions, targets)
     if takes(own or matcher, "non_finite"):
@@ -133,23 +186,6 @@ def _match_anyhow(matching: Callable[[], Pairs], predictions: LayerOutputs, targ
         return [[(pair, pair) for pair in first] for _ in range(layers)]
 
 
-def _assign(cost: np.ndarray, counts: list[int], non_finite: NonFinite = "raise") -> Pairs:
-    """Solve N * B assignment problems.
-
-    Args:
-        cost: (N, B, Q, G); an image's own objects come first along G.
-        counts: objects of each of B images.
-        non_finite: see `HungarianMatcher.forward`.
-
-    Raises:
-        NonFiniteCostError: see `HungarianMatcher.forward`.
-    """
-    cost = _finite_costs(cost, counts, non_finite)
-    problems = [layer[image, :, :count] for layer in cost for image, count in enumerate(counts)]
-    pairs = _solve(problems, len(cost) * sum(counts))
-    return [pairs[i : i + len(counts)] for i in range(0, len(pairs), len(counts))]
-
-
 def _solve(problems: list[np.ndarray], num_objects: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Solve assignment problems with `num_objects` objects together; many in threads, which SciPy lets run at once."""
     if num_objects < _MANY:
@@ -159,7 +195,11 @@ def _solve(problems: list[np.ndarray], num_objects: int) -> list[tuple[np.ndarra
 
 
 def _finite_costs(cost: np.ndarray, counts: list[int], non_finite: NonFinite) -> np.ndarray:
-    """The costs, with the lowest cost in place of non-finite ones; arguments and errors are those of `_assign`."""
+    """The costs (N, B, Q, G), with the lowest cost in place of non-finite ones.
+
+    Raises:
+        NonFiniteCostError: see `HungarianMatcher.forward`.
+    """
     broken = [image for image, count in enumerate(counts) if not np.isfinite(cost[:, image, :, :count]).all()]
     if broken and non_finite != "match":
         raise NonFiniteCostError(broken[0])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino.structures import DenoisingOutputs, Outputs, Target, Tokens, concatenate
+from dino.structures import Outputs, Target, Tokens, concatenate, separate
 
 
 class DINO(nn.Module):
@@ -19,6 +21,8 @@ class DINO(nn.Module):
         query_selection: Tokens -> (Queries, LayerOutputs), see `QuerySelection`.
         denoising: (targets, number of queries) -> DenoisingQueries, see `ContrastiveDenoising`.
         decoder: (Queries, Tokens) -> LayerOutputs, see `Decoder`.
+        branches: further predictions by name, for training only: (denoising, queries, memory, query selection, decoder)
+            -> Outputs, see `dino.modeling.variants.branches`.
     """
 
     def __init__(
@@ -30,6 +34,7 @@ class DINO(nn.Module):
         query_selection: nn.Module,
         denoising: nn.Module,
         decoder: nn.Module,
+        branches: Mapping[str, nn.Module] | None = None,
     ):
         super().__init__()
         self.neck = neck
@@ -39,6 +44,7 @@ class DINO(nn.Module):
         self.query_selection = query_selection
         self.denoising = denoising
         self.decoder = decoder
+        self.branches = nn.ModuleDict(branches)
 
     def forward(self, images: Tensor, padding: Tensor | None, targets: list[Target] | None = None) -> Outputs:
         """Predict; with targets, also denoise them.
@@ -53,9 +59,10 @@ class DINO(nn.Module):
         if targets is None:
             return Outputs(self.decoder(queries, memory), proposals)
         dn = self.denoising(targets, queries.content.shape[1])
-        predictions = self.decoder(concatenate(dn.queries, queries), memory)
-        denoising, decoder = predictions.split(dn.queries.content.shape[1])
-        return Outputs(decoder, proposals, DenoisingOutputs(denoising, dn.targets, dn.num_groups))
+        queries = concatenate(dn.queries, queries)
+        outputs = separate(self.decoder(queries, memory), proposals, dn)
+        parts = (dn, queries, memory, self.query_selection, self.decoder)
+        return outputs._replace(extra={name: branch(*parts) for name, branch in self.branches.items()})
 
     def tokenize(self, maps: list[Tensor], padding_mask: Tensor | None) -> Tokens:
         """L maps (B, E, h, w) and the padding mask (B, H, W) of the images -> one sequence of tokens."""

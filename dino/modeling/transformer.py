@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -16,6 +18,14 @@ from dino.layers.position_encoding import encode_boxes
 from dino.structures import LayerOutputs, Queries, Tokens, at_most
 
 HIDDEN_DIM = 2048  # width of the feed-forward networks, as published
+
+# How queries read each other: queries, keys and values (B, M, Q, D) each -> (B, M, Q, D).
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+# Chooses it for the next layer. Additive mask (Q, Q) or None, and the boxes (B, Q, 4) so far: the initial ones, then
+# the predictions of each layer -> None where queries do not read each other.
+Interaction = Callable[[Tensor | None, list[Tensor]], Attend | None]
+
 _FOCAL_PRIOR = -math.log((1 - 0.01) / 0.01)  # bias of class heads: every class starts at a probability of 1 %
 
 
@@ -138,14 +148,27 @@ class QuerySelection(nn.Module):
 
     def forward(self, memory: Tokens) -> tuple[Queries, LayerOutputs]:
         """Memory -> Q queries, and the encoder's own predictions for the selected tokens (N = 1)."""
+        return self.choose(memory, self.project)
+
+    def choose(self, memory: Tokens, project: nn.Module) -> tuple[Queries, LayerOutputs]:
+        """As `forward`, with the features (..., E) -> (..., E) of tokens that `project` makes."""
         anchors, usable = self.anchors(memory)
         tokens = memory.features.masked_fill(~usable[..., None], 0)  # (B, S, E)
-        best = self.select(self.class_head(self.project(tokens)), usable, memory.padding_mask)  # (B, Q)
-        features = self.project(_gather_tokens(tokens, best))  # (B, Q, E); again: other tokens keep no activations
+        best = self.select(self.class_head(project(tokens)), usable, memory.padding_mask)  # (B, Q)
+        features = project(_gather_tokens(tokens, best))  # (B, Q, E); again: other tokens keep no activations
         logits = self.class_head(features)  # (B, Q, C)
         box_logits = _gather_tokens(anchors, best) + to_float32(self.box_head(features))  # (B, Q, 4)
         proposals = LayerOutputs(logits[None], box_logits.sigmoid()[None])
         return Queries(self.contents(features), box_logits.detach()), proposals
+
+    @torch.no_grad()
+    def next_boxes(self, memory: Tokens, count: int) -> Tensor:
+        """Box logits (B, Q, 4) of the `count` best tokens after those that `forward` selects, as far as there are."""
+        anchors, usable = self.anchors(memory)
+        features = self.project(memory.features.masked_fill(~usable[..., None], 0))  # (B, S, E)
+        scores = self.scores(self.class_head(features), usable, memory.padding_mask)
+        best = scores.topk(at_most(self.num_queries + count, scores.shape[1]), dim=1).indices[:, self.num_queries :]
+        return _gather_tokens(anchors, best) + to_float32(self.box_head(_gather_tokens(features, best)))
 
     def contents(self, features: Tensor) -> Tensor:
         """Contents of the queries, given the features (B, Q, E) of their tokens -> (B, Q, E)."""
@@ -157,11 +180,16 @@ class QuerySelection(nn.Module):
         Tokens without a usable anchor come after all others, and padded tokens last. (In the official program both
         compete with the logits of a zero vector, and can win.)
         """
+        scores = self.scores(logits, usable, padding_mask)
+        return scores.topk(at_most(self.num_queries, scores.shape[1]), dim=1).indices
+
+    def scores(self, logits: Tensor, usable: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """The score (B, S) of each token, by which `select` ranks."""
         scores = to_float32(logits.detach()).amax(-1)  # (B, S)
         scores = scores.masked_fill(~usable, torch.finfo(scores.dtype).min)
         if padding_mask is not None:
             scores = scores.masked_fill(padding_mask, -math.inf)
-        return scores.topk(at_most(self.num_queries, scores.shape[1]), dim=1).indices
+        return scores
 
     def anchors(self, memory: Tokens) -> tuple[Tensor, Tensor]:
         """One box per token in logit space (B, S, 4), +inf where unusable; whether it is usable (B, S) bool.
@@ -191,15 +219,14 @@ class SelfAttention(nn.MultiheadAttention):
     def __init__(self, embed_dim: int, num_heads: int):
         super().__init__(embed_dim, num_heads, batch_first=True)
 
-    def forward(self, x: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
-        """x and position (B, Q, E), additive mask (Q, Q) -> (B, Q, E)."""
+    def forward(self, x: Tensor, position: Tensor, attend: Attend) -> Tensor:
+        """x and position (B, Q, E) -> (B, Q, E)."""
         sizes = (2 * self.embed_dim, self.embed_dim)
         (weight_qk, weight_v), (bias_qk, bias_v) = self.in_proj_weight.split(sizes), self.in_proj_bias.split(sizes)
         qk = F.linear(x + position, weight_qk, bias_qk).unflatten(-1, (2, self.num_heads, -1))  # (B, Q, 2, M, D)
         v = F.linear(x, weight_v, bias_v).unflatten(-1, (self.num_heads, -1))  # (B, Q, M, D)
         q, k, v = (part.transpose(1, 2) for part in (*qk.unbind(2), v))  # (B, M, Q, D)
-        read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out_proj(read.transpose(1, 2).flatten(2))
+        return self.out_proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class DecoderLayer(nn.Module):
@@ -214,9 +241,10 @@ class DecoderLayer(nn.Module):
         self.feed_forward = FeedForward(embed_dim, hidden_dim)
         xavier_(self.self_attention)
 
-    def forward(self, x: Tensor, position: Tensor, reference: Tensor, memory: Tokens, mask: Tensor | None) -> Tensor:
-        """x and position (B, Q, E), reference (B, Q, L, 4), additive mask (Q, Q) -> (B, Q, E)."""
-        x = self.self_norm(x + self.self_attention(x, position, mask))
+    def forward(self, x: Tensor, position: Tensor, reference: Tensor, memory: Tokens, attend: Attend | None) -> Tensor:
+        """x and position (B, Q, E), reference (B, Q, L, 4) -> (B, Q, E); without `attend` no self-attention."""
+        if attend:
+            x = self.self_norm(x + self.self_attention(x, position, attend))
         read = self.cross_attention(x + position, reference, memory.features, memory.padding_mask, memory.shapes)
         return self.feed_forward(self.cross_norm(x + read))
 
@@ -224,6 +252,11 @@ class DecoderLayer(nn.Module):
 def _additive_mask(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Bool -> minus infinity where True, 0 elsewhere; once for all layers instead of once in each."""
     return torch.zeros_like(attn_mask, dtype=dtype).masked_fill_(attn_mask, -math.inf)
+
+
+def full_attention(mask: Tensor | None, boxes: list[Tensor]) -> Attend:
+    """Every query reads all that the mask leaves: the `Interaction` of DINO."""
+    return partial(F.scaled_dot_product_attention, attn_mask=mask)
 
 
 class Decoder(nn.Module):
@@ -261,28 +294,38 @@ class Decoder(nn.Module):
         self.embed_dim = embed_dim
         xavier_(self.position)
 
-    def forward(self, queries: Queries, memory: Tokens) -> LayerOutputs:
-        """Queries and memory -> predictions of N layers.
+    def forward(self, queries: Queries, memory: Tokens, interaction: Interaction | None = None) -> LayerOutputs:
+        """Queries and memory -> predictions of N layers; another `interaction` than the decoder's own for a branch.
 
         Look forward twice: layer i refines `previous`, the boxes of layer i-1 with their gradient, so that the loss of
         layer i also trains the step of layer i-1. The attention of layer i reads the same boxes without gradient. The
         predicted boxes come from the state after the norm, the boxes for the next layer from the state before it.
         """
+        interaction = interaction or self.interaction
         x, boxes = queries.content, queries.box_logits.sigmoid()
         previous = boxes
         ratios = memory.valid_ratios.repeat(1, 1, 2)[:, None]  # (B, 1, L, 4)
         mask = None if queries.attn_mask is None else _additive_mask(queries.attn_mask, x.dtype)
-        logits, refined = [], []
+        logits, refined = [], [boxes]
         for layer, to_class, to_delta in zip(self.layers, self.class_heads, self.box_heads, strict=True):
             reference = boxes[:, :, None] * ratios  # (B, Q, L, 4)
             position = self.position(encode_boxes(reference[:, :, 0], self.embed_dim // 2).to(x.dtype))
-            x = layer(x, position, reference, memory, mask)
+            position = self.scale_position(position, x, len(logits))
+            x = layer(x, position, reference, memory, interaction(mask, refined))
             normed = self.norm(x)
             logits.append(to_class(normed))
             refined.append(refine(previous, to_delta(normed)))
             previous = self.look_forward(refine(boxes, to_delta(x)))
             boxes = previous.detach()
-        return LayerOutputs(torch.stack(logits), torch.stack(refined))
+        return LayerOutputs(torch.stack(logits), torch.stack(refined[1:]))
+
+    def interaction(self, mask: Tensor | None, boxes: list[Tensor]) -> Attend:
+        """How queries read each other, see `Interaction`."""
+        return full_attention(mask, boxes)
+
+    def scale_position(self, position: Tensor, x: Tensor, layer: int) -> Tensor:
+        """The position codes (B, Q, E) of the queries x (B, Q, E), as layer number `layer` reads them."""
+        return position
 
     def look_forward(self, boxes: Tensor) -> Tensor:
         """The boxes (B, Q, 4) of this layer, as the next layer refines them."""

@@ -199,6 +199,7 @@ _OF_MODELING = [*_NETWORK.split(), "TimmBackbone", "TorchvisionBackbone"]
 PARTS: dict[str, Callable] = {
     **{f"dino.modeling.{name}": getattr(dino.modeling, name) for name in _OF_MODELING},
     **{f"dino.modeling.variants.{name}": getattr(variants, name) for name in variants.__all__},
+    **{f"{getattr(variants, name).__module__}.{name}": getattr(variants, name) for name in variants.__all__},
     "dino.layers.ContrastiveDenoising": ContrastiveDenoising,
     "dino.layers.SinePositionEncoding": SinePositionEncoding,
     "detectron2.modeling.ResNet": _torchvision_resnet,

@@ -16,7 +16,8 @@ from dino.layers import (
     Target,
     cxcywh_to_xyxy,
 )
-from dino.layers.criterion import call_criterion, focal_loss, global_loss_normalizer
+from dino.layers.class_loss import FocalLoss, focal_loss
+from dino.layers.criterion import call_criterion, global_loss_normalizer
 from dino.utils.files import UserError
 
 from ..tiny import default_criterion, random_boxes, random_targets
@@ -131,10 +132,10 @@ def test_focal_loss_published_example():
 
 def test_class_loss_of_confident_logits():
     """No precision is lost where a positive counts as a negative first."""
-    criterion = SetCriterion(matcher=HungarianMatcher())
+    class_loss = FocalLoss()
     logits = torch.tensor([12.0, -12.0, 0.0, 30.0, -30.0, -3.0]).view(1, 1, 2, 3).requires_grad_()
-    true_logits = logits[0, 0, [0, 1], [0, 1]].view(1, 2)
-    loss = criterion.negative_focal_loss(logits) + criterion.positive_focal_loss(true_logits)
+    true_logits = logits[0, 0, [0, 1], [0, 1]]
+    loss = class_loss.negatives(logits) + class_loss.positives(true_logits, None).sum()
     x, positive = logits.double(), torch.tensor([1.0, 0, 0, 0, 1, 0]).view(1, 1, 2, 3).double()
     entropy = torch.nn.functional.binary_cross_entropy_with_logits(x, positive, reduction="none")
     p = torch.where(positive > 0, x.sigmoid(), 1 - x.sigmoid())
@@ -310,16 +311,17 @@ def test_the_device_has_the_losses_that_need_no_matches_before_the_host_matches(
             matching = super().start(predictions, targets, **options)
             return lambda: (order.append("match"), matching())[1]
 
-    class NotingCriterion(SetCriterion):
-        def negative_focal_loss(self, logits):
+    class NotingLoss(FocalLoss):
+        def negatives(self, logits):
             order.append("negatives")
-            return super().negative_focal_loss(logits)
+            return super().negatives(logits)
 
+    class NotingCriterion(SetCriterion):
         def denoising_losses(self, denoising):
             order.append("denoising")
             return super().denoising_losses(denoising)
 
-    losses = NotingCriterion(matcher=Noting())(outputs, targets)
+    losses = NotingCriterion(matcher=Noting(), class_loss=NotingLoss())(outputs, targets)
     assert order == ["start", "negatives", "denoising", "negatives", "match"]
     assert losses == SetCriterion(matcher=MatcherOfTwoArguments())(outputs, targets)
 

@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from dino.layers import HungarianMatcher, LayerOutputs, NonFiniteCostError, Target, cxcywh_to_xyxy
-from dino.layers.matcher import _assign, start_matching
+from dino.layers.matcher import _finite_costs, start_matching
 
 from ..tiny import random_boxes, random_targets
 from .test_boxes import giou_by_hand
@@ -132,16 +132,16 @@ def test_many_objects_are_matched_as_few_are(monkeypatch):
         return linear_sum_assignment(problem)
 
     monkeypatch.setattr("dino.layers.matcher.linear_sum_assignment", note)
-    few = _assign(cost, counts)
+    few = HungarianMatcher().assign(cost, counts)
     assert used == {threading.current_thread()}
     used.clear()
     monkeypatch.setattr("dino.layers.matcher._MANY", 3 * sum(counts))
-    many = _assign(cost, counts)
+    many = HungarianMatcher().assign(cost, counts)
     assert threading.current_thread() not in used
     assert str(few) == str(many) == str(expected)
     cost[1, 2, 3, 4] = np.inf
     with pytest.raises(NonFiniteCostError, match="image 2"):
-        _assign(cost, counts)
+        _finite_costs(cost, counts, "raise")
     assert threading.active_count() == before
 
 

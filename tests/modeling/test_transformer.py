@@ -6,7 +6,7 @@ import torch
 from dino.layers import Queries, Tokens, refine
 from dino.layers.position_encoding import encode_boxes
 from dino.modeling import Decoder, Encoder, QuerySelection, share_heads
-from dino.modeling.transformer import MLP, token_centers
+from dino.modeling.transformer import MLP, full_attention, token_centers
 
 SHAPES = [(4, 6), (2, 3)]
 TOKENS = sum(h * w for h, w in SHAPES)
@@ -169,7 +169,7 @@ def test_decoder_layer():
     torch.nn.init.normal_(layer.cross_attention.attention_weights.weight)
     tokens, position, x = random_tokens(1, padded_columns=2), torch.randn(1, 5, 16), torch.randn(1, 5, 16)
     reference = torch.rand(1, 5, 2, 4)
-    output = layer(x, position, reference, tokens, None)
+    output = layer(x, position, reference, tokens, full_attention(None, []))
     q = (x + position)[0]
     x = layer.self_norm(x + attend_by_hand(layer.self_attention, q, q, x[0]))
     read = layer.cross_attention(x + position, reference, tokens.features, tokens.padding_mask, SHAPES)

@@ -1,0 +1,87 @@
+"""Variants of `QuerySelection`."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from dino.layers.boxes import to_float32
+from dino.structures import LayerOutputs, Queries, Tokens
+
+from ..transformer import QuerySelection
+
+
+class LearnedQueries(nn.Module):
+    """Static queries: boxes and contents are learned, the same for all images (DAB-DETR, arXiv 2201.12329).
+
+    The encoder proposes nothing, so there are no `_interm` losses. Anchors are initialised as DAB-DETR's, from a normal
+    distribution in logit space: large boxes around the middle. Unlike selected boxes, they have a gradient.
+
+    Args:
+        num_queries: Q, candidates of an image.
+        num_classes, embed_dim: C; E, width of the tokens.
+    """
+
+    def __init__(self, *, num_queries: int, num_classes: int, embed_dim: int = 256):
+        super().__init__()
+        self.num_queries = num_queries
+        self.num_classes = num_classes
+        self.anchors = nn.Embedding(num_queries, 4)
+        self.content = nn.Embedding(num_queries, embed_dim)
+        nn.init.xavier_uniform_(self.content.weight)
+
+    def forward(self, memory: Tokens) -> tuple[Queries, LayerOutputs]:
+        """Memory -> the same Q queries for every image, and predictions of no layer (N = 0)."""
+        images = memory.features.shape[0]
+        content = self.content.weight.expand(images, -1, -1)  # (B, Q, E)
+        box_logits = to_float32(self.anchors.weight).expand(images, -1, -1)  # (B, Q, 4)
+        logits = content.new_zeros(0, images, self.num_queries, self.num_classes)
+        return Queries(content, box_logits), LayerOutputs(logits, box_logits.new_zeros(0, *box_logits.shape))
+
+
+class PureSelection(QuerySelection):
+    """Pure query selection: boxes and contents come from the best tokens (the paper's figure 5 b).
+
+    Contents are the tokens' features without gradient, as in the official program with `embed_init_tgt=False`.
+    Two-stage Deformable DETR selects the same way, but encodes contents from the box. Arguments are those of
+    `QuerySelection`.
+    """
+
+    def __init__(self, *, num_queries: int, num_classes: int, embed_dim: int = 256, anchor_size: float = 0.05):
+        super().__init__(num_queries=num_queries, num_classes=num_classes, embed_dim=embed_dim, anchor_size=anchor_size)
+        del self.content  # nothing would train it
+
+    def contents(self, features: Tensor) -> Tensor:
+        """The features (B, Q, E) themselves."""
+        return features.detach()
+
+
+class PatternSelection(PureSelection):
+    """Several queries for each selected box, with learned patterns as contents (Anchor DETR, arXiv 2109.07107).
+
+    All boxes share the patterns. There are more queries than proposals: use `SeparateCriterion`.
+
+    Args:
+        num_queries: number of selected boxes; the decoder gets `num_patterns` queries for each.
+        num_classes, embed_dim, anchor_size: as of `QuerySelection`.
+        num_patterns: number of contents for each box.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_queries: int,
+        num_classes: int,
+        embed_dim: int = 256,
+        anchor_size: float = 0.05,
+        num_patterns: int = 3,
+    ):
+        super().__init__(num_queries=num_queries, num_classes=num_classes, embed_dim=embed_dim, anchor_size=anchor_size)
+        self.patterns = nn.Embedding(num_patterns, embed_dim)
+        nn.init.xavier_uniform_(self.patterns.weight)
+
+    def forward(self, memory: Tokens) -> tuple[Queries, LayerOutputs]:
+        """Memory -> num_patterns * Q queries, all boxes with the first pattern in front; and Q proposals."""
+        queries, proposals = super().forward(memory)
+        images, count, _ = queries.box_logits.shape
+        content = self.patterns.weight[:, None].expand(-1, count, -1).flatten(0, 1).expand(images, -1, -1)
+        return Queries(content, queries.box_logits.repeat(1, len(self.patterns.weight), 1)), proposals
