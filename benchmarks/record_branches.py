@@ -6,7 +6,8 @@ Each checkout gives one file, branches_*.npz, with inputs, weights and results; 
 file as it is. The public code runs on the CPU in float32, at tiny size, on seeded inputs. Libraries that it imports but
 does not need here are replaced by empty ones, and its compiled operator by its own function in plain PyTorch.
 
-Inputs and weights are multiples of 1/1024, 1/256 or 1/32, which float16 holds exactly. `weigh` makes the scalar of every gradient.
+Inputs and weights are multiples of 1/1024, 1/256 or 1/32, which float16 holds exactly. `weigh` makes the scalar of a
+gradient, but for criteria, where it is the weighted sum of the losses.
 """
 
 import argparse
@@ -23,15 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-OWN = {
-    "models",
-    "util",
-    "engine",
-    "main",
-    "datasets",
-    "mmcv_custom",
-    "dino_transformer",
-}  # top-level names that the checkouts share
+OWN = {"models", "util", "engine", "main", "dino_transformer"}  # top-level names in the checkouts
 CLASSES, LAYERS = 5, 3
 SHAPES = ((3, 4), (2, 2))  # height and width of each level of the pyramid
 VALID = (((3, 4), (2, 2)), ((2, 3), (2, 1)))  # the part of each level without padding, of two images
@@ -380,11 +373,9 @@ def record_hybrid_mask(find, public):
 def record_hybrid_selection(public, draw):
     """The boxes of the queries of both groups, given the encoder's predictions of every token."""
     embed_dim, queries = 256, 6  # the width stands in the public code
-    padding, ratios, shapes, starts = pyramid()
-    model = public.DeformableTransformer(
-        d_model=embed_dim, num_encoder_layers=1, num_decoder_layers=1, dim_feedforward=8, num_feature_levels=len(SHAPES),
-        two_stage=True, two_stage_num_proposals=queries, mixed_selection=True,
-    )  # fmt: skip
+    padding, ratios, shapes, _ = pyramid()
+    options = {"num_feature_levels": len(SHAPES), "two_stage_num_proposals": queries}
+    model = public.DeformableTransformer(embed_dim, 8, 1, 1, 8, two_stage=True, mixed_selection=True, **options)
     memory = torch.zeros(*padding.shape, embed_dim)
     logits, deltas = draw.normal(*padding.shape, CLASSES), draw.normal(*padding.shape, 4)
     logits[padding] -= 4  # they compete in the public code; here they must not win
@@ -505,7 +496,7 @@ def dac_outputs(public, leaves, groups, padded):
 
 
 def record_dac_losses(find, public, draw):
-    """Losses of both decoders. Each image has 2 groups of 2 positive and 2 negative denoising queries, then 16 others."""
+    """Losses of both decoders; 2 groups of 2 positive and 2 negative denoising queries stand before the 16 others."""
     targets = draw_targets(draw, (2, 0, 1))
     leaves = {name: draw_predictions(draw, targets, LAYERS, 8 + 16) for name in ("o", "c")}
     leaves["encoder"] = draw_predictions(draw, targets, 1, 10)
