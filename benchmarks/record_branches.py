@@ -3,8 +3,9 @@
     python benchmarks/record_branches.py --relation-detr DIR --h-detr DIR --dac-detr DIR --stable-dino DIR --output DIR
 
 Each checkout gives one file, branches_*.npz, with inputs, weights and results; an option that is left out leaves its
-file as it is. The public code runs on the CPU in float32, at tiny size, on seeded inputs. Libraries that it imports but
-does not need here are replaced by empty ones, and its compiled operator by its own function in plain PyTorch.
+file as it is. The public code runs on the CPU in float64, at tiny size, on seeded inputs; float32 keeps the results.
+Libraries that it imports but does not need here are replaced by empty ones, and its compiled operator by its own
+function in plain PyTorch.
 
 Inputs and weights are multiples of 1/1024, 1/256 or 1/32, which float16 holds exactly. `weigh` makes the scalar of a
 gradient, but for criteria, where it is the weighted sum of the losses.
@@ -26,8 +27,8 @@ from torch import nn
 
 OWN = {"models", "util", "engine", "main", "dino_transformer"}  # top-level names in the checkouts
 CLASSES, LAYERS = 5, 3
-SHAPES = ((3, 4), (2, 2))  # height and width of each level of the pyramid
-VALID = (((3, 4), (2, 2)), ((2, 3), (2, 1)))  # the part of each level without padding, of two images
+SHAPES = ((4, 4), (2, 1))  # height and width of each level of the pyramid
+VALID = (((4, 4), (2, 1)), ((2, 3), (1, 1)))  # the part of each level without padding, of two images
 
 
 @contextmanager
@@ -61,13 +62,13 @@ class Draw:
 
     def normal(self, *shape, scale=1.0, mean=0.0, step=1 / 256):
         x = mean + scale * self.generator.standard_normal(shape)
-        return torch.tensor(np.round(x / step) * step, dtype=torch.float32)
+        return torch.tensor(np.round(x / step) * step)
 
     def boxes(self, *shape):
         """(*shape, 4) cxcywh within the image."""
         sizes = self.generator.uniform(0.08, 0.4, (*shape, 2))
         centers = sizes / 2 + self.generator.random((*shape, 2)) * (1 - sizes)
-        return torch.tensor(np.round(np.concatenate([centers, sizes], -1) * 1024) / 1024, dtype=torch.float32)
+        return torch.tensor(np.round(np.concatenate([centers, sizes], -1) * 1024) / 1024)
 
     def near(self, boxes, spread):
         """Boxes (..., 4) moved and resized by a part of their size."""
@@ -89,13 +90,14 @@ def weigh(*tensors):
 
 
 def plain(x):
-    """A NumPy array; float16 where that holds the same numbers."""
+    """A NumPy array of few bytes: float16 where that holds the same numbers, else float32; int16; bool; text."""
     if isinstance(x, torch.Tensor):
         x = x.detach().numpy()
     x = np.asarray(x)
-    if x.dtype == np.float32 and np.array_equal(x.astype(np.float16), x):
-        return x.astype(np.float16)
-    return x.astype(np.int16) if x.dtype == np.int64 else x
+    if x.dtype.kind == "f":
+        exact = np.array_equal(x.astype(np.float16), x)
+        return x.astype(np.float16 if exact else np.float32)
+    return x.astype(np.int16) if x.dtype.kind == "i" else x
 
 
 def save(path, tree):
@@ -330,7 +332,7 @@ def weighted(losses, weight_dict):
     names = [name for name in losses if name in weight_dict]
     total = sum(losses[name] * weight_dict[name] for name in names)
     total.backward()
-    values = torch.stack([losses[name].detach().float() for name in names])
+    values = torch.stack([losses[name].detach() for name in names])
     return {"names": names, "values": values, "weights": [float(weight_dict[name]) for name in names], "total": total}
 
 
@@ -469,7 +471,7 @@ def record_assigner(public, draw):
 def record_ranks(public, draw):
     """Ranks among the matches of one target, by quality, of two images."""
     targets = torch.tensor([0, 0, 0, 2, 2, 1]), torch.tensor([1, 1, 0, 0, 0, 0])
-    quality = torch.tensor(np.round(draw.generator.random(12) * 1024) / 1024, dtype=torch.float32)
+    quality = torch.tensor(np.round(draw.generator.random(12) * 1024) / 1024)
     ranks = public.get_local_rank_o2m(quality, [(torch.arange(6), target) for target in targets])
     return {"quality": quality.view(2, 6), "targets": torch.stack(targets), "ranks": ranks.view(2, 6)}
 
@@ -571,6 +573,7 @@ def main():
     args = parser.parse_args()
     warnings.simplefilter("ignore")  # of old calls in the public code
     torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
     args.output.mkdir(parents=True, exist_ok=True)
     for name, (group, record) in RECORDERS.items():
         folder = getattr(args, name.replace("-", "_"))
