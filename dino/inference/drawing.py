@@ -14,7 +14,7 @@ Colour = tuple[int, int, int]  # RGB, 0 to 255
 
 _GOLDEN_RATIO = (5**0.5 - 1) / 2  # hues a step of this apart stay apart, however many there are
 _DARK, _LIGHT = (0, 0, 0), (255, 255, 255)
-_GROUND, _GAP = (40, 40, 40), 4  # colour behind the pictures of a grid, pixels between them
+_GROUND, _GAP = (40, 40, 40), 4  # of a grid of pictures: colour, pixels between them
 
 
 def draw_detections(

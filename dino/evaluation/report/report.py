@@ -81,7 +81,6 @@ def write_report(
         write_page(path, "predictions.html.j2", figures=figures, classes=_count_classes(data, results), **values)
         return None
     analysis = analyse(data, results)
-    matrix = confusion(analysis)
     write_page(
         path,
         "report.html.j2",
@@ -92,10 +91,9 @@ def write_report(
             ("Precision and recall", precision_recall(analysis)),
             ("Choosing a threshold", over_threshold(analysis)),
         ],
-        matrix=_cells_of(matrix, analysis.names),
-        confusions=_frequent_confusions(matrix, analysis.names),
         figures=_draw_worst(analysis, entries, files, shown),
         tally={kind: [int(n) for n in counts] for kind, counts in analysis.tally.items()},
+        **_confused_classes(confusion(analysis), analysis.names),
         **values,
     )
     return analysis
@@ -207,6 +205,11 @@ def _try_to_draw(path: Path, text: str, marks: list[Mark], groups: str) -> list[
         return [draw(path, text, marks, groups)]
     except DataError:
         return []
+
+
+def _confused_classes(matrix: np.ndarray, names: list[str]) -> dict[str, Any]:
+    """The confusion matrix as the page draws it, and its most frequent confusions."""
+    return {"matrix": _cells_of(matrix, names), "confusions": _frequent_confusions(matrix, names)}
 
 
 def _cells_of(matrix: np.ndarray, names: list[str]) -> dict[str, Any]:
