@@ -4,7 +4,6 @@ import importlib
 import importlib.util
 import pickle
 import pkgutil
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -140,8 +139,8 @@ def test_importing_the_package_finds_nothing_moved():
 
 def test_commands_by_their_old_names():
     """`run_module` does what `python -m` does; with another name than __main__, nothing is compiled."""
-    found = runpy.run_module("dino.build", run_name="other")["_file_of"]("cpu")
-    assert str(found) == str(ROOT / "dino/layers/ops/_deform_attn_cpu.so")
+    code = "import runpy; print(runpy.run_module('dino.build', run_name='other')['_file_of']('cpu'))"
+    assert run_python("-c", code).strip() == str(ROOT / "dino/layers/ops/_deform_attn_cpu.so")
     code = _Finder().find_spec("dino.env").loader.get_code("dino.env")
     assert code.co_filename == str(ROOT / "dino/cli/env.py")
 
