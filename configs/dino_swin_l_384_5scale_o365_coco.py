@@ -7,9 +7,10 @@ Published for this setting: 63.1 AP on COCO val2017 without test-time augmentati
 paper (IDEA-Research/DINO), who have not published these weights.
 Class heads and label embeddings start anew, for the classes are others.
 
-Known from the sources: the backbone and the data. From memory of the paper, not checked: 18 epochs, images of 1.5 times
-the size. Unknown, and chosen here as for COCO: 5 scales, batch, learning rates, the epoch of their drop (15), 900
-queries, 100 denoising pairs, how test-time augmentation joined its views. Not trained here.
+Known from the sources: the backbone, the data, and that test-time augmentation joined its views one to one. From memory
+of the paper, not checked: 18 epochs, images of 1.5 times the size. Unknown, and chosen here as for COCO: 5 scales,
+batch, learning rates, the epoch of their drop (15), 900 queries, 100 denoising pairs, the sizes, weights and IoU
+threshold of test-time augmentation. Not trained here.
 
 218,333,824 parameters, 1526.3 G multiply-adds at 800x1280; memory: not measured.
 """

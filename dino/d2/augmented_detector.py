@@ -22,25 +22,32 @@ class AugmentedDetector(DINODetector):
 
         --eval-only model._target_=dino.d2.augmented_detector.AugmentedDetector dataloader.test.mapper.augmentations=[]
 
-    Views are made from the given image: switch off the resizing of the test data, as above. Of detections of one class
-    that overlap by more than `overlap`, the best one stays. Training is that of `DINODetector`. State the augmentation
-    beside an AP reached with it: the paper's figures for the ResNet-50 and most others are without.
+    Views are made from the given image: switch off the resizing of the test data, as above. Detections of the views are
+    joined one to one, as in appendix A of the paper, see `dino.inference.tta.join`: the result has the detections of
+    the main view, and their boxes are averages over the views. The main view is the first of `sizes`, not mirrored: put
+    the size of the plain evaluation there. Training is that of `DINODetector`. State the augmentation beside an AP
+    reached with it: the paper's figures for the ResNet-50 and most others are without.
 
     Args:
-        sizes: lengths of the short side of the views in pixels.
+        sizes: lengths of the short side of the views in pixels, that of the main view first.
         max_size: bound of their long side in pixels.
         flips: (False,) for plain views, (False, True) for mirrored ones as well.
-        overlap: IoU in [0, 1].
+        overlap: IoU in [0, 1] above which a box of another view is averaged with one of the main view.
+        weights: of the views, positive: for each size the plain view, then the mirrored one; None for equal weights.
         arguments: of `DINODetector`.
+
+    Raises:
+        ValueError: the number of weights is not that of the views, or one is not positive.
     """
 
     def __init__(
         self,
         *,
-        sizes: Sequence[int] = (640, 800, 960),
+        sizes: Sequence[int] = (800, 640, 960),
         max_size: int = 1600,
         flips: Sequence[bool] = (False, True),
         overlap: float = 0.7,
+        weights: Sequence[float] | None = None,
         **arguments,
     ):
         super().__init__(**arguments)
@@ -48,7 +55,14 @@ class AugmentedDetector(DINODetector):
         self.max_size = max_size
         self.flips = list(flips)
         self.overlap = overlap
-        logger.warning(f"test-time augmentation: {self.sizes} pixels, flips {self.flips}; name it beside any AP")
+        count = len(views(1, 1, self.sizes, self.max_size, self.flips))  # the same for an image of any size
+        self.weights = [1.0] * count if weights is None else list(weights)
+        if len(self.weights) != count or not all(weight > 0 for weight in self.weights):
+            raise ValueError(f"weights must be {count} positive numbers, one for each view, not {self.weights}")
+        logger.warning(
+            f"test-time augmentation: {self.sizes} pixels, flips {self.flips}, main view {self.sizes[0]} pixels; "
+            "name it beside any AP"
+        )
 
     @torch.no_grad()
     def detect(
@@ -67,5 +81,5 @@ class AugmentedDetector(DINODetector):
             seen = [make_view(image, view) for view in chosen]
             called = [sources[i]] * len(seen) if sources else ()
             found = super().detect(seen, [size] * len(seen), sources=called, **{"batch_size": 1, **options})
-            results.append(join(found, chosen, size[1], self.overlap, self.preprocessing.max_detections))
+            results.append(join(found, chosen, self.weights, size[1], self.overlap))
         return results

@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from dino.data.images import resize_tensor
 from dino.layers import Detections
 from dino.modeling.detector import resized_size
-
-from .tiling import suppress, take
 
 
 class Augmentation(NamedTuple):
@@ -25,7 +24,7 @@ class Augmentation(NamedTuple):
 def views(
     height: int, width: int, short_sides: Sequence[int], max_size: int, flips: Sequence[bool]
 ) -> list[Augmentation]:
-    """Views of an image: each short side with each flip.
+    """Views of an image: each short side with each flip; the first one is not mirrored.
 
     Args:
         height, width: of the image in pixels.
@@ -45,20 +44,63 @@ def make_view(image: Tensor, view: Augmentation) -> Tensor:
 
 
 def join(
-    found: Sequence[Detections], chosen: Sequence[Augmentation], width: float, overlap: float, max_detections: int
+    found: Sequence[Detections],
+    chosen: Sequence[Augmentation],
+    weights: Sequence[float],
+    width: float,
+    overlap: float,
 ) -> Detections:
-    """Detections of all views of an image as one result, best first.
+    """Join the detections of all views of an image one to one, as appendix A of the paper does.
+
+    The first view is the main one. A detection of the main view is matched with one detection of each other view: that
+    of highest IoU, if the IoU exceeds `overlap`. Matched boxes are averaged, weighted by view weight times score. NMS
+    over all views lowered the paper's AP.
+
+    The paper leaves four questions open. The answers here:
+
+    - Both detections of a match have the same class: a query may give one box two labels.
+    - A detection is matched once at most. If several of the main view choose it, the one of highest IoU gets it, of
+      equal ones the better. The others get no second choice and stay without a match in this view.
+    - Scores and labels are those of the main view. Only boxes are averaged.
+    - Detections of other views without a match are dropped: joining adds no duplicates.
 
     Args:
-        found: for each view, boxes in pixels of the original picture, mirrored where the view is.
+        found: for each view, best first, boxes in pixels of the original picture, mirrored where the view is.
         chosen: the views.
+        weights: of the views, positive; only their ratios matter.
         width: of the picture in pixels.
-        overlap: of detections of one class that overlap by more than this IoU, the best one stays.
-        max_detections: most detections of the result.
+        overlap: IoU in [0, 1].
+
+    Returns:
+        as many detections as the main view has, in their order.
     """
-    upright = [_mirror(d, width) if view.mirrored else d for d, view in zip(found, chosen, strict=True)]
-    joined = Detections(*(torch.cat(values) for values in zip(*upright, strict=True)))
-    return take(suppress(joined, overlap), slice(max_detections))
+    main, *others = (_mirror(d, width) if view.mirrored else d for d, view in zip(found, chosen, strict=True))
+    total = weights[0] * main.scores  # (N,) weights of the boxes averaged so far
+    shift = torch.zeros_like(main.boxes)  # (N, 4) from the box of the main view, so that equal boxes stay exact
+    for other, weight in zip(others, weights[1:], strict=True):
+        if not (len(main.scores) and len(other.scores)):
+            continue
+        index, matched = _match(main, other, overlap)
+        share = matched * weight * other.scores[index]  # (N,)
+        shift += share[:, None] * (other.boxes[index] - main.boxes)
+        total = total + share
+    total = total.clamp_min(torch.finfo(total.dtype).tiny)  # scores may be 0
+    return main._replace(boxes=main.boxes + shift / total[:, None])
+
+
+def _match(main: Detections, other: Detections, overlap: float) -> tuple[Tensor, Tensor]:
+    """Match the N detections of the main view with those of another view, neither of them empty.
+
+    Returns:
+        index (N,) int64 into the other view; matched (N,) bool, False where the index means nothing.
+    """
+    iou = box_iou(main.boxes, other.boxes)  # (N, M), NaN between empty boxes
+    iou = iou.where((iou > overlap) & (main.labels[:, None] == other.labels), 0)
+    best, index = iou.max(1)  # (N,) both; the first of equal ones
+    choices = torch.zeros_like(iou).scatter(1, index[:, None], best[:, None])  # (N, M), one IoU in each row
+    winner = choices.argmax(0)  # (M,) into the main view
+    rows = torch.arange(len(index), device=index.device)
+    return index, (best > 0) & (winner[index] == rows)
 
 
 def _mirror(found: Detections, width: float) -> Detections:
