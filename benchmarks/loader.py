@@ -5,7 +5,8 @@
 
 Reads the recipe's own data part (configs/common/data.py: flip, crop with a chance of a half, short side 480 to 800,
 long side up to 1333). Without `--images` it makes JPEG files of COCO's usual size, 640x480. First each step is timed in
-this process, so that its share is known and what one core does; then the whole loader with its worker processes.
+this process, so that its share is known and what one core does; then the whole loader with its worker processes. Last,
+in this process, images of a recipe that combines several: mosaics, blends, and its own mixture of both.
 """
 
 import argparse
@@ -33,6 +34,8 @@ from dino.d2.training.sampler import TrainLoader, seed_random  # noqa: E402
 from dino.data.images import list_images, read_image  # noqa: E402
 
 OBJECTS = 7  # per image, as in COCO
+COMBINING = ROOT / "projects/dino/configs/dino_r50_4scale_12ep_dense_o2o.py"
+COMBINED = {"plain": (0, 0), "mosaic": (1, 0), "mixup": (0, 1), "both": (0.5, 0.5)}  # probabilities; last: the recipe's
 STEPS = ("decode", "augment", "to tensor", "boxes and copies", "pad to a batch")
 
 
@@ -92,6 +95,23 @@ def seconds_of_steps(mapper, entries):
     return {step: total / len(entries) for step, total in seconds.items()}
 
 
+def seconds_of_combined(entries):
+    """Processor seconds for an image of each of COMBINED, in this process: means over as many images as `entries`."""
+    seconds = {}
+    for name, (mosaic, mixup) in COMBINED.items():
+        cfg = LazyConfig.load(str(COMBINING))
+        cfg.train.max_iter = 1 + len(entries)
+        mapper = cfg.dataloader.train.mapper
+        mapper.begin, mapper.end, mapper.mosaic.probability, mapper.mixup.probability = 0, 1, mosaic, mixup
+        batches = iter(TrainLoader(entries, instantiate(mapper), total_batch_size=1))
+        next(batches)
+        start = time.process_time()
+        for _ in entries:
+            next(batches)
+        seconds[name] = (time.process_time() - start) / len(entries)
+    return seconds
+
+
 def images_per_second(loader, seconds):
     """Of the loader with its workers, once its first two batches have come."""
     batches, count = iter(loader), 0
@@ -125,8 +145,9 @@ def main():
         steps = seconds_of_steps(mapper, entries)
         loader = TrainLoader(entries, mapper, total_batch_size=2, num_workers=options.workers)
         rate = images_per_second(loader, options.seconds)
+        combined = seconds_of_combined(entries)
     report = {**origin(torch.device("cpu")), "made": options.images is None, "images": len(entries), "steps": steps}
-    report |= {"workers": options.workers, "images_per_second": rate}
+    report |= {"workers": options.workers, "images_per_second": rate, "combined": combined}
     options.results.mkdir(parents=True, exist_ok=True)
     path = options.results / f"loader_{options.workers}workers.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
@@ -134,6 +155,8 @@ def main():
     for step, seconds in steps.items():
         print(f"{step}: {1e3 * seconds:.1f} ms, {seconds / total:.0%}")
     print(f"one core: {1 / total:.1f} images/s; {options.workers} workers: {rate:.1f} images/s")
+    for name, seconds in combined.items():
+        print(f"{name}: {1e3 * seconds:.1f} ms, {seconds / combined['plain']:.2f} x plain")
 
 
 if __name__ == "__main__":

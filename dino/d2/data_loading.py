@@ -21,6 +21,7 @@ from PIL import Image
 
 from dino.data.coco import classes_of, clean_objects, read_annotations
 from dino.data.images import read_image
+from dino.data.mixing import Picture
 from dino.evaluation.average_precision import complete_annotations
 from dino.modeling.detector import resized_size
 from dino.utils.files import DataError
@@ -192,17 +193,36 @@ class TrainMapper:
 
     def __call__(self, entry: dict) -> dict:
         """Dict of a data set -> dict for `DINODetector` in training; drops objects that were cropped away."""
-        entry = copy.deepcopy(entry)
-        aug_input = T.AugInput(_read(entry))
-        transforms = self.augmentations(aug_input)
-        height, width = aug_input.image.shape[:2]
-        objects = entry.pop("annotations", [])
+        return self.augment(entry, self.read(entry))
+
+    def read(self, entry: dict) -> Picture:
+        """Dict of a data set -> its image and objects.
+
+        Raises:
+            DataError: the file can't be read, or its size is not that of the annotations.
+        """
+        objects = entry.get("annotations", [])
         boxes = np.array([o["bbox"] for o in objects], dtype=np.float64).reshape(-1, 4)
-        boxes = Boxes(torch.as_tensor(transforms.apply_box(boxes), dtype=torch.float32))
-        boxes.clip((height, width))
-        labels = torch.tensor([o["category_id"] for o in objects], dtype=torch.int64)
-        instances = Instances((height, width), gt_boxes=boxes, gt_classes=labels)
-        return {**entry, "image": _to_tensor(aug_input.image), "instances": instances[boxes.nonempty()]}
+        labels = np.array([o["category_id"] for o in objects], dtype=np.int64)
+        return Picture(_read({**entry}), boxes, labels, (str(entry["file_name"]),))
+
+    def augment(self, entry: dict, picture: Picture) -> dict:
+        """The picture made of an entry -> dict for `DINODetector`, with the names of the picture's files."""
+        aug_input = T.AugInput(picture.image)
+        transforms = self.augmentations(aug_input)
+        size = aug_input.image.shape[:2]
+        boxes = Boxes(torch.as_tensor(transforms.apply_box(picture.boxes), dtype=torch.float32))
+        boxes.clip(size)
+        instances = Instances(size, gt_boxes=boxes, gt_classes=torch.from_numpy(picture.labels))
+        height, width = picture.image.shape[:2]
+        return {
+            **copy.deepcopy({k: v for k, v in entry.items() if k != "annotations"}),
+            "file_name": " + ".join(picture.files),
+            "height": height,
+            "width": width,
+            "image": _to_tensor(aug_input.image),
+            "instances": instances[boxes.nonempty()],
+        }
 
 
 class TestMapper:

@@ -61,7 +61,7 @@ def test_all_recipes_are_found():
     assert names | {"dino_r18_small_data.py"} <= {path.name for path in RECIPES}
 
 
-LARGE = re.compile("focalnet|convnext_[sbl]|swin_l.*(36ep|o365)|vitdet_l|tuned_")
+LARGE = re.compile("focalnet|convnext_[sbl]|swin_l.*(36ep|o365)|vitdet_l|tuned_|dense")
 
 
 @pytest.mark.parametrize(

@@ -23,47 +23,48 @@ _TRUTH, _POSITIVE, _NEGATIVE, _FOUND = (0, 255, 0), (0, 191, 255), (255, 0, 0), 
 MOST_IMAGES = 8
 
 
-class FirstBatch(HookBase):
-    """Draws the first augmented batch: objects green, and one group of a `DINODetector`'s denoising queries.
+class BatchPictures(HookBase):
+    """Draws augmented batches: objects green, and one group of a `DINODetector`'s denoising queries.
 
     Positive queries are blue, negative ones red.
 
     Args:
-        path: of the PNG.
+        paths: of the PNG for each iteration whose batch is drawn.
         names: class names.
     """
 
-    def __init__(self, path: str, names: list[str]):
-        self.path = path
+    def __init__(self, paths: dict[int, str], names: list[str]):
+        self.paths = paths
         self.names = names
 
     def after_step(self) -> None:
-        """Draw, in the first iteration of a run."""
-        if self.trainer.iter:
+        """Draw the batch of this iteration, if it is one of those."""
+        path = self.paths.get(self.trainer.iter)
+        if path is None:
             return
         model = unwrapped(self.trainer.model)
         gather_shards(model)
         if comm.is_main_process():
             batch = self.trainer.batch[:MOST_IMAGES]
             if hasattr(model, "network"):
-                _draw_batch(model, batch, self.names, self.path)
+                _draw_batch(model, batch, self.names, path)
             else:
-                _draw_objects(batch, self.names, self.path)
+                _draw_objects(batch, self.names, path)
         drop_shards(model)
 
 
 @torch.no_grad()
 def _draw_batch(model: DINODetector, batch: list[dict], names: list[str], path: str) -> None:
-    """Draw a training batch and denoising queries of its objects, see `FirstBatch`."""
+    """Draw a training batch and denoising queries of its objects, see `BatchPictures`."""
     targets = [model.to_target(x) for x in batch]
     denoising = model.network.denoising(targets, model.network.query_selection.num_queries)
     boxes = cxcywh_to_xyxy(denoising.queries.box_logits.sigmoid()).cpu()  # (B, T, 4)
     kinds = (_POSITIVE, _NEGATIVE)[: model.network.denoising.KINDS]
     part = boxes.shape[1] // max(1, len(kinds) * denoising.num_groups)  # slots of a kind in a group
     drawn = []
-    for x, slots in zip(batch, boxes, strict=True):
+    for x, slots, denoised in zip(batch, boxes, denoising.targets, strict=True):
         height, width = x["image"].shape[1:]
-        count = len(x["instances"]) if denoising.num_groups else 0
+        count = len(denoised.labels) if denoising.num_groups else 0  # fewer than the objects of a crowded image
         corners = slots * torch.tensor([width, height, width, height])  # (T, 4), xyxy in pixels
         picture = _to_picture(x["image"])
         for kind, colour in reversed(list(enumerate(kinds))):  # positives lie above negatives

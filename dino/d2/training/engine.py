@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -18,13 +19,14 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from dino.d2.checkpoint import Checkpointer
+from dino.d2.combining_mapper import CombiningMapper
 from dino.d2.data_loading import load_dataset
 from dino.d2.recipe import names_of, use_epochs
 from dino.d2.recipe_description import describe
 from dino.layers.cpu_feed_forward import use_cpu_feed_forward
 from dino.utils.files import DataError
 
-from .batch_pictures import MOST_IMAGES, FirstBatch, draw_predictions
+from .batch_pictures import MOST_IMAGES, BatchPictures, draw_predictions
 from .ema import Ema
 from .evaluation_hook import Evaluation
 from .gpu_speed import compile_if_wanted, replayed, use_precision
@@ -187,13 +189,20 @@ def _list_hooks(cfg: DictConfig, trainer: Trainer, checkpointer: Checkpointer, e
         hooks.IterationTimer(),
         hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
         AverageWeights(ema) if ema else None,
-        FirstBatch(os.path.join(folder, "train_batch.png"), names),
+        BatchPictures(_batch_pictures(folder, trainer.data_loader), names),
         checkpoints,
         Evaluation(cfg.train.eval_period, run_evaluation, checkpointer, ema, **cfg.train.best),
         hooks.PeriodicWriter(writers, period=cfg.train.log_period) if main else None,
         ProgressBar() if main else None,
         StopOnSignal(checkpoints),
     ]
+
+
+def _batch_pictures(folder: str, loader: Iterable[list[dict]]) -> dict[int, str]:
+    """Paths of the pictures of batches, by iteration: the first one, and the first with combined images."""
+    mapper = getattr(loader, "mapper", None)
+    names = {mapper.first_iteration: "train_batch_combined.png"} if isinstance(mapper, CombiningMapper) else {}
+    return {iteration: os.path.join(folder, name) for iteration, name in {**names, 0: "train_batch.png"}.items()}
 
 
 def _list_writers(cfg: DictConfig) -> list[EventWriter]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSample
 from detectron2.utils import comm
 from torch.utils.data import Dataset, Sampler
 
+from dino.layers.matcher import takes
 from dino.utils.files import DataError
 
 
@@ -45,19 +47,44 @@ class _Stream(Sampler):
         return itertools.islice(stream, self.start + comm.get_rank(), None, comm.get_world_size())
 
 
+class Place(NamedTuple):
+    """The place of an image in the training, for a mapper that combines images.
+
+    It depends on the seed and the position in the stream only. So a resumed run combines the same images as an
+    uninterrupted one, and so does any number of processes and workers.
+    """
+
+    images: Dataset  # dicts of the data set
+    index: int  # of the image in it
+    iteration: int  # in which the image is shown, from 0
+    numbers: np.random.Generator  # of this place; drawing from it doesn't change what augmentations draw
+
+    def others(self, count: int) -> list[dict]:
+        """Draw dicts of other images, with replacement, each image with the same chance.
+
+        A data set of one image gives that image.
+        """
+        total = len(self.images)
+        steps = 1 + self.numbers.integers(max(1, total - 1), size=count)
+        return [self.images[(self.index + step) % total] for step in steps.tolist()]
+
+
 class _SeededDataset(Dataset):
     """Maps an image with random numbers from the seed and its position in the stream.
 
     Args:
         images: dicts of a data set, kept in compact form.
-        mapper: dict -> dict for the detector.
+        mapper: see `TrainLoader`.
         seed: of the run.
+        total_batch_size: number of positions in an iteration.
     """
 
-    def __init__(self, images: Dataset, mapper: Callable[[dict], dict], seed: int):
+    def __init__(self, images: Dataset, mapper: Callable[..., dict], seed: int, total_batch_size: int):
         self.images = images
         self.mapper = mapper
         self.seed = seed
+        self.total_batch_size = total_batch_size
+        self.place_wanted = takes(mapper, "place")
 
     def __len__(self) -> int:
         """Number of images."""
@@ -67,7 +94,11 @@ class _SeededDataset(Dataset):
         """(position, index) -> the mapped image."""
         position, index = key
         seed_random(self.seed, position)
-        return self.mapper(self.images[index])
+        if not self.place_wanted:
+            return self.mapper(self.images[index])
+        own = np.random.SeedSequence((self.seed, position)).spawn(1)[0]
+        place = Place(self.images, index, position // self.total_batch_size, np.random.default_rng(own))
+        return self.mapper(self.images[index], place=place)
 
 
 class TrainLoader:
@@ -75,7 +106,8 @@ class TrainLoader:
 
     Args:
         dataset: dicts of a data set.
-        mapper: dict -> dict for the detector, see `TrainMapper`.
+        mapper: dict -> dict for the detector, see `TrainMapper`; it gets a `Place` too if it has an argument `place`,
+            see `CombiningMapper`.
         total_batch_size: images in one step of the optimizer, over all processes.
         num_workers: processes that read images.
         repeat_threshold: classes that are on less than this fraction of the images have theirs shown more often (repeat
@@ -86,7 +118,7 @@ class TrainLoader:
     def __init__(
         self,
         dataset: list[dict],
-        mapper: Callable[[dict], dict],
+        mapper: Callable[..., dict],
         *,
         total_batch_size: int,
         num_workers: int = 0,
@@ -119,7 +151,7 @@ class TrainLoader:
         else:
             sampler = RepeatFactorTrainingSampler(self.repeats, seed=self.seed)
         loader = build_detection_train_loader(
-            _SeededDataset(self.images, self.mapper, self.seed),
+            _SeededDataset(self.images, self.mapper, self.seed, self.total_batch_size),
             mapper=None,
             sampler=_Stream(sampler, self.start * self.total_batch_size),
             total_batch_size=self.total_batch_size // self.parts,

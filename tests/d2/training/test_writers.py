@@ -126,6 +126,15 @@ def test_the_first_batch_is_drawn_with_its_denoising_queries(tmp_path):
     assert {green, blue, red} <= colors(tmp_path / "batch.png")
 
 
+def test_no_negative_of_a_crowd_is_drawn_as_a_positive(tmp_path, monkeypatch):
+    """An image with more objects than the denoising budget shows as many queries of each kind as the budget holds."""
+    model, drawn = tiny_detector(), []
+    model.network.denoising.num_denoising = 3
+    monkeypatch.setattr(batch_pictures, "_draw", lambda picture, boxes, *_: (drawn.append(len(boxes)), picture)[1])
+    batch_pictures._draw_batch(model, [random_input("a.png", 5)], ["x"] * 3, str(tmp_path / "batch.png"))
+    assert drawn == [3, 3, 5]  # negatives, positives, objects
+
+
 def test_a_batch_without_objects_is_drawn(tmp_path):
     batch_pictures._draw_batch(tiny_detector(), [random_input("a.png", 0)], ["x"] * 3, str(tmp_path / "batch.png"))
     assert (tmp_path / "batch.png").is_file()
