@@ -163,11 +163,15 @@ class QuerySelection(nn.Module):
 
     @torch.no_grad()
     def next_boxes(self, memory: Tokens, count: int) -> Tensor:
-        """Box logits (B, Q, 4) of the `count` best tokens after those that `forward` selects, as far as there are."""
+        """Box logits (B, Q, 4) of the `count` best tokens after those that `forward` selects, as far as there are.
+
+        Where `forward` selects all tokens, its last one is taken again: layers want a query.
+        """
         anchors, usable = self.anchors(memory)
         features = self.project(memory.features.masked_fill(~usable[..., None], 0))  # (B, S, E)
         scores = self.scores(self.class_head(features), usable, memory.padding_mask)
-        best = scores.topk(at_most(self.num_queries + count, scores.shape[1]), dim=1).indices[:, self.num_queries :]
+        first = min(self.num_queries, scores.shape[1] - 1)
+        best = scores.topk(at_most(first + count, scores.shape[1]), dim=1).indices[:, first:]
         return _gather_tokens(anchors, best) + to_float32(self.box_head(_gather_tokens(features, best)))
 
     def contents(self, features: Tensor) -> Tensor:

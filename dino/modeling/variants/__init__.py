@@ -1,12 +1,12 @@
 """Variants of DINO's parts, from its ancestors and descendants. Each class replaces the part of the same signature.
 
-In a recipe, `model.network.decoder._target_ = LookForwardOnce` is enough; projects/dino/configs/ablation uses those of
-the ancestors, projects/dino/configs/descendants those that were published after DINO. Two variants need no class:
-`num_denoising=0` switches denoising off, and `num_classes=1` makes `QuerySelection` score whether a token holds any
-object at all (with the losses of `ObjectnessCriterion`).
+In a recipe, `model.network.decoder._target_ = LookForwardOnce` is enough. projects/dino/configs/ablation uses them all;
+projects/dino/configs has recipes at full size for those of descendants. Two variants need no class: `num_denoising=0`
+switches denoising off, and `num_classes=1` makes `QuerySelection` score whether a token holds any object at all (with
+the losses of `ObjectnessCriterion`). `combinations.py` lists the variants that do not fit together.
 """
 
-from .branches import HybridBranch, SecondPass, SharedHybridBranch
+from .branches import Branches, HybridBranch, SecondPass, SharedHybridBranch
 from .criteria import (
     CombinedCriterion,
     FinalCriterion,
@@ -21,6 +21,7 @@ from .noise import PositiveDenoising, ShiftDenoising
 from .query_selection import LearnedQueries, PatternSelection, PureSelection
 
 __all__ = [
+    "Branches",
     "CombinedCriterion",
     "FinalCriterion",
     "HybridBranch",

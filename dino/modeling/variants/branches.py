@@ -14,6 +14,17 @@ from dino.structures import DenoisingQueries, Outputs, Queries, Tokens, separate
 from ..transformer import Attend, Decoder, QuerySelection, full_attention
 
 
+class Branches(nn.ModuleDict):
+    """Branches of a network, or their criteria, by name: `L(Branches)(hybrid=...)` in a recipe.
+
+    Args:
+        modules: each under its name.
+    """
+
+    def __init__(self, **modules: nn.Module):
+        super().__init__(modules)
+
+
 class SharedHybridBranch(nn.Module):
     """More queries for a one-to-many assignment (hybrid branch of H-DETR, arXiv 2207.13080).
 
