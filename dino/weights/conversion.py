@@ -14,6 +14,7 @@ from dino.modeling.detector import Preprocessing
 from dino.utils.files import DataError, UserError, write_whole
 
 from .checkpoint_formats import (
+    BRANCHES,
     COCO_IDS,
     RAW_COCO_CLASSES,
     UNUSED_LABELS,
@@ -70,6 +71,8 @@ def convert_file(
     print(f"{target}: {to} format, {len(state)} tensors, {classes} classes; {source} was in {format_} format")
     if UNUSED_LABELS in own and to == "detrex":
         print("dropped: the label embeddings that belong to no class; detrex has no place for them")
+    if not describable and any(key.startswith(BRANCHES) for key in own):
+        print(f"dropped: the branches, which only training uses; the {to} format has no place for them")
 
 
 def _read_own(content: dict[str, Any], coco80: bool, copy: str) -> StateDict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-_PARTS = ("neck.backbone", "neck", "level_embed", "encoder", "query_selection", "denoising", "decoder")
+_PARTS = ("neck.backbone", "neck", "level_embed", "encoder", "query_selection", "denoising", "decoder", "branches")
 
 
 @dataclass

@@ -33,6 +33,7 @@ from .reading import average_of, read_content, weights_of
 MIN_BACKBONE = 0.95
 _BACKBONE = "neck.backbone."
 _PROJECTION_KEYS = re.compile(r"neck\.(lateral|extra_levels)\.\d+\.0\.weight")
+_BRANCH_CONTENT = re.compile(r"branches\.\w+\.content\.weight")
 _ATTENTION_KEYS = re.compile(r".+\.(sampling_offsets|attention_weights)\.(weight|bias)")
 _DETREX_NOTE = (
     "the file does not name the position encoding that it was trained with: detrex' 12-epoch models need "
@@ -215,6 +216,8 @@ def _why_other_size(name: str, theirs: _Sizes, ours: _Sizes, backbone_may_differ
         return f"{ours.classes} classes instead of {theirs.classes}"
     if name == "query_selection.content.weight" and theirs.queries != ours.queries:
         return f"{ours.queries} queries instead of {theirs.queries}"
+    if _BRANCH_CONTENT.fullmatch(name):
+        return "another number of queries"
     if _ATTENTION_KEYS.fullmatch(name) and theirs.levels != ours.levels:
         return f"{ours.levels} levels instead of {theirs.levels}"
     if backbone_may_differ and (name.startswith(_BACKBONE) or _PROJECTION_KEYS.fullmatch(name)):
