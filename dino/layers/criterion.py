@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -235,4 +235,25 @@ def check_normalizer(part: nn.Module) -> None:
         raise UserError(
             f"{type(part).__name__} takes no `normalizer`, so a batch can't come in parts: set "
             "train.grad_accum_steps=1, or let its forward accept **options and pass them on"
+        )
+
+
+def check_branches(criterion: nn.Module, branches: Collection[str]) -> None:
+    """Check that a criterion has losses for the branches of a network, which its attribute `branches` names.
+
+    Parts of the criterion are searched, so a wrapper needs no such attribute. A criterion without it has none.
+
+    Args:
+        criterion: such as `CombinedCriterion`.
+        branches: names of the network's branches.
+
+    Raises:
+        UserError: the network has other branches. Branches without losses would be computed for nothing.
+    """
+    parts = criterion.modules() if isinstance(criterion, nn.Module) else [criterion]
+    named = next((part.branches for part in parts if hasattr(part, "branches")), ())
+    if set(named) != set(branches):
+        raise UserError(
+            f"the network has the branches {sorted(branches)}, but the criterion losses for {sorted(named)}. "
+            "CombinedCriterion adds losses of branches; a criterion of your own names them in its attribute `branches`"
         )

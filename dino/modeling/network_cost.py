@@ -18,14 +18,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from dino.layers.ops.operator import use_compiled
 from dino.structures import Target
 
-_PARTS = ("neck.backbone", "neck", "encoder", "query_selection", "denoising", "decoder")
+_PARTS = ("neck.backbone", "neck", "encoder", "query_selection", "denoising", "decoder", "branches")
 _SAMPLE = 5  # multiply-adds per channel of a sample: four for the bilinear interpolation, one for its weight
 
 
 def count_parameters(network: nn.Module) -> dict[str, tuple[int, int]]:
     """Count the (all, trainable) parameters of each part of a `DINO`, and of the whole under `total`.
 
-    `neck` does not include the backbone. Parameters outside the parts (the level embeddings) are in the total only.
+    `neck` does not include the backbone. Only training uses the `branches`. Parameters outside the parts (the level embeddings) are in the total only.
     """
     inside = set(network.neck.backbone.parameters())
     counts = {}
@@ -41,7 +41,8 @@ def count_multiply_adds(
 ) -> dict[str, int]:
     """Count the multiply-adds of each part of a `DINO`, and of the whole under `total`: of an inference.
 
-    With targets: of the forward pass of a training step, denoising included.
+    With targets: of the forward pass of a training step, denoising included. What `branches` let other parts compute
+    counts as theirs.
 
     Counts convolutions, matrix products, attention and the deformable attention operator. Does not count norms,
     activations and other element-wise work (a few per cent), as in the figures of papers.
@@ -50,15 +51,24 @@ def count_multiply_adds(
         batch, height, width: of the images, in pixels.
         targets: the objects of each image, or None.
     """
-    with nothing_computed(network, training=targets is not None):
-        counter = FlopCounterMode(display=False, custom_mapping=_operator_formulas())
-        with counter:
-            network(*empty_images(network, batch, height, width), targets)
-    flops = {name: sum(found.values()) for name, found in counter.get_flop_counts().items()}
-    whole = type(network).__name__
-    counts = {name: flops.get(f"{whole}.{name}", 0) // 2 for name in _PARTS}
+
+    def count() -> tuple[dict[str, int], int]:
+        with nothing_computed(network, training=targets is not None):
+            counter = FlopCounterMode(display=False, custom_mapping=_operator_formulas())
+            with counter:
+                network(*empty_images(network, batch, height, width), targets)
+        found = {name: sum(parts.values()) // 2 for name, parts in counter.get_flop_counts().items()}
+        return found, counter.get_total_flops() // 2
+
+    branches, network.branches = network.branches, nn.ModuleDict()
+    try:
+        found, without = count()
+    finally:
+        network.branches = branches
+    total = count()[1] if branches and targets is not None else without
+    counts = {name: found.get(f"{type(network).__name__}.{name}", 0) for name in _PARTS}
     counts["neck"] -= counts["neck.backbone"]
-    return {**counts, "total": counter.get_total_flops() // 2}
+    return {**counts, "branches": total - without, "total": total}
 
 
 @contextlib.contextmanager

@@ -163,15 +163,16 @@ class QuerySelection(nn.Module):
 
     @torch.no_grad()
     def next_boxes(self, memory: Tokens, count: int) -> Tensor:
-        """Box logits (B, Q, 4) of the `count` best tokens after those that `forward` selects, as far as there are.
-
-        Where `forward` selects all tokens, its last one is taken again: layers want a query.
-        """
+        """Box logits (B, Q, 4) of the `count` best tokens after those that `select` chooses, as far as there are."""
         anchors, usable = self.anchors(memory)
         features = self.project(memory.features.masked_fill(~usable[..., None], 0))  # (B, S, E)
-        scores = self.scores(self.class_head(features), usable, memory.padding_mask)
-        first = min(self.num_queries, scores.shape[1] - 1)
-        best = scores.topk(at_most(first + count, scores.shape[1]), dim=1).indices[:, first:]
+        logits = self.class_head(features)
+        order = self.scores(logits, usable, memory.padding_mask).argsort(1, descending=True, stable=True)  # (B, S)
+        # Many tokens share the lowest score. Skipping the chosen ones by number takes no token twice.
+        chosen = self.select(logits, usable, memory.padding_mask)
+        is_chosen = torch.zeros_like(usable).scatter_(1, chosen, True).gather(1, order)
+        last = is_chosen.to(torch.uint8).argsort(1, stable=True)[:, : order.shape[1] - chosen.shape[1]]
+        best = order.gather(1, last)[:, :count]
         return _gather_tokens(anchors, best) + to_float32(self.box_head(_gather_tokens(features, best)))
 
     def contents(self, features: Tensor) -> Tensor:

@@ -31,12 +31,12 @@ _SIGNATURES = {
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|network\.)+")  # of DistributedDataParallel, torch.compile, DINODetector
 _HEADS = re.compile(r"(bbox|class)_embed\.\d+\..+")
 _SECOND_NAME = "transformer.decoder."  # other programs keep the decoder's heads under two names
-BRANCHES = "branches."  # first part of the names of weights that only training uses
 UNUSED_LABELS = "denoising.unused_labels"  # (rows, E): rows of the official label embedding that belong to no class
 CLASS_KEYS = re.compile(
-    r"(decoder\.class_heads\.\d+|(query_selection|branches\.\w+)\.class_head)\.(weight|bias)|"
-    r"denoising\.label_embed\.weight"
+    r"(decoder\.class_heads\.\d+|(query_selection|branches\.\w+)\.class_head)\.(weight|bias)"
+    r"|denoising\.label_embed\.weight"
 )
+BRANCHES = "branches."  # front of the names of what only training uses
 # The category ids that COCO uses, in order: 80 of 1 to 90.
 COCO_IDS = (
     *range(1, 12),
@@ -83,7 +83,7 @@ def convert(state_dict: StateDict, to: str = "own") -> StateDict:
 
     Label embeddings of no class, which this project does not use, become `denoising.unused_labels` in own format. A
     ResNet keeps the names of the file, torchvision's or Detectron2's: `load_weights` takes both. Own names of earlier
-    versions become the current ones. Other programs don't get the weights of branches, which only training uses.
+    versions become the current ones. Branches, which only training uses, are left out of other formats.
 
     Args:
         state_dict: names and tensors, with or without the prefixes `module.`, `_orig_mod.` and `network.`.
@@ -99,9 +99,8 @@ def convert(state_dict: StateDict, to: str = "own") -> StateDict:
     own = _READ[found](strip_wrappers(state_dict))
     if to == "own":
         return own
-    own = {key: value for key, value in own.items() if not key.startswith(BRANCHES)}
     _check_standard(own)
-    return _WRITE[to](own)
+    return _WRITE[to]({key: value for key, value in own.items() if not key.startswith(BRANCHES)})
 
 
 def _check_standard(own: StateDict) -> None:

@@ -69,10 +69,10 @@ def convert_file(
         write_whole(target, lambda part: torch.save({"model": state, **extra}, part))
     classes = len(own["decoder.class_heads.0.bias"])
     print(f"{target}: {to} format, {len(state)} tensors, {classes} classes; {source} was in {format_} format")
-    if not describable and any(key.startswith(BRANCHES) for key in own):
-        print("dropped: the weights of branches, which only training uses")
     if UNUSED_LABELS in own and to == "detrex":
         print("dropped: the label embeddings that belong to no class; detrex has no place for them")
+    if not describable and any(key.startswith(BRANCHES) for key in own):
+        print(f"dropped: the branches, which only training uses; the {to} format has no place for them")
 
 
 def _read_own(content: dict[str, Any], coco80: bool, copy: str) -> StateDict:

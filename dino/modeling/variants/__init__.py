@@ -13,10 +13,12 @@ from .criteria import (
     MixedMatchingCriterion,
     ObjectnessCriterion,
     OneToManyCriterion,
+    RankedCriterion,
     SeparateCriterion,
 )
 from .decoders import LookForwardOnce
 from .encoders import LearnedPositionEncoding, PlacedEncoder
+from .matchers import ThresholdMatcher
 from .noise import PositiveDenoising, ShiftDenoising
 from .query_selection import LearnedQueries, PatternSelection, PureSelection
 
@@ -35,8 +37,10 @@ __all__ = [
     "PlacedEncoder",
     "PositiveDenoising",
     "PureSelection",
+    "RankedCriterion",
     "SecondPass",
     "SeparateCriterion",
     "SharedHybridBranch",
     "ShiftDenoising",
+    "ThresholdMatcher",
 ]

@@ -3,13 +3,17 @@
 A branch gets the denoising queries, the queries of the main predictions with them in front, the memory, and the
 network's query selection and decoder; it returns `Outputs`. `CombinedCriterion` gives them losses of their own. A
 branch runs the decoder by itself, so the main predictions stay the same to the bit.
+
+If a branch has a method `check(query_selection, decoder)`, `DINO` calls it when it is built.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
+from dino.layers.matcher import takes
 from dino.structures import DenoisingQueries, Outputs, Queries, Tokens, separate
+from dino.utils.files import UserError
 
 from ..transformer import Attend, Decoder, QuerySelection, full_attention
 
@@ -42,6 +46,15 @@ class SharedHybridBranch(nn.Module):
         self.content = nn.Embedding(num_queries, embed_dim)
         nn.init.xavier_uniform_(self.content.weight)
 
+    def check(self, query_selection: nn.Module, decoder: nn.Module) -> None:
+        """Check the parts that the branch uses.
+
+        Raises:
+            UserError: the selection has no ranking to go on with, or the decoder takes no `interaction`.
+        """
+        _check_selection(self, query_selection, "next_boxes", "ranks no tokens")
+        _check_decoder(self, decoder)
+
     def forward(
         self,
         denoising: DenoisingQueries,
@@ -68,6 +81,15 @@ class HybridBranch(QuerySelection):
         super().__init__(num_queries=num_queries, num_classes=num_classes, embed_dim=embed_dim, anchor_size=anchor_size)
         del self.project  # that of the main selection is used
 
+    def check(self, query_selection: nn.Module, decoder: nn.Module) -> None:
+        """Check the parts that the branch uses.
+
+        Raises:
+            UserError: the selection makes no features of tokens, or the decoder takes no `interaction`.
+        """
+        _check_selection(self, query_selection, "project", "makes no features of tokens")
+        _check_decoder(self, decoder)
+
     def forward(
         self,
         denoising: DenoisingQueries,
@@ -82,10 +104,18 @@ class HybridBranch(QuerySelection):
 
 
 class SecondPass(nn.Module):
-    """The same queries through the decoder once more, without self-attention (DAC-DETR, NeurIPS 2023).
+    """The same queries through the decoder once more, without self-attention (C-decoder of DAC-DETR, NeurIPS 2023).
 
     Only the first layer keeps its self-attention, as in the published program: both passes have the same first layer.
     """
+
+    def check(self, query_selection: nn.Module, decoder: nn.Module) -> None:
+        """Check the parts that the branch uses.
+
+        Raises:
+            UserError: the decoder takes no `interaction`.
+        """
+        _check_decoder(self, decoder)
 
     def forward(
         self,
@@ -96,11 +126,28 @@ class SecondPass(nn.Module):
         decoder: Decoder,
     ) -> Outputs:
         """See the module -> `Outputs` without proposals, but with denoising."""
-        predictions = decoder(queries, memory, _only_first)
+
+        def only_first(mask: Tensor | None, boxes: list[Tensor]) -> Attend | None:
+            return decoder.interaction(mask, boxes) if len(boxes) == 1 else None
+
+        predictions = decoder(queries, memory, only_first)
         outputs = separate(predictions, predictions, denoising)
         return outputs._replace(proposals=outputs.decoder.without_layers())
 
 
-def _only_first(mask: Tensor | None, boxes: list[Tensor]) -> Attend | None:
-    """Full attention in the first layer, none later."""
-    return full_attention(mask, boxes) if len(boxes) == 1 else None
+def _check_selection(branch: nn.Module, selection: nn.Module, needed: str, lack: str) -> None:
+    """Raise a UserError where the query selection has no member `needed`."""
+    if not hasattr(selection, needed):
+        raise UserError(
+            f"{type(branch).__name__} selects tokens by the network's query selection, but {type(selection).__name__} "
+            f"{lack}: use a QuerySelection, or leave the branch out"
+        )
+
+
+def _check_decoder(branch: nn.Module, decoder: nn.Module) -> None:
+    """Raise a UserError where the decoder takes no `interaction`."""
+    if not takes(decoder, "interaction"):
+        raise UserError(
+            f"{type(branch).__name__} chooses how the decoder's queries read each other, but {type(decoder).__name__} "
+            "takes no `interaction`: let its forward accept one, see Decoder, or leave the branch out"
+        )

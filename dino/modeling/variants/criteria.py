@@ -6,14 +6,17 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dino.layers.class_loss import QualityLoss
-from dino.layers.criterion import Matches, SetCriterion, call_criterion
+from dino.layers.criterion import Matches, SetCriterion, call_criterion, check_branches
 from dino.structures import Outputs, Target
+from dino.utils.device import to_device
 from dino.utils.files import UserError
 
+_TAKEN = re.compile(r"interm|dn|(dn_)?\d+")  # what follows `loss_ce_` in names of the main losses
 _AUXILIARY = re.compile(r"loss_[a-z]+(_dn)?_\d+")  # names of the losses of all decoder layers but the last
 
 
@@ -84,41 +87,63 @@ class OneToManyCriterion(SetCriterion):
         return self.factor
 
 
-class MixedMatchingCriterion(SetCriterion):
-    """Several predictions for each object in the early layers and the encoder, one in the last (Align-DETR).
+class RankedCriterion(SetCriterion):
+    """Weighs the pairs of each object by their rank (prime sample weighting of Align-DETR, arXiv 2304.07527, eq. 6).
 
-    The pairs of an object are ranked by the target of the class loss; number r, from 0, has the weight
-    `exp(-r / temperature)` in all three losses (mixed matching and prime sample weighting, arXiv 2304.07527, eq. 6 and
-    7). With one copy it is `SetCriterion`.
+    The pairs of an object in a layer are ranked by the target of the class loss; number r, from 0, has the weight
+    `exp(-r / temperature)` in all three losses. The matcher decides how many there are: DAC-DETR has such losses with
+    a `ThresholdMatcher` and an `objects_factor` of 3. Denoising has no such weights.
 
     Args:
         class_loss: one with a quality as target, such as `IoUAwareLoss`.
-        copies: predictions of each object in all layers but the last; fewer for an image with many objects.
         temperature: tau of the paper.
+        objects_factor: factor of the number of objects, by which the losses are divided.
         arguments: of `SetCriterion`.
 
     Raises:
         UserError: the class loss has no quality to rank by.
     """
 
-    def __init__(self, *, class_loss: nn.Module, copies: int = 2, temperature: float = 1.5, **arguments: Any):
+    def __init__(
+        self, *, class_loss: nn.Module, temperature: float = 1.5, objects_factor: float = 1.0, **arguments: Any
+    ):
         super().__init__(class_loss=class_loss, **arguments)
         if not isinstance(class_loss, QualityLoss):
             raise UserError(
                 f"{type(class_loss).__name__} has no quality to rank the predictions of an object by: "
-                "MixedMatchingCriterion needs a QualityLoss, such as IoUAwareLoss"
+                f"{type(self).__name__} needs a QualityLoss, such as IoUAwareLoss"
             )
-        self.num_copies = copies
         self.temperature = temperature
+        self.factor = objects_factor
+
+    def objects_factor(self) -> float:
+        """Factor of the number of objects that divides the losses."""
+        return self.factor
+
+    def pair_weights(self, quality: Tensor, matches: Matches) -> Tensor:
+        """Weights (K,) by the rank of each pair among those of its object in its layer."""
+        layer = np.repeat(np.arange(len(matches.counts)), matches.counts)  # on the host, which knows the counts
+        layer = to_device(layer, matches.query.device, torch.int64)
+        return torch.exp(-_rank(quality, layer, matches.target) / self.temperature)
+
+
+class MixedMatchingCriterion(RankedCriterion):
+    """Several predictions for each object in the early layers and the encoder, one in the last (Align-DETR).
+
+    (Mixed matching, arXiv 2304.07527, eq. 7.) With one copy it is `SetCriterion`.
+
+    Args:
+        copies: predictions of each object in all layers but the last; fewer for an image with many objects.
+        arguments: of `RankedCriterion`.
+    """
+
+    def __init__(self, *, copies: int = 2, **arguments: Any):
+        super().__init__(**arguments)
+        self.num_copies = copies
 
     def copies(self, num_layers: int, num_proposals: int) -> list[int]:
         """One in the last layer of the decoder."""
         return [*[self.num_copies] * (num_layers - 1), 1, *[self.num_copies] * num_proposals]
-
-    def pair_weights(self, quality: Tensor, matches: Matches) -> Tensor:
-        """Weights (K,) by the rank of each pair among those of its object in its layer."""
-        layer = torch.repeat_interleave(matches.query.new_tensor(matches.counts))
-        return torch.exp(-_rank(quality, layer, matches.target) / self.temperature)
 
 
 def _rank(values: Tensor, layer: Tensor, target: Tensor) -> Tensor:
@@ -135,12 +160,15 @@ def _rank(values: Tensor, layer: Tensor, target: Tensor) -> Tensor:
 
 
 class CombinedCriterion(nn.Module):
-    """Adds the losses of a network's branches; `loss_ce` of the branch `hybrid` is `loss_ce_hybrid`.
+    """Adds the losses of a network's branches; `loss_ce_0` of the branch `hybrid` is `loss_ce_0_hybrid`.
 
     Args:
         criterion: of the main predictions, see `SetCriterion`.
         branches: criterion of each branch by name, such as `OneToManyCriterion`.
         weights: factor of all losses of a branch by name; 1 by default.
+
+    Raises:
+        UserError: a name of `weights` is no branch, or losses of a branch would have names of the main losses.
     """
 
     def __init__(
@@ -150,6 +178,10 @@ class CombinedCriterion(nn.Module):
         self.criterion = criterion
         self.branches = nn.ModuleDict(branches)
         self.weights = dict(weights or {})
+        for name in self.weights.keys() - self.branches.keys():
+            raise UserError(f"weights has {name!r}, but the branches are {[*self.branches]}")
+        for name in filter(_TAKEN.fullmatch, self.branches):
+            raise UserError(f"a branch can't be called {name!r}: the main losses have names such as loss_ce_{name}")
 
     def forward(self, outputs: Outputs, targets: list[Target], **options: Any) -> dict[str, Tensor]:
         """Outputs and B targets -> named scalars. `options` are those of `SetCriterion.forward`.
@@ -158,8 +190,7 @@ class CombinedCriterion(nn.Module):
             UserError: the network has other branches.
         """
         extra = outputs.extra or {}
-        if extra.keys() != self.branches.keys():
-            raise UserError(f"the network has the branches {[*extra]}, the criterion losses for {[*self.branches]}")
+        check_branches(self, extra)
         losses = call_criterion(self.criterion, outputs, targets, **options)
         for name, criterion in self.branches.items():
             found = call_criterion(criterion, extra[name], targets, **options)

@@ -1,0 +1,86 @@
+"""Variants of `HungarianMatcher`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dino.layers.boxes import box_iou, cxcywh_to_xyxy, to_float32
+from dino.layers.matcher import NonFinite, Pairs, finite_costs, pad_targets
+from dino.structures import LayerOutputs, Target
+from dino.utils.device import to_host
+
+
+class ThresholdMatcher(nn.Module):
+    """Matches every prediction that is good enough to its best object (one-to-many assignment of DAC-DETR, NeurIPS 2023).
+
+    The score of a prediction and an object is `iou_weight * IoU + (1 - iou_weight) * class score`. A prediction belongs
+    to the object of its highest score, if that is at least `threshold`, or if it is the best of all predictions for any
+    object. Each object keeps its `most` best ones. So a prediction has one object at most, and an object can have none,
+    where its best prediction belongs to another one.
+
+    The published program differs in three ways:
+
+    - It takes IoUs with boxes of the pass with self-attention, and class scores of the pass without. Here both are those
+      of the predictions whose losses are computed: after the first layer the boxes of the two passes differ, and a box
+      is trained towards an object that another box lies on.
+    - It counts the predictions that belong to an object, but then gives it that many of the best in all. So a
+      prediction can get two objects, that is two boxes to be at once.
+    - It draws 75 of an image's predictions that belong to objects where there are more. Here nothing is random.
+
+    Args:
+        threshold: least score.
+        most: most predictions of an object.
+        iou_weight: weight of the IoU in the score.
+    """
+
+    def __init__(self, *, threshold: float = 0.4, most: int = 6, iou_weight: float = 0.7):
+        super().__init__()
+        self.threshold = threshold
+        self.most = most
+        self.iou_weight = iou_weight
+
+    def forward(self, predictions: LayerOutputs, targets: list[Target], *, non_finite: NonFinite = "raise") -> Pairs:
+        """Match N layers of B images; arguments and errors are those of `HungarianMatcher.forward`.
+
+        Returns:
+            for each layer, for each image, (query indices, ascending; object indices), both int64.
+        """
+        return self.start(predictions, targets, non_finite=non_finite)()
+
+    @torch.no_grad()
+    def start(
+        self, predictions: LayerOutputs, targets: list[Target], *, non_finite: NonFinite = "raise"
+    ) -> Callable[[], Pairs]:
+        """Start to compute the scores on the device, see `HungarianMatcher.start`."""
+        costs = to_host(-self.score(predictions, targets))  # the one transfer to the host
+        counts = [len(t.labels) for t in targets]
+        return lambda: self.assign(-finite_costs(costs().numpy(), counts, non_finite), counts)
+
+    def score(self, predictions: LayerOutputs, targets: list[Target]) -> Tensor:
+        """(N, B, Q, G) with G objects in the fullest image; columns past an image's own objects mean nothing."""
+        logits, boxes = to_float32(predictions.logits), to_float32(predictions.boxes)
+        labels, true_boxes = pad_targets(targets)
+        labels = labels[None, :, None].expand(*logits.shape[:3], -1)  # (N, B, Q, G)
+        iou = box_iou(cxcywh_to_xyxy(boxes)[:, :, :, None], cxcywh_to_xyxy(true_boxes.to(boxes))[:, None])
+        return self.iou_weight * iou + (1 - self.iou_weight) * logits.gather(3, labels).sigmoid()
+
+    def assign(self, score: np.ndarray, counts: list[int]) -> Pairs:
+        """Scores (N, B, Q, G), finite, and the objects of each of B images -> pairs."""
+        return [[self.choose(layer[b, :, :count]) for b, count in enumerate(counts)] for layer in score]
+
+    def choose(self, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Scores (Q, G) of one image -> its pairs."""
+        if not score.size:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        own = score.argmax(1)  # (Q,) the object of each prediction
+        belongs = score.max(1) >= self.threshold
+        belongs[score.argmax(0)] = True
+        query = np.flatnonzero(belongs)
+        query = query[np.lexsort((-score[query, own[query]], own[query]))]  # object after object, best first
+        rank = np.arange(len(query)) - np.searchsorted(own[query], own[query])
+        query = np.sort(query[rank < self.most])
+        return query, own[query]
