@@ -17,6 +17,7 @@ from .criteria import (
 )
 from .decoders import LookForwardOnce
 from .encoders import LearnedPositionEncoding, PlacedEncoder
+from .matchers import PositionModulatedMatcher
 from .noise import PositiveDenoising, ShiftDenoising
 from .query_selection import LearnedQueries, PatternSelection, PureSelection
 
@@ -32,6 +33,7 @@ __all__ = [
     "OneToManyCriterion",
     "PatternSelection",
     "PlacedEncoder",
+    "PositionModulatedMatcher",
     "PositiveDenoising",
     "PureSelection",
     "SecondPass",

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino.layers.class_loss import QualityLoss
-from dino.layers.criterion import Matches, SetCriterion, call_criterion
+from dino.layers.class_loss import Positives, QualityLoss
+from dino.layers.criterion import SetCriterion, call_criterion
 from dino.structures import Outputs, Target
 from dino.utils.files import UserError
 
@@ -79,9 +79,9 @@ class OneToManyCriterion(SetCriterion):
         """The same for all layers."""
         return [self.num_copies] * (num_layers + num_proposals)
 
-    def objects_factor(self) -> float:
-        """Factor of the number of objects that divides the losses."""
-        return self.factor
+    def divisor(self, num_objects: Tensor) -> Tensor:
+        """The number of objects times the factor."""
+        return num_objects * self.factor
 
 
 class MixedMatchingCriterion(SetCriterion):
@@ -115,21 +115,19 @@ class MixedMatchingCriterion(SetCriterion):
         """One in the last layer of the decoder."""
         return [*[self.num_copies] * (num_layers - 1), 1, *[self.num_copies] * num_proposals]
 
-    def pair_weights(self, quality: Tensor, matches: Matches) -> Tensor:
+    def pair_weights(self, quality: Tensor, pairs: Positives) -> Tensor:
         """Weights (K,) by the rank of each pair among those of its object in its layer."""
-        layer = torch.repeat_interleave(matches.query.new_tensor(matches.counts))
-        return torch.exp(-_rank(quality, layer, matches.target) / self.temperature)
+        return torch.exp(-_rank(quality, pairs.object_of_layer()) / self.temperature)
 
 
-def _rank(values: Tensor, layer: Tensor, target: Tensor) -> Tensor:
-    """Values (K,) -> the rank (K,), from 0 for the highest, among those of equal layer and target."""
+def _rank(values: Tensor, group: Tensor) -> Tensor:
+    """Values (K,) -> the rank (K,), from 0 for the highest, among those of the same group; ties keep their order."""
     order = values.argsort(descending=True, stable=True)
-    for key in (target, layer):
-        order = order[key[order].argsort(stable=True)]
-    layer, target = layer[order], target[order]
+    order = order[group[order].argsort(stable=True)]  # group after group, in each the highest value first
+    group = group[order]
     position = torch.arange(len(order), device=order.device)
     starts = torch.ones_like(order, dtype=torch.bool)
-    starts[1:] = (layer[1:] != layer[:-1]) | (target[1:] != target[:-1])
+    starts[1:] = group[1:] != group[:-1]
     first = torch.where(starts, position, 0).cummax(0).values
     return torch.empty_like(order).scatter_(0, order, position - first)
 
