@@ -12,7 +12,7 @@ dino_r50_4scale_12ep_dense_o2o.py beside it. Inference is that of DINO. Not trai
 
 from detectron2.config import LazyCall as L
 
-from dino.layers.class_loss import MatchabilityLoss
+from dino.layers import MatchabilityLoss
 
 from ....configs.dino_r50_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train
 

@@ -5,16 +5,16 @@
 
 Published for this setting: 50.4 AP on COCO val2017, by the authors of Stable-DINO (arXiv 2304.04742). Its class targets
 are squared IoUs, the matching cost modulates scores by positions, and the encoder fuses the states of all its layers.
-Class losses weigh six times, but not those of denoising. Differs from that run: nothing of the backbone but its stem is frozen there, positions are encoded with
-temperature 10000 and offset -0.5, and epochs have 7,500 iterations, 7,393 here. Not trained here.
+Class losses weigh six times, but not those of denoising. Differs from that run: nothing of the backbone but its stem is
+frozen there, positions are encoded with temperature 10000 and offset -0.5, an epoch has 7,500 iterations, 7,393 here,
+and its matching mixes up objects of one class, see `PositionModulatedMatcher`. Not trained here.
 
 COSTS; memory: not measured.
 """
 
 from detectron2.config import LazyCall as L
 
-from dino.layers import LossScaling
-from dino.layers.class_loss import SquaredIoULoss
+from dino.layers import LossScaling, SquaredIoULoss
 from dino.modeling.variants import DenseFusionEncoder, PositionModulatedMatcher
 
 from ....configs.dino_r50_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train

@@ -12,7 +12,7 @@ dino_r50_4scale_12ep_relation_detr.py. Inference is that of DINO. Not trained he
 
 from detectron2.config import LazyCall as L
 
-from dino.layers.class_loss import VarifocalLoss
+from dino.layers import VarifocalLoss
 
 from ....configs.dino_r50_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train
 

@@ -6,7 +6,7 @@
 
 from detectron2.config import LazyCall as L
 
-from dino.layers.class_loss import IoUAwareLoss
+from dino.layers import IoUAwareLoss
 from dino.modeling.variants import MixedMatchingCriterion
 
 from .base import dataloader, lr_multiplier, model, optimizer, train

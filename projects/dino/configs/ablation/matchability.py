@@ -6,7 +6,7 @@
 
 from detectron2.config import LazyCall as L
 
-from dino.layers.class_loss import MatchabilityLoss
+from dino.layers import MatchabilityLoss
 
 from .base import dataloader, lr_multiplier, model, optimizer, train
 

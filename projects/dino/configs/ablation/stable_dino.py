@@ -6,8 +6,7 @@
 
 from detectron2.config import LazyCall as L
 
-from dino.layers import LossScaling
-from dino.layers.class_loss import SquaredIoULoss
+from dino.layers import LossScaling, SquaredIoULoss
 from dino.modeling.variants import DenseFusionEncoder, PositionModulatedMatcher
 
 from .base import dataloader, lr_multiplier, model, optimizer, train
