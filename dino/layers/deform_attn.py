@@ -72,7 +72,7 @@ class MultiScaleDeformableAttention(nn.Module):
             fill = Tensor.masked_fill if torch.is_grad_enabled() else Tensor.masked_fill_  # see FeedForward.forward
             value = fill(value, padding[..., None], 0)
         value = value.unflatten(-1, (self.num_heads, -1))  # (B, S, M, D)
-        logits = self.attention_weights(query).view(*samples[:3], samples[3] * samples[4])  # (B, Q, M, L*P)
+        logits = self.attention_weights(query).view(*samples[:3], -1)  # (B, Q, M, L*P)
         offsets = self.sampling_offsets(query).view(*samples, 2)
         if use_compiled(value.device):
             return self.output_proj(deform_attn_fused(value, shapes, offsets, logits, reference))

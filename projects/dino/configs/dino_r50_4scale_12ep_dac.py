@@ -3,7 +3,7 @@
     python tools/lazyconfig_train_net.py --config-file projects/dino/configs/dino_r50_4scale_12ep_dac.py \
         --num-gpus 8
 
-Published for this setting: 50.9 AP on COCO val2017, by the authors of DAC-DETR (NeurIPS 2023), and 50.0 without its class
+Published for this setting: 50.9 AP on COCO val2017, by the authors of DAC-DETR (NeurIPS 2023); 50.0 without its class
 loss, which is that of Align-DETR. In training, all queries pass the decoder once more without self-attention, and every
 object gets up to six predictions of that pass, weighed by their rank. Differs from that run: its class loss of the
 encoder is focal and weighs twice, it chooses positives otherwise, see `ThresholdMatcher`, and by default it has 300
