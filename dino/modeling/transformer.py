@@ -167,11 +167,11 @@ class QuerySelection(nn.Module):
         anchors, usable = self.anchors(memory)
         features = self.project(memory.features.masked_fill(~usable[..., None], 0))  # (B, S, E)
         logits = self.class_head(features)
-        order = self.scores(logits, usable, memory.padding_mask).argsort(1, descending=True, stable=True)  # (B, S)
+        order = self.scores(logits, usable, memory.padding_mask).argsort(dim=1, descending=True, stable=True)  # (B, S)
         # Many tokens share the lowest score. Skipping the chosen ones by number takes no token twice.
         chosen = self.select(logits, usable, memory.padding_mask)
         is_chosen = torch.zeros_like(usable).scatter_(1, chosen, True).gather(1, order)
-        last = is_chosen.to(torch.uint8).argsort(1, stable=True)[:, : order.shape[1] - chosen.shape[1]]
+        last = is_chosen.to(torch.uint8).argsort(dim=1, stable=True)[:, : order.shape[1] - chosen.shape[1]]
         best = order.gather(1, last)[:, :count]
         return _gather_tokens(anchors, best) + to_float32(self.box_head(_gather_tokens(features, best)))
 

@@ -37,7 +37,7 @@ class SharedHybridBranch(nn.Module):
     groups of queries run through the decoder together, under a mask that separates them.
 
     Args:
-        num_queries: most queries of the branch; an image with few tokens gets fewer.
+        num_queries: most queries of the branch; images with few tokens get fewer, or none.
         embed_dim: E, width of the tokens.
     """
 
@@ -65,8 +65,11 @@ class SharedHybridBranch(nn.Module):
     ) -> Outputs:
         """See the module -> `Outputs` without proposals."""
         boxes = query_selection.next_boxes(memory, len(self.content.weight))  # (B, Q, 4)
+        count = boxes.shape[1]
+        if not count:
+            boxes = boxes.new_zeros(len(boxes), 1, 4)  # the decoder needs a query, which is dropped again
         content = self.content.weight[: boxes.shape[1]].expand(len(boxes), -1, -1)
-        predictions = decoder(Queries(content, boxes), memory, full_attention)
+        predictions, _ = decoder(Queries(content, boxes), memory, full_attention).split(count)
         return Outputs(predictions, predictions.without_layers())
 
 
