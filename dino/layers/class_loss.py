@@ -17,17 +17,33 @@ _EPS = 1e-8  # as the published programs
 
 
 class Positives(NamedTuple):
-    """K pairs of a prediction and its object, of N layers and B images."""
+    """K pairs of a prediction and its object: predictions of N layers, B images and Q queries, G objects of all images.
+
+    What only some losses need is computed on demand: the focal loss needs the logits alone.
+    """
 
     logits: Tensor  # (K,) float32, of the object's class
     boxes: Tensor  # (K, 4) float32
     true_boxes: Tensor  # (K, 4) float32
-    image: Tensor  # (K,) int64, layer * B + image
-    num_images: int  # N * B
+    query: Tensor  # (K,) int64, index into the queries of all layers and images
+    target: Tensor  # (K,) int64, index into the objects of all images
+    shape: tuple[int, int, int]  # N, B, Q
+    num_objects: int  # G
 
     def iou(self) -> Tensor:
         """(K,) IoU of box and object, without gradient."""
         return box_iou(cxcywh_to_xyxy(self.boxes.detach()), cxcywh_to_xyxy(self.true_boxes))
+
+    def best_of_image(self, values: Tensor) -> Tensor:
+        """Values (K,), at least 0 -> (K,), for each pair the highest value of its image in its layer."""
+        layers, images, queries = self.shape
+        image = self.query // queries  # (K,), layer * B + image
+        return values.new_zeros(layers * images).scatter_reduce(0, image, values, "amax")[image]
+
+    def object_of_layer(self) -> Tensor:
+        """(K,) int64, equal for the pairs of the same object in the same layer: layer * G + object."""
+        _, images, queries = self.shape
+        return self.query // (images * queries) * self.num_objects + self.target
 
 
 class FocalLoss(nn.Module):
@@ -133,8 +149,7 @@ class SquaredIoULoss(QualityLoss):
     def targets(self, pairs: Positives) -> Tensor:
         """Target (K,) of each positive, without gradient."""
         targets = pairs.iou() ** self.iou_power
-        best = targets.new_zeros(pairs.num_images).scatter_reduce(0, pairs.image, targets, "amax")
-        return targets * (1 / (best + _EPS)).clamp(min=1)[pairs.image]
+        return targets * (1 / (pairs.best_of_image(targets) + _EPS)).clamp(min=1)
 
     def factor(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Weight of each positive."""

@@ -19,7 +19,7 @@ from .class_loss import FocalLoss, Positives
 from .matcher import NonFinite, Pairs, start_matching, takes
 
 
-class Matches(NamedTuple):
+class _Matches(NamedTuple):
     """K pairs of a prediction and an object, layer after layer, image after image."""
 
     query: Tensor  # (K,) int64, index into the queries of all layers and images
@@ -105,17 +105,17 @@ class SetCriterion(nn.Module):
         matches = _flatten_matches(matching(), targets, matched)
         suffixes = [*layers, "", *["_interm"] * len(outputs.proposals.logits)]
         sums = self.losses(matched, negatives, matches, targets, self.pair_weights)
-        return self._weighted(sums, num_objects * self.objects_factor(), suffixes) | denoising_losses
+        return self._weighted(sums, self.divisor(num_objects), suffixes) | denoising_losses
 
     def copies(self, num_layers: int, num_proposals: int) -> list[int] | None:
         """Predictions that each object gets in N decoder layers and the proposals; None for one everywhere."""
         return None
 
-    def objects_factor(self) -> float:
-        """Factor of the number of objects that divides the losses."""
-        return 1.0
+    def divisor(self, num_objects: Tensor) -> Tensor:
+        """The number of objects, a scalar of at least 1 -> what divides the losses of all predictions but denoising."""
+        return num_objects
 
-    def pair_weights(self, quality: Tensor, matches: Matches) -> Tensor | None:
+    def pair_weights(self, quality: Tensor | None, pairs: Positives) -> Tensor | None:
         """Weights (K,) of the pairs by the targets (K,) of the class loss; None for 1. Denoising has none."""
         return None
 
@@ -131,9 +131,9 @@ class SetCriterion(nn.Module):
         self,
         predictions: LayerOutputs,
         negatives: Tensor,
-        matches: Matches,
+        matches: _Matches,
         targets: list[Target],
-        pair_weights: Callable[[Tensor | None, Matches], Tensor | None] = lambda quality, matches: None,
+        pair_weights: Callable[[Tensor | None, Positives], Tensor | None] | None = None,
     ) -> dict[str, Tensor]:
         """Sum the three losses of N layers over all images and queries -> (N,) each.
 
@@ -141,19 +141,19 @@ class SetCriterion(nn.Module):
             predictions, targets: N layers of B images; the objects of each image.
             negatives: (N,), class loss of all predictions as negatives.
             matches: pairs of predictions and objects.
-            pair_weights: see the method of this name.
+            pair_weights: see the method of this name; None for 1.
         """
         logits, boxes = to_float32(predictions.logits), to_float32(predictions.boxes)
         labels = torch.cat([t.labels for t in targets])[matches.target]  # (K,)
-        true_boxes = torch.cat([t.boxes for t in targets]).to(boxes)[matches.target]  # (K, 4)
+        objects = torch.cat([t.boxes for t in targets]).to(boxes)  # (G, 4)
+        true_boxes = objects[matches.target]  # (K, 4)
         boxes = boxes.flatten(0, 2).index_select(0, matches.query)  # (K, 4)
         true_logits = logits.flatten().gather(0, matches.query * logits.shape[3] + labels)  # (K,)
         l1 = (boxes - true_boxes).abs()  # (K, 4)
         giou = 1 - generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(true_boxes))  # (K,)
-        layers, images, queries, _ = logits.shape
-        pairs = Positives(true_logits, boxes, true_boxes, matches.query // queries, layers * images)
+        pairs = Positives(true_logits, boxes, true_boxes, *matches[:2], tuple(logits.shape[:3]), len(objects))
         quality = self.class_loss.targets(pairs)
-        weights = pair_weights(quality, matches)
+        weights = pair_weights(quality, pairs) if pair_weights else None
         if weights is not None:
             quality, l1, giou = quality * weights, l1 * weights[:, None], giou * weights
         return {
@@ -181,7 +181,7 @@ def _known_pairs(num_objects: int, num_groups: int, num_queries: int) -> tuple[n
     return (starts[:, None] + objects).ravel(), np.tile(objects, num_groups)
 
 
-def _flatten_matches(layers: Pairs, targets: list[Target], predictions: LayerOutputs) -> Matches:
+def _flatten_matches(layers: Pairs, targets: list[Target], predictions: LayerOutputs) -> _Matches:
     """Pairs per layer and image -> one table, in one transfer to the device of the predictions."""
     _, images, queries, _ = predictions.boxes.shape
     first = np.cumsum([0] + [len(t.labels) for t in targets])
@@ -191,7 +191,7 @@ def _flatten_matches(layers: Pairs, targets: list[Target], predictions: LayerOut
         for b, (query, target) in enumerate(pairs)
     ]
     counts = [sum(len(query) for query, _ in pairs) for pairs in layers]
-    return Matches(*to_device(np.concatenate(rows, 1), predictions.boxes.device, torch.int64), counts)
+    return _Matches(*to_device(np.concatenate(rows, 1), predictions.boxes.device, torch.int64), counts)
 
 
 def _count(targets: list[Target]) -> int:

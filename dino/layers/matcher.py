@@ -136,12 +136,26 @@ class HungarianMatcher(nn.Module):
         labels = labels[None, :, None].expand(*logits.shape[:3], -1)  # (N, B, Q, G)
         l1 = torch.cdist(boxes, true_boxes.to(boxes)[None], p=1)
         giou = generalized_iou(cxcywh_to_xyxy(boxes)[:, :, :, None], cxcywh_to_xyxy(true_boxes.to(boxes))[:, None])
-        class_term = _focal_cost(logits.gather(3, labels), self.alpha, self.gamma)
+        class_term = self.class_term(logits.gather(3, labels).sigmoid(), giou, targets)
         return self.class_cost * class_term + self.l1_cost * l1 - self.giou_cost * giou
+
+    def class_term(self, scores: Tensor, giou: Tensor, targets: list[Target]) -> Tensor:
+        """Class cost before its weight.
+
+        Args:
+            scores: (N, B, Q, G), of the class of each object.
+            giou: (N, B, Q, G), of each prediction and object. Columns past an image's own objects mean nothing.
+            targets: the objects of each image.
+        """
+        return focal_cost(scores, self.alpha, self.gamma)
 
 
 def _repeat(cost: np.ndarray, copies: int, share: float) -> np.ndarray:
-    """(Q, G) -> (Q, copies * G); fewer copies where they need more than this share of the queries, but at least one."""
+    """(Q, G) -> (Q, copies * G); fewer copies where they need more than this share of the queries, but at least one.
+
+    The published program of Align-DETR keeps the lower number for all later images of the batch, and has no pairs at
+    all where an image's objects are more than half of the queries. Here an image has the same pairs in every batch.
+    """
     queries, objects = cost.shape
     copies = min(copies, int(share * queries / max(objects, 1)))
     return np.tile(cost, copies) if copies > 1 else cost
@@ -220,9 +234,8 @@ def pad_targets(targets: list[Target]) -> tuple[Tensor, Tensor]:
     return torch.cat([t.labels for t in targets])[index], torch.cat([t.boxes for t in targets])[index]
 
 
-def _focal_cost(logits: Tensor, alpha: float, gamma: float) -> Tensor:
-    """Focal loss of a logit as a positive minus its focal loss as a negative; any shape."""
-    p = logits.sigmoid()
+def focal_cost(p: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Focal loss of a score in [0, 1] as a positive minus its focal loss as a negative; any shape."""
     positive = alpha * (1 - p) ** gamma * -(p + 1e-8).log()
     negative = (1 - alpha) * p**gamma * -(1 - p + 1e-8).log()
     return positive - negative

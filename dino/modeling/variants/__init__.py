@@ -18,7 +18,7 @@ from .criteria import (
 )
 from .decoders import LookForwardOnce
 from .encoders import LearnedPositionEncoding, PlacedEncoder
-from .matchers import ThresholdMatcher
+from .matchers import PositionModulatedMatcher, ThresholdMatcher
 from .noise import PositiveDenoising, ShiftDenoising
 from .query_selection import LearnedQueries, PatternSelection, PureSelection
 
@@ -34,6 +34,7 @@ __all__ = [
     "OneToManyCriterion",
     "PatternSelection",
     "PlacedEncoder",
+    "PositionModulatedMatcher",
     "PositiveDenoising",
     "PureSelection",
     "RankedCriterion",

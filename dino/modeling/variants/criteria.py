@@ -6,14 +6,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dino.layers.class_loss import QualityLoss
-from dino.layers.criterion import Matches, SetCriterion, call_criterion, check_branches
+from dino.layers.class_loss import Positives, QualityLoss
+from dino.layers.criterion import SetCriterion, call_criterion, check_branches
 from dino.structures import Outputs, Target
-from dino.utils.device import to_device
 from dino.utils.files import UserError
 
 _TAKEN = re.compile(r"interm|dn|(dn_)?\d+")  # what follows `loss_ce_` in names of the main losses
@@ -82,13 +80,13 @@ class OneToManyCriterion(SetCriterion):
         """The same for all layers."""
         return [self.num_copies] * (num_layers + num_proposals)
 
-    def objects_factor(self) -> float:
-        """Factor of the number of objects that divides the losses."""
-        return self.factor
+    def divisor(self, num_objects: Tensor) -> Tensor:
+        """The number of objects times the factor."""
+        return num_objects * self.factor
 
 
 class RankedCriterion(SetCriterion):
-    """Weighs the pairs of each object by their rank (prime sample weighting of Align-DETR, arXiv 2304.07527, eq. 6).
+    """Weighs the pairs of each object by their rank (prime sample weighting of Align-DETR, arXiv 2304.07527).
 
     The pairs of an object in a layer are ranked by the target of the class loss; number r, from 0, has the weight
     `exp(-r / temperature)` in all three losses. The matcher decides how many there are: DAC-DETR has such losses with
@@ -116,21 +114,19 @@ class RankedCriterion(SetCriterion):
         self.temperature = temperature
         self.factor = objects_factor
 
-    def objects_factor(self) -> float:
-        """Factor of the number of objects that divides the losses."""
-        return self.factor
+    def divisor(self, num_objects: Tensor) -> Tensor:
+        """The number of objects times the factor."""
+        return num_objects * self.factor
 
-    def pair_weights(self, quality: Tensor, matches: Matches) -> Tensor:
+    def pair_weights(self, quality: Tensor, pairs: Positives) -> Tensor:
         """Weights (K,) by the rank of each pair among those of its object in its layer."""
-        layer = np.repeat(np.arange(len(matches.counts)), matches.counts)  # on the host, which knows the counts
-        layer = to_device(layer, matches.query.device, torch.int64)
-        return torch.exp(-_rank(quality, layer, matches.target) / self.temperature)
+        return torch.exp(-_rank(quality, pairs.object_of_layer()) / self.temperature)
 
 
 class MixedMatchingCriterion(RankedCriterion):
     """Several predictions for each object in the early layers and the encoder, one in the last (Align-DETR).
 
-    (Mixed matching, arXiv 2304.07527, eq. 7.) With one copy it is `SetCriterion`.
+    (Mixed matching and prime sample weighting, arXiv 2304.07527, eq. 6 and 7.) With one copy it is `SetCriterion`.
 
     Args:
         copies: predictions of each object in all layers but the last; fewer for an image with many objects.
@@ -146,15 +142,14 @@ class MixedMatchingCriterion(RankedCriterion):
         return [*[self.num_copies] * (num_layers - 1), 1, *[self.num_copies] * num_proposals]
 
 
-def _rank(values: Tensor, layer: Tensor, target: Tensor) -> Tensor:
-    """Values (K,) -> the rank (K,), from 0 for the highest, among those of equal layer and target."""
+def _rank(values: Tensor, group: Tensor) -> Tensor:
+    """Values (K,) -> the rank (K,), from 0 for the highest, among those of the same group; ties keep their order."""
     order = values.argsort(descending=True, stable=True)
-    for key in (target, layer):
-        order = order[key[order].argsort(stable=True)]
-    layer, target = layer[order], target[order]
+    order = order[group[order].argsort(stable=True)]  # group after group, in each the highest value first
+    group = group[order]
     position = torch.arange(len(order), device=order.device)
     starts = torch.ones_like(order, dtype=torch.bool)
-    starts[1:] = (layer[1:] != layer[:-1]) | (target[1:] != target[:-1])
+    starts[1:] = group[1:] != group[:-1]
     first = torch.where(starts, position, 0).cummax(0).values
     return torch.empty_like(order).scatter_(0, order, position - first)
 
