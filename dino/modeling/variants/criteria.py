@@ -86,7 +86,7 @@ class OneToManyCriterion(SetCriterion):
 
 
 class RankedCriterion(SetCriterion):
-    """Weighs the pairs of each object by their rank (prime sample weighting of Align-DETR, arXiv 2304.07527, eq. 6).
+    """Weighs the pairs of each object by their rank (prime sample weighting of Align-DETR, arXiv 2304.07527).
 
     The pairs of an object in a layer are ranked by the target of the class loss; number r, from 0, has the weight
     `exp(-r / temperature)` in all three losses. The matcher decides how many there are: DAC-DETR has such losses with
@@ -126,7 +126,7 @@ class RankedCriterion(SetCriterion):
 class MixedMatchingCriterion(RankedCriterion):
     """Several predictions for each object in the early layers and the encoder, one in the last (Align-DETR).
 
-    (Mixed matching, arXiv 2304.07527, eq. 7.) With one copy it is `SetCriterion`.
+    (Mixed matching and prime sample weighting, arXiv 2304.07527, eq. 6 and 7.) With one copy it is `SetCriterion`.
 
     Args:
         copies: predictions of each object in all layers but the last; fewer for an image with many objects.
