@@ -178,14 +178,22 @@ def start_matching(
     own = getattr(matcher, "start", None)
     start = own or partial(partial, matcher)  # starting does nothing yet
     if copies:
-        if not takes(own or matcher, "copies"):
-            raise UserError(f"{type(matcher).__name__} gives each object one prediction: it takes no `copies`")
+        check_copies(matcher)
         start = partial(start, copies=copies)
     if non_finite == "raise":
         return start(predictions, targets)
     if takes(own or matcher, "non_finite"):
         return start(predictions, targets, non_finite=non_finite)
     return partial(_match_anyhow, start(predictions, targets), predictions, targets)
+
+
+def check_copies(matcher: nn.Module) -> None:
+    """Raise a UserError where a matcher can't give each object a chosen number of predictions."""
+    if not takes(getattr(matcher, "start", matcher), "copies"):
+        raise UserError(
+            f"{type(matcher).__name__} takes no `copies`, so it can't give each object a chosen number of predictions: "
+            "use a HungarianMatcher"
+        )
 
 
 def takes(function: Callable, argument: str) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dino.layers.class_loss import Positives, QualityLoss
 from dino.layers.criterion import SetCriterion, call_criterion, check_branches
+from dino.layers.matcher import check_copies
 from dino.structures import Outputs, Target
 from dino.utils.files import UserError
 
@@ -69,10 +70,14 @@ class OneToManyCriterion(SetCriterion):
         copies: predictions of each object (k of H-DETR).
         objects_factor: factor of the number of objects, by which the losses are divided; `copies` by default.
         arguments: of `SetCriterion`.
+
+    Raises:
+        UserError: the matcher takes no `copies`.
     """
 
     def __init__(self, *, copies: int = 6, objects_factor: float | None = None, **arguments: Any):
         super().__init__(**arguments)
+        check_copies(self.matcher)
         self.num_copies = copies
         self.factor = copies if objects_factor is None else objects_factor
 
@@ -131,10 +136,14 @@ class MixedMatchingCriterion(RankedCriterion):
     Args:
         copies: predictions of each object in all layers but the last; fewer for an image with many objects.
         arguments: of `RankedCriterion`.
+
+    Raises:
+        UserError: the class loss has no quality to rank by, or the matcher takes no `copies`.
     """
 
     def __init__(self, *, copies: int = 2, **arguments: Any):
         super().__init__(**arguments)
+        check_copies(self.matcher)
         self.num_copies = copies
 
     def copies(self, num_layers: int, num_proposals: int) -> list[int]:
