@@ -258,7 +258,7 @@ def record_stable_dino(folder):
 
 DETR_LACKS = (
     *("datasets", "datasets.samplers", "datasets.coco_eval", "datasets.panoptic_eval", "datasets.data_prefetcher"),
-    *("wandb", "mmcv_custom", "mmdet", "mmdet.utils", "MultiScaleDeformableAttention"),
+    *("wandb", "models.swin_transformer", "MultiScaleDeformableAttention"),
 )
 
 
