@@ -15,13 +15,15 @@ from .criteria import (
     OneToManyCriterion,
     SeparateCriterion,
 )
-from .decoders import LookForwardOnce
-from .encoders import LearnedPositionEncoding, PlacedEncoder
+from .decoders import LookForwardOnce, RelationDecoder
+from .encoders import DeepFusionEncoder, DenseFusionEncoder, LearnedPositionEncoding, PlacedEncoder
 from .noise import PositiveDenoising, ShiftDenoising
 from .query_selection import LearnedQueries, PatternSelection, PureSelection
 
 __all__ = [
     "CombinedCriterion",
+    "DeepFusionEncoder",
+    "DenseFusionEncoder",
     "FinalCriterion",
     "HybridBranch",
     "LearnedPositionEncoding",
@@ -34,6 +36,7 @@ __all__ = [
     "PlacedEncoder",
     "PositiveDenoising",
     "PureSelection",
+    "RelationDecoder",
     "SecondPass",
     "SeparateCriterion",
     "SharedHybridBranch",
