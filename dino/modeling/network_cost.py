@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import dino.layers.relation  # noqa: F401 - registers its operator
 from dino.layers.ops.operator import use_compiled
 from dino.structures import Target
 
@@ -96,7 +97,7 @@ def empty_images(network: nn.Module, batch: int, height: int, width: int) -> tup
 
 
 def _operator_formulas() -> dict:
-    """Formulas for `FlopCounterMode`: both forms of the deformable attention operator, and its reference.
+    """Formulas for `FlopCounterMode`: the deformable attention operator in both forms, its reference, and the relation.
 
     The reference samples each level with `grid_sample`, then multiplies the samples by their weights. The counter
     ignores these products, so they are counted with the samples.
@@ -108,8 +109,13 @@ def _operator_formulas() -> dict:
     def of_operator(value: tuple, shapes: list[int], locations: tuple, *_, out_shape=None, **__) -> int:
         return 2 * _SAMPLE * math.prod(locations[:-1]) * value[-1]  # value (B, S, M, D), locations (B, Q, M, L, P, 2)
 
+    def of_relation(q: tuple, k: tuple, v, mask, source, target, weight: tuple, rows: tuple, *_, **__) -> int:
+        pairs = math.prod(q[:3]) * k[2]  # q (B, M, Q, D), k (B, M, K, D), weight (2, M, 16), rows (B, M, Q, 33)
+        return 2 * pairs * (2 * q[-1] + 2 * weight[-1] + rows[-1])
+
     compiled = [getattr(torch.ops.dino, form, None) for form in ("deform_attn_forward", "deform_attn_fused_forward")]
     formulas = {torch.ops.aten.grid_sampler_2d: of_reference, torch.ops.aten.grid_sampler: of_reference}
+    formulas[torch.ops.dino.relation_attention] = of_relation
     return {**formulas, **{operator: of_operator for operator in compiled if operator is not None}}
 
 

@@ -116,9 +116,15 @@ class Encoder(nn.Module):
         """Tokens -> the same with new features, the "memory"."""
         reference = token_centers(tokens)[:, :, None] * tokens.valid_ratios[:, None]  # (B, S, L, 2)
         x = tokens.features
-        for layer in self.layers:
+        memory = self.fuse(None, x, 0)
+        for i, layer in enumerate(self.layers, 1):
             x = layer(x, tokens, reference)
-        return tokens.with_features(x)
+            memory = self.fuse(memory, x, i)
+        return tokens.with_features(memory)
+
+    def fuse(self, memory: Tensor | None, x: Tensor, layer: int) -> Tensor:
+        """What the states up to x (B, S, E) give, from what those before gave; state 0 is the input of layer 1."""
+        return x
 
 
 def _gather_tokens(x: Tensor, index: Tensor) -> Tensor:

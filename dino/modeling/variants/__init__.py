@@ -16,8 +16,8 @@ from .criteria import (
     RankedCriterion,
     SeparateCriterion,
 )
-from .decoders import LookForwardOnce
-from .encoders import LearnedPositionEncoding, PlacedEncoder
+from .decoders import LookForwardOnce, RelationDecoder
+from .encoders import DeepFusionEncoder, DenseFusionEncoder, LearnedPositionEncoding, PlacedEncoder
 from .matchers import PositionModulatedMatcher, ThresholdMatcher
 from .noise import PositiveDenoising, ShiftDenoising
 from .query_selection import LearnedQueries, PatternSelection, PureSelection
@@ -25,6 +25,8 @@ from .query_selection import LearnedQueries, PatternSelection, PureSelection
 __all__ = [
     "Branches",
     "CombinedCriterion",
+    "DeepFusionEncoder",
+    "DenseFusionEncoder",
     "FinalCriterion",
     "HybridBranch",
     "LearnedPositionEncoding",
@@ -39,6 +41,7 @@ __all__ = [
     "PositiveDenoising",
     "PureSelection",
     "RankedCriterion",
+    "RelationDecoder",
     "SecondPass",
     "SeparateCriterion",
     "SharedHybridBranch",
