@@ -8,7 +8,7 @@ Published for this setting: none. H-DETR (arXiv 2207.13080) publishes the branch
 object gets six. They share the decoder and its heads, but attend to themselves alone; the encoder has DINO's losses.
 There, the branch begins at the 301st token, here at the 901st. Inference is that of DINO. Not trained here.
 
-COSTS; memory: not measured.
+48,034,316 parameters, 275.0 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from detectron2.config import LazyCall as L
