@@ -9,7 +9,7 @@ inference of the network, and the most memory that the process of a training hol
 own; each round runs all of them once, so that a disturbance of the machine meets all; ratios are medians over rounds of
 processor seconds, each divided by DINO's of the same round. Weights are random.
 
-The results go to benchmarks/results/variants_cpu_1thread.json, a table of them to projects/dino/README.md.
+The results go to benchmarks/results/variants_cpu_1thread.json, a table of them to docs/descendants.md.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from dino.utils.recipes import find_recipe  # noqa: E402
 
 DINO = "dino_r50_4scale_12ep"
 DESCENDANTS = ("varifocal", "matchability", "align_detr", "stable_dino", "hybrid", "dac", "relation_detr")
-PAGE = ROOT / "projects/dino/README.md"
+PAGE = ROOT / "docs/descendants.md"
 BEGIN, END = "<!-- begin: made by benchmarks/variants.py -->", "<!-- end: made by benchmarks/variants.py -->"
 FULL_SIZE = (800, 1280)
 OBJECTS = 10
@@ -149,7 +149,7 @@ def cells(row, base):
     own = row["parameters"] - row["branch_parameters"]
     parameters = f"{row['parameters'] / 1e6:.1f} M" + (f", {own / 1e6:.1f} M" if own != row["parameters"] else "")
     return [
-        f"[{row['recipe']}](configs/{recipe_of(row['recipe'])}.py)" if row is not base else "DINO",
+        f"[{row['recipe']}](../projects/dino/configs/{recipe_of(row['recipe'])}.py)" if row is not base else "DINO",
         parameters,
         *(f"{row[key] / 1e9:.0f}" for key in ("inference_multiply_adds", "training_multiply_adds")),
         f"{row['activation_bytes'] / 2**30:.2f}",
