@@ -68,7 +68,7 @@ class FocalLoss(nn.Module):
         return None
 
     def positives(self, logits: Tensor, targets: Tensor | None) -> Tensor:
-        """Loss of positives (K,) with their targets, minus their share of `negatives` -> (K,)."""
+        """Loss of each positive with its target, minus its share of `negatives`; any shape."""
         negative = (1 - self.alpha) * focal_loss(logits, self.gamma)
         positive = self.alpha * focal_loss(-logits, self.gamma)
         return positive - negative
@@ -99,7 +99,7 @@ class QualityLoss(nn.Module):
         raise NotImplementedError
 
     def positives(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Loss of positives (K,) with their targets, minus their share of `negatives` -> (K,)."""
+        """Loss of each positive with its target, minus its share of `negatives`; any shape."""
         entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         return self.factor(logits, targets) * entropy - self.negative(logits)
 

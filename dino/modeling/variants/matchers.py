@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino.layers.matcher import HungarianMatcher, focal_cost
+from dino.layers.matcher import HungarianMatcher
 from dino.structures import Target
 from dino.utils.device import to_device
 
@@ -44,4 +44,4 @@ class PositionModulatedMatcher(HungarianMatcher):
         # A NaN stays the cost of its own prediction. A column of zeros stands where no image has an object.
         best = F.pad(torch.where(own, position, 0).nan_to_num(0), (0, 1)).amax((2, 3), keepdim=True)  # (N, B, 1, 1)
         position = position * (1 / (best + _EPS)).clamp(min=1)
-        return focal_cost(scores * position**self.power, self.alpha, self.gamma)
+        return super().class_term(scores * position**self.power, giou, targets)
