@@ -25,19 +25,19 @@ class _Matches(NamedTuple):
     query: Tensor  # (K,) int64, index into the queries of all layers and images
     target: Tensor  # (K,) int64, index into the objects of all images
     counts: list[int]  # pairs of each of N layers
+    even: bool  # whether all layers have as many pairs
 
-    def by_layer(self, values: Tensor | None) -> Tensor | None:
+    def by_layer(self, values: Tensor) -> Tensor:
         """View values (K, ...) as (N, K/N, ...) if all layers have as many pairs; else leave them."""
-        return values.unflatten(0, (len(self.counts), -1)) if values is not None and self._even() else values
+        if self.even:
+            return values.view(len(self.counts), self.counts[0], *values.shape[1:])
+        return values
 
     def sum_layers(self, values: Tensor) -> Tensor:
         """Values of `by_layer` -> (N,), the sums over the pairs of each layer."""
-        if self._even():
+        if self.even:
             return values.sum(tuple(range(1, values.ndim)))
         return torch.stack([part.sum() for part in values.split(self.counts)])
-
-    def _even(self) -> bool:
-        return len(set(self.counts)) == 1
 
 
 class SetCriterion(nn.Module):
@@ -169,7 +169,8 @@ class SetCriterion(nn.Module):
         if weights is not None:
             quality, weights = quality * weights, matches.by_layer(weights)
             l1, giou = l1 * weights[..., None], giou * weights
-        positives = self.class_loss.positives(true_logits, matches.by_layer(quality))  # (N, K/N)
+        quality = None if quality is None else matches.by_layer(quality)  # (N, K/N)
+        positives = self.class_loss.positives(true_logits, quality)  # (N, K/N)
         return {
             "ce": negatives + matches.sum_layers(positives),
             "bbox": matches.sum_layers(l1),
@@ -205,7 +206,8 @@ def _flatten_matches(layers: Pairs, targets: list[Target], predictions: LayerOut
         for b, (query, target) in enumerate(pairs)
     ]
     counts = [sum(len(query) for query, _ in pairs) for pairs in layers]
-    return _Matches(*to_device(np.concatenate(rows, 1), predictions.boxes.device, torch.int64), counts)
+    query, target = to_device(np.concatenate(rows, 1), predictions.boxes.device, torch.int64)
+    return _Matches(query, target, counts, even=len(set(counts)) == 1)
 
 
 def _count(targets: list[Target]) -> int:

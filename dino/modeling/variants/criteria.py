@@ -65,7 +65,7 @@ class OneToManyCriterion(SetCriterion):
     """Losses of a branch that matches several predictions to each object, all with the same weight.
 
     Args:
-        copies: predictions of each object (k of H-DETR).
+        copies: predictions of each object (k of H-DETR); fewer for an image with many objects, see `HungarianMatcher`.
         objects_factor: factor of the number of objects, by which the losses are divided; `copies` by default.
         arguments: of `SetCriterion`.
     """
@@ -88,8 +88,8 @@ class MixedMatchingCriterion(SetCriterion):
     """Several predictions for each object in the early layers and the encoder, one in the last (Align-DETR).
 
     The pairs of an object are ranked by the target of the class loss; number r, from 0, has the weight
-    `exp(-r / temperature)` in all three losses (mixed matching and prime sample weighting, arXiv 2304.07527, eq. 6 and
-    7). With one copy it is `SetCriterion`.
+    `exp(-r / temperature)` in all three losses (mixed matching and prime sample weighting, arXiv 2304.07527v1). With
+    one copy it is `SetCriterion`.
 
     Args:
         class_loss: one with a quality as target, such as `IoUAwareLoss`.
