@@ -154,7 +154,7 @@ class SquaredIoULoss(QualityLoss):
     def targets(self, pairs: Positives) -> Tensor:
         """Target (K,) of each positive, without gradient."""
         targets = pairs.iou() ** self.iou_power
-        return targets * (1 / (pairs.best_of_image(targets) + _EPS)).clamp(min=1)
+        return targets / (pairs.best_of_image(targets) + _EPS)
 
     def factor(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Weight of each positive."""

@@ -43,5 +43,5 @@ class PositionModulatedMatcher(HungarianMatcher):
         own = to_device(np.arange(giou.shape[3]) < counts[:, None], giou.device)[:, None]  # (B, 1, G)
         # A NaN stays the cost of its own prediction. A column of zeros stands where no image has an object.
         best = F.pad(torch.where(own, position, 0).nan_to_num(0), (0, 1)).amax((2, 3), keepdim=True)  # (N, B, 1, 1)
-        position = position * (1 / (best + _EPS)).clamp(min=1)
+        position = position / (best + _EPS)
         return super().class_term(scores * position**self.power, giou, targets)
