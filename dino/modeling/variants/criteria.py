@@ -67,7 +67,7 @@ class OneToManyCriterion(SetCriterion):
     """Losses of a branch that matches several predictions to each object, all with the same weight.
 
     Args:
-        copies: predictions of each object (k of H-DETR).
+        copies: predictions of each object (k of H-DETR); fewer for an image with many objects, see `HungarianMatcher`.
         objects_factor: factor of the number of objects, by which the losses are divided; `copies` by default.
         arguments: of `SetCriterion`.
 
