@@ -214,15 +214,20 @@ def _why_other_size(name: str, theirs: _Sizes, ours: _Sizes, backbone_may_differ
     """Why this tensor may have another shape in the file than in the model; None for no reason."""
     if CLASS_KEYS.fullmatch(name) and theirs.classes != ours.classes:
         return f"{ours.classes} classes instead of {theirs.classes}"
-    if name == "query_selection.content.weight" and theirs.queries != ours.queries:
-        return f"{ours.queries} queries instead of {theirs.queries}"
-    if _BRANCH_CONTENT.fullmatch(name):
-        return "another number of queries"
+    if name == "query_selection.content.weight" or _BRANCH_CONTENT.fullmatch(name):
+        return _why_other_queries(name, theirs, ours)
     if _ATTENTION_KEYS.fullmatch(name) and theirs.levels != ours.levels:
         return f"{ours.levels} levels instead of {theirs.levels}"
     if backbone_may_differ and (name.startswith(_BACKBONE) or _PROJECTION_KEYS.fullmatch(name)):
         return "another backbone"
     return None
+
+
+def _why_other_queries(name: str, theirs: _Sizes, ours: _Sizes) -> str | None:
+    """As `_why_other_size`, for contents of queries."""
+    if _BRANCH_CONTENT.fullmatch(name):
+        return "another number of queries"
+    return f"{ours.queries} queries instead of {theirs.queries}" if theirs.queries != ours.queries else None
 
 
 def _check_backbone(report: Report, own: StateDict, target: StateDict, min_backbone: float) -> None:

@@ -39,7 +39,9 @@ def targets_of(values: dict[str, Tensor]) -> list[Target]:
 
 def predictions_of(values: dict[str, Tensor], name: str) -> LayerOutputs:
     """Recorded predictions, which collect gradients."""
-    return LayerOutputs(*(values[f"predictions/{name}/{part}"].clone().requires_grad_() for part in ("logits", "boxes")))
+    return LayerOutputs(
+        *(values[f"predictions/{name}/{part}"].clone().requires_grad_() for part in ("logits", "boxes"))
+    )
 
 
 def losses_of(place: str) -> dict[str, Tensor]:

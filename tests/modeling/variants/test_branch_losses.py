@@ -191,7 +191,7 @@ def test_rank_weights_of_the_public_program():
 
 
 def test_ranks_need_a_quality():
-    with pytest.raises(UserError, match="FocalLoss has no quality .* RankedCriterion needs"):
+    with pytest.raises(UserError, match=r"FocalLoss has no quality .* RankedCriterion needs"):
         RankedCriterion(matcher=ThresholdMatcher(), class_loss=FocalLoss())
 
 
