@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import torch
@@ -26,7 +27,8 @@ _SAMPLE = 5  # multiply-adds per channel of a sample: four for the bilinear inte
 def count_parameters(network: nn.Module) -> dict[str, tuple[int, int]]:
     """Count the (all, trainable) parameters of each part of a `DINO`, and of the whole under `total`.
 
-    `neck` does not include the backbone. Only training uses the `branches`. Parameters outside the parts (the level embeddings) are in the total only.
+    `neck` does not include the backbone. Only training uses the `branches`. Parameters outside the parts (the level
+    embeddings) are in the total only.
     """
     inside = set(network.neck.backbone.parameters())
     counts = {}
@@ -42,8 +44,8 @@ def count_multiply_adds(
 ) -> dict[str, int]:
     """Count the multiply-adds of each part of a `DINO`, and of the whole under `total`: of an inference.
 
-    With targets: of the forward pass of a training step, denoising included. What `branches` let other parts compute
-    counts as theirs.
+    With targets: of the forward pass of a training step, denoising included. What other parts compute for `branches`
+    counts as work of the branches.
 
     Counts convolutions, matrix products, attention and the deformable attention operator. Does not count norms,
     activations and other element-wise work (a few per cent), as in the figures of papers.
@@ -52,24 +54,38 @@ def count_multiply_adds(
         batch, height, width: of the images, in pixels.
         targets: the objects of each image, or None.
     """
+    counter = FlopCounterMode(display=False, custom_mapping=_operator_formulas())
+    within: Counter[str] = Counter()  # branches
 
-    def count() -> tuple[dict[str, int], int]:
-        with nothing_computed(network, training=targets is not None):
-            counter = FlopCounterMode(display=False, custom_mapping=_operator_formulas())
-            with counter:
-                network(*empty_images(network, batch, height, width), targets)
-        found = {name: sum(parts.values()) // 2 for name, parts in counter.get_flop_counts().items()}
-        return found, counter.get_total_flops() // 2
+    def found() -> dict[str, int]:
+        flops = {name: sum(parts.values()) // 2 for name, parts in counter.get_flop_counts().items()}
+        parts = {name: flops.get(f"{type(network).__name__}.{name}", 0) for name in _PARTS}
+        return {**parts, "total": counter.get_total_flops() // 2}
 
-    branches, network.branches = network.branches, nn.ModuleDict()
-    try:
-        found, without = count()
-    finally:
-        network.branches = branches
-    total = count()[1] if branches and targets is not None else without
-    counts = {name: found.get(f"{type(network).__name__}.{name}", 0) for name in _PARTS}
+    def enter() -> None:
+        within.subtract(found())
+
+    def leave() -> None:
+        within.update(found())
+
+    with nothing_computed(network, training=targets is not None), counter, _around(network.branches, enter, leave):
+        network(*empty_images(network, batch, height, width), targets)
+    counts = found()
     counts["neck"] -= counts["neck.backbone"]
-    return {**counts, "branches": total - without, "total": total}
+    own = {name: counts[name] - within[name] for name in _PARTS}
+    return {**own, "branches": within["total"], "total": counts["total"]}
+
+
+@contextlib.contextmanager
+def _around(modules: nn.ModuleDict, enter: Callable[[], None], leave: Callable[[], None]) -> Iterator[None]:
+    """Within the block, call `enter` before each of these modules runs, and `leave` after it."""
+    handles = [part.register_forward_pre_hook(lambda *_: enter()) for part in modules.values()]
+    handles += [part.register_forward_hook(lambda *_: leave()) for part in modules.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager

@@ -6,8 +6,9 @@ from dino.layers import MultiScaleDeformableAttention
 from dino.layers.ops.operator import deform_attn_implementation, use_compiled
 from dino.modeling import TorchvisionBackbone, build_dino, network_cost
 from dino.modeling.blocks import find_blocks
+from dino.modeling.variants import SecondPass, SharedHybridBranch
 
-from ..tiny import default_criterion, tiny_network
+from ..tiny import default_criterion, random_targets, tiny_network
 
 COMPILED = pytest.param(
     "compiled", marks=pytest.mark.skipif(not use_compiled(torch.device("cpu")), reason="the operator is not built")
@@ -33,7 +34,32 @@ def test_parameters_by_part():
     parts = sum(counts[name][0] for name in network_cost._PARTS)
     assert counts["total"][0] - parts == network.level_embed.numel()
     frozen = sum(p.numel() for p in network.neck.backbone.res3.parameters())
-    assert [a - b for a, b in counts.values()] == [frozen, 0, 0, 0, 0, 0, frozen]
+    assert [a - b for a, b in counts.values()] == [frozen, 0, 0, 0, 0, 0, 0, frozen]
+
+
+def test_costs_of_branches():
+    """Their parameters count, their work in training alone, apart from that of the decoder."""
+    plain = tiny_network()
+    with_branches = tiny_network(branches={"a": SharedHybridBranch(num_queries=7, embed_dim=32), "b": SecondPass()})
+    ours, theirs = (network_cost.count_parameters(network) for network in (with_branches, plain))
+    assert theirs["branches"] == (0, 0)
+    assert ours["branches"] == (7 * 32, 7 * 32)
+    assert ours["total"][0] == theirs["total"][0] + 7 * 32
+    targets = random_targets(2)
+    for objects in (None, targets):
+        ours, theirs = (
+            network_cost.count_multiply_adds(network, 1, 64, 64, objects) for network in (with_branches, plain)
+        )
+        assert ours["total"] == theirs["total"] + ours["branches"]
+        assert {k: v for k, v in ours.items() if k not in ("total", "branches")} == {
+            k: v for k, v in theirs.items() if k not in ("total", "branches")
+        }
+        assert theirs["branches"] == 0
+        assert bool(ours["branches"]) == (objects is not None)
+    second = tiny_network(branches={"b": SecondPass()})
+    costs = network_cost.count_multiply_adds(second, 1, 64, 64, targets)
+    assert 0.5 * costs["decoder"] < costs["branches"] < costs["decoder"]  # the same queries, with less self-attention
+    assert list(second.branches) == ["b"]
 
 
 def test_multiply_adds_of_an_attention_by_hand():

@@ -15,7 +15,17 @@ from dino.layers import (
     Target,
     deform_attn_implementation,
 )
-from dino.modeling.variants import MixedMatchingCriterion, PositionModulatedMatcher
+from dino.modeling.variants import (
+    CombinedCriterion,
+    HybridBranch,
+    MixedMatchingCriterion,
+    OneToManyCriterion,
+    PositionModulatedMatcher,
+    RankedCriterion,
+    SecondPass,
+    SharedHybridBranch,
+    ThresholdMatcher,
+)
 
 from ..tiny import random_batch, random_targets, tiny_network
 
@@ -52,6 +62,24 @@ def test_a_training_step_waits_for_the_matcher_only(criterion):
     model, criterion = tiny_network(), CRITERIA[criterion]()
     with Waits() as waits:
         train(model, criterion, random_batch(2), random_targets(2, 3))
+    assert waits.seen == []
+
+
+def test_branches_wait_for_their_matchers_only():
+    matcher, quality = HungarianMatcher(), IoUAwareLoss()
+    branches = {
+        "shared": SharedHybridBranch(num_queries=20, embed_dim=32),
+        "hybrid": HybridBranch(num_queries=20, num_classes=3, embed_dim=32),
+        "pass": SecondPass(),
+    }
+    parts = {
+        "shared": OneToManyCriterion(matcher=matcher, copies=2),
+        "hybrid": MixedMatchingCriterion(matcher=matcher, class_loss=quality),
+        "pass": RankedCriterion(matcher=ThresholdMatcher(), class_loss=quality),
+    }
+    criterion = CombinedCriterion(criterion=SetCriterion(matcher=matcher), branches=parts)
+    with Waits() as waits:
+        train(tiny_network(branches=branches), criterion, random_batch(2), random_targets(2, 3))
     assert waits.seen == []
 
 

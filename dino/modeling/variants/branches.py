@@ -50,7 +50,7 @@ class SharedHybridBranch(nn.Module):
         """Check the parts that the branch uses.
 
         Raises:
-            UserError: the selection has no ranking to go on with, or the decoder takes no `interaction`.
+            UserError: the selection ranks no tokens, or the decoder takes no `interaction`.
         """
         _check_selection(self, query_selection, "next_boxes", "ranks no tokens")
         _check_decoder(self, decoder)

@@ -50,7 +50,7 @@ class PositionModulatedMatcher(HungarianMatcher):
 
 
 class ThresholdMatcher(nn.Module):
-    """Matches every prediction that is good enough to its best object (one-to-many assignment of DAC-DETR, NeurIPS 2023).
+    """Matches every prediction that is good enough to its best object (one-to-many assignment of DAC-DETR).
 
     The score of a prediction and an object is `iou_weight * IoU + (1 - iou_weight) * class score`. A prediction belongs
     to the object of its highest score, if that is at least `threshold`, or if it is the best of all predictions for any
@@ -59,9 +59,9 @@ class ThresholdMatcher(nn.Module):
 
     The published program differs in three ways:
 
-    - It takes IoUs with boxes of the pass with self-attention, and class scores of the pass without. Here both are those
-      of the predictions whose losses are computed: after the first layer the boxes of the two passes differ, and a box
-      is trained towards an object that another box lies on.
+    - It takes IoUs with boxes of the pass with self-attention, and class scores of the pass without. Here both are
+      those of the predictions whose losses are computed. The boxes of the two passes differ after the first layer; so
+      there a box would be trained towards an object because another box lies on it.
     - It counts the predictions that belong to an object, but then gives it that many of the best in all. So a
       prediction can get two objects, that is two boxes to be at once.
     - It draws 75 of an image's predictions that belong to objects where there are more. Here nothing is random.

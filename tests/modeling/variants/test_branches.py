@@ -130,7 +130,7 @@ def test_next_boxes_continue_the_ranking(kind):
     assert tokens == memory.features.shape[1] > 40
     first = small(memory)[0].box_logits[:, :12]
     usable = small.anchors(memory)[1].sum(1).min()
-    assert 12 + 20 < usable  # the scores of these differ
+    assert usable > 12 + 20  # the scores of these differ
     torch.testing.assert_close(torch.cat([first, small.next_boxes(memory, 20)], 1), everything[:, :32])
     assert small.next_boxes(memory, 1000).shape == (2, tokens - 12, 4)
 
@@ -216,7 +216,7 @@ def test_own_selection_of_a_hybrid_branch():
 
 
 def test_second_pass_by_hand():
-    """The first layer is that of the main pass to the bit; later layers have no self-attention; denoising comes along."""
+    """The first layer is that of the main pass to the bit, later ones have no self-attention; denoising comes along."""
     network, _ = build("pass", num_layers=3)
     decoder, targets = network.decoder, random_targets(2, 3)
     calls = []

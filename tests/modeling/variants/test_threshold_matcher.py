@@ -123,5 +123,5 @@ def test_no_queries_and_no_objects():
 def test_copies_are_refused():
     """It decides how many predictions an object gets."""
     predictions = LayerOutputs(torch.randn(1, 1, 9, 3), random_boxes(1, 1, 9))
-    with pytest.raises(UserError, match="ThresholdMatcher .* takes no `copies`"):
+    with pytest.raises(UserError, match=r"ThresholdMatcher .* takes no `copies`"):
         start_matching(ThresholdMatcher(), predictions, random_targets(1), copies=[2])
