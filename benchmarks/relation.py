@@ -1,9 +1,10 @@
 """Time and memory of decoders with the position relation: `python benchmarks/relation.py --output FOLDER`.
 
-Three decoders of 6 layers, in rounds: DINO's; with the relation, as `RelationDecoder` computes it; and with the relation
-as the published program does (Relation-DETR): codes and biases of all pairs, kept for the backward pass. Training has
-1100 queries (200 for denoising, with a mask) and 2 images, inference 900 queries and one image; the memory of the pyramid
-belongs to 640x640 pixels. Times are medians of processor time; memory is what a run needs at most beyond what was in use.
+Three decoders of 6 layers, in rounds: DINO's; with the relation, as `RelationDecoder` computes it; and with the
+relation as the published program does (Relation-DETR): codes and biases of all pairs, kept for the backward pass.
+Training has 1100 queries (200 for denoising, with a mask) and 2 images, inference 900 queries and one image; the memory
+of the pyramid belongs to 640x640 pixels. Times are medians of processor time; memory is what a run needs at most beyond
+what was in use.
 """
 
 import argparse

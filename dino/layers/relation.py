@@ -1,4 +1,4 @@
-"""Self-attention of queries with a bias for each pair of boxes: the position relation (Relation-DETR, arXiv 2407.11699).
+"""Self-attention of queries with a bias for each pair of boxes: position relation (Relation-DETR, arXiv 2407.11699).
 
 The bias of a head is `relu(bias + weight @ code)`. The code (64,) of a pair of boxes has the sines and cosines, at 8
 frequencies each, of four numbers: `log(|dx| / w_i + 1)`, `log(|dy| / h_i + 1)`, `log(w_i / w_j)` and `log(h_i / h_j)`.
@@ -77,7 +77,7 @@ class PositionRelation(nn.Module):
         source, target = (to_float32(boxes.detach()) for boxes in (source, target))
         weight = self.weight.to(source.dtype).view(-1, 4, _FREQUENCIES, 2).movedim(-1, 0)  # (2, M, 4, 8)
         distance, size = (part.flatten(2) for part in weight.split(2, 2))  # (2, M, 16) each
-        sine, cosine = size[:, :, None]  # (M, 1, 16)
+        sine, cosine = size[:, :, None].unbind()  # (M, 1, 16)
         sine_i, cosine_i = (x[:, None] for x in _sine_codes(source[..., 2:]))  # (B, 1, Q, 16)
         rows = [sine * sine_i + cosine * cosine_i, cosine * sine_i - sine * cosine_i]  # (B, M, Q, 16) each
         constant = self.bias.to(source.dtype)[:, None, None].expand_as(rows[0][..., :1])  # (B, M, Q, 1)
@@ -119,8 +119,8 @@ def _bias(source: Tensor, target: Tensor, weight: Tensor, rows: Tensor, columns:
     angles = (logs[:, :, None] * _frequencies(logs)[:, None, None]).flatten(3).flatten(1, 2)
     codes = [angles.sin(), angles.cos_()]  # (B, 16, R*K) each
     bias = torch.bmm(rows.flatten(1, 2), columns).view(*rows.shape[:2], -1)  # (B, M, R*K)
-    for part, code in zip(weight, codes, strict=True):
-        bias.baddbmm_(part.expand(len(code), -1, -1), code)
+    for part, code in zip(weight.unbind(), codes, strict=True):
+        bias.baddbmm_(part.expand(code.shape[0], -1, -1), code)
     return bias.unflatten(2, (rows.shape[2], -1)), codes
 
 
@@ -187,8 +187,8 @@ def _backward(grad, q, k, v, mask, source, target, weight, rows, columns) -> tup
     inputs, scale = (q, k, v), q.shape[-1] ** -0.5
     with torch.autocast(q.device.type, enabled=False):
         grad, q, k, v = _by_head(grad), _by_head(q) * scale, _by_head(k), _by_head(v)
-        by_q, by_rows = torch.empty_like(q), rows.new_empty(rows.shape)
-        by_k, by_v, by_weight = torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(weight)
+        by_q, by_rows = (x.new_empty(x.shape) for x in (q, rows))  # contiguous, as the fake tensors
+        by_k, by_v, by_weight = (x.new_zeros(x.shape) for x in (k, v, weight))
         for part in _chunks(source, target):
             bias, codes = _bias(source[:, :, part], target, weight, rows[:, :, part], columns)
             weights = _attention_weights(bias, q[:, part], k, None if mask is None else mask[part])

@@ -4,9 +4,10 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 
 from dino.layers import MultiScaleDeformableAttention
 from dino.layers.ops.operator import deform_attn_implementation, use_compiled
+from dino.layers.relation import PositionRelation
 from dino.modeling import TorchvisionBackbone, build_dino, network_cost
 from dino.modeling.blocks import find_blocks
-from dino.modeling.variants import SecondPass, SharedHybridBranch
+from dino.modeling.variants import RelationDecoder, SecondPass, SharedHybridBranch
 
 from ..tiny import default_criterion, random_targets, tiny_network
 
@@ -75,6 +76,15 @@ def test_multiply_adds_of_an_attention_by_hand():
     assert counter.get_total_flops() == 2 * expected
 
 
+def test_multiply_adds_of_the_relation_counted_by_hand():
+    """Batch 2, 3 heads of 4 channels, 5 queries; 32 products for the code of distances, 33 for that of sizes."""
+    q, boxes = torch.rand(2, 3, 5, 4), torch.rand(2, 5, 4)
+    counter = network_cost.FlopCounterMode(display=False, custom_mapping=network_cost._operator_formulas())
+    with counter:
+        PositionRelation(3)(q, q, q, mask=None, source=boxes, target=boxes)
+    assert counter.get_total_flops() == 2 * (2 * 3 * 5 * 5) * (4 + 32 + 33 + 4)
+
+
 @pytest.mark.parametrize("choice", ["reference", COMPILED])
 def test_both_forms_of_the_operator_count_alike(choice, r50):
     with deform_attn_implementation("reference"):
@@ -123,6 +133,16 @@ def test_activations_are_those_of_a_real_run(choice):
         counted = network_cost.count_activations(network, 1, 64, 96)
         truth = kept_in_truth(network, 64, 96)
     assert counted == pytest.approx(truth, rel=0.01)
+
+
+def test_activations_of_the_relation():
+    """Its operator keeps in truth what the count says."""
+    network = tiny_network(num_layers=2)
+    network.decoder = RelationDecoder(
+        num_classes=3, num_layers=2, embed_dim=32, num_heads=4, num_points=2, hidden_dim=16
+    )
+    counted = network_cost.count_activations(network, 1, 64, 96)
+    assert counted == pytest.approx(kept_in_truth(network, 64, 96), rel=0.01)
 
 
 def test_checkpointing_shows():
