@@ -211,6 +211,7 @@ def test_loader(monkeypatch, tmp_path, capsys):
     assert list(report["steps"]) == list(loader.STEPS)
     assert all(seconds > 0 for seconds in report["steps"].values())
     assert report["images_per_second"] > 0
+    assert report["combined"]["mosaic"] > report["combined"]["plain"] > 0
     assert "one core: " in capsys.readouterr().out
 
 
