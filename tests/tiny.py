@@ -27,7 +27,9 @@ class TinyBackbone(nn.Module):
         return maps
 
 
-def tiny_network(*, num_classes=3, num_queries=12, num_denoising=6, num_layers=2, embed_dim=32, num_levels=4):
+def tiny_network(
+    *, num_classes=3, num_queries=12, num_denoising=6, num_layers=2, embed_dim=32, num_levels=4, branches=None
+):
     """The last level is made by the neck, those before it are the backbone's last ones."""
     sizes = {"embed_dim": embed_dim, "num_heads": 4, "num_levels": num_levels, "num_points": 2, "hidden_dim": 16}
     return DINO(
@@ -43,6 +45,7 @@ def tiny_network(*, num_classes=3, num_queries=12, num_denoising=6, num_layers=2
         query_selection=QuerySelection(num_queries=num_queries, num_classes=num_classes, embed_dim=embed_dim),
         denoising=ContrastiveDenoising(num_classes=num_classes, embed_dim=embed_dim, num_denoising=num_denoising),
         decoder=Decoder(num_classes=num_classes, num_layers=num_layers, **sizes),
+        branches=branches,
     )
 
 

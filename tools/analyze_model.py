@@ -70,8 +70,12 @@ def print_costs(network, batch, size):
     parameters = network_cost.count_parameters(network)
     work = network_cost.count_multiply_adds(network, batch, *size)
     print(f"{'':<16} {'parameters':>12} {'trainable':>12} {'G multiply-adds':>16}")
+    if not len(network.branches):
+        del parameters["branches"]
     for name, (total, trainable) in parameters.items():
         print(f"{name:<16} {total:>12,} {trainable:>12,} {work[name] / 1e9:>16.2f}")
+    if len(network.branches):
+        print(f"inference runs no branches: {', '.join(network.branches)} are for training only")
     kept = network_cost.count_activations(network, batch, *size) / 2**20
     operator = "compiled operator" if use_compiled(torch.device("cpu")) else "operator in plain PyTorch"
     print(f"activations of the backward pass: {kept:,.0f} MiB (float32, no denoising, {operator})")

@@ -33,7 +33,10 @@ dino.d2.data_loading:ShortSide,OneOf dino.d2.combining_mapper:CombiningMapper di
 dino.d2.training.optimizer:layerwise_params
 dino.d2.augmented_detector:AugmentedDetector
 dino.layers.loss_scaling:LossScaling
-dino.modeling.variants:LearnedQueries,PatternSelection,LearnedPositionEncoding"""  # that the recipe does not name
+dino.modeling.variants:LearnedQueries,PatternSelection,LearnedPositionEncoding
+dino.layers:IoUAwareLoss,SquaredIoULoss,VarifocalLoss,MatchabilityLoss
+dino.modeling.variants:PositionModulatedMatcher,ThresholdMatcher,MixedMatchingCriterion,RankedCriterion
+dino.modeling.variants:OneToManyCriterion,CombinedCriterion,SharedHybridBranch"""  # that the recipe does not name
 VARIABLES = {
     "CUDA_HOME": "`python -m dino.layers.ops.build`: the folder of CUDA's compiler, if not in `PATH`",
     "CXX": "`python -m dino.layers.ops.build`: the only C++ compiler to try, such as `g++-12` (default: all)",

@@ -12,6 +12,7 @@ from dino.structures import (
 )
 
 from .boxes import cxcywh_to_xyxy, generalized_iou, inverse_sigmoid, refine, xyxy_to_cxcywh
+from .class_loss import FocalLoss, IoUAwareLoss, MatchabilityLoss, SquaredIoULoss, VarifocalLoss
 from .criterion import SetCriterion, global_loss_normalizer
 from .deform_attn import MultiScaleDeformableAttention
 from .denoising import ContrastiveDenoising, denoising_mask
@@ -27,9 +28,12 @@ __all__ = [
     "DenoisingOutputs",
     "DenoisingQueries",
     "Detections",
+    "FocalLoss",
     "HungarianMatcher",
+    "IoUAwareLoss",
     "LayerOutputs",
     "LossScaling",
+    "MatchabilityLoss",
     "MultiScaleDeformableAttention",
     "NonFiniteCostError",
     "Outputs",
@@ -37,8 +41,10 @@ __all__ = [
     "Reweighting",
     "SetCriterion",
     "SinePositionEncoding",
+    "SquaredIoULoss",
     "Target",
     "Tokens",
+    "VarifocalLoss",
     "cxcywh_to_xyxy",
     "deform_attn",
     "deform_attn_gather",

@@ -17,17 +17,36 @@ _EPS = 1e-8  # as the published programs
 
 
 class Positives(NamedTuple):
-    """K pairs of a prediction and its object, of N layers and B images."""
+    """K pairs of a prediction and its object: predictions of N layers, B images and Q queries, G objects of all images.
+
+    What only some losses need is computed on demand: the focal loss needs the logits alone.
+    """
 
     logits: Tensor  # (K,) float32, of the object's class
     boxes: Tensor  # (K, 4) float32
     true_boxes: Tensor  # (K, 4) float32
-    image: Tensor  # (K,) int64, layer * B + image
-    num_images: int  # N * B
+    query: Tensor  # (K,) int64, index into the queries of all layers and images
+    target: Tensor  # (K,) int64, index into the objects of all images
+    shape: tuple[int, int, int]  # N, B, Q
+    num_objects: int  # G
 
     def iou(self) -> Tensor:
-        """(K,) IoU of box and object, without gradient."""
+        """(K,) IoU of box and object, without gradient.
+
+        Some published programs add 1e-6 to the union. Then a box of 4 by 4 pixels can't be better than about 0.95.
+        """
         return box_iou(cxcywh_to_xyxy(self.boxes.detach()), cxcywh_to_xyxy(self.true_boxes))
+
+    def best_of_image(self, values: Tensor) -> Tensor:
+        """Values (K,), at least 0 -> (K,), for each pair the highest value of its image in its layer."""
+        layers, images, queries = self.shape
+        image = self.query // queries  # (K,), layer * B + image
+        return values.new_zeros(layers * images).scatter_reduce(0, image, values, "amax")[image]
+
+    def object_of_layer(self) -> Tensor:
+        """(K,) int64, equal for the pairs of the same object in the same layer: layer * G + object."""
+        _, images, queries = self.shape
+        return self.query // (images * queries) * self.num_objects + self.target
 
 
 class FocalLoss(nn.Module):
@@ -52,7 +71,7 @@ class FocalLoss(nn.Module):
         return None
 
     def positives(self, logits: Tensor, targets: Tensor | None) -> Tensor:
-        """Loss of positives (K,) with their targets, minus their share of `negatives` -> (K,)."""
+        """Loss of each positive with its target, minus its share of `negatives`; any shape."""
         negative = (1 - self.alpha) * focal_loss(logits, self.gamma)
         positive = self.alpha * focal_loss(-logits, self.gamma)
         return positive - negative
@@ -60,6 +79,8 @@ class FocalLoss(nn.Module):
 
 class QualityLoss(nn.Module):
     """Base of losses whose target is a quality in [0, 1]: cross-entropy with it, times a factor.
+
+    Entropies are computed from logits, so that no logit gives the logarithm of 0.
 
     Args:
         alpha, gamma: negatives weigh `alpha * p ** gamma`, with their score p.
@@ -83,7 +104,7 @@ class QualityLoss(nn.Module):
         raise NotImplementedError
 
     def positives(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Loss of positives (K,) with their targets, minus their share of `negatives` -> (K,)."""
+        """Loss of each positive with its target, minus its share of `negatives`; any shape."""
         entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         return self.factor(logits, targets) * entropy - self.negative(logits)
 
@@ -93,7 +114,7 @@ class QualityLoss(nn.Module):
 
 
 class IoUAwareLoss(QualityLoss):
-    """IA-BCE of Align-DETR (arXiv 2304.07527, eq. 2 to 4): the target joins score and IoU.
+    """IA-BCE of Align-DETR (arXiv 2304.07527v1): the target joins score and IoU.
 
     The target is `score ** score_power * iou ** (1 - score_power)`, at least 0.01.
 
@@ -113,7 +134,7 @@ class IoUAwareLoss(QualityLoss):
 
 
 class SquaredIoULoss(QualityLoss):
-    """Focal loss with the squared IoU as target (position-supervised loss of Stable-DINO, arXiv 2304.04742, eq. 5).
+    """Focal loss with the squared IoU as target (position-supervised loss of Stable-DINO, arXiv 2304.04742).
 
     As in the published program, the targets of an image are scaled so that the best one is 1.
 
@@ -133,8 +154,7 @@ class SquaredIoULoss(QualityLoss):
     def targets(self, pairs: Positives) -> Tensor:
         """Target (K,) of each positive, without gradient."""
         targets = pairs.iou() ** self.iou_power
-        best = targets.new_zeros(pairs.num_images).scatter_reduce(0, pairs.image, targets, "amax")
-        return targets * (1 / (best + _EPS)).clamp(min=1)[pairs.image]
+        return targets / (pairs.best_of_image(targets) + _EPS)
 
     def factor(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Weight of each positive."""
@@ -167,7 +187,7 @@ class VarifocalLoss(QualityLoss):
 
 
 class MatchabilityLoss(VarifocalLoss):
-    """Matchability-aware loss of DEIM (arXiv 2412.04234, eq. 6): the target is `iou ** gamma`, and positives weigh 1.
+    """Matchability-aware loss of DEIM (arXiv 2412.04234): the target is `iou ** gamma`, and positives weigh 1.
 
     Args:
         alpha, gamma: negatives weigh `alpha * p ** gamma`.

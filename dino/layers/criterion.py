@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,17 +19,23 @@ from .class_loss import FocalLoss, Positives
 from .matcher import NonFinite, Pairs, start_matching, takes
 
 
-class Matches(NamedTuple):
+class _Matches(NamedTuple):
     """K pairs of a prediction and an object, layer after layer, image after image."""
 
     query: Tensor  # (K,) int64, index into the queries of all layers and images
     target: Tensor  # (K,) int64, index into the objects of all images
     counts: list[int]  # pairs of each of N layers
+    even: bool  # whether all layers have as many pairs
+
+    def by_layer(self, values: Tensor) -> Tensor:
+        """View values (K, ...) as (N, K/N, ...) if all layers have as many pairs; else leave them."""
+        if self.even:
+            return values.view(len(self.counts), self.counts[0], *values.shape[1:])
+        return values
 
     def sum_layers(self, values: Tensor) -> Tensor:
-        """Values (K, ...) -> (N,), the sums over the pairs of each layer."""
-        if len(set(self.counts)) == 1:
-            values = values.view(len(self.counts), self.counts[0], *values.shape[1:])
+        """Values of `by_layer` -> (N,), the sums over the pairs of each layer."""
+        if self.even:
             return values.sum(tuple(range(1, values.ndim)))
         return torch.stack([part.sum() for part in values.split(self.counts)])
 
@@ -105,17 +111,17 @@ class SetCriterion(nn.Module):
         matches = _flatten_matches(matching(), targets, matched)
         suffixes = [*layers, "", *["_interm"] * len(outputs.proposals.logits)]
         sums = self.losses(matched, negatives, matches, targets, self.pair_weights)
-        return self._weighted(sums, num_objects * self.objects_factor(), suffixes) | denoising_losses
+        return self._weighted(sums, self.divisor(num_objects), suffixes) | denoising_losses
 
     def copies(self, num_layers: int, num_proposals: int) -> list[int] | None:
         """Predictions that each object gets in N decoder layers and the proposals; None for one everywhere."""
         return None
 
-    def objects_factor(self) -> float:
-        """Factor of the number of objects that divides the losses."""
-        return 1.0
+    def divisor(self, num_objects: Tensor) -> Tensor:
+        """The number of objects, a scalar of at least 1 -> what divides the losses of all predictions but denoising."""
+        return num_objects
 
-    def pair_weights(self, quality: Tensor, matches: Matches) -> Tensor | None:
+    def pair_weights(self, quality: Tensor | None, pairs: Positives) -> Tensor | None:
         """Weights (K,) of the pairs by the targets (K,) of the class loss; None for 1. Denoising has none."""
         return None
 
@@ -131,9 +137,9 @@ class SetCriterion(nn.Module):
         self,
         predictions: LayerOutputs,
         negatives: Tensor,
-        matches: Matches,
+        matches: _Matches,
         targets: list[Target],
-        pair_weights: Callable[[Tensor | None, Matches], Tensor | None] = lambda quality, matches: None,
+        pair_weights: Callable[[Tensor | None, Positives], Tensor | None] | None = None,
     ) -> dict[str, Tensor]:
         """Sum the three losses of N layers over all images and queries -> (N,) each.
 
@@ -141,23 +147,32 @@ class SetCriterion(nn.Module):
             predictions, targets: N layers of B images; the objects of each image.
             negatives: (N,), class loss of all predictions as negatives.
             matches: pairs of predictions and objects.
-            pair_weights: see the method of this name.
+            pair_weights: see the method of this name; None for 1.
         """
         logits, boxes = to_float32(predictions.logits), to_float32(predictions.boxes)
         labels = torch.cat([t.labels for t in targets])[matches.target]  # (K,)
-        true_boxes = torch.cat([t.boxes for t in targets]).to(boxes)[matches.target]  # (K, 4)
-        boxes = boxes.flatten(0, 2).index_select(0, matches.query)  # (K, 4)
-        true_logits = logits.flatten().gather(0, matches.query * logits.shape[3] + labels)  # (K,)
-        l1 = (boxes - true_boxes).abs()  # (K, 4)
-        giou = 1 - generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(true_boxes))  # (K,)
-        layers, images, queries, _ = logits.shape
-        pairs = Positives(true_logits, boxes, true_boxes, matches.query // queries, layers * images)
-        quality = self.class_loss.targets(pairs)
-        weights = pair_weights(quality, matches)
+        objects = torch.cat([t.boxes for t in targets]).to(boxes)  # (G, 4)
+        pairs = Positives(
+            logits=logits.flatten().gather(0, matches.query * logits.shape[3] + labels),
+            boxes=boxes.flatten(0, 2).index_select(0, matches.query),
+            true_boxes=objects[matches.target],
+            query=matches.query,
+            target=matches.target,
+            shape=tuple(logits.shape[:3]),
+            num_objects=len(objects),
+        )
+        true_logits, boxes, true_boxes = map(matches.by_layer, pairs[:3])  # (N, K/N, ...)
+        l1 = (boxes - true_boxes).abs()  # (N, K/N, 4)
+        giou = 1 - generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(true_boxes))  # (N, K/N)
+        quality = self.class_loss.targets(pairs)  # (K,)
+        weights = pair_weights(quality, pairs) if pair_weights else None  # (K,)
         if weights is not None:
-            quality, l1, giou = quality * weights, l1 * weights[:, None], giou * weights
+            quality, weights = quality * weights, matches.by_layer(weights)
+            l1, giou = l1 * weights[..., None], giou * weights
+        quality = None if quality is None else matches.by_layer(quality)  # (N, K/N)
+        positives = self.class_loss.positives(true_logits, quality)  # (N, K/N)
         return {
-            "ce": negatives + matches.sum_layers(self.class_loss.positives(true_logits, quality)),
+            "ce": negatives + matches.sum_layers(positives),
             "bbox": matches.sum_layers(l1),
             "giou": matches.sum_layers(giou),
         }
@@ -181,7 +196,7 @@ def _known_pairs(num_objects: int, num_groups: int, num_queries: int) -> tuple[n
     return (starts[:, None] + objects).ravel(), np.tile(objects, num_groups)
 
 
-def _flatten_matches(layers: Pairs, targets: list[Target], predictions: LayerOutputs) -> Matches:
+def _flatten_matches(layers: Pairs, targets: list[Target], predictions: LayerOutputs) -> _Matches:
     """Pairs per layer and image -> one table, in one transfer to the device of the predictions."""
     _, images, queries, _ = predictions.boxes.shape
     first = np.cumsum([0] + [len(t.labels) for t in targets])
@@ -191,7 +206,8 @@ def _flatten_matches(layers: Pairs, targets: list[Target], predictions: LayerOut
         for b, (query, target) in enumerate(pairs)
     ]
     counts = [sum(len(query) for query, _ in pairs) for pairs in layers]
-    return Matches(*to_device(np.concatenate(rows, 1), predictions.boxes.device, torch.int64), counts)
+    query, target = to_device(np.concatenate(rows, 1), predictions.boxes.device, torch.int64)
+    return _Matches(query, target, counts, even=len(set(counts)) == 1)
 
 
 def _count(targets: list[Target]) -> int:
@@ -235,4 +251,25 @@ def check_normalizer(part: nn.Module) -> None:
         raise UserError(
             f"{type(part).__name__} takes no `normalizer`, so a batch can't come in parts: set "
             "train.grad_accum_steps=1, or let its forward accept **options and pass them on"
+        )
+
+
+def check_branches(criterion: nn.Module, branches: Collection[str]) -> None:
+    """Check that a criterion has losses for the branches of a network, which its attribute `branches` names.
+
+    Parts of the criterion are searched, so a wrapper needs no such attribute. A criterion without it has none.
+
+    Args:
+        criterion: such as `CombinedCriterion`.
+        branches: names of the network's branches.
+
+    Raises:
+        UserError: the network has other branches. Branches without losses would be computed for nothing.
+    """
+    parts = criterion.modules() if isinstance(criterion, nn.Module) else [criterion]
+    named = next((part.branches for part in parts if hasattr(part, "branches")), ())
+    if set(named) != set(branches):
+        raise UserError(
+            f"the network has the branches {sorted(branches)}, but the criterion losses for {sorted(named)}. "
+            "CombinedCriterion adds losses of branches; a criterion of your own names them in its attribute `branches`"
         )

@@ -42,6 +42,8 @@ class HungarianMatcher(nn.Module):
     Args:
         class_cost, l1_cost, giou_cost: weights of the three terms.
         alpha, gamma: parameters of the focal class term.
+        copies_share: most of the queries, as a part of them, that several predictions for each object may take. One
+            half as in Align-DETR and Relation-DETR; H-DETR has no such bound, which is 1.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class HungarianMatcher(nn.Module):
         giou_cost: float = 2.0,
         alpha: float = 0.25,
         gamma: float = 2.0,
+        copies_share: float = 0.5,
     ):
         super().__init__()
         self.class_cost = class_cost
@@ -59,6 +62,7 @@ class HungarianMatcher(nn.Module):
         self.giou_cost = giou_cost
         self.alpha = alpha
         self.gamma = gamma
+        self.copies_share = copies_share
 
     def forward(
         self,
@@ -75,8 +79,8 @@ class HungarianMatcher(nn.Module):
             non_finite: "raise" ends with an error where a cost is NaN or infinite. "match" returns pairs all the same,
                 and pairs such predictions first, so that the losses are not finite either. Then all processes reach
                 the end of the step and can skip it together.
-            copies: how many predictions each object gets, for each layer; 1 by default. A crowded image gets fewer, so
-                that at most half of the queries are matched more than once.
+            copies: how many predictions each object gets, for each layer; 1 by default. A crowded image gets fewer, see
+                `copies_share`, but at least one.
 
         Returns:
             for each layer, for each image, (query indices, ascending; object indices), both int64 of min(Q, copies * G)
@@ -104,7 +108,7 @@ class HungarianMatcher(nn.Module):
         """
         costs = to_host(self.cost(predictions, targets))  # the one transfer to the host of a training step
         counts = [len(t.labels) for t in targets]
-        return lambda: self.assign(_finite_costs(costs().numpy(), counts, non_finite), counts, copies)
+        return lambda: self.assign(finite_costs(costs().numpy(), counts, non_finite), counts, copies)
 
     def assign(self, cost: np.ndarray, counts: list[int], copies: Sequence[int] | None = None) -> Pairs:
         """Solve N * B assignment problems on the host.
@@ -116,7 +120,7 @@ class HungarianMatcher(nn.Module):
         """
         copies = copies or [1] * len(cost)
         problems = [
-            _repeat(layer[image, :, :count], times)
+            _repeat(layer[image, :, :count], times, self.copies_share)
             for layer, times in zip(cost, copies, strict=True)
             for image, count in enumerate(counts)
         ]
@@ -128,18 +132,32 @@ class HungarianMatcher(nn.Module):
     def cost(self, predictions: LayerOutputs, targets: list[Target]) -> Tensor:
         """(N, B, Q, G) with G objects in the fullest image; columns past an image's own objects mean nothing."""
         logits, boxes = to_float32(predictions.logits), to_float32(predictions.boxes)
-        labels, true_boxes = _pad_targets(targets)
+        labels, true_boxes = pad_targets(targets)
         labels = labels[None, :, None].expand(*logits.shape[:3], -1)  # (N, B, Q, G)
         l1 = torch.cdist(boxes, true_boxes.to(boxes)[None], p=1)
         giou = generalized_iou(cxcywh_to_xyxy(boxes)[:, :, :, None], cxcywh_to_xyxy(true_boxes.to(boxes))[:, None])
-        class_term = _focal_cost(logits.gather(3, labels), self.alpha, self.gamma)
+        class_term = self.class_term(logits.gather(3, labels).sigmoid(), giou, targets)
         return self.class_cost * class_term + self.l1_cost * l1 - self.giou_cost * giou
 
+    def class_term(self, scores: Tensor, giou: Tensor, targets: list[Target]) -> Tensor:
+        """Class cost before its weight.
 
-def _repeat(cost: np.ndarray, copies: int) -> np.ndarray:
-    """(Q, G) -> (Q, copies * G); fewer copies where they need more than half of the queries, but at least one."""
+        Args:
+            scores: (N, B, Q, G), of the class of each object.
+            giou: (N, B, Q, G), of each prediction and object. Columns past an image's own objects mean nothing.
+            targets: the objects of each image.
+        """
+        return _focal_cost(scores, self.alpha, self.gamma)
+
+
+def _repeat(cost: np.ndarray, copies: int, share: float) -> np.ndarray:
+    """(Q, G) -> (Q, copies * G); fewer copies where they need more than this share of the queries, but at least one.
+
+    The published program of Align-DETR keeps the lower number for all later images of the batch, and has no pairs at
+    all where an image's objects are more than half of the queries. Here an image has the same pairs in every batch.
+    """
     queries, objects = cost.shape
-    copies = min(copies, queries // (2 * max(objects, 1)))
+    copies = min(copies, int(share * queries / max(objects, 1)))
     return np.tile(cost, copies) if copies > 1 else cost
 
 
@@ -160,14 +178,22 @@ def start_matching(
     own = getattr(matcher, "start", None)
     start = own or partial(partial, matcher)  # starting does nothing yet
     if copies:
-        if not takes(own or matcher, "copies"):
-            raise UserError(f"{type(matcher).__name__} gives each object one prediction: it takes no `copies`")
+        check_copies(matcher)
         start = partial(start, copies=copies)
     if non_finite == "raise":
         return start(predictions, targets)
     if takes(own or matcher, "non_finite"):
         return start(predictions, targets, non_finite=non_finite)
     return partial(_match_anyhow, start(predictions, targets), predictions, targets)
+
+
+def check_copies(matcher: nn.Module) -> None:
+    """Raise a UserError where a matcher can't give each object a chosen number of predictions."""
+    if not takes(getattr(matcher, "start", matcher), "copies"):
+        raise UserError(
+            f"{type(matcher).__name__} takes no `copies`, so it can't give each object a chosen number of predictions: "
+            "use a HungarianMatcher"
+        )
 
 
 def takes(function: Callable, argument: str) -> bool:
@@ -194,7 +220,7 @@ def _solve(problems: list[np.ndarray], num_objects: int) -> list[tuple[np.ndarra
         return list(threads.map(linear_sum_assignment, problems))
 
 
-def _finite_costs(cost: np.ndarray, counts: list[int], non_finite: NonFinite) -> np.ndarray:
+def finite_costs(cost: np.ndarray, counts: list[int], non_finite: NonFinite) -> np.ndarray:
     """The costs (N, B, Q, G), with the lowest cost in place of non-finite ones.
 
     Raises:
@@ -206,7 +232,7 @@ def _finite_costs(cost: np.ndarray, counts: list[int], non_finite: NonFinite) ->
     return np.where(np.isfinite(cost), cost, _CHEAPEST) if broken else cost
 
 
-def _pad_targets(targets: list[Target]) -> tuple[Tensor, Tensor]:
+def pad_targets(targets: list[Target]) -> tuple[Tensor, Tensor]:
     """-> labels (B, G) and boxes (B, G, 4) with G objects in the fullest image; padding repeats any object."""
     counts = [len(t.labels) for t in targets]
     longest = max(counts)
@@ -216,9 +242,8 @@ def _pad_targets(targets: list[Target]) -> tuple[Tensor, Tensor]:
     return torch.cat([t.labels for t in targets])[index], torch.cat([t.boxes for t in targets])[index]
 
 
-def _focal_cost(logits: Tensor, alpha: float, gamma: float) -> Tensor:
-    """Focal loss of a logit as a positive minus its focal loss as a negative; any shape."""
-    p = logits.sigmoid()
+def _focal_cost(p: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Focal loss of a score in [0, 1] as a positive minus its focal loss as a negative; any shape."""
     positive = alpha * (1 - p) ** gamma * -(p + 1e-8).log()
     negative = (1 - alpha) * p**gamma * -(1 - p + 1e-8).log()
     return positive - negative

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dino.layers.boxes import xyxy_to_cxcywh
-from dino.layers.criterion import call_criterion, global_loss_normalizer
+from dino.layers.criterion import call_criterion, check_branches, global_loss_normalizer
 from dino.layers.matcher import NonFiniteCostError
 from dino.layers.postprocess import detections
 from dino.structures import Detections, Outputs, Target
@@ -58,6 +58,9 @@ class Detector(nn.Module):
         select: chooses the detections: `dino.layers.detections`, or `one_label_detections`, which gives no box two
             labels.
         graphs: run in place of the network in `detect`, for speed.
+
+    Raises:
+        UserError: network and criterion have different branches.
     """
 
     def __init__(
@@ -71,6 +74,8 @@ class Detector(nn.Module):
         graphs: CudaGraphs | None = None,
     ):
         super().__init__()
+        if criterion is not None:
+            check_branches(criterion, getattr(network, "branches", ()))
         self.network = network
         self.criterion = criterion
         self.preprocessing = preprocessing

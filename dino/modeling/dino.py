@@ -23,6 +23,9 @@ class DINO(nn.Module):
         decoder: (Queries, Tokens) -> LayerOutputs, see `Decoder`.
         branches: further predictions by name, for training only: (denoising, queries, memory, query selection, decoder)
             -> Outputs, see `dino.modeling.variants.branches`.
+
+    Raises:
+        UserError: a branch can't work with the other parts.
     """
 
     def __init__(
@@ -45,6 +48,9 @@ class DINO(nn.Module):
         self.denoising = denoising
         self.decoder = decoder
         self.branches = nn.ModuleDict(branches)
+        for branch in self.branches.values():
+            if hasattr(branch, "check"):
+                branch.check(query_selection, decoder)
 
     def forward(self, images: Tensor, padding: Tensor | None, targets: list[Target] | None = None) -> Outputs:
         """Predict; with targets, also denoise them.

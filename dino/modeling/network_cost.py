@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import torch
@@ -15,17 +16,19 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import dino.layers.relation  # noqa: F401 - registers its operator
 from dino.layers.ops.operator import use_compiled
 from dino.structures import Target
 
-_PARTS = ("neck.backbone", "neck", "encoder", "query_selection", "denoising", "decoder")
+_PARTS = ("neck.backbone", "neck", "encoder", "query_selection", "denoising", "decoder", "branches")
 _SAMPLE = 5  # multiply-adds per channel of a sample: four for the bilinear interpolation, one for its weight
 
 
 def count_parameters(network: nn.Module) -> dict[str, tuple[int, int]]:
     """Count the (all, trainable) parameters of each part of a `DINO`, and of the whole under `total`.
 
-    `neck` does not include the backbone. Parameters outside the parts (the level embeddings) are in the total only.
+    `neck` does not include the backbone. Only training uses the `branches`. Parameters outside the parts (the level
+    embeddings) are in the total only.
     """
     inside = set(network.neck.backbone.parameters())
     counts = {}
@@ -41,7 +44,8 @@ def count_multiply_adds(
 ) -> dict[str, int]:
     """Count the multiply-adds of each part of a `DINO`, and of the whole under `total`: of an inference.
 
-    With targets: of the forward pass of a training step, denoising included.
+    With targets: of the forward pass of a training step, denoising included. What other parts compute for `branches`
+    counts as work of the branches.
 
     Counts convolutions, matrix products, attention and the deformable attention operator. Does not count norms,
     activations and other element-wise work (a few per cent), as in the figures of papers.
@@ -50,15 +54,38 @@ def count_multiply_adds(
         batch, height, width: of the images, in pixels.
         targets: the objects of each image, or None.
     """
-    with nothing_computed(network, training=targets is not None):
-        counter = FlopCounterMode(display=False, custom_mapping=_operator_formulas())
-        with counter:
-            network(*empty_images(network, batch, height, width), targets)
-    flops = {name: sum(found.values()) for name, found in counter.get_flop_counts().items()}
-    whole = type(network).__name__
-    counts = {name: flops.get(f"{whole}.{name}", 0) // 2 for name in _PARTS}
+    counter = FlopCounterMode(display=False, custom_mapping=_operator_formulas())
+    within: Counter[str] = Counter()  # branches
+
+    def found() -> dict[str, int]:
+        flops = {name: sum(parts.values()) // 2 for name, parts in counter.get_flop_counts().items()}
+        parts = {name: flops.get(f"{type(network).__name__}.{name}", 0) for name in _PARTS}
+        return {**parts, "total": counter.get_total_flops() // 2}
+
+    def enter() -> None:
+        within.subtract(found())
+
+    def leave() -> None:
+        within.update(found())
+
+    with nothing_computed(network, training=targets is not None), counter, _around(network.branches, enter, leave):
+        network(*empty_images(network, batch, height, width), targets)
+    counts = found()
     counts["neck"] -= counts["neck.backbone"]
-    return {**counts, "total": counter.get_total_flops() // 2}
+    own = {name: counts[name] - within[name] for name in _PARTS}
+    return {**own, "branches": within["total"], "total": counts["total"]}
+
+
+@contextlib.contextmanager
+def _around(modules: nn.ModuleDict, enter: Callable[[], None], leave: Callable[[], None]) -> Iterator[None]:
+    """Within the block, call `enter` before each of these modules runs, and `leave` after it."""
+    handles = [part.register_forward_pre_hook(lambda *_: enter()) for part in modules.values()]
+    handles += [part.register_forward_hook(lambda *_: leave()) for part in modules.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager
@@ -86,7 +113,7 @@ def empty_images(network: nn.Module, batch: int, height: int, width: int) -> tup
 
 
 def _operator_formulas() -> dict:
-    """Formulas for `FlopCounterMode`: both forms of the deformable attention operator, and its reference.
+    """Formulas for `FlopCounterMode`: the deformable attention operator in both forms, its reference, and the relation.
 
     The reference samples each level with `grid_sample`, then multiplies the samples by their weights. The counter
     ignores these products, so they are counted with the samples.
@@ -98,8 +125,13 @@ def _operator_formulas() -> dict:
     def of_operator(value: tuple, shapes: list[int], locations: tuple, *_, out_shape=None, **__) -> int:
         return 2 * _SAMPLE * math.prod(locations[:-1]) * value[-1]  # value (B, S, M, D), locations (B, Q, M, L, P, 2)
 
+    def of_relation(q: tuple, k: tuple, v, mask, source, target, weight: tuple, rows: tuple, *_, **__) -> int:
+        pairs = math.prod(q[:3]) * k[2]  # q (B, M, Q, D), k (B, M, K, D), weight (2, M, 16), rows (B, M, Q, 33)
+        return 2 * pairs * (2 * q[-1] + 2 * weight[-1] + rows[-1])
+
     compiled = [getattr(torch.ops.dino, form, None) for form in ("deform_attn_forward", "deform_attn_fused_forward")]
     formulas = {torch.ops.aten.grid_sampler_2d: of_reference, torch.ops.aten.grid_sampler: of_reference}
+    formulas[torch.ops.dino.relation_attention] = of_relation
     return {**formulas, **{operator: of_operator for operator in compiled if operator is not None}}
 
 

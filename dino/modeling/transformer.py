@@ -116,9 +116,15 @@ class Encoder(nn.Module):
         """Tokens -> the same with new features, the "memory"."""
         reference = token_centers(tokens)[:, :, None] * tokens.valid_ratios[:, None]  # (B, S, L, 2)
         x = tokens.features
-        for layer in self.layers:
+        memory = self.fuse(None, x, 0)
+        for i, layer in enumerate(self.layers, 1):
             x = layer(x, tokens, reference)
-        return tokens.with_features(x)
+            memory = self.fuse(memory, x, i)
+        return tokens.with_features(memory)
+
+    def fuse(self, memory: Tensor | None, x: Tensor, layer: int) -> Tensor:
+        """What the states up to x (B, S, E) give, from what those before gave; state 0 is the input of layer 1."""
+        return x
 
 
 def _gather_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -163,11 +169,16 @@ class QuerySelection(nn.Module):
 
     @torch.no_grad()
     def next_boxes(self, memory: Tokens, count: int) -> Tensor:
-        """Box logits (B, Q, 4) of the `count` best tokens after those that `forward` selects, as far as there are."""
+        """Box logits (B, Q, 4) of the `count` best tokens after those that `select` chooses, as far as there are."""
         anchors, usable = self.anchors(memory)
         features = self.project(memory.features.masked_fill(~usable[..., None], 0))  # (B, S, E)
-        scores = self.scores(self.class_head(features), usable, memory.padding_mask)
-        best = scores.topk(at_most(self.num_queries + count, scores.shape[1]), dim=1).indices[:, self.num_queries :]
+        logits = self.class_head(features)
+        order = self.scores(logits, usable, memory.padding_mask).argsort(dim=1, descending=True, stable=True)  # (B, S)
+        # Many tokens share the lowest score. Skipping the chosen ones by number takes no token twice.
+        chosen = self.select(logits, usable, memory.padding_mask)
+        is_chosen = torch.zeros_like(usable).scatter_(1, chosen, True).gather(1, order)
+        last = is_chosen.to(torch.uint8).argsort(dim=1, stable=True)[:, : order.shape[1] - chosen.shape[1]]
+        best = order.gather(1, last)[:, :count]
         return _gather_tokens(anchors, best) + to_float32(self.box_head(_gather_tokens(features, best)))
 
     def contents(self, features: Tensor) -> Tensor:

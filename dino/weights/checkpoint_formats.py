@@ -13,6 +13,7 @@ from .names import (
     DINO_NAMES,
     HUGGING_FACE_NAMES,
     StateDict,
+    is_of_dino,
     rename,
     resnet_to_detectron2,
     resnet_to_torchvision,
@@ -32,8 +33,10 @@ _HEADS = re.compile(r"(bbox|class)_embed\.\d+\..+")
 _SECOND_NAME = "transformer.decoder."  # other programs keep the decoder's heads under two names
 UNUSED_LABELS = "denoising.unused_labels"  # (rows, E): rows of the official label embedding that belong to no class
 CLASS_KEYS = re.compile(
-    r"(decoder\.class_heads\.\d+|query_selection\.class_head)\.(weight|bias)|denoising\.label_embed\.weight"
+    r"(decoder\.class_heads\.\d+|(query_selection|branches\.\w+)\.class_head)\.(weight|bias)"
+    r"|denoising\.label_embed\.weight"
 )
+BRANCHES = "branches."  # front of the names of what only training uses
 # The category ids that COCO uses, in order: 80 of 1 to 90.
 COCO_IDS = (
     *range(1, 12),
@@ -80,7 +83,7 @@ def convert(state_dict: StateDict, to: str = "own") -> StateDict:
 
     Label embeddings of no class, which this project does not use, become `denoising.unused_labels` in own format. A
     ResNet keeps the names of the file, torchvision's or Detectron2's: `load_weights` takes both. Own names of earlier
-    versions become the current ones.
+    versions become the current ones. Branches, which only training uses, are left out of other formats.
 
     Args:
         state_dict: names and tensors, with or without the prefixes `module.`, `_orig_mod.` and `network.`.
@@ -97,7 +100,7 @@ def convert(state_dict: StateDict, to: str = "own") -> StateDict:
     if to == "own":
         return own
     _check_standard(own)
-    return _WRITE[to](own)
+    return _WRITE[to]({key: value for key, value in own.items() if not key.startswith(BRANCHES)})
 
 
 def _check_standard(own: StateDict) -> None:
@@ -107,6 +110,10 @@ def _check_standard(own: StateDict) -> None:
         raise DataError("its query selection is not DINO's mixed selection: only this project has it")
     if any(key.startswith("position_encoding.") for key in own):
         raise DataError("its position encoding is learned: only this project has one")
+    added = next((key for key in own if key.startswith(("encoder.", "decoder.")) and not is_of_dino(key)), None)
+    if added:
+        part = added.split(".")[0]
+        raise DataError(f"its {part} is not DINO's: only this project has {part}s with the tensor {added}")
 
 
 def _from_official(state_dict: StateDict) -> StateDict:

@@ -14,6 +14,7 @@ from dino.modeling.detector import Preprocessing
 from dino.utils.files import DataError, UserError, write_whole
 
 from .checkpoint_formats import (
+    BRANCHES,
     COCO_IDS,
     RAW_COCO_CLASSES,
     UNUSED_LABELS,
@@ -68,8 +69,16 @@ def convert_file(
         write_whole(target, lambda part: torch.save({"model": state, **extra}, part))
     classes = len(own["decoder.class_heads.0.bias"])
     print(f"{target}: {to} format, {len(state)} tensors, {classes} classes; {source} was in {format_} format")
+    if not describable:
+        _print_dropped(own, to)
+
+
+def _print_dropped(own: StateDict, to: str) -> None:
+    """Say what the format of another program has no place for."""
     if UNUSED_LABELS in own and to == "detrex":
         print("dropped: the label embeddings that belong to no class; detrex has no place for them")
+    if any(key.startswith(BRANCHES) for key in own):
+        print(f"dropped: the branches, which only training uses; the {to} format has no place for them")
 
 
 def _read_own(content: dict[str, Any], coco80: bool, copy: str) -> StateDict:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-_PARTS = ("neck.backbone", "neck", "level_embed", "encoder", "query_selection", "denoising", "decoder")
+from .names import is_of_dino
+
+_PARTS = ("neck.backbone", "neck", "level_embed", "encoder", "query_selection", "denoising", "decoder", "branches")
 
 
 @dataclass
@@ -40,6 +42,11 @@ class Report:
         """The tensors in which the model differs from the file's: re-initialised and missing ones."""
         return [f"{name} ({why})" for name, why in self.reinitialised.items()] + self.missing
 
+    @property
+    def new(self) -> list[str]:
+        """The missing tensors that no DINO has: parts of a variant, which start as they were initialised."""
+        return [name for name in self.missing if not is_of_dino(name)]
+
     def __str__(self) -> str:
         lines = [f"{self.source} (format: {self.format})", *self._table()]
         lines += [f"  {what}: {shorten(names)}" for what, names in self._named().items() if names]
@@ -65,7 +72,8 @@ class Report:
         """The names of all tensors that were not loaded, by the reason."""
         reasons = sorted(set(self.reinitialised.values()))
         named = {f"re-initialised, {r}": [n for n, why in self.reinitialised.items() if why == r] for r in reasons}
-        return {**named, "missing": self.missing, "unexpected": self.unexpected}
+        missing = [name for name in self.missing if is_of_dino(name)]
+        return {**named, "new, as initialised": self.new, "missing": missing, "unexpected": self.unexpected}
 
 
 def _part_of(name: str) -> str:

@@ -33,6 +33,7 @@ from .reading import average_of, read_content, weights_of
 MIN_BACKBONE = 0.95
 _BACKBONE = "neck.backbone."
 _PROJECTION_KEYS = re.compile(r"neck\.(lateral|extra_levels)\.\d+\.0\.weight")
+_QUERY_KEYS = re.compile(r"(query_selection|branches\.\w+)\.content\.weight")
 _ATTENTION_KEYS = re.compile(r".+\.(sampling_offsets|attention_weights)\.(weight|bias)")
 _DETREX_NOTE = (
     "the file does not name the position encoding that it was trained with: detrex' 12-epoch models need "
@@ -45,13 +46,12 @@ class _Sizes(NamedTuple):
     """Sizes in which a checkpoint may differ from the model."""
 
     classes: int
-    queries: int
     levels: int
 
     @classmethod
     def of(cls, state: StateDict) -> _Sizes:
         """Read the sizes from tensors under own names; 0 where there are none."""
-        keys = ("decoder.class_heads.0.bias", "query_selection.content.weight", "level_embed")
+        keys = ("decoder.class_heads.0.bias", "level_embed")
         return cls(*(len(state[key]) if key in state else 0 for key in keys))
 
 
@@ -178,7 +178,7 @@ def _compare(own: StateDict, target: StateDict, theirs: _Sizes, report: Report, 
     """Sort all names into the report, and return the tensors to load.
 
     Raises:
-        DataError: a shape differs for another reason than `_Sizes`.
+        DataError: a shape differs for another reason than `_Sizes` or the number of queries.
     """
     chosen, wrong, missing = {}, [], []
     ours = _Sizes.of(target)
@@ -189,6 +189,8 @@ def _compare(own: StateDict, target: StateDict, theirs: _Sizes, report: Report, 
             missing.append(name)
         elif found.shape == value.shape:
             chosen[name] = found
+        elif _QUERY_KEYS.fullmatch(name) and found.shape[1:] == value.shape[1:]:
+            report.reinitialised[name] = f"{len(value)} queries instead of {len(found)}"
         elif reason := _why_other_size(name, theirs, ours, backbone_may_differ):
             report.reinitialised[name] = reason
         else:
@@ -213,8 +215,6 @@ def _why_other_size(name: str, theirs: _Sizes, ours: _Sizes, backbone_may_differ
     """Why this tensor may have another shape in the file than in the model; None for no reason."""
     if CLASS_KEYS.fullmatch(name) and theirs.classes != ours.classes:
         return f"{ours.classes} classes instead of {theirs.classes}"
-    if name == "query_selection.content.weight" and theirs.queries != ours.queries:
-        return f"{ours.queries} queries instead of {theirs.queries}"
     if _ATTENTION_KEYS.fullmatch(name) and theirs.levels != ours.levels:
         return f"{ours.levels} levels instead of {theirs.levels}"
     if backbone_may_differ and (name.startswith(_BACKBONE) or _PROJECTION_KEYS.fullmatch(name)):

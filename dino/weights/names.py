@@ -120,6 +120,14 @@ def _replacement(template: str, first: int = 1) -> str:
     return "".join(f"\\g<{n}>{part}" if n >= first else part for n, part in enumerate(parts, first - 1))
 
 
+_OF_DINO = [re.compile(_pattern(own)) for own, _, _ in DINO_NAMES]
+
+
+def is_of_dino(name: str) -> bool:
+    """Whether DINO itself has a tensor of this name (in own format), and not only a variant of its parts."""
+    return any(pattern.fullmatch(name) for pattern in _OF_DINO)
+
+
 def rules(pairs: Iterable[tuple[str, str]]) -> _Rules:
     """(from, to) templates -> rules for `rename`."""
     return [(re.compile(_pattern(old)), _replacement(new)) for old, new in pairs]

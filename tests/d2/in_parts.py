@@ -56,6 +56,7 @@ def losses_of(model):
     network, criterion = model["network"], model["criterion"]
     selection, denoising = network["query_selection"], network["denoising"]
     kinds = [selection["_target_"], denoising["_target_"]]
+    kinds += [branch["_target_"] for name, branch in network.get("branches", {}).items() if name != "_target_"]
     sizes = [selection["num_classes"] == model["num_classes"], denoising["num_denoising"] > 0]
     return json.dumps([criterion, kinds, sizes], default=str, sort_keys=True)
 

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 RECIPES = sorted([*ROOT.glob("configs/*.py"), *ROOT.glob("projects/dino/configs/*.py")])
 OTHERS = ("base", "faster_rcnn_r18_fpn", "retinanet_r18_fpn")  # in the folder of the ablations, but no variants of DINO
 ABLATIONS = sorted(p for p in ROOT.glob("projects/dino/configs/ablation/*.py") if p.stem not in OTHERS)
+DESCENDANTS = ("align_detr", "dac", "hybrid", "matchability", "relation_detr", "stable_dino", "varifocal")
 SMALL = ROOT / "projects/dino/configs/dino_r18_small_data.py"
 
 SHRINK = [

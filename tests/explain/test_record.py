@@ -5,7 +5,7 @@ from dino.explain import record
 from dino.explain.record import _labels_of
 from dino.layers import deform_attn
 from dino.modeling import Decoder, share_heads
-from dino.modeling.variants import LearnedQueries, PositiveDenoising
+from dino.modeling.variants import LearnedQueries, PositiveDenoising, SecondPass, SharedHybridBranch
 
 from ..tiny import default_criterion, random_batch, random_targets, tiny_network
 
@@ -34,6 +34,25 @@ def test_nothing_is_left_behind():
     assert not any(module._forward_hooks for module in network.modules())
     assert all(parameter.grad is None for parameter in network.parameters())
     assert not recorded.outputs.decoder.logits.requires_grad
+
+
+def test_branches_leave_the_record_as_it_is():
+    """They run after the main predictions, with the same modules; pictures show the main ones."""
+    torch.manual_seed(2)
+    network, batch, targets = moving_network(), random_batch(2), random_targets(3, 1)
+    records = []
+    for branches in ({}, {"more": SharedHybridBranch(num_queries=20, embed_dim=32), "again": SecondPass()}):
+        network.branches.update(branches)
+        torch.manual_seed(3)
+        records.append(record(network, *batch, targets, default_criterion()))
+    without, with_branches = records
+    assert list(with_branches.outputs.extra) == ["more", "again"]
+    assert with_branches.losses == without.losses
+    for name in ("tokens", "scores", "anchors", "denoising_labels"):
+        assert torch.equal(getattr(with_branches, name), getattr(without, name))
+    for ours, theirs in zip(with_branches.samples, without.samples, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+    assert all(torch.equal(with_branches.gradients[name], x) for name, x in without.gradients.items())
 
 
 def test_selected_tokens_are_those_of_the_queries():

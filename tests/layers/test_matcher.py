@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from dino.layers import HungarianMatcher, LayerOutputs, NonFiniteCostError, Target, cxcywh_to_xyxy
-from dino.layers.matcher import _finite_costs, start_matching
+from dino.layers.matcher import finite_costs, start_matching
 
 from ..tiny import random_boxes, random_targets
 from .test_boxes import giou_by_hand
@@ -141,7 +141,7 @@ def test_many_objects_are_matched_as_few_are(monkeypatch):
     assert str(few) == str(many) == str(expected)
     cost[1, 2, 3, 4] = np.inf
     with pytest.raises(NonFiniteCostError, match="image 2"):
-        _finite_costs(cost, counts, "raise")
+        finite_costs(cost, counts, "raise")
     assert threading.active_count() == before
 
 
@@ -169,7 +169,7 @@ def test_a_matcher_without_a_start_is_called():
     assert start_matching(matcher, *arguments, "match")() == (arguments, {"non_finite": "match"})
 
 
-def test_non_finite_costs_are_matched_on_demand():
+def test_nonfinite_costs_are_matched_on_demand():
     """As many pairs as ever, those predictions first; other images and layers as without them."""
     predictions, targets = random_predictions(2, 2, 5), random_targets(2, 1)
     matcher = HungarianMatcher()
@@ -194,7 +194,7 @@ class TwoArguments(torch.nn.Module):
         return HungarianMatcher()(predictions, targets)
 
 
-def test_matchers_of_two_arguments_can_skip_non_finite_costs():
+def test_matchers_of_two_arguments_can_skip_nonfinite_costs():
     predictions, targets = random_predictions(2, 1, 5), random_targets(3)
     finite = start_matching(TwoArguments(), predictions, targets, "match")()
     assert all(
@@ -205,3 +205,21 @@ def test_matchers_of_two_arguments_can_skip_non_finite_costs():
     assert [[query.tolist() for query, _ in layer] for layer in pairs] == [[[0, 1, 2]]] * 2
     with pytest.raises(NonFiniteCostError):
         start_matching(TwoArguments(), predictions, targets)()
+
+
+@pytest.mark.parametrize(("copies", "sizes"), [(1, [2, 1, 0, 5]), (3, [6, 3, 0, 5]), (4, [6, 4, 0, 5])])
+def test_copies(copies, sizes):
+    """Half of 12 queries is 6: three predictions for each of 2 objects, one for 5; a lone object has its cheapest ones.
+
+    Copies of an object are interchangeable: it is one object that returns, and no query has two.
+    """
+    targets, matcher = random_targets(2, 1, 0, 5), HungarianMatcher()
+    predictions = LayerOutputs(torch.randn(2, 4, 12, 3), random_boxes(2, 4, 12))
+    found = matcher(predictions, targets, copies=[copies, 1])
+    assert str(found[1]) == str(matcher(predictions, targets)[1])
+    for (query, target), size, count in zip(found[0], sizes, (2, 1, 0, 5), strict=True):
+        assert len(query) == len(set(query)) == size
+        assert sorted(target) == sorted([*range(count)] * (size // max(count, 1)))
+        assert (np.diff(query) > 0).all()
+    cheapest = matcher.cost(predictions, targets)[0, 1, :, 0].topk(sizes[1], largest=False).indices
+    assert found[0][1][0].tolist() == cheapest.sort().values.tolist()

@@ -7,6 +7,7 @@ import torch
 from torch._dynamo.backends.registry import lookup_backend
 
 from dino.modeling.compile import PARTS, compile_network
+from dino.modeling.variants import CombinedCriterion, HybridBranch, OneToManyCriterion, SecondPass, SharedHybridBranch
 
 from ..tiny import default_criterion, random_batch, random_targets, tiny_network
 
@@ -70,11 +71,27 @@ def stirred_network(**options):
     return model
 
 
+def branches():
+    """One of each kind."""
+    selection = {"num_queries": 20, "embed_dim": 32}
+    return {
+        "shared": SharedHybridBranch(**selection),
+        "hybrid": HybridBranch(num_classes=3, **selection),
+        "pass": SecondPass(),
+    }
+
+
+def criterion_of(model):
+    """With losses for all branches."""
+    parts = {name: OneToManyCriterion(matcher=default_criterion().matcher, copies=2) for name in model.branches}
+    return CombinedCriterion(criterion=default_criterion(), branches=parts)
+
+
 def step(model, batch, targets):
     """Losses and gradients of a step of training, always with the same noise."""
     torch.manual_seed(1)
     model.zero_grad()
-    losses = default_criterion()(model(*batch, targets), targets)
+    losses = criterion_of(model)(model(*batch, targets), targets)
     sum(losses.values()).backward()
     return losses, {name: p.grad for name, p in model.named_parameters()}
 
@@ -103,6 +120,18 @@ def test_a_compiled_network_trains_as_it_is(fresh):
     assert len(PARTS) <= graphs == backend.graphs <= 2 * len(PARTS)
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     assert copy.deepcopy(compiled).decoder._compiled_call_impl is None
+
+
+@pytest.mark.slow
+def test_compiled_code_trains_as_the_network_with_branches(fresh):
+    """Each way in which queries read each other has its own graph of the decoder, once."""
+    plain = stirred_network(branches=branches())
+    compiled = compile_network(copy.deepcopy(plain), fullgraph=True)
+    graphs = []
+    for sizes in (SIZES[:1], SIZES[1:]):
+        assert_same_steps(compiled, plain, sizes, rtol=1e-3, atol=1e-5)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs == [len(PARTS) + 2] * 2
 
 
 @pytest.mark.slow

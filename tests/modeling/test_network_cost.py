@@ -4,10 +4,12 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 
 from dino.layers import MultiScaleDeformableAttention
 from dino.layers.ops.operator import deform_attn_implementation, use_compiled
+from dino.layers.relation import PositionRelation
 from dino.modeling import TorchvisionBackbone, build_dino, network_cost
 from dino.modeling.blocks import find_blocks
+from dino.modeling.variants import RelationDecoder, SecondPass, SharedHybridBranch
 
-from ..tiny import default_criterion, tiny_network
+from ..tiny import default_criterion, random_targets, tiny_network
 
 COMPILED = pytest.param(
     "compiled", marks=pytest.mark.skipif(not use_compiled(torch.device("cpu")), reason="the operator is not built")
@@ -33,7 +35,32 @@ def test_parameters_by_part():
     parts = sum(counts[name][0] for name in network_cost._PARTS)
     assert counts["total"][0] - parts == network.level_embed.numel()
     frozen = sum(p.numel() for p in network.neck.backbone.res3.parameters())
-    assert [a - b for a, b in counts.values()] == [frozen, 0, 0, 0, 0, 0, frozen]
+    assert [a - b for a, b in counts.values()] == [frozen, 0, 0, 0, 0, 0, 0, frozen]
+
+
+def test_costs_of_branches():
+    """Their parameters count, their work in training alone, apart from that of the decoder."""
+    plain = tiny_network()
+    with_branches = tiny_network(branches={"a": SharedHybridBranch(num_queries=7, embed_dim=32), "b": SecondPass()})
+    ours, theirs = (network_cost.count_parameters(network) for network in (with_branches, plain))
+    assert theirs["branches"] == (0, 0)
+    assert ours["branches"] == (7 * 32, 7 * 32)
+    assert ours["total"][0] == theirs["total"][0] + 7 * 32
+    targets = random_targets(2)
+    for objects in (None, targets):
+        ours, theirs = (
+            network_cost.count_multiply_adds(network, 1, 64, 64, objects) for network in (with_branches, plain)
+        )
+        assert ours["total"] == theirs["total"] + ours["branches"]
+        assert {k: v for k, v in ours.items() if k not in ("total", "branches")} == {
+            k: v for k, v in theirs.items() if k not in ("total", "branches")
+        }
+        assert theirs["branches"] == 0
+        assert bool(ours["branches"]) == (objects is not None)
+    second = tiny_network(branches={"b": SecondPass()})
+    costs = network_cost.count_multiply_adds(second, 1, 64, 64, targets)
+    assert 0.5 * costs["decoder"] < costs["branches"] < costs["decoder"]  # the same queries, with less self-attention
+    assert list(second.branches) == ["b"]
 
 
 def test_multiply_adds_of_an_attention_by_hand():
@@ -47,6 +74,15 @@ def test_multiply_adds_of_an_attention_by_hand():
     with counter:
         module(*inputs, [(3, 5), (2, 2)])
     assert counter.get_total_flops() == 2 * expected
+
+
+def test_multiply_adds_of_the_relation_counted_by_hand():
+    """Batch 2, 3 heads of 4 channels, 5 queries; 32 products for the code of distances, 33 for that of sizes."""
+    q, boxes = torch.rand(2, 3, 5, 4), torch.rand(2, 5, 4)
+    counter = network_cost.FlopCounterMode(display=False, custom_mapping=network_cost._operator_formulas())
+    with counter:
+        PositionRelation(3)(q, q, q, mask=None, source=boxes, target=boxes)
+    assert counter.get_total_flops() == 2 * (2 * 3 * 5 * 5) * (4 + 32 + 33 + 4)
 
 
 @pytest.mark.parametrize("choice", ["reference", COMPILED])
@@ -97,6 +133,16 @@ def test_activations_are_those_of_a_real_run(choice):
         counted = network_cost.count_activations(network, 1, 64, 96)
         truth = kept_in_truth(network, 64, 96)
     assert counted == pytest.approx(truth, rel=0.01)
+
+
+def test_activations_of_the_relation():
+    """Its operator keeps in truth what the count says."""
+    network = tiny_network(num_layers=2)
+    network.decoder = RelationDecoder(
+        num_classes=3, num_layers=2, embed_dim=32, num_heads=4, num_points=2, hidden_dim=16
+    )
+    counted = network_cost.count_activations(network, 1, 64, 96)
+    assert counted == pytest.approx(kept_in_truth(network, 64, 96), rel=0.01)
 
 
 def test_checkpointing_shows():

@@ -8,10 +8,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dino.layers import (
     HungarianMatcher,
+    IoUAwareLoss,
     MultiScaleDeformableAttention,
     SetCriterion,
+    SquaredIoULoss,
     Target,
     deform_attn_implementation,
+)
+from dino.modeling.variants import (
+    CombinedCriterion,
+    HybridBranch,
+    MixedMatchingCriterion,
+    OneToManyCriterion,
+    PositionModulatedMatcher,
+    RankedCriterion,
+    SecondPass,
+    SharedHybridBranch,
+    ThresholdMatcher,
 )
 
 from ..tiny import random_batch, random_targets, tiny_network
@@ -37,10 +50,36 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_training_step_waits_for_the_matcher_only():
-    model, criterion = tiny_network(), SetCriterion(matcher=HungarianMatcher())
+CRITERIA = {
+    "plain": lambda: SetCriterion(matcher=HungarianMatcher()),
+    "mixed": lambda: MixedMatchingCriterion(matcher=HungarianMatcher(), class_loss=IoUAwareLoss()),
+    "position": lambda: SetCriterion(matcher=PositionModulatedMatcher(), class_loss=SquaredIoULoss()),
+}
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_training_step_waits_for_the_matcher_only(criterion):
+    model, criterion = tiny_network(), CRITERIA[criterion]()
     with Waits() as waits:
         train(model, criterion, random_batch(2), random_targets(2, 3))
+    assert waits.seen == []
+
+
+def test_branches_wait_for_their_matchers_only():
+    matcher, quality = HungarianMatcher(), IoUAwareLoss()
+    branches = {
+        "shared": SharedHybridBranch(num_queries=20, embed_dim=32),
+        "hybrid": HybridBranch(num_queries=20, num_classes=3, embed_dim=32),
+        "pass": SecondPass(),
+    }
+    parts = {
+        "shared": OneToManyCriterion(matcher=matcher, copies=2),
+        "hybrid": MixedMatchingCriterion(matcher=matcher, class_loss=quality),
+        "pass": RankedCriterion(matcher=ThresholdMatcher(), class_loss=quality),
+    }
+    criterion = CombinedCriterion(criterion=SetCriterion(matcher=matcher), branches=parts)
+    with Waits() as waits:
+        train(tiny_network(branches=branches), criterion, random_batch(2), random_targets(2, 3))
     assert waits.seen == []
 
 

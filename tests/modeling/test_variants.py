@@ -3,8 +3,10 @@ import torch
 from torch import nn
 
 from dino.layers import ContrastiveDenoising, HungarianMatcher, SetCriterion, cxcywh_to_xyxy, denoising_mask
-from dino.modeling import Decoder, QuerySelection
+from dino.modeling import QuerySelection
 from dino.modeling.variants import (
+    DeepFusionEncoder,
+    DenseFusionEncoder,
     FinalCriterion,
     LearnedPositionEncoding,
     LearnedQueries,
@@ -14,6 +16,7 @@ from dino.modeling.variants import (
     PlacedEncoder,
     PositiveDenoising,
     PureSelection,
+    RelationDecoder,
     SeparateCriterion,
     ShiftDenoising,
 )
@@ -40,6 +43,9 @@ ADJUSTED = {  # how a variant differs from the tiny network: parts, and the crit
     "shift": lambda: ({"denoising": ShiftDenoising(**DENOISING)}, SetCriterion),
     "once": lambda: ({"decoder": LookForwardOnce(num_classes=3, num_layers=2, **SIZES)}, SetCriterion),
     "position": lambda: ({"position_encoding": LearnedPositionEncoding(32)}, SetCriterion),
+    "relation": lambda: ({"decoder": RelationDecoder(num_classes=3, num_layers=2, **SIZES)}, SetCriterion),
+    "dense fusion": lambda: ({"encoder": DenseFusionEncoder(num_layers=2, **SIZES)}, SetCriterion),
+    "deep fusion": lambda: ({"encoder": DeepFusionEncoder(num_layers=2, **SIZES)}, SetCriterion),
     "no encoder": lambda: ({"encoder": PlacedEncoder(num_layers=0, **SIZES)}, SetCriterion),
     "no auxiliary losses": lambda: ({}, FinalCriterion),
 }
@@ -224,72 +230,7 @@ def test_shifted_negatives():
     assert (cut[:, 2:] >= cut[:, :2] - 1e-6).all()
 
 
-# Refinement
-
-
-def reached(decoder, layer):
-    """Names of the decoder's parameters that the boxes of a layer reach, and "anchors" where those are."""
-    network = tiny_network()
-    network.query_selection = LearnedQueries(**SELECTION)
-    for head in decoder.box_heads:
-        nn.init.normal_(head[-1].weight)
-    _, queries, _ = selected(network, *random_batch(2))
-    memory = network.tokenize(network.neck(random_batch(2)[0]), random_batch(2)[1])
-    named = {**dict(decoder.named_parameters()), "anchors": network.query_selection.anchors.weight}
-    boxes = decoder(queries, memory).boxes[layer]
-    pulls = torch.autograd.grad(boxes.sum(), named.values(), allow_unused=True)
-    return {name for name, pull in zip(named, pulls, strict=True) if pull is not None and pull.any()}
-
-
-@pytest.mark.parametrize("layer", range(4))
-def test_what_the_boxes_of_a_layer_train(layer):
-    """Once: their own box head and, through the queries, all layers up to theirs. Twice: also the box head before it.
-
-    Nothing else differs: no class head, no later layer, no earlier box head. Learned anchors are always reached,
-    through the codes of their location.
-    """
-    twice, once = (kind(num_classes=3, num_layers=4, **SIZES) for kind in (Decoder, LookForwardOnce))
-    names = reached(once, layer)
-    parts = {".".join(name.split(".")[:2]) for name in names if name.startswith(("layers", "box_heads", "class_heads"))}
-    assert parts == {f"box_heads.{layer}", *(f"layers.{i}" for i in range(layer + 1))}
-    assert "anchors" in names
-    before = {name for name, _ in once.named_parameters() if name.startswith(f"box_heads.{layer - 1}.")}
-    assert reached(twice, layer) == names | before
-
-
-def test_once_and_twice_predict_the_same():
-    """They differ in gradients alone."""
-    network = tiny_network(num_layers=3).eval()
-    for head in network.decoder.box_heads:
-        nn.init.normal_(head[-1].weight)
-    once = LookForwardOnce(num_classes=3, num_layers=3, **SIZES)
-    once.load_state_dict(network.decoder.state_dict())
-    batch = random_batch(2)
-    expected = network(*batch).decoder
-    network.decoder = once
-    for a, b in zip(network(*batch).decoder, expected, strict=True):
-        assert torch.equal(a, b)
-
-
-# Positions and losses
-
-
-@torch.no_grad()
-def test_learned_positions():
-    """Cells lie at their centres within the unpadded part; between codes it is linear."""
-    encoding = LearnedPositionEncoding(4, num_codes=3)
-    encoding.rows.weight.copy_(torch.tensor([[0.0, 0.0], [1.0, 10.0], [4.0, 40.0]]))
-    encoding.columns.weight.copy_(-encoding.rows.weight)
-    code = encoding(torch.zeros(1, 2, 4, dtype=torch.bool))[0]  # (4, 2, 4)
-    # Rows at 1/4 and 3/4 of the way: codes 0.5 and 1.5. Columns at 1/8, 3/8, 5/8, 7/8: codes 0.25, 0.75, 1.25, 1.75.
-    torch.testing.assert_close(code[0], torch.tensor([[0.5], [2.5]]).expand(2, 4))
-    torch.testing.assert_close(code[2], -torch.tensor([0.25, 0.75, 1.75, 3.25]).expand(2, 4))
-    torch.testing.assert_close(code[3], 10 * code[2])
-    padding = torch.zeros(1, 3, 5, dtype=torch.bool)
-    padding[:, 2:] = padding[:, :, 4:] = True
-    padded = encoding(padding)[0]
-    torch.testing.assert_close(padded[:, :2, :4], code)
-    assert padded.isfinite().all()
+# Losses
 
 
 def test_only_the_last_layer_is_charged():
@@ -299,12 +240,3 @@ def test_only_the_last_layer_is_charged():
     full, found = default_criterion()(outputs, targets), criterion(outputs, targets)
     for name, loss in full.items():
         assert found[name] == (0 if name.endswith("_0") else loss)
-
-
-def test_positions_reach_the_decoder_without_an_encoder():
-    network, _ = variant("no encoder")
-    memory, _, _ = selected(network, *random_batch(2))
-    tokens = network.tokenize(network.neck(random_batch(2)[0]), random_batch(2)[1])
-    assert memory.features.shape == tokens.features.shape
-    plain = tokens._replace(features=torch.zeros_like(tokens.features))
-    assert torch.equal(network.encoder(plain).features, plain.position)

@@ -2,6 +2,10 @@ import pytest
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
+from dino.modeling.detector import Detector
+from dino.modeling.variants import SecondPass, SharedHybridBranch
+
+from ..tiny import tiny_network
 from .programs import ROOT, assert_one_error, load_program, run_here
 
 R50 = ROOT / "configs/dino_r50_4scale_12ep.py"
@@ -19,6 +23,16 @@ def test_costs_of_a_recipe(capsys):
     assert rows["neck.backbone"][:2] == ["23,454,912", "23,232,512"]
     assert float(rows["total"][2]) == pytest.approx(sum(float(row[2]) for row in rows.values()) / 2, abs=0.05)
     assert lines[9].startswith("activations of the backward pass: ")
+
+
+def test_branches_are_for_training_only(capsys, monkeypatch):
+    network = tiny_network(branches={"again": SecondPass(), "more": SharedHybridBranch(num_queries=7, embed_dim=32)})
+    monkeypatch.setattr(analyze_model, "load_model", lambda *_: Detector(network))
+    analyze_model.main(["--config-file", str(R50), "--size", "64", "64"])
+    printed = capsys.readouterr().out
+    assert "inference runs no branches: again, more are for training only\n" in printed
+    rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines()[2:10]}
+    assert rows["branches"] == ["224", "224", "0.00"]
 
 
 def test_overrides_and_measurements(capsys):

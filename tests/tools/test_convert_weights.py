@@ -2,6 +2,7 @@ import argparse
 
 import pytest
 import torch
+from torch import nn
 
 from dino.modeling import TorchvisionBackbone, build_dino, share_heads
 from dino.utils.files import DataError, UserError
@@ -53,6 +54,11 @@ def test_what_is_lost_is_said(tmp_path, capsys):
     assert "dropped: the rows of the 11 ids that COCO does not use" in capsys.readouterr().out
     convert(source, tmp_path / "all.pth", "detrex")
     assert "dropped: the label embeddings that belong to no class" in capsys.readouterr().out
+    torch.save({"model": shared_network(branches={"pass": nn.Linear(2, 3)}).state_dict()}, tmp_path / "branch.pth")
+    assert "branches.pass.weight" in convert(tmp_path / "branch.pth", tmp_path / "own.pth", "own")
+    assert "dropped" not in capsys.readouterr().out
+    convert(tmp_path / "branch.pth", tmp_path / "other.pth", "official")
+    assert "dropped: the branches, which only training uses; the official format" in capsys.readouterr().out
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dino.modeling import TorchvisionBackbone, build_dino, share_heads
-from dino.modeling.variants import LearnedQueries, PureSelection
+from dino.modeling.variants import HybridBranch, LearnedQueries, PureSelection
 from dino.utils.files import DataError
 from dino.weights import convert, recognise, resnet_to_detectron2
 from dino.weights.checkpoint_formats import COCO_IDS, UNUSED_LABELS, coco_to_contiguous
@@ -143,3 +143,23 @@ def test_variants_are_not_written_for_other_programs(variant):
     assert set(convert(network.state_dict())) == set(network.state_dict())
     with pytest.raises(DataError, match="only this project has it"):
         convert(network.state_dict(), to="detrex")
+
+
+@pytest.mark.parametrize("to", ["official", "detrex", "huggingface"])
+def test_branches_stay_in_own_files(to):
+    """Only training uses them, so the model for another program is complete without."""
+    model = shared_network(branches={"many": HybridBranch(num_queries=20, num_classes=3, embed_dim=32)})
+    own = model.state_dict()
+    without = {name: value for name, value in own.items() if not name.startswith("branches.")}
+    assert len(own) - len(without) == 9
+    assert equal(convert(own), own)
+    assert equal(convert(own, to=to), convert(without, to=to))
+    assert not [name for name in convert(own, to=to) if "branches" in name]
+
+
+def test_rows_of_classes_in_branches_are_chosen_too():
+    own = tiny_network(branches={"many": HybridBranch(num_queries=20, num_classes=91, embed_dim=32)}, num_classes=91)
+    few = coco_to_contiguous(own.state_dict())
+    for name in ("weight", "bias"):
+        rows = own.branches["many"].class_head.state_dict()[name]
+        assert torch.equal(few[f"branches.many.class_head.{name}"], rows[list(COCO_IDS)])

@@ -5,6 +5,7 @@ import torch
 
 from dino.modeling import TorchvisionBackbone, build_dino, share_heads
 from dino.modeling.transformer import _FOCAL_PRIOR
+from dino.modeling.variants import HybridBranch
 from dino.utils.files import DataError
 from dino.weights import load_weights, resnet_to_detectron2
 
@@ -82,6 +83,31 @@ def test_other_names_leave_the_classes_where_they_are(names):
     source, target = randomise(tiny_network()), tiny_network()
     load_weights(target, {"model": source.state_dict(), "names": names}, classes=["cow", "cat", "dog"])
     assert equal(source.state_dict(), target.state_dict())
+
+
+def hybrid(num_queries=20, num_classes=3):
+    return {"many": HybridBranch(num_queries=num_queries, num_classes=num_classes, embed_dim=32)}
+
+
+def test_branches_of_other_sizes():
+    """Their class heads and contents keep the initial values, as those of the main selection do."""
+    source = randomise(tiny_network(num_classes=5, branches=hybrid(num_classes=5)))
+    target = tiny_network(branches=hybrid(num_queries=30))
+    report = load_weights(target, source.state_dict())
+    assert report.reinitialised["branches.many.content.weight"] == "30 queries instead of 20"
+    assert report.reinitialised["branches.many.class_head.weight"] == "3 classes instead of 5"
+    assert len(report.reinitialised) == CLASS_TENSORS + 3
+    assert equal(target.branches["many"].box_head.state_dict(), source.branches["many"].box_head.state_dict())
+    assert "\n  branches " in str(report)
+
+
+def test_branches_of_the_model_or_the_file_alone():
+    """They start anew in training, or are left out: the report says so."""
+    source = randomise(tiny_network(branches=hybrid()))
+    names = [name for name in source.state_dict() if name.startswith("branches.")]
+    assert load_weights(tiny_network(), source.state_dict()).unexpected == names
+    report = load_weights(source, tiny_network().state_dict())
+    assert report.problems == report.missing == names
 
 
 def test_another_number_of_queries():

@@ -1,27 +1,32 @@
 """Variants of DINO's parts, from its ancestors and descendants. Each class replaces the part of the same signature.
 
-In a recipe, `model.network.decoder._target_ = LookForwardOnce` is enough; projects/dino/configs/ablation uses those of
-the ancestors, projects/dino/configs/descendants those that were published after DINO. Two variants need no class:
-`num_denoising=0` switches denoising off, and `num_classes=1` makes `QuerySelection` score whether a token holds any
-object at all (with the losses of `ObjectnessCriterion`).
+In a recipe, `model.network.decoder._target_ = LookForwardOnce` is enough. projects/dino/configs/ablation uses them all;
+projects/dino/configs has recipes at full size for those of descendants. Two variants need no class: `num_denoising=0`
+switches denoising off, and `num_classes=1` makes `QuerySelection` score whether a token holds any object at all (with
+the losses of `ObjectnessCriterion`). `combinations.py` lists the variants that do not fit together.
 """
 
-from .branches import HybridBranch, SecondPass, SharedHybridBranch
+from .branches import Branches, HybridBranch, SecondPass, SharedHybridBranch
 from .criteria import (
     CombinedCriterion,
     FinalCriterion,
     MixedMatchingCriterion,
     ObjectnessCriterion,
     OneToManyCriterion,
+    RankedCriterion,
     SeparateCriterion,
 )
-from .decoders import LookForwardOnce
-from .encoders import LearnedPositionEncoding, PlacedEncoder
+from .decoders import LookForwardOnce, RelationDecoder
+from .encoders import DeepFusionEncoder, DenseFusionEncoder, LearnedPositionEncoding, PlacedEncoder
+from .matchers import PositionModulatedMatcher, ThresholdMatcher
 from .noise import PositiveDenoising, ShiftDenoising
 from .query_selection import LearnedQueries, PatternSelection, PureSelection
 
 __all__ = [
+    "Branches",
     "CombinedCriterion",
+    "DeepFusionEncoder",
+    "DenseFusionEncoder",
     "FinalCriterion",
     "HybridBranch",
     "LearnedPositionEncoding",
@@ -32,10 +37,14 @@ __all__ = [
     "OneToManyCriterion",
     "PatternSelection",
     "PlacedEncoder",
+    "PositionModulatedMatcher",
     "PositiveDenoising",
     "PureSelection",
+    "RankedCriterion",
+    "RelationDecoder",
     "SecondPass",
     "SeparateCriterion",
     "SharedHybridBranch",
     "ShiftDenoising",
+    "ThresholdMatcher",
 ]

@@ -3,15 +3,30 @@
 A branch gets the denoising queries, the queries of the main predictions with them in front, the memory, and the
 network's query selection and decoder; it returns `Outputs`. `CombinedCriterion` gives them losses of their own. A
 branch runs the decoder by itself, so the main predictions stay the same to the bit.
+
+If a branch has a method `check(query_selection, decoder)`, `DINO` calls it when it is built.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
+from dino.layers.matcher import takes
 from dino.structures import DenoisingQueries, Outputs, Queries, Tokens, separate
+from dino.utils.files import UserError
 
 from ..transformer import Attend, Decoder, QuerySelection, full_attention
+
+
+class Branches(nn.ModuleDict):
+    """Branches of a network, or their criteria, by name: `L(Branches)(hybrid=...)` in a recipe.
+
+    Args:
+        modules: each under its name.
+    """
+
+    def __init__(self, **modules: nn.Module):
+        super().__init__(modules)
 
 
 class SharedHybridBranch(nn.Module):
@@ -22,7 +37,7 @@ class SharedHybridBranch(nn.Module):
     groups of queries run through the decoder together, under a mask that separates them.
 
     Args:
-        num_queries: most queries of the branch; an image with few tokens gets fewer.
+        num_queries: most queries of the branch; images with few tokens get fewer, or none.
         embed_dim: E, width of the tokens.
     """
 
@@ -30,6 +45,15 @@ class SharedHybridBranch(nn.Module):
         super().__init__()
         self.content = nn.Embedding(num_queries, embed_dim)
         nn.init.xavier_uniform_(self.content.weight)
+
+    def check(self, query_selection: nn.Module, decoder: nn.Module) -> None:
+        """Check the parts that the branch uses.
+
+        Raises:
+            UserError: the selection ranks no tokens, or the decoder takes no `interaction`.
+        """
+        _check_selection(self, query_selection, "next_boxes", "ranks no tokens")
+        _check_decoder(self, decoder)
 
     def forward(
         self,
@@ -41,8 +65,11 @@ class SharedHybridBranch(nn.Module):
     ) -> Outputs:
         """See the module -> `Outputs` without proposals."""
         boxes = query_selection.next_boxes(memory, len(self.content.weight))  # (B, Q, 4)
+        count = boxes.shape[1]
+        if not count:
+            boxes = boxes.new_zeros(len(boxes), 1, 4)  # the decoder needs a query, which is dropped again
         content = self.content.weight[: boxes.shape[1]].expand(len(boxes), -1, -1)
-        predictions = decoder(Queries(content, boxes), memory, full_attention)
+        predictions, _ = decoder(Queries(content, boxes), memory, full_attention).split(count)
         return Outputs(predictions, predictions.without_layers())
 
 
@@ -56,6 +83,15 @@ class HybridBranch(QuerySelection):
     def __init__(self, *, num_queries: int = 1500, num_classes: int, embed_dim: int = 256, anchor_size: float = 0.05):
         super().__init__(num_queries=num_queries, num_classes=num_classes, embed_dim=embed_dim, anchor_size=anchor_size)
         del self.project  # that of the main selection is used
+
+    def check(self, query_selection: nn.Module, decoder: nn.Module) -> None:
+        """Check the parts that the branch uses.
+
+        Raises:
+            UserError: the selection makes no features of tokens, or the decoder takes no `interaction`.
+        """
+        _check_selection(self, query_selection, "project", "makes no features of tokens")
+        _check_decoder(self, decoder)
 
     def forward(
         self,
@@ -71,10 +107,18 @@ class HybridBranch(QuerySelection):
 
 
 class SecondPass(nn.Module):
-    """The same queries through the decoder once more, without self-attention (DAC-DETR, NeurIPS 2023).
+    """The same queries through the decoder once more, without self-attention (C-decoder of DAC-DETR, NeurIPS 2023).
 
     Only the first layer keeps its self-attention, as in the published program: both passes have the same first layer.
     """
+
+    def check(self, query_selection: nn.Module, decoder: nn.Module) -> None:
+        """Check the parts that the branch uses.
+
+        Raises:
+            UserError: the decoder takes no `interaction`.
+        """
+        _check_decoder(self, decoder)
 
     def forward(
         self,
@@ -85,11 +129,28 @@ class SecondPass(nn.Module):
         decoder: Decoder,
     ) -> Outputs:
         """See the module -> `Outputs` without proposals, but with denoising."""
-        predictions = decoder(queries, memory, _only_first)
+
+        def only_first(mask: Tensor | None, boxes: list[Tensor]) -> Attend | None:
+            return decoder.interaction(mask, boxes) if len(boxes) == 1 else None
+
+        predictions = decoder(queries, memory, only_first)
         outputs = separate(predictions, predictions, denoising)
         return outputs._replace(proposals=outputs.decoder.without_layers())
 
 
-def _only_first(mask: Tensor | None, boxes: list[Tensor]) -> Attend | None:
-    """Full attention in the first layer, none later."""
-    return full_attention(mask, boxes) if len(boxes) == 1 else None
+def _check_selection(branch: nn.Module, selection: nn.Module, needed: str, lack: str) -> None:
+    """Raise a UserError where the query selection has no member `needed`."""
+    if not hasattr(selection, needed):
+        raise UserError(
+            f"{type(branch).__name__} selects tokens by the network's query selection, but {type(selection).__name__} "
+            f"{lack}: use a QuerySelection, or leave the branch out"
+        )
+
+
+def _check_decoder(branch: nn.Module, decoder: nn.Module) -> None:
+    """Raise a UserError where the decoder takes no `interaction`."""
+    if not takes(decoder, "interaction"):
+        raise UserError(
+            f"{type(branch).__name__} chooses how the decoder's queries read each other, but {type(decoder).__name__} "
+            "takes no `interaction`: let its forward accept one, see Decoder, or leave the branch out"
+        )

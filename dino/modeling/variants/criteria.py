@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino.layers.class_loss import QualityLoss
-from dino.layers.criterion import Matches, SetCriterion, call_criterion
+from dino.layers.class_loss import Positives, QualityLoss
+from dino.layers.criterion import SetCriterion, call_criterion, check_branches
+from dino.layers.matcher import check_copies
 from dino.structures import Outputs, Target
 from dino.utils.files import UserError
 
+_TAKEN = re.compile(r"interm|dn|(dn_)?\d+")  # what follows `loss_ce_` in names of the main losses
 _AUXILIARY = re.compile(r"loss_[a-z]+(_dn)?_\d+")  # names of the losses of all decoder layers but the last
 
 
@@ -65,13 +67,17 @@ class OneToManyCriterion(SetCriterion):
     """Losses of a branch that matches several predictions to each object, all with the same weight.
 
     Args:
-        copies: predictions of each object (k of H-DETR).
+        copies: predictions of each object (k of H-DETR); fewer for an image with many objects, see `HungarianMatcher`.
         objects_factor: factor of the number of objects, by which the losses are divided; `copies` by default.
         arguments: of `SetCriterion`.
+
+    Raises:
+        UserError: the matcher takes no `copies`.
     """
 
     def __init__(self, *, copies: int = 6, objects_factor: float | None = None, **arguments: Any):
         super().__init__(**arguments)
+        check_copies(self.matcher)
         self.num_copies = copies
         self.factor = copies if objects_factor is None else objects_factor
 
@@ -79,68 +85,94 @@ class OneToManyCriterion(SetCriterion):
         """The same for all layers."""
         return [self.num_copies] * (num_layers + num_proposals)
 
-    def objects_factor(self) -> float:
-        """Factor of the number of objects that divides the losses."""
-        return self.factor
+    def divisor(self, num_objects: Tensor) -> Tensor:
+        """The number of objects times the factor."""
+        return num_objects * self.factor
 
 
-class MixedMatchingCriterion(SetCriterion):
-    """Several predictions for each object in the early layers and the encoder, one in the last (Align-DETR).
+class RankedCriterion(SetCriterion):
+    """Weighs the pairs of each object by their rank (prime sample weighting of Align-DETR, arXiv 2304.07527).
 
-    The pairs of an object are ranked by the target of the class loss; number r, from 0, has the weight
-    `exp(-r / temperature)` in all three losses (mixed matching and prime sample weighting, arXiv 2304.07527, eq. 6 and
-    7). With one copy it is `SetCriterion`.
+    The pairs of an object in a layer are ranked by the target of the class loss; number r, from 0, has the weight
+    `exp(-r / temperature)` in all three losses. The matcher decides how many there are: DAC-DETR has such losses with
+    a `ThresholdMatcher` and an `objects_factor` of 3. Denoising has no such weights.
 
     Args:
         class_loss: one with a quality as target, such as `IoUAwareLoss`.
-        copies: predictions of each object in all layers but the last; fewer for an image with many objects.
         temperature: tau of the paper.
+        objects_factor: factor of the number of objects, by which the losses are divided.
         arguments: of `SetCriterion`.
 
     Raises:
         UserError: the class loss has no quality to rank by.
     """
 
-    def __init__(self, *, class_loss: nn.Module, copies: int = 2, temperature: float = 1.5, **arguments: Any):
+    def __init__(
+        self, *, class_loss: nn.Module, temperature: float = 1.5, objects_factor: float = 1.0, **arguments: Any
+    ):
         super().__init__(class_loss=class_loss, **arguments)
         if not isinstance(class_loss, QualityLoss):
             raise UserError(
                 f"{type(class_loss).__name__} has no quality to rank the predictions of an object by: "
-                "MixedMatchingCriterion needs a QualityLoss, such as IoUAwareLoss"
+                f"{type(self).__name__} needs a QualityLoss, such as IoUAwareLoss"
             )
-        self.num_copies = copies
         self.temperature = temperature
+        self.factor = objects_factor
+
+    def divisor(self, num_objects: Tensor) -> Tensor:
+        """The number of objects times the factor."""
+        return num_objects * self.factor
+
+    def pair_weights(self, quality: Tensor, pairs: Positives) -> Tensor:
+        """Weights (K,) by the rank of each pair among those of its object in its layer."""
+        return torch.exp(-_rank(quality, pairs.object_of_layer()) / self.temperature)
+
+
+class MixedMatchingCriterion(RankedCriterion):
+    """Several predictions for each object in the early layers and the encoder, one in the last (Align-DETR).
+
+    (Mixed matching and prime sample weighting, arXiv 2304.07527, eq. 6 and 7.) With one copy it is `SetCriterion`.
+
+    Args:
+        copies: predictions of each object in all layers but the last; fewer for an image with many objects.
+        arguments: of `RankedCriterion`.
+
+    Raises:
+        UserError: the class loss has no quality to rank by, or the matcher takes no `copies`.
+    """
+
+    def __init__(self, *, copies: int = 2, **arguments: Any):
+        super().__init__(**arguments)
+        check_copies(self.matcher)
+        self.num_copies = copies
 
     def copies(self, num_layers: int, num_proposals: int) -> list[int]:
         """One in the last layer of the decoder."""
         return [*[self.num_copies] * (num_layers - 1), 1, *[self.num_copies] * num_proposals]
 
-    def pair_weights(self, quality: Tensor, matches: Matches) -> Tensor:
-        """Weights (K,) by the rank of each pair among those of its object in its layer."""
-        layer = torch.repeat_interleave(matches.query.new_tensor(matches.counts))
-        return torch.exp(-_rank(quality, layer, matches.target) / self.temperature)
 
-
-def _rank(values: Tensor, layer: Tensor, target: Tensor) -> Tensor:
-    """Values (K,) -> the rank (K,), from 0 for the highest, among those of equal layer and target."""
+def _rank(values: Tensor, group: Tensor) -> Tensor:
+    """Values (K,) -> the rank (K,), from 0 for the highest, among those of the same group; ties keep their order."""
     order = values.argsort(descending=True, stable=True)
-    for key in (target, layer):
-        order = order[key[order].argsort(stable=True)]
-    layer, target = layer[order], target[order]
+    order = order[group[order].argsort(stable=True)]  # group after group, in each the highest value first
+    group = group[order]
     position = torch.arange(len(order), device=order.device)
     starts = torch.ones_like(order, dtype=torch.bool)
-    starts[1:] = (layer[1:] != layer[:-1]) | (target[1:] != target[:-1])
+    starts[1:] = group[1:] != group[:-1]
     first = torch.where(starts, position, 0).cummax(0).values
     return torch.empty_like(order).scatter_(0, order, position - first)
 
 
 class CombinedCriterion(nn.Module):
-    """Adds the losses of a network's branches; `loss_ce` of the branch `hybrid` is `loss_ce_hybrid`.
+    """Adds the losses of a network's branches; `loss_ce_0` of the branch `hybrid` is `loss_ce_0_hybrid`.
 
     Args:
         criterion: of the main predictions, see `SetCriterion`.
         branches: criterion of each branch by name, such as `OneToManyCriterion`.
         weights: factor of all losses of a branch by name; 1 by default.
+
+    Raises:
+        UserError: a name of `weights` is no branch, or losses of a branch would have names of the main losses.
     """
 
     def __init__(
@@ -150,6 +182,10 @@ class CombinedCriterion(nn.Module):
         self.criterion = criterion
         self.branches = nn.ModuleDict(branches)
         self.weights = dict(weights or {})
+        for name in self.weights.keys() - self.branches.keys():
+            raise UserError(f"weights has {name!r}, but the branches are {[*self.branches]}")
+        for name in filter(_TAKEN.fullmatch, self.branches):
+            raise UserError(f"a branch can't be called {name!r}: the main losses have names such as loss_ce_{name}")
 
     def forward(self, outputs: Outputs, targets: list[Target], **options: Any) -> dict[str, Tensor]:
         """Outputs and B targets -> named scalars. `options` are those of `SetCriterion.forward`.
@@ -158,8 +194,7 @@ class CombinedCriterion(nn.Module):
             UserError: the network has other branches.
         """
         extra = outputs.extra or {}
-        if extra.keys() != self.branches.keys():
-            raise UserError(f"the network has the branches {[*extra]}, the criterion losses for {[*self.branches]}")
+        check_branches(self, extra)
         losses = call_criterion(self.criterion, outputs, targets, **options)
         for name, criterion in self.branches.items():
             found = call_criterion(criterion, extra[name], targets, **options)

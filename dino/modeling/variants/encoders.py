@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino.layers.boxes import to_float32
 from dino.structures import Tokens
 
-from ..transformer import Encoder
+from ..transformer import HIDDEN_DIM, Encoder
+
+_LIFT = 8.0  # numbers above its opposite pass the ReLU of `DeepFusionEncoder` at the start; states are normalised
 
 
 class PlacedEncoder(Encoder):
@@ -21,6 +24,84 @@ class PlacedEncoder(Encoder):
     def forward(self, tokens: Tokens) -> Tokens:
         """Tokens -> the same with new features."""
         return super().forward(tokens.with_features(tokens.features + tokens.position))
+
+
+class DenseFusionEncoder(Encoder):
+    """Fuses the input and the states of all layers: a linear layer over their channels, and a norm (Stable-DINO).
+
+    At the start the linear layer selects the last state, so that an `Encoder` with the same weights differs by the norm
+    alone: that has a mean of 0 and a variance of 1 where the last layer's norm has learned others. (The published
+    program starts with random weights.) Padded cells are fused like all others, and never read.
+
+    Memory grows by none of the states: each is multiplied by its part of the weight when it is there, and the products
+    are added up. The public programs concatenate all states.
+
+    Args:
+        num_layers, embed_dim, num_heads, num_levels, num_points, hidden_dim: as of `Encoder`.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int = 6,
+        embed_dim: int = 256,
+        num_heads: int = 8,
+        num_levels: int = 4,
+        num_points: int = 4,
+        hidden_dim: int = HIDDEN_DIM,
+    ):
+        super().__init__(
+            num_layers=num_layers,
+            embed_dim=embed_dim,
+            num_heads=num_heads,
+            num_levels=num_levels,
+            num_points=num_points,
+            hidden_dim=hidden_dim,
+        )
+        self.fusion = nn.Linear((num_layers + 1) * embed_dim, embed_dim)
+        self.fusion_norm = nn.LayerNorm(embed_dim)
+        nn.init.zeros_(self.fusion.weight)
+        nn.init.eye_(self.fusion.weight.data[:, -embed_dim:])
+        nn.init.zeros_(self.fusion.bias)
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        """Tokens -> the same with new features."""
+        memory = super().forward(tokens)
+        return memory.with_features(self.fusion_norm(self.finish(memory.features)))
+
+    def fuse(self, memory: Tensor | None, x: Tensor, layer: int) -> Tensor:
+        """Add the product of state number `layer` and its part of the weight."""
+        weight = self.fusion.weight.unflatten(1, (-1, x.shape[-1]))[:, layer]  # (E, E)
+        if memory is None:
+            return F.linear(x, weight, self.fusion.bias)
+        return torch.addmm(memory.flatten(0, 1), x.flatten(0, 1), weight.T).view_as(x)
+
+    def finish(self, features: Tensor) -> Tensor:
+        """What the norm gets, from the sum of all products (B, S, E)."""
+        return features
+
+
+class DeepFusionEncoder(DenseFusionEncoder):
+    """`DenseFusionEncoder` with a ReLU and a second linear layer before the norm (Relation-DETR, arXiv 2407.11699).
+
+    At the start the last state passes the ReLU too, but for numbers below -8: the first bias adds 8, and the second one
+    takes it away. Arguments are those of `Encoder`.
+
+    Args:
+        options: of `Encoder`.
+    """
+
+    def __init__(self, **options: int):
+        super().__init__(**options)
+        embed_dim = self.fusion.out_features
+        self.fusion_output = nn.Linear(embed_dim, embed_dim)
+        nn.init.constant_(self.fusion.bias, _LIFT)
+        nn.init.eye_(self.fusion_output.weight)
+        nn.init.constant_(self.fusion_output.bias, -_LIFT)
+
+    def finish(self, features: Tensor) -> Tensor:
+        """ReLU and the second linear layer."""
+        return self.fusion_output(F.relu(features))
 
 
 class LearnedPositionEncoding(nn.Module):

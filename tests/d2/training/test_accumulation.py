@@ -45,7 +45,10 @@ def test_every_recipe_is_compared():
     compared = [path for paths in groups().values() for path in paths]
     assert sorted(compared) == sorted([*RECIPES, BASE, *ABLATIONS])
     kinds = {type(tiny_model(name).criterion).__name__ for name in GROUPS}
-    assert kinds == {"SetCriterion", "LossScaling", "FinalCriterion", "SeparateCriterion", "ObjectnessCriterion"}
+    assert kinds == {
+        *("SetCriterion", "LossScaling", "FinalCriterion", "SeparateCriterion", "ObjectnessCriterion"),
+        *("MixedMatchingCriterion", "CombinedCriterion"),
+    }
     assert TUNED in GROUPS
 
 

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
@@ -5,11 +7,14 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 import torch
 from detectron2.config import LazyConfig, instantiate
 
+from dino.d2 import DINODetector
 from dino.d2.training.memory_saving import OutOfMemory, advice, checkpoint_activations
+from dino.layers import HungarianMatcher
+from dino.modeling.variants import CombinedCriterion, OneToManyCriterion, SecondPass, SharedHybridBranch
 from dino.structures import Target
 from dino.utils.files import DataError
 
-from ...tiny import random_boxes
+from ...tiny import default_criterion, random_boxes, tiny_network
 from ..recipes import SMALL
 from ..tiny import random_input, stirred, tiny_detector
 
@@ -52,6 +57,23 @@ def test_gradients_stay_the_same(resnet, part):
     assert len(ours) == len(theirs) > 100
     for ours_value, theirs_value in zip(ours.values(), theirs.values(), strict=True):
         torch.testing.assert_close(ours_value, theirs_value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("branch", [SharedHybridBranch(num_queries=20, embed_dim=32), SecondPass()])
+def test_gradients_of_a_branch_stay_the_same(branch):
+    """The decoder runs twice, each time with its own way in which queries read each other."""
+    results = []
+    for parts in ([], ["encoder", "decoder"]):
+        torch.manual_seed(0)
+        network = tiny_network(branches={"more": copy.deepcopy(branch)})
+        more = OneToManyCriterion(matcher=HungarianMatcher(), copies=2)
+        criterion = CombinedCriterion(criterion=default_criterion(), branches={"more": more})
+        model = stirred(DINODetector(network=network, criterion=criterion, num_classes=3))
+        checkpoint_activations(model, parts)
+        results.append(gradients(model.train(), [random_input("a.png", height=64, width=64)]))
+    for ours, theirs in zip(*results, strict=True):
+        assert all(map(torch.equal, ours.values(), theirs.values()))
+        assert len(ours) == len(theirs) > 20
 
 
 def test_unknown_parts_are_refused():

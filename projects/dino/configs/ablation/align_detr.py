@@ -1,0 +1,15 @@
+"""DINO with Align-DETR's losses and matching.
+
+    python tools/lazyconfig_train_net.py --config-file projects/dino/configs/ablation/align_detr.py \
+        --train-json train.json --train-images train --val-json val.json --val-images val
+"""
+
+from detectron2.config import LazyCall as L
+
+from dino.layers import IoUAwareLoss
+from dino.modeling.variants import MixedMatchingCriterion
+
+from .base import dataloader, lr_multiplier, model, optimizer, train
+
+model.criterion._target_ = MixedMatchingCriterion
+model.criterion.class_loss = L(IoUAwareLoss)()
