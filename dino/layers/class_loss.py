@@ -31,7 +31,10 @@ class Positives(NamedTuple):
     num_objects: int  # G
 
     def iou(self) -> Tensor:
-        """(K,) IoU of box and object, without gradient."""
+        """(K,) IoU of box and object, without gradient.
+
+        Some published programs add 1e-6 to the union. Then a box of 4 by 4 pixels can't be better than about 0.95.
+        """
         return box_iou(cxcywh_to_xyxy(self.boxes.detach()), cxcywh_to_xyxy(self.true_boxes))
 
     def best_of_image(self, values: Tensor) -> Tensor:
@@ -68,7 +71,7 @@ class FocalLoss(nn.Module):
         return None
 
     def positives(self, logits: Tensor, targets: Tensor | None) -> Tensor:
-        """Loss of positives (K,) with their targets, minus their share of `negatives` -> (K,)."""
+        """Loss of each positive with its target, minus its share of `negatives`; any shape."""
         negative = (1 - self.alpha) * focal_loss(logits, self.gamma)
         positive = self.alpha * focal_loss(-logits, self.gamma)
         return positive - negative
@@ -76,6 +79,8 @@ class FocalLoss(nn.Module):
 
 class QualityLoss(nn.Module):
     """Base of losses whose target is a quality in [0, 1]: cross-entropy with it, times a factor.
+
+    Entropies are computed from logits, so that no logit gives the logarithm of 0.
 
     Args:
         alpha, gamma: negatives weigh `alpha * p ** gamma`, with their score p.
@@ -99,7 +104,7 @@ class QualityLoss(nn.Module):
         raise NotImplementedError
 
     def positives(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Loss of positives (K,) with their targets, minus their share of `negatives` -> (K,)."""
+        """Loss of each positive with its target, minus its share of `negatives`; any shape."""
         entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         return self.factor(logits, targets) * entropy - self.negative(logits)
 
@@ -109,7 +114,7 @@ class QualityLoss(nn.Module):
 
 
 class IoUAwareLoss(QualityLoss):
-    """IA-BCE of Align-DETR (arXiv 2304.07527, eq. 2 to 4): the target joins score and IoU.
+    """IA-BCE of Align-DETR (arXiv 2304.07527v1): the target joins score and IoU.
 
     The target is `score ** score_power * iou ** (1 - score_power)`, at least 0.01.
 
@@ -129,7 +134,7 @@ class IoUAwareLoss(QualityLoss):
 
 
 class SquaredIoULoss(QualityLoss):
-    """Focal loss with the squared IoU as target (position-supervised loss of Stable-DINO, arXiv 2304.04742, eq. 5).
+    """Focal loss with the squared IoU as target (position-supervised loss of Stable-DINO, arXiv 2304.04742).
 
     As in the published program, the targets of an image are scaled so that the best one is 1.
 
@@ -149,7 +154,7 @@ class SquaredIoULoss(QualityLoss):
     def targets(self, pairs: Positives) -> Tensor:
         """Target (K,) of each positive, without gradient."""
         targets = pairs.iou() ** self.iou_power
-        return targets * (1 / (pairs.best_of_image(targets) + _EPS)).clamp(min=1)
+        return targets / (pairs.best_of_image(targets) + _EPS)
 
     def factor(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Weight of each positive."""
@@ -182,7 +187,7 @@ class VarifocalLoss(QualityLoss):
 
 
 class MatchabilityLoss(VarifocalLoss):
-    """Matchability-aware loss of DEIM (arXiv 2412.04234, eq. 6): the target is `iou ** gamma`, and positives weigh 1.
+    """Matchability-aware loss of DEIM (arXiv 2412.04234): the target is `iou ** gamma`, and positives weigh 1.
 
     Args:
         alpha, gamma: negatives weigh `alpha * p ** gamma`.

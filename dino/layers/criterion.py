@@ -25,11 +25,17 @@ class _Matches(NamedTuple):
     query: Tensor  # (K,) int64, index into the queries of all layers and images
     target: Tensor  # (K,) int64, index into the objects of all images
     counts: list[int]  # pairs of each of N layers
+    even: bool  # whether all layers have as many pairs
+
+    def by_layer(self, values: Tensor) -> Tensor:
+        """View values (K, ...) as (N, K/N, ...) if all layers have as many pairs; else leave them."""
+        if self.even:
+            return values.view(len(self.counts), self.counts[0], *values.shape[1:])
+        return values
 
     def sum_layers(self, values: Tensor) -> Tensor:
-        """Values (K, ...) -> (N,), the sums over the pairs of each layer."""
-        if len(set(self.counts)) == 1:
-            values = values.view(len(self.counts), self.counts[0], *values.shape[1:])
+        """Values of `by_layer` -> (N,), the sums over the pairs of each layer."""
+        if self.even:
             return values.sum(tuple(range(1, values.ndim)))
         return torch.stack([part.sum() for part in values.split(self.counts)])
 
@@ -146,18 +152,27 @@ class SetCriterion(nn.Module):
         logits, boxes = to_float32(predictions.logits), to_float32(predictions.boxes)
         labels = torch.cat([t.labels for t in targets])[matches.target]  # (K,)
         objects = torch.cat([t.boxes for t in targets]).to(boxes)  # (G, 4)
-        true_boxes = objects[matches.target]  # (K, 4)
-        boxes = boxes.flatten(0, 2).index_select(0, matches.query)  # (K, 4)
-        true_logits = logits.flatten().gather(0, matches.query * logits.shape[3] + labels)  # (K,)
-        l1 = (boxes - true_boxes).abs()  # (K, 4)
-        giou = 1 - generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(true_boxes))  # (K,)
-        pairs = Positives(true_logits, boxes, true_boxes, *matches[:2], tuple(logits.shape[:3]), len(objects))
-        quality = self.class_loss.targets(pairs)
-        weights = pair_weights(quality, pairs) if pair_weights else None
+        pairs = Positives(
+            logits=logits.flatten().gather(0, matches.query * logits.shape[3] + labels),
+            boxes=boxes.flatten(0, 2).index_select(0, matches.query),
+            true_boxes=objects[matches.target],
+            query=matches.query,
+            target=matches.target,
+            shape=tuple(logits.shape[:3]),
+            num_objects=len(objects),
+        )
+        true_logits, boxes, true_boxes = map(matches.by_layer, pairs[:3])  # (N, K/N, ...)
+        l1 = (boxes - true_boxes).abs()  # (N, K/N, 4)
+        giou = 1 - generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(true_boxes))  # (N, K/N)
+        quality = self.class_loss.targets(pairs)  # (K,)
+        weights = pair_weights(quality, pairs) if pair_weights else None  # (K,)
         if weights is not None:
-            quality, l1, giou = quality * weights, l1 * weights[:, None], giou * weights
+            quality, weights = quality * weights, matches.by_layer(weights)
+            l1, giou = l1 * weights[..., None], giou * weights
+        quality = None if quality is None else matches.by_layer(quality)  # (N, K/N)
+        positives = self.class_loss.positives(true_logits, quality)  # (N, K/N)
         return {
-            "ce": negatives + matches.sum_layers(self.class_loss.positives(true_logits, quality)),
+            "ce": negatives + matches.sum_layers(positives),
             "bbox": matches.sum_layers(l1),
             "giou": matches.sum_layers(giou),
         }
@@ -191,7 +206,8 @@ def _flatten_matches(layers: Pairs, targets: list[Target], predictions: LayerOut
         for b, (query, target) in enumerate(pairs)
     ]
     counts = [sum(len(query) for query, _ in pairs) for pairs in layers]
-    return _Matches(*to_device(np.concatenate(rows, 1), predictions.boxes.device, torch.int64), counts)
+    query, target = to_device(np.concatenate(rows, 1), predictions.boxes.device, torch.int64)
+    return _Matches(query, target, counts, even=len(set(counts)) == 1)
 
 
 def _count(targets: list[Target]) -> int:

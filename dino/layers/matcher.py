@@ -147,7 +147,7 @@ class HungarianMatcher(nn.Module):
             giou: (N, B, Q, G), of each prediction and object. Columns past an image's own objects mean nothing.
             targets: the objects of each image.
         """
-        return focal_cost(scores, self.alpha, self.gamma)
+        return _focal_cost(scores, self.alpha, self.gamma)
 
 
 def _repeat(cost: np.ndarray, copies: int, share: float) -> np.ndarray:
@@ -234,7 +234,7 @@ def pad_targets(targets: list[Target]) -> tuple[Tensor, Tensor]:
     return torch.cat([t.labels for t in targets])[index], torch.cat([t.boxes for t in targets])[index]
 
 
-def focal_cost(p: Tensor, alpha: float, gamma: float) -> Tensor:
+def _focal_cost(p: Tensor, alpha: float, gamma: float) -> Tensor:
     """Focal loss of a score in [0, 1] as a positive minus its focal loss as a negative; any shape."""
     positive = alpha * (1 - p) ** gamma * -(p + 1e-8).log()
     negative = (1 - alpha) * p**gamma * -(1 - p + 1e-8).log()

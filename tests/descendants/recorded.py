@@ -45,6 +45,11 @@ def load(case: str) -> dict[str, Tensor]:
     return {name: _tensor(x) for name, x in arrays.items()} | {str(k): torch.tensor(v) for k, v in losses}
 
 
+def load_wide(case: str) -> dict[str, Tensor]:
+    """As `load`, all real numbers in float64, in which everything was computed."""
+    return {name: x.double() if x.is_floating_point() else x for name, x in load(case).items()}
+
+
 def inputs_of(arrays: dict[str, Tensor]) -> tuple[Outputs, list[Target]]:
     """The network's outputs, which collect gradients, and the objects of each image."""
 

@@ -17,7 +17,7 @@ from dino.layers import (
 )
 from dino.layers.class_loss import Positives
 
-from ..descendants.recorded import inputs_of, load, pairs_of
+from ..descendants.recorded import inputs_of, load_wide, pairs_of
 from ..tiny import random_boxes
 
 LOSSES = [FocalLoss, IoUAwareLoss, SquaredIoULoss, VarifocalLoss, MatchabilityLoss]
@@ -71,7 +71,7 @@ RECORDED = {
 
 def recorded_inputs(case):
     """In float64, of the last layer."""
-    arrays = {name: x.double() if x.is_floating_point() else x for name, x in load(case).items()}
+    arrays = load_wide(case)
     outputs, targets = inputs_of(arrays)
     logits, boxes = (x.detach()[-1:].requires_grad_() for x in outputs.decoder)
     return arrays, logits, boxes, targets

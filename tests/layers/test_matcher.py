@@ -205,3 +205,21 @@ def test_matchers_of_two_arguments_can_skip_nonfinite_costs():
     assert [[query.tolist() for query, _ in layer] for layer in pairs] == [[[0, 1, 2]]] * 2
     with pytest.raises(NonFiniteCostError):
         start_matching(TwoArguments(), predictions, targets)()
+
+
+@pytest.mark.parametrize(("copies", "sizes"), [(1, [2, 1, 0, 5]), (3, [6, 3, 0, 5]), (4, [6, 4, 0, 5])])
+def test_copies(copies, sizes):
+    """Half of 12 queries is 6: three predictions for each of 2 objects, one for 5; a lone object has its cheapest ones.
+
+    Copies of an object are interchangeable: it is one object that returns, and no query has two.
+    """
+    targets, matcher = random_targets(2, 1, 0, 5), HungarianMatcher()
+    predictions = LayerOutputs(torch.randn(2, 4, 12, 3), random_boxes(2, 4, 12))
+    found = matcher(predictions, targets, copies=[copies, 1])
+    assert str(found[1]) == str(matcher(predictions, targets)[1])
+    for (query, target), size, count in zip(found[0], sizes, (2, 1, 0, 5), strict=True):
+        assert len(query) == len(set(query)) == size
+        assert sorted(target) == sorted([*range(count)] * (size // max(count, 1)))
+        assert (np.diff(query) > 0).all()
+    cheapest = matcher.cost(predictions, targets)[0, 1, :, 0].topk(sizes[1], largest=False).indices
+    assert found[0][1][0].tolist() == cheapest.sort().values.tolist()

@@ -8,17 +8,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dino.layers import (
     HungarianMatcher,
+    IoUAwareLoss,
     MultiScaleDeformableAttention,
     SetCriterion,
+    SquaredIoULoss,
     Target,
     deform_attn_implementation,
 )
-from dino.layers.class_loss import IoUAwareLoss
 from dino.modeling.variants import (
     CombinedCriterion,
     HybridBranch,
     MixedMatchingCriterion,
     OneToManyCriterion,
+    PositionModulatedMatcher,
     RankedCriterion,
     SecondPass,
     SharedHybridBranch,
@@ -48,8 +50,16 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_training_step_waits_for_the_matcher_only():
-    model, criterion = tiny_network(), SetCriterion(matcher=HungarianMatcher())
+CRITERIA = {
+    "plain": lambda: SetCriterion(matcher=HungarianMatcher()),
+    "mixed": lambda: MixedMatchingCriterion(matcher=HungarianMatcher(), class_loss=IoUAwareLoss()),
+    "position": lambda: SetCriterion(matcher=PositionModulatedMatcher(), class_loss=SquaredIoULoss()),
+}
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_training_step_waits_for_the_matcher_only(criterion):
+    model, criterion = tiny_network(), CRITERIA[criterion]()
     with Waits() as waits:
         train(model, criterion, random_batch(2), random_targets(2, 3))
     assert waits.seen == []

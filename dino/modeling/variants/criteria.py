@@ -66,7 +66,7 @@ class OneToManyCriterion(SetCriterion):
     """Losses of a branch that matches several predictions to each object, all with the same weight.
 
     Args:
-        copies: predictions of each object (k of H-DETR).
+        copies: predictions of each object (k of H-DETR); fewer for an image with many objects, see `HungarianMatcher`.
         objects_factor: factor of the number of objects, by which the losses are divided; `copies` by default.
         arguments: of `SetCriterion`.
     """
@@ -126,7 +126,7 @@ class RankedCriterion(SetCriterion):
 class MixedMatchingCriterion(RankedCriterion):
     """Several predictions for each object in the early layers and the encoder, one in the last (Align-DETR).
 
-    (Mixed matching and prime sample weighting, arXiv 2304.07527, eq. 6 and 7.) With one copy it is `SetCriterion`.
+    (Mixed matching and prime sample weighting, arXiv 2304.07527v1.) With one copy it is `SetCriterion`.
 
     Args:
         copies: predictions of each object in all layers but the last; fewer for an image with many objects.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino.layers.boxes import box_iou, cxcywh_to_xyxy, to_float32
-from dino.layers.matcher import HungarianMatcher, NonFinite, Pairs, finite_costs, focal_cost, pad_targets
+from dino.layers.matcher import HungarianMatcher, NonFinite, Pairs, finite_costs, pad_targets
 from dino.structures import LayerOutputs, Target
 from dino.utils.device import to_device, to_host
 
@@ -45,8 +45,8 @@ class PositionModulatedMatcher(HungarianMatcher):
         own = to_device(np.arange(giou.shape[3]) < counts[:, None], giou.device)[:, None]  # (B, 1, G)
         # A NaN stays the cost of its own prediction. A column of zeros stands where no image has an object.
         best = F.pad(torch.where(own, position, 0).nan_to_num(0), (0, 1)).amax((2, 3), keepdim=True)  # (N, B, 1, 1)
-        position = position * (1 / (best + _EPS)).clamp(min=1)
-        return focal_cost(scores * position**self.power, self.alpha, self.gamma)
+        position = position / (best + _EPS)
+        return super().class_term(scores * position**self.power, giou, targets)
 
 
 class ThresholdMatcher(nn.Module):
