@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dino.modeling import DINO
 from dino.utils.files import DataError
@@ -189,9 +189,9 @@ def _compare(own: StateDict, target: StateDict, theirs: _Sizes, report: Report, 
             missing.append(name)
         elif found.shape == value.shape:
             chosen[name] = found
-        elif _QUERY_KEYS.fullmatch(name) and found.shape[1:] == value.shape[1:]:
-            report.reinitialised[name] = f"{len(value)} queries instead of {len(found)}"
-        elif reason := _why_other_size(name, theirs, ours, backbone_may_differ):
+        elif reason := _why_other_queries(name, found, value) or _why_other_size(
+            name, theirs, ours, backbone_may_differ
+        ):
             report.reinitialised[name] = reason
         else:
             wrong.append(f"{name} is {tuple(found.shape)} in the file and {tuple(value.shape)} in the model")
@@ -209,6 +209,12 @@ def _compare(own: StateDict, target: StateDict, theirs: _Sizes, report: Report, 
 def _counts(name: str) -> bool:
     """Whether a tensor matters: counters of batch norms do not."""
     return not name.endswith("num_batches_tracked")
+
+
+def _why_other_queries(name: str, found: Tensor, value: Tensor) -> str | None:
+    """Why contents of queries may have another shape in the file (`found`); None for other tensors."""
+    fits = _QUERY_KEYS.fullmatch(name) and found.shape[1:] == value.shape[1:]
+    return f"{len(value)} queries instead of {len(found)}" if fits else None
 
 
 def _why_other_size(name: str, theirs: _Sizes, ours: _Sizes, backbone_may_differ: bool) -> str | None:
