@@ -8,7 +8,7 @@ from dino.layers import HungarianMatcher, SetCriterion
 
 from .recorded import FOLDER, gradients_of, inputs_of, load, losses_of, pairs_of
 
-MOST_BYTES = 150_000
+MOST_BYTES = 400_000
 
 
 def same_pairs(found, expected):
