@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dino.modeling import DINO
 from dino.utils.files import DataError
@@ -189,7 +189,9 @@ def _compare(own: StateDict, target: StateDict, theirs: _Sizes, report: Report, 
             missing.append(name)
         elif found.shape == value.shape:
             chosen[name] = found
-        elif reason := _why_other_size(name, (found.shape, value.shape), (theirs, ours), backbone_may_differ):
+        elif reason := _why_other_queries(name, found, value) or _why_other_size(
+            name, theirs, ours, backbone_may_differ
+        ):
             report.reinitialised[name] = reason
         else:
             wrong.append(f"{name} is {tuple(found.shape)} in the file and {tuple(value.shape)} in the model")
@@ -209,17 +211,14 @@ def _counts(name: str) -> bool:
     return not name.endswith("num_batches_tracked")
 
 
-def _why_other_size(
-    name: str, shapes: tuple[torch.Size, torch.Size], sizes: tuple[_Sizes, _Sizes], backbone_may_differ: bool
-) -> str | None:
-    """Why this tensor may have another shape in the file than in the model; None for no reason.
+def _why_other_queries(name: str, found: Tensor, value: Tensor) -> str | None:
+    """Why contents of queries may have another shape in the file (`found`); None for other tensors."""
+    fits = _QUERY_KEYS.fullmatch(name) and found.shape[1:] == value.shape[1:]
+    return f"{len(value)} queries instead of {len(found)}" if fits else None
 
-    Args:
-        shapes, sizes: of the tensor and of its network, in the file and in the model.
-    """
-    theirs, ours = sizes
-    if _QUERY_KEYS.fullmatch(name) and shapes[0][1:] == shapes[1][1:]:
-        return f"{shapes[1][0]} queries instead of {shapes[0][0]}"
+
+def _why_other_size(name: str, theirs: _Sizes, ours: _Sizes, backbone_may_differ: bool) -> str | None:
+    """Why this tensor may have another shape in the file than in the model; None for no reason."""
     if CLASS_KEYS.fullmatch(name) and theirs.classes != ours.classes:
         return f"{ours.classes} classes instead of {theirs.classes}"
     if _ATTENTION_KEYS.fullmatch(name) and theirs.levels != ours.levels:

@@ -131,7 +131,7 @@ class RankedCriterion(SetCriterion):
 class MixedMatchingCriterion(RankedCriterion):
     """Several predictions for each object in the early layers and the encoder, one in the last (Align-DETR).
 
-    (Mixed matching and prime sample weighting, arXiv 2304.07527, eq. 6 and 7.) With one copy it is `SetCriterion`.
+    (Mixed matching and prime sample weighting, arXiv 2304.07527v1.) With one copy it is `SetCriterion`.
 
     Args:
         copies: predictions of each object in all layers but the last; fewer for an image with many objects.
