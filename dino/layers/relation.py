@@ -30,7 +30,8 @@ _CHUNK = {"cpu": 2**20, "cuda": 2**25}  # sines and cosines at a time: what a ca
 class PositionRelation(nn.Module):
     """Attention with a bias for each pair of boxes and each head.
 
-    At the start the weight is 0 and the bias 1: a constant, which no softmax sees, but with a gradient behind the ReLU.
+    At the start the weight is 0 and the bias 1. That is a constant, which changes no softmax, and which the ReLU lets
+    pass with its gradient.
 
     Args:
         num_heads: M.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dino.layers.relation import PositionRelation
 
-from ..transformer import HIDDEN_DIM, MLP, Attend, Decoder, full_attention
+from ..transformer import MLP, Attend, Decoder, full_attention
 
 
 class LookForwardOnce(Decoder):
@@ -32,35 +32,17 @@ class RelationDecoder(Decoder):
     `full_attention` as interaction, a branch goes without the bias.
 
     Args:
-        num_classes, num_layers, embed_dim, num_heads, num_levels, num_points, hidden_dim: as of `Decoder`; at least
-            two layers.
+        num_layers, embed_dim, num_heads: as of `Decoder`; at least two layers.
+        options: the other arguments of `Decoder`.
 
     Raises:
         ValueError: there are fewer layers.
     """
 
-    def __init__(
-        self,
-        *,
-        num_classes: int,
-        num_layers: int = 6,
-        embed_dim: int = 256,
-        num_heads: int = 8,
-        num_levels: int = 4,
-        num_points: int = 4,
-        hidden_dim: int = HIDDEN_DIM,
-    ):
+    def __init__(self, *, num_layers: int = 6, embed_dim: int = 256, num_heads: int = 8, **options: int):
         if num_layers < 2:
             raise ValueError(f"a relation needs at least two decoder layers, not {num_layers}")
-        super().__init__(
-            num_classes=num_classes,
-            num_layers=num_layers,
-            embed_dim=embed_dim,
-            num_heads=num_heads,
-            num_levels=num_levels,
-            num_points=num_points,
-            hidden_dim=hidden_dim,
-        )
+        super().__init__(num_layers=num_layers, embed_dim=embed_dim, num_heads=num_heads, **options)
         self.relation = PositionRelation(num_heads)
         self.query_scale = MLP(embed_dim, embed_dim, embed_dim)
         nn.init.zeros_(self.query_scale[-1].weight)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dino.layers.boxes import to_float32
 from dino.structures import Tokens
 
-from ..transformer import HIDDEN_DIM, Encoder
+from ..transformer import Encoder
 
 _LIFT = 8.0  # numbers above its opposite pass the ReLU of `DeepFusionEncoder` at the start; states are normalised
 
@@ -37,27 +37,12 @@ class DenseFusionEncoder(Encoder):
     are added up. The public programs concatenate all states.
 
     Args:
-        num_layers, embed_dim, num_heads, num_levels, num_points, hidden_dim: as of `Encoder`.
+        num_layers, embed_dim: as of `Encoder`.
+        options: the other arguments of `Encoder`.
     """
 
-    def __init__(
-        self,
-        *,
-        num_layers: int = 6,
-        embed_dim: int = 256,
-        num_heads: int = 8,
-        num_levels: int = 4,
-        num_points: int = 4,
-        hidden_dim: int = HIDDEN_DIM,
-    ):
-        super().__init__(
-            num_layers=num_layers,
-            embed_dim=embed_dim,
-            num_heads=num_heads,
-            num_levels=num_levels,
-            num_points=num_points,
-            hidden_dim=hidden_dim,
-        )
+    def __init__(self, *, num_layers: int = 6, embed_dim: int = 256, **options: int):
+        super().__init__(num_layers=num_layers, embed_dim=embed_dim, **options)
         self.fusion = nn.Linear((num_layers + 1) * embed_dim, embed_dim)
         self.fusion_norm = nn.LayerNorm(embed_dim)
         nn.init.zeros_(self.fusion.weight)
@@ -85,15 +70,15 @@ class DeepFusionEncoder(DenseFusionEncoder):
     """`DenseFusionEncoder` with a ReLU and a second linear layer before the norm (Relation-DETR, arXiv 2407.11699).
 
     At the start the last state passes the ReLU too, but for numbers below -8: the first bias adds 8, and the second one
-    takes it away. Arguments are those of `Encoder`.
+    takes it away.
 
     Args:
-        options: of `Encoder`.
+        num_layers, embed_dim: as of `Encoder`.
+        options: the other arguments of `Encoder`.
     """
 
-    def __init__(self, **options: int):
-        super().__init__(**options)
-        embed_dim = self.fusion.out_features
+    def __init__(self, *, num_layers: int = 6, embed_dim: int = 256, **options: int):
+        super().__init__(num_layers=num_layers, embed_dim=embed_dim, **options)
         self.fusion_output = nn.Linear(embed_dim, embed_dim)
         nn.init.constant_(self.fusion.bias, _LIFT)
         nn.init.eye_(self.fusion_output.weight)
