@@ -190,10 +190,7 @@ def start_matching(
 def check_copies(matcher: nn.Module) -> None:
     """Raise a UserError where a matcher can't give each object a chosen number of predictions."""
     if not takes(getattr(matcher, "start", matcher), "copies"):
-        raise UserError(
-            f"{type(matcher).__name__} takes no `copies`, so it can't give each object a chosen number of predictions: "
-            "use a HungarianMatcher"
-        )
+        raise UserError(f"{type(matcher).__name__} decides how many predictions an object gets: it takes no `copies`")
 
 
 def takes(function: Callable, argument: str) -> bool:

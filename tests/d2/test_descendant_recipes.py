@@ -239,7 +239,7 @@ def focal(model):
         (without_losses, r"the network has the branches \['hybrid'\], but the criterion losses for \[\]"),
         (without_branch, r"the network has the branches \[\], but the criterion losses for \['hybrid'\]"),
         (static_queries, "SharedHybridBranch selects tokens by the network's query selection, but LearnedQueries"),
-        (one_object_each, "ThresholdMatcher takes no `copies`"),
+        (one_object_each, "ThresholdMatcher decides how many predictions an object gets: it takes no `copies`"),
         (focal, "Identity has no quality to rank the predictions"),
     ],
 )

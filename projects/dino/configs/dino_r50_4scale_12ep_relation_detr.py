@@ -3,12 +3,12 @@
     python tools/lazyconfig_train_net.py --config-file projects/dino/configs/dino_r50_4scale_12ep_relation_detr.py \
         --num-gpus 8
 
-Published for this setting: 51.7 AP on COCO val2017, by the authors of Relation-DETR (arXiv 2407.11699). The positions of
-two boxes bias the attention between their queries from the second decoder layer on, the encoder fuses the states of all
-its layers, 1500 further queries in training give every object six, and the target of a positive is its IoU. Differs from
+Published for this setting: 51.7 AP on COCO val2017, by the authors of Relation-DETR (arXiv 2407.11699). Positions of
+two boxes bias attention between their queries from the second decoder layer on; the encoder fuses the states of all
+its layers; 1500 further queries in training give every object six; the target of a positive is its IoU. Differs from
 that run: nothing of the backbone but its stem is frozen there, positions are encoded with temperature 10000 and offset
--0.5, classes are the 91 raw ids, the learning rate falls after 10 epochs, not 11, and sampling offsets have a tenth of
-it. Not trained here.
+-0.5, classes are the 91 raw ids, the learning rate falls after 10 epochs, not 11, sampling offsets have a tenth of it,
+and norms and biases have no weight decay. Not trained here.
 
 48,844,904 parameters, 290.9 G multiply-adds at 800x1280; memory: not measured.
 """

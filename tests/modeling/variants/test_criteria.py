@@ -198,10 +198,11 @@ class OneToOne(torch.nn.Module):
 
 
 def test_a_matcher_without_copies_is_refused():
-    targets = random_targets(1, 2)
-    criterion = MixedMatchingCriterion(matcher=OneToOne(), class_loss=IoUAwareLoss())
-    with pytest.raises(UserError, match="OneToOne gives each object one prediction"):
-        criterion(random_outputs(targets), targets)
+    """When the criterion is built."""
+    with pytest.raises(UserError, match="OneToOne decides how many predictions an object gets"):
+        MixedMatchingCriterion(matcher=OneToOne(), class_loss=IoUAwareLoss())
+    with pytest.raises(UserError, match="OneToOne decides how many predictions an object gets"):
+        OneToManyCriterion(matcher=OneToOne())
 
 
 @pytest.mark.parametrize("part", ["logits", "boxes"])
