@@ -1,6 +1,7 @@
 """The rules of the house: who imports whom, how long and how branched code may be, and words that no line may use."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -18,7 +19,7 @@ PROGRAMS = sorted(p for folder in ("tools", "benchmarks", "configs", "projects")
 TREES = {path: ast.parse(path.read_text(), str(path)) for path in FILES}
 LONGEST_FUNCTION = 49  # lines
 MOST_COMPLEX = 10  # radon's measure, which counts comprehensions and lambdas
-MOST_PUBLIC_NAMES = 400
+MOST_PUBLIC_NAMES = 389  # beside those of `injected_names`
 MOST_MODEL_LINES = 1500  # blank ones do not count
 TIERS = [  # a room imports from its own line and those above it
     {"structures", "utils"},
@@ -248,10 +249,20 @@ def public_names(tree):
     return [node.name for node in tree.body if isinstance(node, kinds) and not node.name.startswith("_")]
 
 
+def injected_names():
+    """Classes that a recipe puts in place of a part of DINO or of its loader, as two pages list them."""
+    losses = {"IoUAwareLoss", "SquaredIoULoss", "VarifocalLoss", "MatchabilityLoss"}
+    return {*importlib.import_module("dino.modeling.variants").__all__, *losses, "Mosaic", "MixUp"}
+
+
 def test_public_names_are_few():
     """Classes and functions of modules, without an underscore in front."""
-    count = Counter(room(module_name(path)) for path in FILES for _ in public_names(TREES[path]))
+    injected = injected_names()
+    names = [(path, name) for path in FILES for name in public_names(TREES[path])]
+    count = Counter(room(module_name(path)) for path, name in names if name not in injected)
     assert count.total() <= MOST_PUBLIC_NAMES, count
+    pages = [(ROOT / f"docs/{page}.md").read_text() for page in ("method", "descendants")]
+    assert not [name for name in injected if not any(name in page for page in pages)]
 
 
 def test_no_two_files_have_one_name():

@@ -30,7 +30,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 def prepare_for_cpu(model: nn.Module) -> None:
     """Make prediction faster, in place, if all of `model` is on a CPU; do nothing on other devices.
 
-    Folds batch norms, then replaces modules, see `fold_norms`, `use_cpu_feed_forward` and `use_onednn`. Gradients and
+    Folds batch norms, then replaces modules, see `fold_norms`, `use_cpu_feed_forward` and `_use_onednn`. Gradients and
     `torch.compile` work as before. Folding in a half type loses accuracy: call `fold_norms` before the cast.
 
     Args:
@@ -42,7 +42,7 @@ def prepare_for_cpu(model: nn.Module) -> None:
     if _on_cpu(model):
         fold_norms(model)
         use_cpu_feed_forward(model)
-        use_onednn(model)
+        _use_onednn(model)
 
 
 def fold_norms(model: nn.Module) -> int:
@@ -97,7 +97,7 @@ def _merge(conv: nn.Conv2d, norm: nn.Module) -> None:
     conv.bias = nn.Parameter(bias + (before - mean) * scale, requires_grad=False)
 
 
-def use_onednn(model: nn.Module) -> int:
+def _use_onednn(model: nn.Module) -> int:
     """Replace linear layers, feed-forward networks and torchvision's residual blocks by fused ones of oneDNN; in place.
 
     A fused module runs a layer with the ReLU or sum after it in one operator, which has no gradient. Results differ by

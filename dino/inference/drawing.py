@@ -27,7 +27,7 @@ def draw_detections(
         labels: of the classes, which choose the colours.
         texts: what the boxes are called.
     """
-    return draw_boxes(image, boxes, [colour_of(label) for label in labels], texts)
+    return draw_boxes(image, boxes, [_colour_of(label) for label in labels], texts)
 
 
 def draw_boxes(
@@ -71,7 +71,7 @@ def tile_images(images: Sequence[Image.Image], columns: int) -> Image.Image:
     return grid
 
 
-def colour_of(label: int) -> Colour:
+def _colour_of(label: int) -> Colour:
     """The colour of a class. The hue walks in steps of the golden ratio; every six classes the shade changes."""
     saturation, value = ((0.85, 0.95), (0.95, 0.7), (0.5, 1.0))[label // 6 % 3]
     red, green, blue = colorsys.hsv_to_rgb((0.58 + label * _GOLDEN_RATIO) % 1, saturation, value)

@@ -64,7 +64,7 @@ class FocalLoss(nn.Module):
 
     def negatives(self, logits: Tensor) -> Tensor:
         """Loss of logits (N, B, Q, C) as if all were negatives -> (N,)."""
-        return (1 - self.alpha) * focal_loss(to_float32(logits), self.gamma).sum((1, 2, 3))
+        return (1 - self.alpha) * _focal_loss(to_float32(logits), self.gamma).sum((1, 2, 3))
 
     def targets(self, pairs: Positives) -> Tensor | None:
         """Target (K,) of each positive, without gradient; None for a target of 1."""
@@ -72,8 +72,8 @@ class FocalLoss(nn.Module):
 
     def positives(self, logits: Tensor, targets: Tensor | None) -> Tensor:
         """Loss of each positive with its target, minus its share of `negatives`; any shape."""
-        negative = (1 - self.alpha) * focal_loss(logits, self.gamma)
-        positive = self.alpha * focal_loss(-logits, self.gamma)
+        negative = (1 - self.alpha) * _focal_loss(logits, self.gamma)
+        positive = self.alpha * _focal_loss(-logits, self.gamma)
         return positive - negative
 
 
@@ -97,7 +97,7 @@ class QualityLoss(nn.Module):
 
     def negative(self, logits: Tensor) -> Tensor:
         """Loss of each logit as a negative; any shape."""
-        return self.alpha * focal_loss(logits, self.gamma)
+        return self.alpha * _focal_loss(logits, self.gamma)
 
     def targets(self, pairs: Positives) -> Tensor:
         """Target (K,) of each positive, without gradient."""
@@ -205,7 +205,7 @@ class MatchabilityLoss(VarifocalLoss):
         return 1.0
 
 
-def focal_loss(wrong: Tensor, gamma: float) -> Tensor:
+def _focal_loss(wrong: Tensor, gamma: float) -> Tensor:
     """Sigmoid focal loss without its weight alpha (RetinaNet, arXiv 1708.02002, eq. 4), of any shape.
 
     `wrong` is the logit of the wrong answer: for a negative its logit, for a positive the opposite of its logit.

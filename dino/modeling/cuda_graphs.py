@@ -25,7 +25,7 @@ MOST = 8  # graphs of one network
 _REMEMBERED = 1000  # sizes that were seen once
 
 
-class Recorder(Protocol):
+class _Recorder(Protocol):
     """Records the kernels that a function starts on a GPU."""
 
     def ready(self, images: Tensor) -> bool:
@@ -39,7 +39,7 @@ class Recorder(Protocol):
 
 
 class _CudaRecorder:
-    """A `Recorder` for `torch.cuda.CUDAGraph`. All graphs share one memory pool, as they never run at the same time."""
+    """A `_Recorder` by `torch.cuda.CUDAGraph`. All graphs share one memory pool, as they never run at the same time."""
 
     def __init__(self):
         self.pool = None
@@ -51,7 +51,7 @@ class _CudaRecorder:
         return images.is_cuda and not torch.cuda.is_current_stream_capturing()
 
     def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """As of `Recorder`. Runs `function` once before, on the same stream, so that libraries initialise there."""
+        """As of `_Recorder`. Runs `function` once before, on the same stream, so that libraries initialise there."""
         if self.stream is None:
             self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         self.stream.wait_stream(torch.cuda.current_stream())
@@ -65,7 +65,7 @@ class _CudaRecorder:
         return graph.replay, result
 
     def order(self) -> None:
-        """As of `Recorder`."""
+        """As of `_Recorder`."""
         stream = torch.cuda.current_stream()
         if self.last is not None and self.last != stream:
             stream.wait_stream(self.last)
@@ -127,7 +127,7 @@ class CudaGraphs:
         ValueError: `most` is less than 1.
     """
 
-    def __init__(self, network: nn.Module, *, most: int = MOST, recorder: Recorder | None = None):
+    def __init__(self, network: nn.Module, *, most: int = MOST, recorder: _Recorder | None = None):
         if most < 1:
             raise ValueError(f"at least one graph must be kept, not {most}")
         self.network = network

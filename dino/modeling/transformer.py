@@ -54,7 +54,7 @@ def box_head(embed_dim: int) -> MLP:
     return head
 
 
-def xavier_(module: nn.Module) -> None:
+def _xavier(module: nn.Module) -> None:
     """Initialise the weights of all linear layers in `module`; biases keep torch's default."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
@@ -76,7 +76,7 @@ class EncoderLayer(nn.Module):
         return self.feed_forward(self.norm(x + read))
 
 
-def token_centers(tokens: Tokens) -> Tensor:
+def _token_centers(tokens: Tokens) -> Tensor:
     """(B, S, 2): the centre of every cell as (x, y), as a fraction of the unpadded image."""
     centers = []
     for level, (height, width) in enumerate(tokens.shapes):
@@ -114,7 +114,7 @@ class Encoder(nn.Module):
 
     def forward(self, tokens: Tokens) -> Tokens:
         """Tokens -> the same with new features, the "memory"."""
-        reference = token_centers(tokens)[:, :, None] * tokens.valid_ratios[:, None]  # (B, S, L, 2)
+        reference = _token_centers(tokens)[:, :, None] * tokens.valid_ratios[:, None]  # (B, S, L, 2)
         x = tokens.features
         memory = self.fuse(None, x, 0)
         for i, layer in enumerate(self.layers, 1):
@@ -149,7 +149,7 @@ class QuerySelection(nn.Module):
         self.class_head = class_head(embed_dim, num_classes)
         self.box_head = box_head(embed_dim)
         self.content = nn.Embedding(num_queries, embed_dim)
-        xavier_(self.project)
+        _xavier(self.project)
         nn.init.xavier_uniform_(self.content.weight)
 
     def forward(self, memory: Tokens) -> tuple[Queries, LayerOutputs]:
@@ -207,7 +207,7 @@ class QuerySelection(nn.Module):
 
         An anchor is usable if all its numbers lie within (0.01, 0.99) and its token is not padding.
         """
-        centers = token_centers(memory)  # (B, S, 2)
+        centers = _token_centers(memory)  # (B, S, 2)
         sizes = [
             centers.new_full((h * w, 2), self.anchor_size * 2.0**level) for level, (h, w) in enumerate(memory.shapes)
         ]
@@ -250,7 +250,7 @@ class DecoderLayer(nn.Module):
         self.cross_attention = MultiScaleDeformableAttention(embed_dim, num_heads, num_levels, num_points)
         self.cross_norm = nn.LayerNorm(embed_dim)
         self.feed_forward = FeedForward(embed_dim, hidden_dim)
-        xavier_(self.self_attention)
+        _xavier(self.self_attention)
 
     def forward(self, x: Tensor, position: Tensor, reference: Tensor, memory: Tokens, attend: Attend | None) -> Tensor:
         """x and position (B, Q, E), reference (B, Q, L, 4) -> (B, Q, E); without `attend` no self-attention."""
@@ -303,7 +303,7 @@ class Decoder(nn.Module):
         self.position = MLP(2 * embed_dim, embed_dim, embed_dim)
         self.norm = nn.LayerNorm(embed_dim)
         self.embed_dim = embed_dim
-        xavier_(self.position)
+        _xavier(self.position)
 
     def forward(self, queries: Queries, memory: Tokens, interaction: Interaction | None = None) -> LayerOutputs:
         """Queries and memory -> predictions of N layers; another `interaction` than the decoder's own for a branch.

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from dino.inference.cpu import use_onednn
+from dino.inference.cpu import _use_onednn
 from dino.weights import load_weights
 
 from .golden import FOLDER, GoldenFile
@@ -56,7 +56,7 @@ def test_evaluation(model):
 @pytest.mark.skipif(torch.get_default_device().type != "cpu", reason="oneDNN's operators are those of a CPU")
 @torch.no_grad()
 def test_evaluation_in_operators_of_onednn(model):
-    assert use_onednn(model)
+    assert _use_onednn(model)
     check_outputs(golden, "eval", model(IMAGES, PADDING))
 
 

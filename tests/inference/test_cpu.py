@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dino.inference import cpu
-from dino.inference.cpu import fold_norms, prepare_for_cpu, use_onednn
+from dino.inference.cpu import _use_onednn, fold_norms, prepare_for_cpu
 from dino.layers.cpu_feed_forward import CpuFeedForward
 from dino.layers.feed_forward import FeedForward
 from dino.modeling import TorchvisionBackbone
@@ -85,7 +85,7 @@ def compare_fused(model, images, count, dtype=torch.float32, of=lambda y: y):
     model, images = nn.Sequential(model).eval().to(dtype), images.to(dtype)
     with torch.no_grad():
         before = of(model(images))
-        assert use_onednn(model) == count
+        assert _use_onednn(model) == count
         after = of(model(images))
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
     for x, y in zip(before, after, strict=True):
@@ -128,7 +128,7 @@ def test_linear_layer_without_bias():
 @needs_onednn
 def test_blocks_with_norms_stay():
     model = TorchvisionBackbone("resnet18", norm="BN")
-    assert use_onednn(model.eval()) == 0
+    assert _use_onednn(model.eval()) == 0
 
 
 @needs_onednn
@@ -136,7 +136,7 @@ def test_gradients_come_as_before():
     torch.manual_seed(0)
     model, images = nn.Sequential(FeedForward(8, 16), nn.Linear(8, 3)), torch.randn(2, 5, 8)
     expected = torch.autograd.grad(model(images).square().sum(), list(model.parameters()))
-    use_onednn(model)
+    _use_onednn(model)
     found = torch.autograd.grad(model(images).square().sum(), list(model.parameters()))
     for x, y in zip(expected, found, strict=True):
         assert torch.equal(x, y)
@@ -146,7 +146,7 @@ def test_gradients_come_as_before():
 def test_names_of_parameters_stay():
     model = nn.Sequential(FeedForward(8, 16), nn.Linear(8, 3))
     names = list(model.state_dict())
-    use_onednn(model)
+    _use_onednn(model)
     assert list(model.state_dict()) == names
 
 
@@ -161,7 +161,7 @@ def test_a_compiler_sees_the_plain_operations():
         return graph.forward
 
     expected = model(images)
-    use_onednn(model)
+    _use_onednn(model)
     torch.testing.assert_close(torch.compile(model, backend=note)(images), expected)
     assert seen
     assert not any("mkldnn" in name for name in seen)
@@ -169,8 +169,8 @@ def test_a_compiler_sees_the_plain_operations():
 
 @needs_onednn
 def test_other_devices_and_types_stay():
-    assert use_onednn(nn.Sequential(nn.Linear(2, 2, device="meta"))) == 0
-    assert use_onednn(nn.Sequential(nn.Linear(2, 2).double())) == 0
+    assert _use_onednn(nn.Sequential(nn.Linear(2, 2, device="meta"))) == 0
+    assert _use_onednn(nn.Sequential(nn.Linear(2, 2).double())) == 0
 
 
 @needs_onednn
@@ -184,7 +184,7 @@ def test_operators_that_fail_in_the_trial_are_not_used(monkeypatch, fault):
     cpu._is_supported.cache_clear()
     monkeypatch.setattr(cpu, "_linear", wrong)
     layer, state = nn.Sequential(nn.Linear(2, 2)), torch.get_rng_state()
-    assert use_onednn(layer) == 0
+    assert _use_onednn(layer) == 0
     assert torch.equal(torch.get_rng_state(), state)
     cpu._is_supported.cache_clear()
 
@@ -193,7 +193,7 @@ def test_operators_that_fail_in_the_trial_are_not_used(monkeypatch, fault):
 @torch.no_grad()
 def test_not_a_number_is_not_lost():
     model = nn.Sequential(FeedForward(4, 8))
-    use_onednn(model)
+    _use_onednn(model)
     images = torch.zeros(1, 3, 4)
     images[0, 1, 2] = torch.nan
     assert model(images).isnan().any(-1).tolist() == [[False, True, False]]
@@ -204,7 +204,7 @@ def test_blocks_train_as_before():
     """Outside `no_grad` a prepared block computes as torchvision's."""
     plain = folded("resnet18")
     prepared = copy.deepcopy(plain)
-    assert use_onednn(prepared) == 8
+    assert _use_onednn(prepared) == 8
     images = torch.randn(1, 3, 64, 64)
     for x, y in zip(plain(images).values(), prepared(images).values(), strict=True):
         assert torch.equal(x, y)

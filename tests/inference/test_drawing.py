@@ -1,7 +1,7 @@
 import numpy as np
 from PIL import Image
 
-from dino.inference.drawing import colour_of, draw_boxes, draw_detections, tile_images
+from dino.inference.drawing import _colour_of, draw_boxes, draw_detections, tile_images
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -46,8 +46,8 @@ def test_texts_stay_inside_the_image():
 
 def test_detections_have_the_colours_of_their_classes():
     drawn = draw_detections(grey(), [[10, 20, 30, 35], [40, 20, 50, 35]], [0, 7], ["", ""])
-    assert where(drawn, colour_of(0)) is not None
-    assert where(drawn, colour_of(7)) is not None
+    assert where(drawn, _colour_of(0)) is not None
+    assert where(drawn, _colour_of(7)) is not None
 
 
 def test_images_of_different_sizes_side_by_side():

@@ -404,9 +404,9 @@ def test_drawing():
 
 
 def test_colours_differ():
-    from dino.inference.drawing import colour_of
+    from dino.inference.drawing import _colour_of
 
-    colours = np.array([colour_of(label) for label in range(18)], float)
+    colours = np.array([_colour_of(label) for label in range(18)], float)
     distances = np.abs(colours[:, None] - colours[None]).sum(2) + 999 * np.eye(18)
     assert distances.min() > 30
 

@@ -6,7 +6,7 @@ import torch
 from dino.layers import Queries, Tokens, refine
 from dino.layers.position_encoding import encode_boxes
 from dino.modeling import Decoder, Encoder, QuerySelection, share_heads
-from dino.modeling.transformer import MLP, full_attention, token_centers
+from dino.modeling.transformer import MLP, _token_centers, full_attention
 
 SHAPES = [(4, 6), (2, 3)]
 TOKENS = sum(h * w for h, w in SHAPES)
@@ -44,7 +44,7 @@ def moving_decoder(num_layers):
 def test_centers_published_example():
     """Levels of 4 x 6 and 2 x 3 cells, the last column of the first one padded."""
     tokens = random_tokens(padded_columns=1)
-    reference = token_centers(tokens)[0, 0] * tokens.valid_ratios[0]
+    reference = _token_centers(tokens)[0, 0] * tokens.valid_ratios[0]
     torch.testing.assert_close(reference, torch.tensor([[0.083333, 0.125], [0.1, 0.125]]), rtol=0, atol=1e-6)
 
 
@@ -185,7 +185,7 @@ def test_encoder_layer():
     layer = encoder.layers[0]
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    reference = token_centers(tokens)[:, :, None] * tokens.valid_ratios[:, None]
+    reference = _token_centers(tokens)[:, :, None] * tokens.valid_ratios[:, None]
     x, query = tokens.features, tokens.features + tokens.position
     x = layer.norm(x + layer.attention(query, reference, x, tokens.padding_mask, SHAPES))
     hidden = layer.feed_forward.linear1(x).clamp(min=0)

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from dino.data.images import read_image
-from dino.inference.drawing import colour_of
+from dino.inference.drawing import _colour_of
 from dino.weights import resnet_to_detectron2
 
 from .programs import ROOT, load_program
@@ -62,7 +62,7 @@ def test_picture_shows_predictions_beside_the_truth(tmp_path):
     demo = load_program("run_demo")
     demo.draw_pairs(tmp_path / "val.json", tmp_path, tmp_path / "results.json", tmp_path / "page.png")
     page = torch.from_numpy(read_image(tmp_path / "page.png"))
-    drawn = (page == torch.tensor(colour_of(0))).all(-1)  # (height, width)
+    drawn = (page == torch.tensor(_colour_of(0))).all(-1)  # (height, width)
     left, right = drawn.tensor_split(2, dim=1)
     columns = [side.any(0).nonzero().flatten() for side in (left, right)]
     # The predicted box begins at column 90 of the left picture, the true one at 15 of the right, which starts at +5.

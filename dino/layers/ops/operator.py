@@ -31,12 +31,12 @@ _SCHEMA = "_deform_attn_schema.so"  # the operators' names and arguments; the ot
 HINT = "`python -m dino.layers.ops.build` builds it"
 
 _override: ContextVar[str | None] = ContextVar(VARIABLE, default=None)
-_verdicts: dict[torch.device, "Verdict"] = {}  # those that are final
+_verdicts: dict[torch.device, "_Verdict"] = {}  # those that are final
 _warned: set[tuple[torch.device, bool]] = set()  # (device, whether the verdict was final)
 _lock = threading.RLock()  # the same thread may take it again, for example in a finalizer
 
 
-class Verdict(NamedTuple):
+class _Verdict(NamedTuple):
     """Whether the compiled operator can be used on a device, and why."""
 
     usable: bool
@@ -155,7 +155,7 @@ def _use_gather() -> bool:
     return requested() == "gather"
 
 
-def verdict(device: torch.device) -> Verdict:
+def verdict(device: torch.device) -> _Verdict:
     """Load the operator for `device` and test it there, once. Other threads that call meanwhile wait for the verdict.
 
     A failed self-test and a failed load are final. A self-test that can't run, because memory ran out or a CUDA graph
@@ -164,7 +164,7 @@ def verdict(device: torch.device) -> Verdict:
     device = _with_index(device)
     found = _verdicts.get(device)
     if found is None and _is_capturing(device):
-        found = Verdict(False, True, _CAPTURING.format(device=device), final=False)
+        found = _Verdict(False, True, _CAPTURING.format(device=device), final=False)
     if found is None:
         with _lock:
             found = _verdicts.get(device) or _find_out(device)
@@ -190,31 +190,33 @@ def _is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def _find_out(device: torch.device) -> Verdict:
+def _find_out(device: torch.device) -> _Verdict:
     if device.type not in FILES:
-        return Verdict(False, False, f"there is none for devices of type {device.type}")
+        return _Verdict(False, False, f"there is none for devices of type {device.type}")
     file = FOLDER / FILES[device.type]
     if not file.exists():
-        return Verdict(False, False, f"it is not built for {device.type} ({HINT})")
+        return _Verdict(False, False, f"it is not built for {device.type} ({HINT})")
     try:
         load(device.type)
     except (OSError, RuntimeError) as error:
-        return Verdict(False, True, f"{file.name} can't be loaded ({HINT} again): {_first_line(error)}")
+        return _Verdict(False, True, f"{file.name} can't be loaded ({HINT} again): {_first_line(error)}")
     try:
         _self_test(device)
     except (AssertionError, NotImplementedError) as error:
-        return Verdict(False, True, f"its self-test on {device} failed ({HINT} again): {_first_line(error)}")
+        return _Verdict(False, True, f"its self-test on {device} failed ({HINT} again): {_first_line(error)}")
     except (RuntimeError, MemoryError) as error:
         return _could_not_run(device, error)
-    return Verdict(True, False, "it is built and agrees with the reference")
+    return _Verdict(True, False, "it is built and agrees with the reference")
 
 
-def _could_not_run(device: torch.device, error: Exception) -> Verdict:
+def _could_not_run(device: torch.device, error: Exception) -> _Verdict:
     """The verdict after a failed start: final if the code does not fit the device; any other error may pass."""
     reason = _first_line(error)
     if any(text in reason for text in _UNFIT):
-        return Verdict(False, True, f"it is not built for {device} ({HINT} again): {reason}")
-    return Verdict(False, True, f"its self-test on {device} can't run now (the next call tries again): {reason}", False)
+        return _Verdict(False, True, f"it is not built for {device} ({HINT} again): {reason}")
+    return _Verdict(
+        False, True, f"its self-test on {device} can't run now (the next call tries again): {reason}", False
+    )
 
 
 # Errors of CUDA for code that was built for other architectures, or by a newer toolkit.
