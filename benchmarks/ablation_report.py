@@ -36,6 +36,15 @@ VARIANTS = {
     "encoder_0": "no encoder",
     "encoder_6": "6 encoder layers",
 }
+DESCENDANTS = {
+    "varifocal": "varifocal loss",
+    "matchability": "DEIM's loss",
+    "align_detr": "Align-DETR",
+    "stable_dino": "Stable-DINO",
+    "hybrid": "H-DETR's hybrid branch",
+    "dac": "DAC-DETR",
+    "relation_detr": "Relation-DETR",
+}
 ANCESTORS = {
     "deformable_detr": "Deformable DETR",
     "faster_rcnn_r18_fpn": "Faster R-CNN (Detectron2)",
@@ -103,12 +112,15 @@ def gains(results, recipe, before):
     return [{"AP": r["AP"] - base[r["seed"]]} for r in of_recipe(results, recipe) if r["seed"] in base]
 
 
-def chain_table(results):
-    """results: data set -> its results"""
+def gain_table(results, names, bases):
+    """One row for each of `names`, with its gain over the recipe of the same place in `bases`; "" for none.
+
+    results: data set -> its results
+    """
     columns = ("AP", "gain", "AP50", "APs")
     header = ["", *(f"{DATA[data]}: {column}" for data in DATA for column in columns)]
     rows = []
-    for before, (recipe, name) in zip(["", *CHAIN], CHAIN.items(), strict=False):
+    for before, (recipe, name) in zip(bases, names.items(), strict=True):
         row = [f"[{name}](configs/ablation/{recipe}.py)"]
         for data in DATA:
             found = of_recipe(results[data], recipe)
@@ -185,7 +197,7 @@ def sections(results):
         f"{budget_line(results)}\n",
         "Mean ± sample standard deviation (number of seeds) of the last evaluation, in percent. *Gain*: AP over the "
         "row above, seed by seed.\n",
-        chain_table(results),
+        gain_table(results, CHAIN, ["", *CHAIN][:-1]),
         "![AP against iterations: the chain](ablation_chain.svg)\n",
         PUBLISHED,
         "**Other variants**, hard shapes; each differs from DINO in one thing:\n",
@@ -194,6 +206,8 @@ def sections(results):
         "**Beside the ancestors**, hard shapes, the same start, norm, data and iterations:\n",
         single_table(results["shapes"], beside),
         "![AP against epochs and processor seconds](ablation_ancestors.svg)\n",
+        "**With parts of descendants** ([what they are](../../docs/descendants.md)); *gain*: AP over DINO:\n",
+        gain_table(results, DESCENDANTS, ["chain_5_twice"] * len(DESCENDANTS)),
     ]
 
 

@@ -36,7 +36,8 @@ dino.layers.loss_scaling:LossScaling
 dino.modeling.variants:LearnedQueries,PatternSelection,LearnedPositionEncoding
 dino.layers:IoUAwareLoss,SquaredIoULoss,VarifocalLoss,MatchabilityLoss
 dino.modeling.variants:PositionModulatedMatcher,ThresholdMatcher,MixedMatchingCriterion,RankedCriterion
-dino.modeling.variants:OneToManyCriterion,CombinedCriterion,SharedHybridBranch"""  # that the recipe does not name
+dino.modeling.variants:OneToManyCriterion,CombinedCriterion
+dino.modeling.variants:Branches,SharedHybridBranch,HybridBranch,SecondPass"""  # that the recipe does not name
 VARIABLES = {
     "CUDA_HOME": "`python -m dino.layers.ops.build`: the folder of CUDA's compiler, if not in `PATH`",
     "CXX": "`python -m dino.layers.ops.build`: the only C++ compiler to try, such as `g++-12` (default: all)",

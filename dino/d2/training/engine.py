@@ -125,7 +125,7 @@ def _start_weights(cfg: DictConfig, checkpointer: Checkpointer, resume: bool) ->
     if last or cfg.train.init_checkpoint:
         total = len(checkpointer.model.state_dict())
         logger.info(
-            f"{total - len(fresh)} of {total} tensors loaded; initialised at random: {', '.join(fresh) or 'none'}"
+            f"{total - len(fresh)} of {total} tensors loaded; as initialised: {', '.join(fresh) or 'none'}"
         )
     return content if last else {}
 

@@ -77,7 +77,11 @@ class HybridBranch(QuerySelection):
     """A hybrid branch that selects its own queries, with a head of its own (Relation-DETR, arXiv 2407.11699).
 
     Features of the tokens are those of the main selection. The heads of the decoder are shared, but a bias of its
-    self-attention is not used. Arguments are those of `QuerySelection`.
+    self-attention is not used.
+
+    Args:
+        num_queries: queries of the branch, at most; an image with few tokens has fewer.
+        num_classes, embed_dim, anchor_size: as of `QuerySelection`.
     """
 
     def __init__(self, *, num_queries: int = 1500, num_classes: int, embed_dim: int = 256, anchor_size: float = 0.05):
