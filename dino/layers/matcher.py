@@ -42,8 +42,8 @@ class HungarianMatcher(nn.Module):
     Args:
         class_cost, l1_cost, giou_cost: weights of the three terms.
         alpha, gamma: parameters of the focal class term.
-        copies_share: most of the queries, as a part of them, that several predictions for each object may take. One
-            half as in Align-DETR and Relation-DETR; H-DETR has no such bound, which is 1.
+        copies_share: most of the queries, as a part of them, that several predictions for each object may take; 0.5 in
+            Align-DETR.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class HungarianMatcher(nn.Module):
         giou_cost: float = 2.0,
         alpha: float = 0.25,
         gamma: float = 2.0,
-        copies_share: float = 0.5,
+        copies_share: float = 1.0,
     ):
         super().__init__()
         self.class_cost = class_cost

@@ -213,7 +213,7 @@ def test_copies(copies, sizes):
 
     Copies of an object are interchangeable: it is one object that returns, and no query has two.
     """
-    targets, matcher = random_targets(2, 1, 0, 5), HungarianMatcher()
+    targets, matcher = random_targets(2, 1, 0, 5), HungarianMatcher(copies_share=0.5)
     predictions = LayerOutputs(torch.randn(2, 4, 12, 3), random_boxes(2, 4, 12))
     found = matcher(predictions, targets, copies=[copies, 1])
     assert str(found[1]) == str(matcher(predictions, targets)[1])

@@ -124,9 +124,7 @@ def _start_weights(cfg: DictConfig, checkpointer: Checkpointer, resume: bool) ->
     fresh = checkpointer.problems
     if last or cfg.train.init_checkpoint:
         total = len(checkpointer.model.state_dict())
-        logger.info(
-            f"{total - len(fresh)} of {total} tensors loaded; as initialised: {', '.join(fresh) or 'none'}"
-        )
+        logger.info(f"{total - len(fresh)} of {total} tensors loaded; as initialised: {', '.join(fresh) or 'none'}")
     return content if last else {}
 
 

@@ -21,3 +21,4 @@ from ....configs.dino_r50_4scale_12ep import dataloader, lr_multiplier, model, o
 
 model.criterion._target_ = MixedMatchingCriterion
 model.criterion.class_loss = L(IoUAwareLoss)()
+model.criterion.matcher.copies_share = 0.5

@@ -5,9 +5,10 @@
 
 Published for this setting: 50.9 AP on COCO val2017, by the authors of DAC-DETR (NeurIPS 2023); 50.0 without its class
 loss, which is that of Align-DETR. In training, all queries pass the decoder once more without self-attention, and every
-object gets up to six predictions of that pass, weighed by their rank. Differs from that run: its class loss of the
-encoder is focal and weighs twice, it chooses positives otherwise, see `ThresholdMatcher`, and by default it has 300
-queries and a learning rate of 2e-4, here 900 and 1e-4. Inference is that of DINO. Not trained here.
+object gets up to six predictions of that pass, weighed by their rank. Differs from that run, which is a Deformable DETR
+with denoising: position codes stay those of the first boxes there, boxes are noised by 0.4, the encoder's class loss is
+focal and weighs twice, learning rates are twice as high, and positives are chosen otherwise, see `ThresholdMatcher`.
+Inference is that of DINO. Not trained here.
 
 47,650,316 parameters, 275.0 G multiply-adds at 800x1280; memory: not measured.
 """

@@ -18,7 +18,9 @@ from .published import check_losses, check_pairs, iou_of_detrex, wide_inputs
 
 def align_detr(copies=2, **options):
     """With the published weights, which are the defaults."""
-    return MixedMatchingCriterion(matcher=HungarianMatcher(), class_loss=IoUAwareLoss(), copies=copies, **options)
+    return MixedMatchingCriterion(
+        matcher=HungarianMatcher(copies_share=0.5), class_loss=IoUAwareLoss(), copies=copies, **options
+    )
 
 
 def random_predictions(layers, images, queries, dtype=torch.float32):
@@ -100,7 +102,7 @@ def test_the_matcher_of_relation_detr(copies):
     """Its last layer: it gives an image fewer copies by the same rule."""
     arrays, outputs, targets, _ = wide_inputs(f"relation_detr/matcher_k{copies}")
     last = LayerOutputs(*(x.detach()[-1:] for x in outputs.decoder))
-    check_pairs(HungarianMatcher()(last, targets, copies=[copies]), pairs_of(arrays, 1))
+    check_pairs(HungarianMatcher(copies_share=0.5)(last, targets, copies=[copies]), pairs_of(arrays, 1))
 
 
 @pytest.mark.parametrize("class_loss", [IoUAwareLoss(), MatchabilityLoss()])

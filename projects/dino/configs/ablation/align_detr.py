@@ -13,3 +13,4 @@ from .base import dataloader, lr_multiplier, model, optimizer, train
 
 model.criterion._target_ = MixedMatchingCriterion
 model.criterion.class_loss = L(IoUAwareLoss)()
+model.criterion.matcher.copies_share = 0.5
