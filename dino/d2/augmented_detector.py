@@ -37,7 +37,8 @@ class AugmentedDetector(DINODetector):
         arguments: of `DINODetector`.
 
     Raises:
-        ValueError: the number of weights is not that of the views, or one is not positive.
+        ValueError: there is no size, `overlap` is not in [0, 1], the number of weights is not that of the views, or one
+            is not positive.
     """
 
     def __init__(
@@ -51,6 +52,8 @@ class AugmentedDetector(DINODetector):
         **arguments,
     ):
         super().__init__(**arguments)
+        if not sizes or not 0 <= overlap <= 1:
+            raise ValueError(f"views need a size, and `overlap` lies in [0, 1]: sizes={list(sizes)}, overlap={overlap}")
         self.sizes = list(sizes)
         self.max_size = max_size
         self.flips = list(flips)

@@ -91,7 +91,7 @@ class Mosaic:
 
     def join(self, pictures: Iterable[Picture]) -> Picture:
         """Four pictures, from the top left to the bottom right -> the canvas, not yet rotated, scaled or shifted."""
-        parts = [p.resized(resized_size(*p.image.shape[:2], self.side, self.max_size)) for p in pictures]
+        parts = [p.resized(self._cell_size(*p.image.shape[:2])) for p in pictures]
         cell = np.max([p.image.shape[:2] for p in parts], axis=0)  # (2,) y, x
         canvas = np.zeros((*2 * cell, 3), np.uint8)
         boxes = []
@@ -99,9 +99,14 @@ class Mosaic:
             y, x = cell * divmod(number, 2)
             height, width = part.image.shape[:2]
             canvas[y : y + height, x : x + width] = part.image
-            boxes.append(part.boxes + [x, y, x, y])
+            boxes.append(part.boxes.clip(0, [width, height, width, height]) + [x, y, x, y])
         labels = np.concatenate([p.labels for p in parts])
         return Picture(canvas, np.concatenate(boxes), labels, sum((p.files for p in parts), ()))
+
+    def _cell_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of a picture in its cell; a strip of a few pixels is not longer than `max_size` either."""
+        height, width = resized_size(height, width, self.side, self.max_size)
+        return min(height, self.max_size), min(width, self.max_size)
 
 
 class MixUp:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -124,9 +126,9 @@ def _check_parts(network: DINO) -> None:
 
 
 def _looking(decoder: Decoder, kind: type[Decoder]) -> Decoder:
-    """A decoder of class `kind`, which looks forward in its own way, over the same modules and hooks."""
-    other = kind.__new__(kind)
-    vars(other).update(vars(decoder))
+    """The decoder, over the same modules and hooks, but it looks forward as `kind` does."""
+    other = copy.copy(decoder)
+    other.look_forward = partial(kind.look_forward, other)
     return other
 
 

@@ -82,7 +82,7 @@ def join(
             continue
         index, matched = _match(main, other, overlap)
         share = matched * weight * other.scores[index]  # (N,)
-        shift += share[:, None] * (other.boxes[index] - main.boxes)
+        shift += torch.where(matched[:, None], share[:, None] * (other.boxes[index] - main.boxes), 0)
         total = total + share
     total = total.clamp_min(torch.finfo(total.dtype).tiny)  # scores may be 0
     return main._replace(boxes=main.boxes + shift / total[:, None])

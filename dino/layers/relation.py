@@ -76,6 +76,7 @@ class PositionRelation(nn.Module):
             rows (B, M, Q, 33) and columns (B, 33, K), whose product is the part of sizes and the constant.
         """
         source, target = (to_float32(boxes.detach()) for boxes in (source, target))
+        target = target.to(source.dtype)
         weight = self.weight.to(source.dtype).view(-1, 4, _FREQUENCIES, 2).movedim(-1, 0)  # (2, M, 4, 8)
         distance, size = (part.flatten(2) for part in weight.split(2, 2))  # (2, M, 16) each
         sine, cosine = size[:, :, None].unbind()  # (M, 1, 16)

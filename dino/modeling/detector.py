@@ -20,6 +20,7 @@ from dino.utils.device import to_device
 
 from .cuda_graphs import CudaGraphs
 from .dino import DINO
+from .variants.criteria import check_proposals
 
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # RGB, values 0 to 255
 
@@ -60,7 +61,7 @@ class Detector(nn.Module):
         graphs: run in place of the network in `detect`, for speed.
 
     Raises:
-        UserError: network and criterion have different branches.
+        UserError: network and criterion do not fit, see `check_branches` and `check_proposals`.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Detector(nn.Module):
         super().__init__()
         if criterion is not None:
             check_branches(criterion, getattr(network, "branches", ()))
+            check_proposals(criterion, network)
         self.network = network
         self.criterion = criterion
         self.preprocessing = preprocessing

@@ -218,7 +218,7 @@ class QuerySelection(nn.Module):
         return torch.log(boxes / (1 - boxes)).masked_fill(~usable[..., None], math.inf), usable
 
 
-class SelfAttention(nn.MultiheadAttention):
+class _SelfAttention(nn.MultiheadAttention):
     """Self-attention among queries, with the parameters of PyTorch's module but fewer operations.
 
     One matrix product computes queries and keys, and no tensor is copied to have the dimension of queries in front.
@@ -245,7 +245,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, embed_dim: int, num_heads: int, num_levels: int, num_points: int, hidden_dim: int):
         super().__init__()
-        self.self_attention = SelfAttention(embed_dim, num_heads)
+        self.self_attention = _SelfAttention(embed_dim, num_heads)
         self.self_norm = nn.LayerNorm(embed_dim)
         self.cross_attention = MultiScaleDeformableAttention(embed_dim, num_heads, num_levels, num_points)
         self.cross_norm = nn.LayerNorm(embed_dim)
@@ -330,9 +330,7 @@ class Decoder(nn.Module):
             boxes = previous.detach()
         return LayerOutputs(torch.stack(logits), torch.stack(refined[1:]))
 
-    def interaction(self, mask: Tensor | None, boxes: list[Tensor]) -> Attend:
-        """How queries read each other, see `Interaction`."""
-        return full_attention(mask, boxes)
+    interaction = staticmethod(full_attention)  # how queries read each other, see `Interaction`
 
     def scale_position(self, position: Tensor, x: Tensor, layer: int) -> Tensor:
         """The position codes (B, Q, E) of the queries x (B, Q, E), as layer number `layer` reads them."""

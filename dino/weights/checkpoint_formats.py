@@ -33,7 +33,7 @@ _HEADS = re.compile(r"(bbox|class)_embed\.\d+\..+")
 _SECOND_NAME = "transformer.decoder."  # other programs keep the decoder's heads under two names
 UNUSED_LABELS = "denoising.unused_labels"  # (rows, E): rows of the official label embedding that belong to no class
 CLASS_KEYS = re.compile(
-    r"(decoder\.class_heads\.\d+|(query_selection|branches\.\w+)\.class_head)\.(weight|bias)"
+    r"(decoder\.class_heads\.\d+|(query_selection|branches\.[^.]+)\.class_head)\.(weight|bias)"
     r"|denoising\.label_embed\.weight"
 )
 BRANCHES = "branches."  # front of the names of what only training uses

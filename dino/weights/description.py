@@ -125,7 +125,8 @@ def _check(node: Any) -> None:
 def _check_arguments(node: dict) -> None:
     """`_check` for a part and its arguments."""
     for key, value in node.items():
-        if _FETCHING.fullmatch(key) and value:
+        part = isinstance(value, dict) and "_target_" in value  # a branch may have any name
+        if _FETCHING.fullmatch(key) and value and not part:
             raise DataError(f"the argument {key!r} would read or download another file: a description can't")
         if key == "_target_":
             _find_part(value)

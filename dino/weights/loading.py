@@ -33,7 +33,7 @@ from .reading import average_of, read_content, weights_of
 MIN_BACKBONE = 0.95
 _BACKBONE = "neck.backbone."
 _PROJECTION_KEYS = re.compile(r"neck\.(lateral|extra_levels)\.\d+\.0\.weight")
-_QUERY_KEYS = re.compile(r"(query_selection|branches\.\w+)\.content\.weight")
+_QUERY_KEYS = re.compile(r"(query_selection|branches\.[^.]+)\.content\.weight")
 _ATTENTION_KEYS = re.compile(r".+\.(sampling_offsets|attention_weights)\.(weight|bias)")
 _DETREX_NOTE = (
     "the file does not name the position encoding that it was trained with: detrex' 12-epoch models need "

@@ -209,3 +209,10 @@ def test_mixup_without_objects():
 def test_impossible_settings_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_strips_do_not_make_a_long_canvas():
+    """The short side of a strip is at least a pixel, so that its long side would be thousands."""
+    mosaic = Mosaic(side=20, max_size=40)
+    strips = [picture(size) for size in ((1, 800), (800, 1), (5, 5), (5, 5))]
+    assert max(mosaic.join(strips).image.shape) <= 80

@@ -180,3 +180,10 @@ def test_joining_equals_a_loop_over_detections(overlap, overlap_all):
 def test_flips_with_true_among_them_add_mirrored_views():
     for flips in ((False, True), (True,)):
         assert [view.mirrored for view in views(50, 100, (50,), 1000, flips)] == [False, True]
+
+
+def test_a_box_without_a_match_changes_nothing_even_if_it_is_nan():
+    main = Detections(torch.tensor([[1.0, 1.0, 5.0, 5.0]]), torch.tensor([0.9]), torch.tensor([0]))
+    other = main._replace(boxes=torch.full((1, 4), float("nan")))
+    view = Augmentation((10, 10), False)
+    assert torch.equal(join([main, other], [view, view], [1.0, 1.0], 10, 0.5).boxes, main.boxes)

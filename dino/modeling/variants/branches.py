@@ -54,6 +54,7 @@ class SharedHybridBranch(nn.Module):
         """
         _check_selection(self, query_selection, "next_boxes", "ranks no tokens")
         _check_decoder(self, decoder)
+        _check_content(self, decoder)
 
     def forward(
         self,
@@ -92,10 +93,15 @@ class HybridBranch(QuerySelection):
         """Check the parts that the branch uses.
 
         Raises:
-            UserError: the selection makes no features of tokens, or the decoder takes no `interaction`.
+            UserError: the selection makes no features of tokens, the decoder takes no `interaction`, or queries or
+                classes do not fit.
         """
         _check_selection(self, query_selection, "project", "makes no features of tokens")
         _check_decoder(self, decoder)
+        _check_content(self, decoder)
+        classes, expected = len(self.class_head.bias), len(decoder.class_heads[0].bias)
+        if classes != expected:
+            raise UserError(f"HybridBranch has {classes} classes, but the decoder {expected}")
 
     def forward(
         self,
@@ -157,4 +163,14 @@ def _check_decoder(branch: nn.Module, decoder: nn.Module) -> None:
         raise UserError(
             f"{type(branch).__name__} chooses how the decoder's queries read each other, but {type(decoder).__name__} "
             "takes no `interaction`: let its forward accept one, see Decoder, or leave the branch out"
+        )
+
+
+def _check_content(branch: nn.Module, decoder: nn.Module) -> None:
+    """Raise a UserError where a branch has no queries, or contents of another width than the decoder's."""
+    queries, width = branch.content.weight.shape
+    if not queries or width != decoder.embed_dim:
+        raise UserError(
+            f"{type(branch).__name__} has {queries} queries of {width} channels, but at least one of "
+            f'{decoder.embed_dim} was expected: in a recipe, embed_dim="${{...neck.out_channels}}"'
         )

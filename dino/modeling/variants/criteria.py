@@ -15,7 +15,7 @@ from dino.layers.matcher import check_copies
 from dino.structures import Outputs, Target
 from dino.utils.files import UserError
 
-_TAKEN = re.compile(r"interm|dn|(dn_)?\d+")  # what follows `loss_ce_` in names of the main losses
+_TAKEN = re.compile(r"(interm|dn|(dn_)?\d+)(_.*)?")  # what may follow `loss_ce_` in names of losses without a branch
 _AUXILIARY = re.compile(r"loss_[a-z]+(_dn)?_\d+")  # names of the losses of all decoder layers but the last
 
 
@@ -41,6 +41,8 @@ class SeparateCriterion(SetCriterion):
     def forward(self, outputs: Outputs, targets: list[Target], **options: Any) -> dict[str, Tensor]:
         """Outputs and B targets -> named scalars. `options` are those of `SetCriterion.forward`."""
         losses = super().forward(outputs._replace(proposals=outputs.decoder.without_layers()), targets, **options)
+        if not len(outputs.proposals.logits):
+            return losses
         proposed = Outputs(outputs.proposals, outputs.proposals.without_layers())
         targets = [self.proposal_target(target) for target in targets]
         proposal_losses = super().forward(proposed, targets, **options)
@@ -78,6 +80,7 @@ class OneToManyCriterion(SetCriterion):
     def __init__(self, *, copies: int = 6, objects_factor: float | None = None, **arguments: Any):
         super().__init__(**arguments)
         check_copies(self.matcher)
+        _check_positive(self, copies=copies, objects_factor=1 if objects_factor is None else objects_factor)
         self.num_copies = copies
         self.factor = copies if objects_factor is None else objects_factor
 
@@ -108,14 +111,20 @@ class RankedCriterion(SetCriterion):
     """
 
     def __init__(
-        self, *, class_loss: nn.Module, temperature: float = 1.5, objects_factor: float = 1.0, **arguments: Any
+        self,
+        *,
+        class_loss: nn.Module | None = None,
+        temperature: float = 1.5,
+        objects_factor: float = 1.0,
+        **arguments: Any,
     ):
         super().__init__(class_loss=class_loss, **arguments)
         if not isinstance(class_loss, QualityLoss):
             raise UserError(
-                f"{type(class_loss).__name__} has no quality to rank the predictions of an object by: "
+                f"{type(self.class_loss).__name__} has no quality to rank the predictions of an object by: "
                 f"{type(self).__name__} needs a QualityLoss, such as IoUAwareLoss"
             )
+        _check_positive(self, temperature=temperature, objects_factor=objects_factor)
         self.temperature = temperature
         self.factor = objects_factor
 
@@ -144,11 +153,41 @@ class MixedMatchingCriterion(RankedCriterion):
     def __init__(self, *, copies: int = 2, **arguments: Any):
         super().__init__(**arguments)
         check_copies(self.matcher)
+        _check_positive(self, copies=copies)
         self.num_copies = copies
 
     def copies(self, num_layers: int, num_proposals: int) -> list[int]:
         """One in the last layer of the decoder."""
         return [*[self.num_copies] * (num_layers - 1), 1, *[self.num_copies] * num_proposals]
+
+
+def _check_positive(criterion: nn.Module, **numbers: float) -> None:
+    """Raise a UserError where a number is not above 0, or `copies` not whole: losses would be infinite or reversed."""
+    for name, number in numbers.items():
+        if not number > 0 or (name == "copies" and number != int(number)):
+            raise UserError(f"{type(criterion).__name__}: {name} is {number}, a positive number was expected")
+
+
+def check_proposals(criterion: nn.Module, network: nn.Module) -> None:
+    """Check that a network's proposals and its decoder's predictions can be matched by one criterion.
+
+    Raises:
+        UserError: they have other numbers of queries or classes, and the criterion does not match them apart.
+    """
+    parts = criterion.modules() if isinstance(criterion, nn.Module) else ()
+    main = next((part for part in parts if isinstance(part, SetCriterion)), None)
+    needed = _criterion_of_proposals(network)
+    if needed and main and not isinstance(main, SeparateCriterion):
+        raise UserError(f"proposals differ from the decoder's predictions in number or classes: use {needed}")
+
+
+def _criterion_of_proposals(network: nn.Module) -> str:
+    """Name of the criterion that a network's proposals need, if `SetCriterion` can't match them."""
+    selection, decoder = (getattr(network, name, None) for name in ("query_selection", "decoder"))
+    heads = (getattr(selection, "class_head", None), *getattr(decoder, "class_heads", ()))
+    if len({head.out_features for head in heads if isinstance(head, nn.Linear)}) > 1:
+        return "ObjectnessCriterion"
+    return "SeparateCriterion" if hasattr(selection, "patterns") else ""
 
 
 def _rank(values: Tensor, group: Tensor) -> Tensor:

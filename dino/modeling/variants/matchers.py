@@ -14,6 +14,7 @@ from dino.layers.boxes import box_iou, cxcywh_to_xyxy, to_float32
 from dino.layers.matcher import HungarianMatcher, NonFinite, Pairs, finite_costs, pad_targets
 from dino.structures import LayerOutputs, Target
 from dino.utils.device import to_device, to_host
+from dino.utils.files import UserError
 
 _EPS = 1e-8  # as the published program
 
@@ -74,6 +75,8 @@ class ThresholdMatcher(nn.Module):
 
     def __init__(self, *, threshold: float = 0.4, most: int = 6, iou_weight: float = 0.7):
         super().__init__()
+        if most < 1:
+            raise UserError(f"ThresholdMatcher: most is {most}, but an object needs at least one prediction")
         self.threshold = threshold
         self.most = most
         self.iou_weight = iou_weight

@@ -9,7 +9,7 @@ Class losses weigh six times, but not those of denoising. Differs from that run:
 frozen there, positions are encoded with temperature 10000 and offset -0.5, an epoch has 7,500 iterations, 7,393 here,
 and its matching mixes up objects of one class, see `PositionModulatedMatcher`. Not trained here.
 
-48,109,836 parameters, 284.8 G multiply-adds at 800x1280; memory: not measured.
+48,109,836 parameters, 284.7 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from detectron2.config import LazyCall as L

@@ -381,3 +381,18 @@ def test_network_and_criterion_of_different_branches_are_refused():
         Detector(network("a"), criterion=TwoArguments())
     Detector(network("a"))
     check_branches(lambda outputs, targets: {}, ())
+
+
+@pytest.mark.parametrize("name", ["0_h", "dn_h", "interm_h", "dn_0_h", "dn", "interm", "3"])
+def test_names_that_would_take_losses_of_others_are_refused(name):
+    """`loss_ce_0` of the branch `h` and `loss_ce` of the branch `0_h` would be one loss."""
+    criterion = SetCriterion(matcher=HungarianMatcher())
+    with pytest.raises(UserError, match=f"can't be called '{name}'"):
+        CombinedCriterion(criterion=criterion, branches={"h": criterion, name: criterion})
+    CombinedCriterion(criterion=criterion, branches={"second_0": criterion})
+
+
+@pytest.mark.parametrize("options", [{"copies": 0}, {"copies": -1}, {"copies": 2.5}, {"objects_factor": 0}])
+def test_numbers_that_make_losses_infinite_are_refused(options):
+    with pytest.raises(UserError, match="a positive number was expected"):
+        OneToManyCriterion(matcher=HungarianMatcher(), **options)

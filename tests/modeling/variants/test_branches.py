@@ -366,3 +366,18 @@ def test_a_decoder_without_interaction_is_refused(name):
 def test_a_branch_of_ones_own_needs_no_check():
     network = tiny_network(branches={"own": nn.Identity()})
     assert list(network.branches) == ["own"]
+
+
+@pytest.mark.parametrize(
+    ("branch", "message"),
+    [
+        (lambda: SharedHybridBranch(num_queries=5), "5 queries of 256 channels, but at least one of 32"),
+        (lambda: SharedHybridBranch(num_queries=0, embed_dim=32), "0 queries of 32 channels"),
+        (lambda: HybridBranch(num_queries=5, num_classes=3, embed_dim=16), "5 queries of 16 channels"),
+        (lambda: HybridBranch(num_queries=5, num_classes=80, embed_dim=32), "80 classes, but the decoder 3"),
+    ],
+)
+def test_branches_of_another_size_are_refused(branch, message):
+    network = tiny_network()
+    with pytest.raises(UserError, match=message):
+        branch().check(network.query_selection, network.decoder)

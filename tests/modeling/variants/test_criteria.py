@@ -4,15 +4,31 @@ import numpy as np
 import pytest
 import torch
 
-from dino.layers import FocalLoss, HungarianMatcher, IoUAwareLoss, LayerOutputs, MatchabilityLoss, SetCriterion
+from dino.layers import (
+    FocalLoss,
+    HungarianMatcher,
+    IoUAwareLoss,
+    LayerOutputs,
+    LossScaling,
+    MatchabilityLoss,
+    SetCriterion,
+)
 from dino.layers.criterion import global_loss_normalizer
-from dino.modeling.variants import CombinedCriterion, MixedMatchingCriterion, OneToManyCriterion
-from dino.modeling.variants.criteria import _rank
+from dino.modeling import QuerySelection
+from dino.modeling.variants import (
+    CombinedCriterion,
+    MixedMatchingCriterion,
+    ObjectnessCriterion,
+    OneToManyCriterion,
+    PatternSelection,
+    SeparateCriterion,
+)
+from dino.modeling.variants.criteria import _rank, check_proposals
 from dino.structures import DenoisingOutputs, Outputs, Target
 from dino.utils.files import UserError
 
 from ...descendants.recorded import pairs_of
-from ...tiny import random_boxes, random_targets
+from ...tiny import random_boxes, random_targets, tiny_network
 from .published import check_losses, check_pairs, iou_of_detrex, wide_inputs
 
 
@@ -257,3 +273,28 @@ def test_branches_and_criteria_must_agree():
     for extra, branches in (({"a": main}, {}), (None, {"b": criterion})):
         with pytest.raises(UserError, match="the network has the branches"):
             CombinedCriterion(criterion=criterion, branches=branches)(main._replace(extra=extra), targets)
+
+
+@pytest.mark.parametrize(
+    ("selection", "needed"),
+    [
+        (lambda: PatternSelection(num_queries=4, num_classes=3, embed_dim=32), "use SeparateCriterion"),
+        (lambda: QuerySelection(num_queries=12, num_classes=1, embed_dim=32), "use ObjectnessCriterion"),
+    ],
+)
+def test_proposals_of_another_kind_need_their_criterion(selection, needed):
+    network, criterion = tiny_network(), SetCriterion(matcher=HungarianMatcher())
+    check_proposals(criterion, network)
+    network.query_selection = selection()
+    with pytest.raises(UserError, match=needed):
+        check_proposals(LossScaling(criterion=criterion, factors={}), network)
+    check_proposals(ObjectnessCriterion(matcher=HungarianMatcher()), network)
+
+
+def test_no_proposals_to_match_apart():
+    """Of learned queries, or of a branch."""
+    targets = random_targets(2, 1)
+    outputs = random_outputs(targets)
+    outputs = outputs._replace(proposals=outputs.proposals.without_layers())
+    found = SeparateCriterion(matcher=HungarianMatcher())(outputs, targets)
+    assert found == SetCriterion(matcher=HungarianMatcher())(outputs, targets)
