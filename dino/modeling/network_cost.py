@@ -54,6 +54,7 @@ def count_multiply_adds(
         batch, height, width: of the images, in pixels.
         targets: the objects of each image, or None.
     """
+    use_compiled(_device_of(network))  # loads the operator, which a formula names
     counter = FlopCounterMode(display=False, custom_mapping=_operator_formulas())
     within: Counter[str] = Counter()  # branches
 

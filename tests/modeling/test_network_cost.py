@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -74,6 +78,20 @@ def test_multiply_adds_of_an_attention_by_hand():
     with counter:
         module(*inputs, [(3, 5), (2, 2)])
     assert counter.get_total_flops() == 2 * expected
+
+
+def test_the_first_count_of_a_process_has_the_operator_too():
+    """Also where nothing has loaded it before."""
+    program = (
+        "from dino.modeling.network_cost import count_multiply_adds\n"
+        "from tests.tiny import tiny_network\n"
+        "network = tiny_network()\n"
+        "print(*(count_multiply_adds(network, 1, 64, 64)['total'] for _ in range(2)))"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    first, second = done.stdout.split()
+    assert first == second
 
 
 def test_multiply_adds_of_the_relation_counted_by_hand():
