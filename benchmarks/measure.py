@@ -53,6 +53,27 @@ def peak_memory(run, device):
     return before, memory_in_use("VmHWM"), result
 
 
+class Worker:
+    """A process that answers a line with a line of JSON, so that programs share neither memory nor settings."""
+
+    def __init__(self, command, environment=None):
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(self, *words):
+        self.process.stdin.write(" ".join(words) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            sys.exit(f"a worker ended with status {self.process.wait()}")
+        return json.loads(answer)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
 def hardware(device):
     """Names of processor and GPU, cores, threads, and the processor's instructions for bfloat16."""
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""

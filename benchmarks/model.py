@@ -22,7 +22,6 @@ import contextlib
 import json
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -36,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from measure import MIB, clock, git, origin, peak_memory  # noqa: E402
+from measure import MIB, Worker, clock, git, origin, peak_memory  # noqa: E402
 from others import NUM_CLASSES, PROGRAMS, Contender, recognise  # noqa: E402
 
 from dino.inference.cpu import fold_norms, keep_freed_memory, prepare_for_cpu  # noqa: E402
@@ -316,40 +315,26 @@ model.main()
 """
 
 
-class Worker:
-    """A process with one contender, so that programs share neither memory nor settings."""
-
-    def __init__(self, case, name, options, weights=None):
-        start = [__file__, "--serve", name]
-        if name == EARLIER:
-            start = ["-c", SERVE_EARLIER, Path(options.against).resolve(), *case, "--serve", "dino"]
-        command = [sys.executable, *map(str, start), "--cases", f"^{re.escape(str(case))}$"]
-        command += ["--device", options.device, "--threads", str(options.threads), "--dtypes", options.dtypes]
-        command += ["--weights", weights] if weights else []
-        command += ["--against", options.against] if name in PROGRAMS else []
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def ask(self, request):
-        self.process.stdin.write(request + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            sys.exit(f"a worker ended with status {self.process.wait()}")
-        return json.loads(answer)
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
+def start_worker(case, name, options, weights=None):
+    """A process with one contender."""
+    start = [__file__, "--serve", name]
+    if name == EARLIER:
+        start = ["-c", SERVE_EARLIER, Path(options.against).resolve(), *case, "--serve", "dino"]
+    command = [sys.executable, *map(str, start), "--cases", f"^{re.escape(str(case))}$"]
+    command += ["--device", options.device, "--threads", str(options.threads), "--dtypes", options.dtypes]
+    command += ["--weights", weights] if weights else []
+    command += ["--against", options.against] if name in PROGRAMS else []
+    return Worker(command)
 
 
 def measure(case, names, options):
     """One row for each contender."""
     with tempfile.TemporaryDirectory() as folder:
-        other = Worker(case, names[-1], options)
+        other = start_worker(case, names[-1], options)
         weights = f"{folder}/weights" if names[-1] in PROGRAMS else None  # all others draw the same ones
         if weights:
             other.ask(f"weights {weights}")
-        workers = {"dino": Worker(case, "dino", options, weights), names[-1]: other}
+        workers = {"dino": start_worker(case, "dino", options, weights), names[-1]: other}
         for name, worker in workers.items():  # also warms up
             worker.ask(f"output {folder}/{name}")
         outputs = {name: torch.load(f"{folder}/{name}") for name in names}

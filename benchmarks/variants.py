@@ -18,7 +18,6 @@ import os
 import re
 import shlex
 import statistics
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -30,7 +29,7 @@ from dino.cli import report_errors  # noqa: E402  # silences warnings of Detectr
 
 import torch  # noqa: E402  # isort: skip
 from detectron2.config import LazyConfig, instantiate  # noqa: E402
-from measure import clock, origin, peak_memory  # noqa: E402
+from measure import Worker, clock, origin, peak_memory  # noqa: E402
 
 from dino.inference.cpu import keep_freed_memory  # noqa: E402
 from dino.layers.cpu_feed_forward import use_cpu_feed_forward  # noqa: E402
@@ -100,32 +99,15 @@ def peak_of(work):
     return peak_memory(work, DEVICE)[1]
 
 
-class Worker:
+def start_worker(name, options):
     """A process with one recipe."""
-
-    def __init__(self, name, options):
-        command = [sys.executable, __file__, "--serve", name, "--size", *map(str, options.size)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
-        self.process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def ask(self, *request):
-        self.process.stdin.write(" ".join(request) + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            sys.exit(f"a worker ended with status {self.process.wait()}")
-        return json.loads(answer)
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
+    command = [sys.executable, __file__, "--serve", name, "--size", *map(str, options.size)]
+    return Worker(command, {**os.environ, "OMP_NUM_THREADS": str(options.threads)})
 
 
 def measure(names, options):
     """Name -> what its process measured; in every round each runs once."""
-    workers = {name: Worker(name, options) for name in names}
+    workers = {name: start_worker(name, options) for name in names}
     found = {name: {"peak_bytes": worker.ask("peak", "training")} for name, worker in workers.items()}
     for work in ("training", "inference"):
         for worker in workers.values():  # warms up

@@ -122,10 +122,10 @@ class Detections(NamedTuple):
     labels: Tensor  # (K,) int64
 
 
-def separate(predictions: LayerOutputs, proposals: LayerOutputs, denoising: DenoisingQueries) -> Outputs:
-    """Predictions for T denoising queries and Q others, in this order -> their `Outputs`."""
-    denoised, decoder = predictions.split(denoising.queries.content.shape[1])
-    return Outputs(decoder, proposals, DenoisingOutputs(denoised, denoising.targets, denoising.num_groups))
+def separate(predictions: LayerOutputs, denoising: DenoisingQueries) -> tuple[LayerOutputs, DenoisingOutputs]:
+    """Predictions for T denoising queries and Q others, in this order -> those of the others, and of denoising."""
+    denoised, others = predictions.split(denoising.queries.content.shape[1])
+    return others, DenoisingOutputs(denoised, denoising.targets, denoising.num_groups)
 
 
 def concatenate(first: Queries, second: Queries) -> Queries:

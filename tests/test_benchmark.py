@@ -90,7 +90,7 @@ def test_model_benchmark_and_report(monkeypatch, tmp_path):
             pass
 
     monkeypatch.setattr(benchmark, "CPU_CASES", cases)
-    monkeypatch.setattr(benchmark, "Worker", Worker)
+    monkeypatch.setattr(benchmark, "start_worker", Worker)
     monkeypatch.setattr(benchmark, "matrix_product", lambda dtype, device: 1e9)
     monkeypatch.setattr("sys.argv", ["model.py", "--results", str(tmp_path), "--rounds", "2", "--threads", "1"])
     benchmark.main()
@@ -128,7 +128,8 @@ def test_an_earlier_checkout_serves_by_its_own_program(tmp_path):
     (tmp_path / "benchmarks/model.py").write_text(EARLIER)
     benchmark = program("model")
     name, case = benchmark.contender_in(tmp_path), benchmark.CPU_CASES[0]
-    worker = benchmark.Worker(case, name, Namespace(against=str(tmp_path), device="cpu", threads=1, dtypes="float32"))
+    options = Namespace(against=str(tmp_path), device="cpu", threads=1, dtypes="float32")
+    worker = benchmark.start_worker(case, name, options)
     request, cases, arguments = worker.ask("time")
     worker.close()
     assert (name, request, cases) == ("earlier", "time", [list(case)])

@@ -15,6 +15,7 @@ from detectron2.config import LazyCall, LazyConfig, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from dino.d2.training.parallel import from_main, restarted, started_by_same
+from dino.modeling.variants import Branches, CombinedCriterion
 from dino.utils.files import DataError, UserError, free_name
 from dino.utils.recipes import find_recipe
 
@@ -37,6 +38,8 @@ class DataFiles(NamedTuple):
 
 
 NO_FILES = DataFiles()
+
+_SHARED_BY_LOSSES = ("matcher", "class_loss", "class_weight", "l1_weight", "giou_weight", "alpha", "gamma")
 
 
 def load_recipe(
@@ -243,3 +246,22 @@ def scale_to_batch(cfg: DictConfig, overrides: Sequence[str]) -> None:
             changes.append(f"{key} {value} -> {OmegaConf.select(cfg, key)}")
     cfg.train.reference_batch = batch
     logger.info(f"total batch {batch}, the recipe's is {reference}: {', '.join(changes) or 'nothing else changed'}")
+
+
+def add_branch(model: DictConfig, name: str, branch: DictConfig, losses: DictConfig) -> None:
+    """Add a branch to the network of a recipe's `model`, in place, and its losses to the criterion.
+
+    Args:
+        model: of the recipe; its criterion is a `SetCriterion` or a variant of it, or has branches already.
+        name: of the branch; its losses are called after it.
+        branch: see `dino.modeling.variants.branches`.
+        losses: a criterion. Matcher, class loss and weights are those of the main criterion, unless it has its own.
+    """
+    if "branches" not in model.network:
+        model.network["branches"] = LazyCall(Branches)()
+        model["criterion"] = LazyCall(CombinedCriterion)(criterion=model.criterion, branches=LazyCall(Branches)())
+    for key in _SHARED_BY_LOSSES:
+        if key in model.criterion.criterion and key not in losses:
+            losses[key] = f"${{...criterion.{key}}}"
+    model.network.branches[name] = branch
+    model.criterion.branches[name] = losses

@@ -39,11 +39,20 @@ def _area(sides: Tensor) -> Tensor:
     return width * height
 
 
+def _corners(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Upper left and lower right (..., 2) of a, then of b: xyxy boxes (..., 4) that broadcast."""
+    return (*a.split(2, -1), *b.split(2, -1))
+
+
+def _overlap_and_union(low_a: Tensor, high_a: Tensor, low_b: Tensor, high_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Areas (...) of boxes by their corners (..., 2)."""
+    overlap = _area((torch.min(high_a, high_b) - torch.max(low_a, low_b)).clamp(min=0))
+    return overlap, _area(high_a - low_a) + _area(high_b - low_b) - overlap
+
+
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
     """IoU of xyxy boxes that broadcast: (..., 4), (..., 4) -> (...). 0 where both are empty."""
-    (low_a, high_a), (low_b, high_b) = a.split(2, -1), b.split(2, -1)  # (..., 2) each
-    overlap = _area((torch.min(high_a, high_b) - torch.max(low_a, low_b)).clamp(min=0))
-    union = _area(high_a - low_a) + _area(high_b - low_b) - overlap
+    overlap, union = _overlap_and_union(*_corners(a, b))
     return overlap / union.clamp(min=torch.finfo(union.dtype).tiny)
 
 
@@ -52,9 +61,8 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
 
     Both denominators have the 1e-6 of the official program, for boxes in [0,1]. Degenerate boxes give finite values.
     """
-    (low_a, high_a), (low_b, high_b) = a.split(2, -1), b.split(2, -1)  # (..., 2) each
-    overlap = _area((torch.min(high_a, high_b) - torch.max(low_a, low_b)).clamp(min=0))
-    union = _area(high_a - low_a) + _area(high_b - low_b) - overlap
+    low_a, high_a, low_b, high_b = corners = _corners(a, b)
+    overlap, union = _overlap_and_union(*corners)
     hull = _area((torch.max(high_a, high_b) - torch.min(low_a, low_b)).clamp(min=0))
     return overlap / (union + _IOU_EPS) - (hull - union) / (hull + _IOU_EPS)
 

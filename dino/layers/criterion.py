@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,9 @@ from .boxes import cxcywh_to_xyxy, generalized_iou, to_float32
 from .class_loss import FocalLoss, Positives
 from .matcher import NonFinite, Pairs, start_matching, takes
 
+# The targets (K,) of the class loss, or None, and the pairs -> weights (K,) of the pairs; None for 1.
+PairWeights = Callable[[Tensor | None, Positives], Tensor | None]
+
 
 class _Matches(NamedTuple):
     """K pairs of a prediction and an object, layer after layer, image after image."""
@@ -25,18 +28,12 @@ class _Matches(NamedTuple):
     query: Tensor  # (K,) int64, index into the queries of all layers and images
     target: Tensor  # (K,) int64, index into the objects of all images
     counts: list[int]  # pairs of each of N layers
-    even: bool  # whether all layers have as many pairs
-
-    def by_layer(self, values: Tensor) -> Tensor:
-        """View values (K, ...) as (N, K/N, ...) if all layers have as many pairs; else leave them."""
-        if self.even:
-            return values.view(len(self.counts), self.counts[0], *values.shape[1:])
-        return values
+    pair_weights: PairWeights | None = None
 
     def sum_layers(self, values: Tensor) -> Tensor:
-        """Values of `by_layer` -> (N,), the sums over the pairs of each layer."""
-        if self.even:
-            return values.sum(tuple(range(1, values.ndim)))
+        """Values (K, ...) -> (N,), the sums over the pairs of each layer."""
+        if len(set(self.counts)) == 1:  # one operation
+            return values.unflatten(0, (len(self.counts), self.counts[0])).flatten(1).sum(1)
         return torch.stack([part.sum() for part in values.split(self.counts)])
 
 
@@ -67,6 +64,9 @@ class SetCriterion(nn.Module):
         class_loss: nn.Module | None = None,
     ):
         super().__init__()
+        for method in ("negative_focal_loss", "positive_focal_loss"):
+            if hasattr(self, method):  # of a subclass written before there was `class_loss`
+                raise UserError(f"{type(self).__name__}.{method} is not used any more: give a `class_loss`")
         self.matcher = matcher
         self.weights = {"ce": class_weight, "bbox": l1_weight, "giou": giou_weight}
         self.class_loss = class_loss or FocalLoss(alpha=alpha, gamma=gamma)
@@ -108,9 +108,9 @@ class SetCriterion(nn.Module):
             sums = self.denoising_losses(outputs.denoising)
             scale = num_denoised * max(1, outputs.denoising.num_groups)
             denoising_losses = self._weighted(sums, scale, [f"_dn{layer}" for layer in [*layers, ""]])
-        matches = _flatten_matches(matching(), targets, matched)
+        matches = _flatten_matches(matching(), targets, matched, self.pair_weights)
         suffixes = [*layers, "", *["_interm"] * len(outputs.proposals.logits)]
-        sums = self.losses(matched, negatives, matches, targets, self.pair_weights)
+        sums = self.losses(matched, negatives, matches, targets)
         return self._weighted(sums, self.divisor(num_objects), suffixes) | denoising_losses
 
     def copies(self, num_layers: int, num_proposals: int) -> list[int] | None:
@@ -122,7 +122,7 @@ class SetCriterion(nn.Module):
         return num_objects
 
     def pair_weights(self, quality: Tensor | None, pairs: Positives) -> Tensor | None:
-        """Weights (K,) of the pairs by the targets (K,) of the class loss; None for 1. Denoising has none."""
+        """Weights of the pairs, see `PairWeights`. Denoising has none."""
         return None
 
     def _weighted(self, sums: dict[str, Tensor], scale: Tensor, suffixes: list[str]) -> dict[str, Tensor]:
@@ -134,12 +134,7 @@ class SetCriterion(nn.Module):
         }
 
     def losses(
-        self,
-        predictions: LayerOutputs,
-        negatives: Tensor,
-        matches: _Matches,
-        targets: list[Target],
-        pair_weights: Callable[[Tensor | None, Positives], Tensor | None] | None = None,
+        self, predictions: LayerOutputs, negatives: Tensor, matches: _Matches, targets: list[Target]
     ) -> dict[str, Tensor]:
         """Sum the three losses of N layers over all images and queries -> (N,) each.
 
@@ -147,7 +142,6 @@ class SetCriterion(nn.Module):
             predictions, targets: N layers of B images; the objects of each image.
             negatives: (N,), class loss of all predictions as negatives.
             matches: pairs of predictions and objects.
-            pair_weights: see the method of this name; None for 1.
         """
         logits, boxes = to_float32(predictions.logits), to_float32(predictions.boxes)
         labels = torch.cat([t.labels for t in targets])[matches.target]  # (K,)
@@ -161,18 +155,14 @@ class SetCriterion(nn.Module):
             shape=tuple(logits.shape[:3]),
             num_objects=len(objects),
         )
-        true_logits, boxes, true_boxes = map(matches.by_layer, pairs[:3])  # (N, K/N, ...)
-        l1 = (boxes - true_boxes).abs()  # (N, K/N, 4)
-        giou = 1 - generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(true_boxes))  # (N, K/N)
+        l1 = (pairs.boxes - pairs.true_boxes).abs()  # (K, 4)
+        giou = 1 - generalized_iou(cxcywh_to_xyxy(pairs.boxes), cxcywh_to_xyxy(pairs.true_boxes))  # (K,)
         quality = self.class_loss.targets(pairs)  # (K,)
-        weights = pair_weights(quality, pairs) if pair_weights else None  # (K,)
+        weights = matches.pair_weights(quality, pairs) if matches.pair_weights else None  # (K,)
         if weights is not None:
-            quality, weights = quality * weights, matches.by_layer(weights)
-            l1, giou = l1 * weights[..., None], giou * weights
-        quality = None if quality is None else matches.by_layer(quality)  # (N, K/N)
-        positives = self.class_loss.positives(true_logits, quality)  # (N, K/N)
+            quality, l1, giou = quality * weights, l1 * weights[:, None], giou * weights
         return {
-            "ce": negatives + matches.sum_layers(positives),
+            "ce": negatives + matches.sum_layers(self.class_loss.positives(pairs.logits, quality)),
             "bbox": matches.sum_layers(l1),
             "giou": matches.sum_layers(giou),
         }
@@ -196,7 +186,9 @@ def _known_pairs(num_objects: int, num_groups: int, num_queries: int) -> tuple[n
     return (starts[:, None] + objects).ravel(), np.tile(objects, num_groups)
 
 
-def _flatten_matches(layers: Pairs, targets: list[Target], predictions: LayerOutputs) -> _Matches:
+def _flatten_matches(
+    layers: Pairs, targets: list[Target], predictions: LayerOutputs, pair_weights: PairWeights | None = None
+) -> _Matches:
     """Pairs per layer and image -> one table, in one transfer to the device of the predictions."""
     _, images, queries, _ = predictions.boxes.shape
     first = np.cumsum([0] + [len(t.labels) for t in targets])
@@ -207,7 +199,7 @@ def _flatten_matches(layers: Pairs, targets: list[Target], predictions: LayerOut
     ]
     counts = [sum(len(query) for query, _ in pairs) for pairs in layers]
     query, target = to_device(np.concatenate(rows, 1), predictions.boxes.device, torch.int64)
-    return _Matches(query, target, counts, even=len(set(counts)) == 1)
+    return _Matches(query, target, counts, pair_weights)
 
 
 def _count(targets: list[Target]) -> int:
@@ -251,25 +243,4 @@ def check_normalizer(part: nn.Module) -> None:
         raise UserError(
             f"{type(part).__name__} takes no `normalizer`, so a batch can't come in parts: set "
             "train.grad_accum_steps=1, or let its forward accept **options and pass them on"
-        )
-
-
-def check_branches(criterion: nn.Module, branches: Collection[str]) -> None:
-    """Check that a criterion has losses for the branches of a network, which its attribute `branches` names.
-
-    Parts of the criterion are searched, so a wrapper needs no such attribute. A criterion without it has none.
-
-    Args:
-        criterion: such as `CombinedCriterion`.
-        branches: names of the network's branches.
-
-    Raises:
-        UserError: the network has other branches. Branches without losses would be computed for nothing.
-    """
-    parts = criterion.modules() if isinstance(criterion, nn.Module) else [criterion]
-    named = next((part.branches for part in parts if hasattr(part, "branches")), ())
-    if set(named) != set(branches):
-        raise UserError(
-            f"the network has the branches {sorted(branches)}, but the criterion losses for {sorted(named)}. "
-            "CombinedCriterion adds losses of branches; a criterion of your own names them in its attribute `branches`"
         )

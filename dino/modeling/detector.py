@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dino.layers.boxes import xyxy_to_cxcywh
-from dino.layers.criterion import call_criterion, check_branches, global_loss_normalizer
+from dino.layers.criterion import call_criterion, global_loss_normalizer
 from dino.layers.matcher import NonFiniteCostError
 from dino.layers.postprocess import detections
 from dino.structures import Detections, Outputs, Target
@@ -20,7 +20,7 @@ from dino.utils.device import to_device
 
 from .cuda_graphs import CudaGraphs
 from .dino import DINO
-from .variants.criteria import check_proposals
+from .variants.criteria import check_criterion
 
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # RGB, values 0 to 255
 
@@ -61,7 +61,7 @@ class Detector(nn.Module):
         graphs: run in place of the network in `detect`, for speed.
 
     Raises:
-        UserError: network and criterion do not fit, see `check_branches` and `check_proposals`.
+        UserError: network and criterion do not fit, see `check_criterion`.
     """
 
     def __init__(
@@ -76,8 +76,7 @@ class Detector(nn.Module):
     ):
         super().__init__()
         if criterion is not None:
-            check_branches(criterion, getattr(network, "branches", ()))
-            check_proposals(criterion, network)
+            check_criterion(criterion, network)
         self.network = network
         self.criterion = criterion
         self.preprocessing = preprocessing

@@ -66,9 +66,10 @@ class DINO(nn.Module):
             return Outputs(self.decoder(queries, memory), proposals)
         dn = self.denoising(targets, queries.content.shape[1])
         queries = concatenate(dn.queries, queries)
-        outputs = separate(self.decoder(queries, memory), proposals, dn)
+        decoder, denoising = separate(self.decoder(queries, memory), dn)
         parts = (dn, queries, memory, self.query_selection, self.decoder)
-        return outputs._replace(extra={name: branch(*parts) for name, branch in self.branches.items()})
+        extra = {name: branch(*parts) for name, branch in self.branches.items()}
+        return Outputs(decoder, proposals, denoising, extra)
 
     def tokenize(self, maps: list[Tensor], padding_mask: Tensor | None) -> Tokens:
         """L maps (B, E, h, w) and the padding mask (B, H, W) of the images -> one sequence of tokens."""

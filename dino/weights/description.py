@@ -23,6 +23,7 @@ from dino.utils.files import DataError
 from . import load_weights, read_content
 
 _WORD = re.compile(r"[\w.+-]*")  # any text of a description: no path and no address
+_NAMED = ("dino.modeling.variants.Branches", "dino.modeling.variants.branches.Branches")  # of parts with any names
 _FETCHING = re.compile(r"pretrained.*|weights.*|checkpoint.*|cache_dir|file|.*(url|hub).*")  # arguments that name files
 
 
@@ -125,8 +126,8 @@ def _check(node: Any) -> None:
 def _check_arguments(node: dict) -> None:
     """`_check` for a part and its arguments."""
     for key, value in node.items():
-        part = isinstance(value, dict) and "_target_" in value  # a branch may have any name
-        if _FETCHING.fullmatch(key) and value and not part:
+        named = node.get("_target_") in _NAMED and isinstance(value, dict)
+        if _FETCHING.fullmatch(key) and value and not named:
             raise DataError(f"the argument {key!r} would read or download another file: a description can't")
         if key == "_target_":
             _find_part(value)

@@ -13,6 +13,7 @@ import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 
+from dino.d2.recipe import add_branch
 from dino.export.export_formats import FORMATS, write
 from dino.export.export_wrapper import ExportWrapper, Fixed
 from dino.layers import IoUAwareLoss, deform_attn_implementation
@@ -20,6 +21,8 @@ from dino.modeling.detector import Detector
 from dino.modeling.variants import (
     LearnedQueries,
     MixedMatchingCriterion,
+    RankedCriterion,
+    SecondPass,
     ThresholdMatcher,
 )
 from dino.utils.files import DataError, UserError
@@ -197,12 +200,15 @@ def test_they_resume_to_the_last_bit(name):
 def test_parts_of_several_descendants_go_together():
     """Relations, fused states and a hybrid branch with the losses of Align-DETR, and a second pass beside them."""
     model = copy.deepcopy(recipe("relation_detr").model)
-    second = copy.deepcopy(recipe("dac").model)
     main = model.criterion.criterion
     main._target_, main.class_loss = MixedMatchingCriterion, L(IoUAwareLoss)()
-    model.network.branches.second = second.network.branches.second
-    model.criterion.branches.second = second.criterion.branches.second
+    losses = L(RankedCriterion)(matcher=L(ThresholdMatcher)(), l1_weight=1.0)
+    add_branch(model, "second", L(SecondPass)(), losses)
     detector = instantiate(model)
+    second = detector.criterion.branches["second"]
+    assert second.weights == {"ce": 1.0, "bbox": 1.0, "giou": 2.0}  # its own, and those of the main losses
+    assert isinstance(second.class_loss, IoUAwareLoss)
+    assert isinstance(second.matcher, ThresholdMatcher)
     batch, targets = random_batch(2), random_targets(2, 3)
     losses = detector.criterion(detector.network(*batch, targets), targets)
     assert {"loss_ce", "loss_ce_hybrid", "loss_ce_interm_hybrid", "loss_ce_second", "loss_giou_dn_second"} <= set(

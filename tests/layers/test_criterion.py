@@ -341,3 +341,14 @@ def test_criteria_of_two_arguments(wrap):
     assert call_criterion(criterion, outputs, targets, normalizer=None, non_finite="match") == expected
     with pytest.raises(UserError, match="TwoArguments takes no `normalizer`, so a batch can't come in parts"):
         call_criterion(criterion, outputs, targets, normalizer=torch.ones(2))
+
+
+def test_a_subclass_with_the_former_class_loss_is_refused():
+    """Its method would be ignored without a word."""
+
+    class Former(SetCriterion):
+        def negative_focal_loss(self, logits):
+            return 2 * logits.sum((1, 2, 3))
+
+    with pytest.raises(UserError, match="negative_focal_loss is not used any more"):
+        Former(matcher=HungarianMatcher())

@@ -10,7 +10,7 @@ import torch
 import dino
 from dino.utils.files import DataError
 from dino.weights import description
-from dino.weights.description import Preprocessing, detector_from_checkpoint, model_from_checkpoint
+from dino.weights.description import Preprocessing, _check, detector_from_checkpoint, model_from_checkpoint
 
 from ..tiny import random_batch
 from .states import randomise
@@ -101,6 +101,10 @@ def touch(path):
         ),
         (lambda p: network(backbone={**TORCHVISION, "name": "../../model"}), "can't name addresses and paths"),
         (lambda p: network(backbone={**TORCHVISION, "weights": "IMAGENET1K_V1"}), "'weights' would read or download"),
+        (
+            lambda p: network(backbone={**TORCHVISION, "weights": {"_target_": "dino.modeling.variants.SecondPass"}}),
+            "'weights' would read or download",
+        ),
         (lambda p: network(backbone={**TORCHVISION, "options": {"pretrained": True}}), "'pretrained' would read or"),
         (lambda p: network(num_classes="!!python/object/apply:os.system ['ls']"), "no plain word"),
         (lambda p: network(width=3), "TypeError: .*width"),
@@ -193,7 +197,7 @@ def test_nothing_is_imported_but_for_a_name_on_the_list(tmp_path):
     for number, target in enumerate(targets):
         write_content(tmp_path / f"{number}.pth", network(backbone={"_target_": target}))
     code = """
-from dino.weights.description import model_from_checkpoint
+from dino.weights.description import _check, model_from_checkpoint
 for number in range(3):
     try:
         model_from_checkpoint(f"{number}.pth")
@@ -225,7 +229,7 @@ def test_backbones_of_detectron2_without_it(tmp_path):
     code = f"""
 import sys
 sys.modules["detectron2"] = None
-from dino.weights.description import model_from_checkpoint
+from dino.weights.description import _check, model_from_checkpoint
 print(model_from_checkpoint({str(tmp_path / "resnet.pth")!r}).names)
 model_from_checkpoint({str(tmp_path / "swin.pth")!r})
 """
@@ -233,3 +237,10 @@ model_from_checkpoint({str(tmp_path / "swin.pth")!r})
     result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert result.stdout.strip() == "['a', 'b', 'c']"
     assert "detectron2.modeling.SwinTransformer needs Detectron2, which is not installed here" in result.stderr
+
+
+def test_a_branch_may_have_the_name_of_an_argument_that_reads_files():
+    second = {"_target_": "dino.modeling.variants.SecondPass"}
+    _check({"_target_": "dino.modeling.variants.branches.Branches", "file": second})
+    with pytest.raises(DataError, match="'file' would read or download"):
+        _check({"_target_": "dino.modeling.variants.branches.Branches", "file": "weights.pth"})

@@ -143,9 +143,8 @@ class SecondPass(nn.Module):
         def only_first(mask: Tensor | None, boxes: list[Tensor]) -> Attend | None:
             return decoder.interaction(mask, boxes) if len(boxes) == 1 else None
 
-        predictions = decoder(queries, memory, only_first)
-        outputs = separate(predictions, predictions, denoising)
-        return outputs._replace(proposals=outputs.decoder.without_layers())
+        predictions, denoised = separate(decoder(queries, memory, only_first), denoising)
+        return Outputs(predictions, predictions.without_layers(), denoised)
 
 
 def _check_selection(branch: nn.Module, selection: nn.Module, needed: str, lack: str) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dino.layers.class_loss import Positives, QualityLoss
-from dino.layers.criterion import SetCriterion, call_criterion, check_branches
+from dino.layers.criterion import SetCriterion, call_criterion
 from dino.layers.matcher import check_copies
 from dino.structures import Outputs, Target
 from dino.utils.files import UserError
@@ -70,27 +70,25 @@ class OneToManyCriterion(SetCriterion):
 
     Args:
         copies: predictions of each object (k of H-DETR); fewer for an image with many objects, see `HungarianMatcher`.
-        objects_factor: factor of the number of objects, by which the losses are divided; `copies` by default.
         arguments: of `SetCriterion`.
 
     Raises:
-        UserError: the matcher takes no `copies`.
+        UserError: the matcher takes no `copies`, or `copies` is no positive integer.
     """
 
-    def __init__(self, *, copies: int = 6, objects_factor: float | None = None, **arguments: Any):
+    def __init__(self, *, copies: int = 6, **arguments: Any):
         super().__init__(**arguments)
         check_copies(self.matcher)
-        _check_positive(self, copies=copies, objects_factor=1 if objects_factor is None else objects_factor)
+        _check_positive(self, copies=copies)
         self.num_copies = copies
-        self.factor = copies if objects_factor is None else objects_factor
 
     def copies(self, num_layers: int, num_proposals: int) -> list[int]:
         """The same for all layers."""
         return [self.num_copies] * (num_layers + num_proposals)
 
     def divisor(self, num_objects: Tensor) -> Tensor:
-        """The number of objects times the factor."""
-        return num_objects * self.factor
+        """The number of objects times that of their copies."""
+        return num_objects * self.num_copies
 
 
 class RankedCriterion(SetCriterion):
@@ -168,17 +166,32 @@ def _check_positive(criterion: nn.Module, **numbers: float) -> None:
             raise UserError(f"{type(criterion).__name__}: {name} is {number}, a positive number was expected")
 
 
-def check_proposals(criterion: nn.Module, network: nn.Module) -> None:
-    """Check that a network's proposals and its decoder's predictions can be matched by one criterion.
+def check_criterion(criterion: nn.Module, network: nn.Module) -> None:
+    """Check that a criterion fits a network. Parts of the criterion are searched, so wrappers need nothing for it.
+
+    The attribute `branches` of a criterion names the branches of the network that it has losses for; without it, there
+    are none. Proposals of other numbers or classes than the decoder's predictions need a criterion that matches them
+    apart; a criterion with a `forward` of its own is supposed to.
 
     Raises:
-        UserError: they have other numbers of queries or classes, and the criterion does not match them apart.
+        UserError: the network has other branches, or proposals that `SetCriterion` can't match.
     """
-    parts = criterion.modules() if isinstance(criterion, nn.Module) else ()
+    parts = [*criterion.modules()] if isinstance(criterion, nn.Module) else [criterion]
+    _check_branches(parts, getattr(network, "branches", ()))
     main = next((part for part in parts if isinstance(part, SetCriterion)), None)
     needed = _criterion_of_proposals(network)
-    if needed and main and not isinstance(main, SeparateCriterion):
+    if needed and main and type(main).forward is SetCriterion.forward:
         raise UserError(f"proposals differ from the decoder's predictions in number or classes: use {needed}")
+
+
+def _check_branches(criteria: list, branches: Collection[str]) -> None:
+    """Raise a UserError where none of `criteria` names these branches: they would be computed for nothing."""
+    named = next((part.branches for part in criteria if hasattr(part, "branches")), ())
+    if set(named) != set(branches):
+        raise UserError(
+            f"the network has the branches {sorted(branches)}, but the criterion losses for {sorted(named)}. "
+            "CombinedCriterion adds losses of branches; a criterion of your own names them in its attribute `branches`"
+        )
 
 
 def _criterion_of_proposals(network: nn.Module) -> str:
@@ -233,7 +246,7 @@ class CombinedCriterion(nn.Module):
             UserError: the network has other branches.
         """
         extra = outputs.extra or {}
-        check_branches(self, extra)
+        _check_branches([self], extra)
         losses = call_criterion(self.criterion, outputs, targets, **options)
         for name, criterion in self.branches.items():
             found = call_criterion(criterion, extra[name], targets, **options)

@@ -8,7 +8,7 @@ from dino.layers import criterion as criterion_module
 from dino.layers import matcher as matcher_module
 from dino.layers.boxes import box_iou
 from dino.layers.class_loss import FocalLoss, IoUAwareLoss
-from dino.layers.criterion import call_criterion, check_branches
+from dino.layers.criterion import call_criterion
 from dino.modeling.detector import Detector
 from dino.modeling.variants import (
     CombinedCriterion,
@@ -18,6 +18,7 @@ from dino.modeling.variants import (
     RankedCriterion,
     ThresholdMatcher,
 )
+from dino.modeling.variants.criteria import check_criterion
 from dino.structures import DenoisingOutputs, LayerOutputs, Outputs, Target
 from dino.utils.files import UserError
 
@@ -380,7 +381,7 @@ def test_network_and_criterion_of_different_branches_are_refused():
     with pytest.raises(UserError, match="names them in its attribute `branches`"):
         Detector(network("a"), criterion=TwoArguments())
     Detector(network("a"))
-    check_branches(lambda outputs, targets: {}, ())
+    check_criterion(lambda outputs, targets: {}, tiny_network())
 
 
 @pytest.mark.parametrize("name", ["0_h", "dn_h", "interm_h", "dn_0_h", "dn", "interm", "3"])
@@ -392,7 +393,13 @@ def test_names_that_would_take_losses_of_others_are_refused(name):
     CombinedCriterion(criterion=criterion, branches={"second_0": criterion})
 
 
-@pytest.mark.parametrize("options", [{"copies": 0}, {"copies": -1}, {"copies": 2.5}, {"objects_factor": 0}])
+@pytest.mark.parametrize("copies", [0, -1, 2.5])
+def test_copies_are_positive_integers(copies):
+    with pytest.raises(UserError, match="a positive number was expected"):
+        OneToManyCriterion(matcher=HungarianMatcher(), copies=copies)
+
+
+@pytest.mark.parametrize("options", [{"objects_factor": 0}, {"temperature": 0}, {"temperature": float("nan")}])
 def test_numbers_that_make_losses_infinite_are_refused(options):
     with pytest.raises(UserError, match="a positive number was expected"):
-        OneToManyCriterion(matcher=HungarianMatcher(), **options)
+        RankedCriterion(matcher=ThresholdMatcher(), **QUALITY, **options)

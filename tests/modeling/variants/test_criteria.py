@@ -23,7 +23,7 @@ from dino.modeling.variants import (
     PatternSelection,
     SeparateCriterion,
 )
-from dino.modeling.variants.criteria import _rank, check_proposals
+from dino.modeling.variants.criteria import _rank, check_criterion
 from dino.structures import DenoisingOutputs, Outputs, Target
 from dino.utils.files import UserError
 
@@ -238,16 +238,15 @@ def test_non_finite_predictions_have_non_finite_losses(part):
 
 
 def test_one_to_many_losses_are_those_of_repeated_objects():
-    """Each object as often as it has copies; the divisor counts them, unless told otherwise."""
+    """Each object as often as it has copies; the divisor counts them."""
     targets = random_targets(2, 1)
     outputs = random_outputs(targets)
     repeated = [Target(t.labels.repeat(3), t.boxes.repeat(3, 1)) for t in targets]
     expected = SetCriterion(matcher=HungarianMatcher())(outputs, repeated)
-    for factor, scale in ((None, 1.0), (1.0, 3.0)):
-        found = OneToManyCriterion(matcher=HungarianMatcher(), copies=3, objects_factor=factor)(outputs, targets)
-        for name, loss in found.items():
-            if "_dn" not in name:
-                torch.testing.assert_close(loss, expected[name] * scale)
+    found = OneToManyCriterion(matcher=HungarianMatcher(), copies=3)(outputs, targets)
+    for name, loss in found.items():
+        if "_dn" not in name:
+            torch.testing.assert_close(loss, expected[name])
 
 
 # Branches
@@ -284,11 +283,19 @@ def test_branches_and_criteria_must_agree():
 )
 def test_proposals_of_another_kind_need_their_criterion(selection, needed):
     network, criterion = tiny_network(), SetCriterion(matcher=HungarianMatcher())
-    check_proposals(criterion, network)
+    check_criterion(criterion, network)
     network.query_selection = selection()
     with pytest.raises(UserError, match=needed):
-        check_proposals(LossScaling(criterion=criterion, factors={}), network)
-    check_proposals(ObjectnessCriterion(matcher=HungarianMatcher()), network)
+        check_criterion(LossScaling(criterion=criterion, factors={}), network)
+    check_criterion(ObjectnessCriterion(matcher=HungarianMatcher()), network)
+
+    class Own(SetCriterion):
+        """A person's, which may match them in its own way."""
+
+        def forward(self, outputs, targets, **options):
+            return {}
+
+    check_criterion(Own(matcher=HungarianMatcher()), network)
 
 
 def test_no_proposals_to_match_apart():

@@ -6,23 +6,11 @@
 
 from detectron2.config import LazyCall as L
 
+from dino.d2.recipe import add_branch
 from dino.layers import IoUAwareLoss
-from dino.modeling.variants import Branches, CombinedCriterion, RankedCriterion, SecondPass, ThresholdMatcher
+from dino.modeling.variants import RankedCriterion, SecondPass, ThresholdMatcher
 
 from .base import dataloader, lr_multiplier, model, optimizer, train
 
-model.network.branches = L(Branches)(second=L(SecondPass)())
 model.criterion.class_loss = L(IoUAwareLoss)()
-model.criterion = L(CombinedCriterion)(
-    criterion=model.criterion,
-    branches=L(Branches)(
-        second=L(RankedCriterion)(
-            matcher=L(ThresholdMatcher)(),
-            class_loss="${...criterion.class_loss}",
-            class_weight="${...criterion.class_weight}",
-            l1_weight="${...criterion.l1_weight}",
-            giou_weight="${...criterion.giou_weight}",
-            objects_factor=3.0,
-        )
-    ),
-)
+add_branch(model, "second", L(SecondPass)(), L(RankedCriterion)(matcher=L(ThresholdMatcher)(), objects_factor=3.0))

@@ -6,33 +6,18 @@
 
 from detectron2.config import LazyCall as L
 
+from dino.d2.recipe import add_branch
 from dino.layers import VarifocalLoss
-from dino.modeling.variants import (
-    Branches,
-    CombinedCriterion,
-    DeepFusionEncoder,
-    HybridBranch,
-    OneToManyCriterion,
-    RelationDecoder,
-)
+from dino.modeling.variants import DeepFusionEncoder, HybridBranch, OneToManyCriterion, RelationDecoder
 
 from .base import dataloader, lr_multiplier, model, optimizer, train
 
 model.network.encoder._target_ = DeepFusionEncoder
 model.network.decoder._target_ = RelationDecoder
-model.network.branches = L(Branches)(
-    hybrid=L(HybridBranch)(num_queries=150, num_classes="${....num_classes}", embed_dim="${...neck.out_channels}")
-)
 model.criterion.class_loss = L(VarifocalLoss)()
-model.criterion = L(CombinedCriterion)(
-    criterion=model.criterion,
-    branches=L(Branches)(
-        hybrid=L(OneToManyCriterion)(
-            matcher="${...criterion.matcher}",
-            class_loss="${...criterion.class_loss}",
-            class_weight="${...criterion.class_weight}",
-            l1_weight="${...criterion.l1_weight}",
-            giou_weight="${...criterion.giou_weight}",
-        )
-    ),
+add_branch(
+    model,
+    "hybrid",
+    L(HybridBranch)(num_queries=150, num_classes="${....num_classes}", embed_dim="${...neck.out_channels}"),
+    L(OneToManyCriterion)(),
 )
