@@ -14,23 +14,18 @@ If this program is killed, Linux ends its trainings with it.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from dino.utils.files import DataError, UserError, make_folder, write_whole
 
@@ -39,6 +34,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
 
 import ablation_report  # noqa: E402
 from ablation_report import ANCESTORS, CHAIN, RESULTS, VARIANTS  # noqa: E402
+from cells import Running, Table, launch, lock, run_cells  # noqa: E402
 from measure import git, hardware  # noqa: E402
 from run_demo import versions  # noqa: E402
 
@@ -53,7 +49,6 @@ SOURCES = (
     "setup.py",
 )
 HARD_SHAPES = ("--train", "600", "--val", "100", "--hard")
-DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
 
 class Cell(NamedTuple):
@@ -67,17 +62,6 @@ class Cell(NamedTuple):
     def name(self) -> str:
         """Of its files and in messages."""
         return f"{self.data}/{self.recipe}_{self.seed}"
-
-
-class Running(NamedTuple):
-    """A running training. `lock` stays open as long; `about` goes into its result."""
-
-    cell: Cell
-    process: subprocess.Popen
-    lock: IO
-    about: dict
-    began: float
-    slot: int
 
 
 def rounds(data: str, recipes: tuple | list, seeds: int) -> list[Cell]:
@@ -152,31 +136,6 @@ def training_command(cell: Cell, files: dict[str, Path], run: Path, overrides: l
     return ["python", "tools/lazyconfig_train_net.py", "--config-file", recipe, *options, *settings]
 
 
-def die_with_parent(parent: int) -> Callable[[], None]:
-    """First action of a new process: have Linux kill it when the runner ends."""
-    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
-
-    def prepare() -> None:
-        if prctl:
-            prctl(DIE_WITH_PARENT, signal.SIGKILL)
-            if os.getppid() != parent:  # the runner has ended already
-                os._exit(1)
-
-    return prepare
-
-
-def lock(path: Path) -> IO | None:
-    """Lock a cell. Its training inherits the lock. None if another program or an orphan holds it."""
-    make_folder(path.parent)
-    file = path.open("w")  # closed when the training has ended
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        return None
-    return file
-
-
 def start(cell: Cell, slot: int, args: argparse.Namespace) -> Running | None:
     """Begin a training; None if its cell is locked or done by now."""
     run = args.runs / cell.name
@@ -196,30 +155,7 @@ def start(cell: Cell, slot: int, args: argparse.Namespace) -> Running | None:
         "commit": git("rev-parse", "HEAD"),
         "changed_since_commit": bool(git("status", "--porcelain", "--", *SOURCES)),
     }
-    gpu = slot % max(1, torch.cuda.device_count())
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": str(gpu)}
-    make_folder(run.parent)
-    with open(run.with_name(f"{run.name}.txt"), "w") as output:
-        process = subprocess.Popen(
-            [sys.executable, *command[1:]],
-            cwd=ROOT,
-            env=environment,
-            stdout=output,
-            stderr=output,
-            pass_fds=[held.fileno()],
-            preexec_fn=die_with_parent(os.getpid()),
-            start_new_session=True,  # Ctrl-C comes here, and `run_cells` passes it on
-        )
-    return Running(cell, process, held, about, time.monotonic(), slot)
-
-
-def ended(running: Running) -> tuple[int, float] | None:
-    """Exit code and processor seconds of an ended training and its children; None if it still runs."""
-    pid, status, usage = os.wait4(running.process.pid, os.WNOHANG)
-    if not pid:
-        return None
-    running.process.returncode = os.waitstatus_to_exitcode(status)
-    return running.process.returncode, usage.ru_utime + usage.ru_stime
+    return launch(cell, command, run.with_name(f"{run.name}.txt"), held, about, slot)
 
 
 def finish(running: Running, processor_seconds: float, args: argparse.Namespace) -> None:
@@ -258,70 +194,20 @@ def result_path(cell: Cell, results: Path) -> Path:
     return results / f"{cell.name}.json"
 
 
-def last_line(path: Path) -> str:
-    """Last line of a failed training's output."""
-    lines = path.read_text(errors="replace").split("\n") if path.exists() else []
-    return next((line for line in reversed(lines) if line.strip()), "no output")
-
-
-def settle(running: Running, code: int, seconds: float, args: argparse.Namespace) -> str:
-    """Write the result of an ended training -> an error message, or ""."""
-    output = args.runs / f"{running.cell.name}.txt"
-    try:
-        if code:
-            return f"{running.cell.name} failed: {last_line(output)} ({output})"
-        finish(running, seconds, args)
-        return ""
-    except (OSError, ValueError, LookupError, AttributeError) as error:  # the run's record is incomplete
-        return f"{running.cell.name} failed: its record can't be read: {error} ({output})"
-    finally:
-        running.lock.close()
-
-
-def fill(busy: list[Running], waiting: list[Cell], args: argparse.Namespace, bar: tqdm) -> None:
-    """Begin trainings until `args.jobs` run."""
-    while waiting and len(busy) < args.jobs:
-        slot = min(set(range(args.jobs)) - {running.slot for running in busy})
-        begun = start(waiting.pop(0), slot, args)
-        busy += [begun] if begun else []
-        bar.update(begun is None)
-        bar.set_postfix_str(", ".join(running.cell.name for running in busy))
-
-
-def collect(busy: list[Running], args: argparse.Namespace, bar: tqdm) -> list[str]:
-    """Write the results of ended trainings -> error messages."""
-    failures = []
-    for running in list(busy):
-        if found := ended(running):
-            busy.remove(running)
-            failure = settle(running, *found, args)
-            failures += [failure] if failure else []
-            bar.update()
-            bar.write(failure or summary(running.cell, args.results), file=sys.stderr)
-    return failures
-
-
-def run_cells(cells: list[Cell], args: argparse.Namespace) -> list[str]:
-    """Train the open cells, `args.jobs` at a time, in this order -> error messages."""
-    waiting, failures = list(cells), []
-    busy: list[Running] = []
-    try:
-        with tqdm(total=len(cells), desc="cells", unit="cell") as bar:
-            while waiting or busy:
-                fill(busy, waiting, args, bar)
-                failures += collect(busy, args, bar)
-                time.sleep(args.poll)
-    finally:
-        for running in busy:
-            os.killpg(running.process.pid, signal.SIGKILL)
-            running.process.wait()
-    return failures
-
-
 def summary(cell: Cell, results: Path) -> str:
     """One line about a finished cell."""
     result = json.loads(result_path(cell, results).read_text())
     return f"{cell.name}: AP {result['AP']:.1f}, {result['processor_seconds']:.0f} processor seconds"
+
+
+def as_table(args: argparse.Namespace) -> Table:
+    """What runs the cells."""
+    return Table(
+        jobs=args.jobs,
+        begin=lambda cell, slot: start(cell, slot, args),
+        finish=lambda running, seconds: finish(running, seconds, args),
+        summary=lambda cell: summary(cell, args.results),
+    )
 
 
 def print_plan(cells: list[Cell], args: argparse.Namespace) -> list[Cell]:
@@ -384,7 +270,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = build_parser().parse_args(argv)
     if min(args.seeds, args.jobs, args.iterations or 1, args.evaluations) < 1:
         raise DataError("--seeds, --jobs, --iterations and --evaluations must be 1 or more")
-    args.runs, args.results, args.poll = args.runs.resolve(), args.results.resolve(), 0.2
+    args.runs, args.results = args.runs.resolve(), args.results.resolve()
     args.overrides = []
     if args.iterations:
         period = max(1, args.iterations // args.evaluations)
@@ -402,7 +288,7 @@ def main(argv: list[str] | None = None) -> None:
             cells = print_plan(plan(args), args)
             if args.plan:
                 return
-            failures = run_cells(cells, args)
+            failures = run_cells(cells, as_table(args))
         ablation_report.write(args.results)
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -162,13 +162,11 @@ def points(results, recipe, unit):
 
 def draw(path, panels):
     """Write an SVG picture. panels: (title, unit, results, recipe -> label)"""
-    plot_curves(
-        path,
-        [
-            (title, unit.replace("_", " "), [(label, points(results, recipe, unit)) for recipe, label in names.items()])
-            for title, unit, results, names in panels
-        ],
-    )
+    drawn = []
+    for title, unit, results, names in panels:
+        curves = [(label, points(results, recipe, unit)) for recipe, label in names.items()]
+        drawn.append((title, (unit.replace("_", " "), "AP"), curves))
+    plot_curves(path, drawn)
 
 
 def budget_line(results):

@@ -96,22 +96,26 @@ def _plot_quantity(axes, works, measured, counted, factor):
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def plot_curves(path, panels):
+def plot_curves(path, panels, columns=None):
     """Mean curves with the range between the lowest and the highest.
 
     Args:
-        panels: (title, label of x, [(label, (x, mean, low, high)), …]); a label whose second part is None is left out,
-            but keeps its colour.
+        panels: (title, labels of x and y, [(label, (x, mean, low, high)), …]); a label whose second part is None is
+            left out, but keeps its colour.
+        columns: panels in a row of the picture, whose number divides that of all panels; None for one row.
     """
-    figure = Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
-    for axes, (title, xlabel, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    columns = columns or len(panels)
+    rows = len(panels) // columns
+    figure = Figure(figsize=(5.5 * columns, 4.2 * rows), layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, (title, (xlabel, ylabel), curves) in zip(places, panels, strict=True):
         for number, (label, curve) in enumerate(curves):
             if curve:
                 x, mean, low, high = curve
                 style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
                 axes.plot(x, mean, marker=".", label=label, **style)
                 axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
-        axes.set(title=title, xlabel=xlabel, ylabel="AP", xlim=(0, None), ylim=(0, None))
+        axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xlim=(0, None), ylim=(0, None))
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=7)
