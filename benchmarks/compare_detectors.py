@@ -360,15 +360,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
-    args = build_parser().parse_args(argv)
+def check(args: argparse.Namespace) -> None:
+    """Raise a DataError for arguments that can't be used."""
     if min(args.seeds, args.jobs, args.evaluations) < 1 or args.minutes <= 0:
         raise DataError("--seeds, --jobs, --evaluations and --minutes must be positive")
     if not args.data and not args.report:
         raise DataError("give --data, one or more folders with train.json and val.json")
     if args.backbone_weights and not Path(args.backbone_weights).is_file():
         raise DataError(f"weights not found: {args.backbone_weights}")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    args = build_parser().parse_args(argv)
+    check(args)
     args.words = ["python", "benchmarks/compare_detectors.py", *(sys.argv[1:] if argv is None else argv)]
     args.runs, args.results = args.runs.resolve(), args.results.resolve()
     args.backbone_weights = args.backbone_weights and relative(Path(args.backbone_weights).resolve())

@@ -19,6 +19,7 @@ PICTURE = "comparison.svg"
 BEGIN = "<!-- begin: made by benchmarks/compare_detectors.py -->"
 END = "<!-- end: made by benchmarks/compare_detectors.py -->"
 WEIGHTS = {"": "last", "ema_": "averaged"}  # front of a metric's key -> whose metric
+METRICS = ("AP", "AP50")
 EARLIER = (0.25, 0.5)  # parts of the minutes at which the table states the metrics too
 UNITS = {"processor_seconds": "processor minutes", "images": "images seen"}
 OF_SETUP = ("minutes", "fingerprint", "batch", "recipe", "backbone")  # what all results of a setup have in common
@@ -65,25 +66,28 @@ def value_at(curve, seconds, key):
     return None
 
 
+def spread_at(results, seconds, key):
+    """Mean and spread of a metric after so many processor seconds."""
+    values = [value_at(result["curve"], seconds, key) for result in results]
+    known = [{key: value} for value in values if value is not None]
+    return spread(known, key) if known else "no evaluation yet"
+
+
 def metric_cells(results, front):
     """Metrics of one kind of weights: earlier, at the end, and of the test split."""
-    cells = []
-    for part in EARLIER:
-        seconds = part * 60 * results[0]["minutes"]
-        for key in (f"{front}AP", f"{front}AP50"):
-            found = [{key: value_at(result["curve"], seconds, key)} for result in results]
-            known = [value for value in found if value[key] is not None]
-            cells.append(spread(known, key) if known else "no evaluation yet")
+    keys = [f"{front}{key}" for key in METRICS]
+    times = [part * 60 * results[0]["minutes"] for part in EARLIER]
     ends = [result["curve"][-1] for result in results]
     tests = [result["test"] for result in results if "test" in result]
-    return cells + [spread(source, f"{front}{key}") for source in (ends, tests) for key in ("AP", "AP50")]
+    earlier = [spread_at(results, seconds, key) for seconds in times for key in keys]
+    return [*earlier, *(spread(source, key) for source in (ends, tests) for key in keys)]
 
 
 def setup_table(rows):
     """One row for each detector and kind of weights."""
     minutes = next(iter(rows.values()))[0]["minutes"]
     times = [f"{part * minutes:g} min" for part in EARLIER] + ["end", "test"]
-    header = ["", "weights", *(f"{time}: {key}" for time in times for key in ("AP", "AP50"))]
+    header = ["", "weights", *(f"{time}: {key}" for time in times for key in METRICS)]
     header += ["minutes", "iterations", "epochs"]
     lines = []
     for detector, results in in_order(rows):
@@ -122,20 +126,24 @@ def differences(rows):
     return f"DINO minus {'; '.join(found)} (averaged weights, at the end, with standard error)\n" if found else ""
 
 
+def stated_settings(rows):
+    """The overrides of each detector, in words."""
+    settings = {DETECTORS[name]: " ".join(results[0]["settings"]) for name, results in in_order(rows)}
+    return "; ".join(f"{name}: `{words}`" for name, words in settings.items() if words) or "the recipes'"
+
+
 def origin(rows):
     """What the runs of a setup had in common, and where they ran."""
     results = [result for found in rows.values() for result in found]
     first = results[0]
     commits = sorted({r["commit"][:10] + " with changes" * r["changed_since_commit"] for r in results})
     processors = sorted({r["hardware"]["cpu"].replace("(R)", "") for r in results})
-    settings = {DETECTORS[name]: found[0]["settings"] for name, found in in_order(rows) if found[0]["settings"]}
-    stated = "; ".join(f"{name}: `{' '.join(words)}`" for name, words in settings.items())
+    jobs, minutes = max(r["jobs"] for r in results), sum(r["evaluation_seconds"] for r in results) / 60
     return (
         f"Recipe {first['recipe']}, backbone {first['backbone']}, weights {first['weights'] or 'random'}; "
         f"{first['training_images']} images for training (annotations {first['fingerprint']}), batch {first['batch']}; "
-        f"commit {', '.join(commits)}, one thread of {' or '.join(processors)}, {max(r['jobs'] for r in results)} runs "
-        f"at a time. Settings: {stated or 'the recipes'}. Evaluations took "
-        f"{sum(r['evaluation_seconds'] for r in results) / 60:.0f} minutes more.\n"
+        f"commit {', '.join(commits)}, one thread of {' or '.join(processors)}, {jobs} runs at a time. "
+        f"Settings: {stated_settings(rows)}. Evaluations took {minutes:.0f} minutes more.\n"
     )
 
 
@@ -145,9 +153,11 @@ def mean_curve(results, unit, key):
         return None
     factor = 60 if unit == "processor_seconds" else 1
     points = list(zip(*(result["curve"] for result in results), strict=True))
-    columns = [[point[key] for point in column] for column in points]
-    x = [statistics.mean(point[unit] for point in column) / factor for column in points]
-    return x, [statistics.mean(c) for c in columns], [min(c) for c in columns], [max(c) for c in columns]
+    x, values = ([[point[k] for point in column] for column in points] for k in (unit, key))
+    return (
+        [statistics.mean(column) / factor for column in x],
+        *(list(map(function, values)) for function in (statistics.mean, min, max)),
+    )
 
 
 def panels_of(setup, rows):
@@ -159,7 +169,7 @@ def panels_of(setup, rows):
             [(name, mean_curve(rows.get(detector), unit, f"ema_{key}")) for detector, name in DETECTORS.items()],
         )
         for unit, label in UNITS.items()
-        for key in ("AP", "AP50")
+        for key in METRICS
     ]
 
 
