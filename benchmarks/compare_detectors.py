@@ -111,12 +111,21 @@ def result_path(cell: Cell, args: argparse.Namespace) -> Path:
 
 
 def is_done(cell: Cell, args: argparse.Namespace) -> bool:
-    """Whether a cell has its result."""
+    """Whether a cell has its result. Iterations of an earlier recipe are timed again.
+
+    Raises:
+        DataError: the result is of another recipe, of other settings or minutes.
+    """
     path = result_path(cell, args)
-    if cell.stage == "training" or not path.exists():
-        return path.exists()
+    if not path.exists():
+        return False
     result = json.loads(path.read_text())
-    return "test" in result if cell.stage == "test" else result["recipe_hash"] == recipe_hash(cell, args)
+    same = result["recipe_hash"] == recipe_hash(cell, args)
+    if cell.stage == "timing":
+        return same
+    if not same or result["minutes"] != args.minutes:
+        raise DataError(f"{path} is of another recipe, of other settings or minutes: give the same, or other --results")
+    return cell.stage == "training" or "test" in result
 
 
 def iterations_for(minutes: float, start_seconds: float, step_seconds: float) -> int:

@@ -127,9 +127,17 @@ def differences(rows):
 
 
 def stated_settings(rows):
-    """The overrides of each detector, in words."""
-    settings = {DETECTORS[name]: " ".join(results[0]["settings"]) for name, results in in_order(rows)}
-    return "; ".join(f"{name}: `{words}`" for name, words in settings.items() if words) or "the recipes'"
+    """The overrides of each detector, in words; those of all detectors come first."""
+    settings = {DETECTORS[name]: results[0]["settings"] for name, results in in_order(rows)}
+    shared = set.intersection(*map(set, settings.values()))
+    first = next(iter(settings.values()))
+    stated = {"all": in_both(first, shared), **{name: in_both(w, set(w) - shared) for name, w in settings.items()}}
+    return "; ".join(f"{name}: `{words}`" for name, words in stated.items() if words) or "none"
+
+
+def in_both(words, wanted):
+    """The wanted words in their order, as one string."""
+    return " ".join(word for word in words if word in wanted)
 
 
 def origin(rows):

@@ -226,7 +226,9 @@ def test_table_and_picture_from_planted_results(program, tmp_path):
     report.write(tmp_path / "results", page)
     assert "Not run yet." in page.read_text()
     for seed, (ours, theirs) in enumerate([(50.0, 40.0), (54.0, 42.0)]):
-        planted(tmp_path / "results", "dino", seed, ours, test={"AP": 1.0, "AP50": 2.0, "ema_AP": 3.0, "ema_AP50": 4.0})
+        more = {"test": {"AP": 1.0, "AP50": 2.0, "ema_AP": 3.0, "ema_AP50": 4.0}}
+        more["settings"] = ["train.seed=1", "optimizer.lr=1"]
+        planted(tmp_path / "results", "dino", seed, ours, **more)
         planted(tmp_path / "results", "faster_rcnn", seed, theirs)
     report.write(tmp_path / "results", page)
     text = page.read_text()
@@ -242,6 +244,7 @@ def test_table_and_picture_from_planted_results(program, tmp_path):
     ]
     assert cells[0][10:] == ["20.1", "20", "2.0"]
     assert next(line for line in text.splitlines() if line.startswith("| Faster")).count("not run") == 2
+    assert "Settings: all: `train.seed=1`; DINO: `optimizer.lr=1`." in text
     assert "DINO minus Faster R-CNN (torchvision): AP +11.0 ± 2.2, AP50 +22.0 ± 4.5" in text
     assert (tmp_path / report.PICTURE).read_text().rstrip().endswith("</svg>")
     curve = [{"processor_seconds": 600.0, "AP": 10.0}, {"processor_seconds": 1200.0, "AP": 20.0}]
@@ -275,6 +278,17 @@ def test_the_plan_and_unusable_words(program, tmp_path, capsys):
     expected = ["dino_0_timing", "fcos_0_timing", *names, *(f"{name}_test" for name in names)]
     assert [line.rpartition("/")[2] for line in out.splitlines() if "/" in line and line.startswith("  ")] == expected
     assert "2.0 processor hours" in out
+    done = tmp_path / "results/cells-dino_r18_small_data/fcos_1.json"
+    done.parent.mkdir(parents=True)
+    cell = program.Cell(done.parent.name, "fcos", 1)
+    args = program.parse([*words, "--minutes", "30"])
+    done.write_text(json.dumps({"minutes": 30, "recipe_hash": program.recipe_hash(cell, args)}))
+    assert program.is_done(cell, args)
+    assert not program.is_done(cell._replace(stage="test"), args)
+    assert not program.is_done(cell._replace(seed=0), args)
+    for other in (["--minutes", "20"], ["--minutes", "30", "--settings", "fcos:optimizer.lr=1"]):
+        with pytest.raises(DataError, match=r"fcos_1\.json is of another recipe, of other settings or minutes"):
+            program.is_done(cell, program.parse([*words, *other]))
     with pytest.raises(SystemExit, match=r"^error: give --data, one or more folders"):
         program.main(["--plan"])
     with pytest.raises(SystemExit, match=r"^error: weights not found: absent\.pth"):
