@@ -12,7 +12,8 @@ of a detector are timed, and its trainings get as many iterations as the minutes
 tools/lazyconfig_train_net.py on one thread, reading data in the same process. A data set is a folder with train.json,
 val.json, and images/ (or train/ and val/); with --test, the last weights are evaluated on test.json, once.
 
-For trials of settings, give other --results and --runs, and --settings faster_rcnn:optimizer.lr=0.01
+For trials of settings, give other --results and --runs, and --settings faster_rcnn:optimizer.lr=0.01. The page of other
+results is comparison.md in their folder.
 """
 
 from __future__ import annotations
@@ -409,7 +410,7 @@ def main(argv: list[str] | None = None) -> None:
             print_plan(args)
             return
         failures = [] if args.report else work(args)
-        compare_report.write(args.results)
+        compare_report.write(args.results, compare_report.page_of(args.results))
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -11,7 +11,7 @@ from compared_recipes import DETECTORS, DINO
 from plots import plot_curves
 from report import ROOT, replaced
 
-from dino.utils.files import DataError, write_whole
+from dino.utils.files import DataError, make_folder, write_whole
 
 RESULTS = ROOT / "benchmarks/results/comparison"
 PAGE = ROOT / "projects/dino/README.md"
@@ -195,7 +195,18 @@ def sections(found):
     return text
 
 
-def write(results_folder=RESULTS, page=PAGE):
+def page_of(results_folder):
+    """The page of a folder of results: of other folders than RESULTS, one inside it."""
+    if results_folder.resolve() == RESULTS.resolve():
+        return PAGE
+    page = results_folder / "comparison.md"
+    if not page.exists():
+        make_folder(results_folder)
+        page.write_text(f"{BEGIN}\n{END}\n")
+    return page
+
+
+def write(results_folder, page):
     """Write table and picture.
 
     Raises:

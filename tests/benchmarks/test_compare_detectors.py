@@ -252,6 +252,15 @@ def test_table_and_picture_from_planted_results(program, tmp_path):
     assert report.value_at(curve, 1300.0, "AP") is None
 
 
+def test_other_results_have_a_page_of_their_own(program, tmp_path):
+    planted(tmp_path / "trial", "fcos", 0, 50.0)
+    before = program.compare_report.PAGE.read_text()
+    program.main(["--report", "--results", str(tmp_path / "trial")])
+    assert "| FCOS (torchvision) | averaged |" in (tmp_path / "trial/comparison.md").read_text()
+    assert program.compare_report.PAGE.read_text() == before
+    assert program.compare_report.page_of(program.RESULTS) == program.compare_report.PAGE
+
+
 def test_runs_that_differ_share_no_table(program, tmp_path):
     report = program.compare_report
     planted(tmp_path, "dino", 0, 50.0)
