@@ -218,5 +218,5 @@ def write(results_folder, page):
         raise DataError(f"{page} has lost the marks {BEGIN} and {END}")
     if found:
         panels = [panel for setup, rows in found.items() for panel in panels_of(setup, rows)]
-        plot_curves(page.with_name(PICTURE), panels, columns=4)
+        plot_curves(page.with_name(PICTURE), panels, columns=2)
     write_whole(page, lambda part: part.write_text(replaced(text, BEGIN, END, sections(found))))

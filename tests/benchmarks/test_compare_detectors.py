@@ -125,6 +125,18 @@ def test_recipes_differ_in_detector_and_optimiser_only(program, kind):
     assert theirs.optimizer.lr == pytest.approx(0.005 if kind == "faster_rcnn" else 0.0025)
 
 
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet18"])
+def test_a_backbone_serves_all(program, name):
+    """Strides 8, 16 and 32; from ImageNet with frozen norms and first stages, from nothing with trainable norms."""
+    pytest.importorskip("timm")
+    cfg = program.recipe_for("faster_rcnn", str(SMALL), backbone=name, weights="", schedule="step")
+    backbone = instantiate(cfg.model.backbone)
+    assert [shape.stride for shape in backbone.output_shape().values()] == [8, 16, 32]
+    norms = sum(isinstance(m, torch.nn.BatchNorm2d) for m in backbone.modules())
+    frozen = [key for key, p in backbone.named_parameters() if not p.requires_grad]
+    assert (norms > 0, not frozen) == ((True, True) if name == "resnet18" else (False, False))
+
+
 def test_the_recipes_own_backbone_stays(program):
     cfg = program.recipe_for("retinanet", str(SMALL), backbone=None, weights="", schedule="step")
     assert cfg.model.backbone == load_recipe().model.network.neck.backbone
