@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dino.modeling import DINO
+from dino.modeling import DINO, TimmBackbone
+from dino.modeling.detector import Detector
 from dino.utils.files import DataError
 
 from .checkpoint_formats import (
@@ -24,7 +25,7 @@ from .checkpoint_formats import (
     select_classes,
     strip_wrappers,
 )
-from .imagenet import ADDED, fit_backbone
+from .imagenet import ADDED, check_network, fit_backbone
 from .levels import fit_levels
 from .load_report import Report, shorten
 from .names import StateDict
@@ -87,6 +88,8 @@ def load_weights(
     report = Report(name, "")
     try:
         chosen = _choose(network, source, report, min_backbone, copy, classes)
+        if report.format == "backbone":
+            _check_pixels(model, report)
     except ValueError as error:  # a DataError too
         raise DataError(f"can't use the weights {name}: {error}") from error
     network.load_state_dict(chosen, strict=False)
@@ -110,7 +113,9 @@ def _choose(
     target, partial = network.state_dict(), {}
     if report.format == "backbone":
         report.notes.append("weights of a backbone alone; all other parts keep their initial values")
-        own = _with_front(fit_backbone(state, network.neck.backbone))
+        own = fit_backbone(state, network.neck.backbone)
+        check_network(state, own, network.neck.backbone)
+        own = _with_front(own)
         sizes, target = _Sizes.of(own), _backbone_of(target)
     else:
         own = _in_own_format(state, average, report)
@@ -247,6 +252,28 @@ def _wanted_of_backbone(target: StateDict, classifier: bool) -> list[str]:
     """Names of the backbone's tensors that a file must have; that of a classifier can't have what detectors add."""
     names = filter(_counts, _backbone_of(target))
     return [name for name in names if not (classifier and ADDED.search(name.removeprefix(_BACKBONE)))]
+
+
+def _check_pixels(model: nn.Module, report: Report) -> None:
+    """Compare the pixel statistics that weights of a timm backbone expect with the model's; a note for a bare `DINO`.
+
+    Raises:
+        DataError: they differ, so features would be wrong.
+    """
+    backbone = next((part for part in model.modules() if isinstance(part, TimmBackbone)), None)
+    expected = backbone.pixel_statistics if backbone else {}
+    detector = next((part for part in model.modules() if isinstance(part, Detector)), None)
+    stated = ", ".join(f"{name}={list(values)}" for name, values in expected.items())
+    if expected and detector is None:
+        report.notes.append(f"the backbone's weights expect images normalised by {stated}")
+        return
+    ours = {name: [round(x, 3) for x in getattr(detector, name).flatten().tolist()] for name in expected}
+    if any(abs(a - b) > 0.1 for name in expected for a, b in zip(ours[name], expected[name], strict=True)):
+        words = " ".join(f"model.{name}=[{','.join(map(str, values))}]" for name, values in expected.items())
+        raise DataError(
+            f"the backbone's weights expect other pixel statistics than the model's {ours}, so its features would be "
+            f"wrong: write {words} (without a recipe: Preprocessing({stated}))"
+        )
 
 
 def _check_shared(chosen: StateDict, target: StateDict) -> None:
