@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -98,10 +98,15 @@ def load_weights(
 
 def _find_network(model: nn.Module) -> DINO:
     """Find the `DINO` in a model, inside any wrappers."""
-    network = next((part for part in model.modules() if isinstance(part, DINO)), None)
+    network = _find_part(model, DINO)
     if network is None:
         raise TypeError(f"{type(model).__name__} holds no DINO")
     return network
+
+
+def _find_part(model: nn.Module, kind: type[nn.Module]) -> Any:
+    """Find the first module of a class in a model; None where there is none."""
+    return next((part for part in model.modules() if isinstance(part, kind)), None)
 
 
 def _choose(
@@ -260,20 +265,23 @@ def _check_pixels(model: nn.Module, report: Report) -> None:
     Raises:
         DataError: they differ, so features would be wrong.
     """
-    backbone = next((part for part in model.modules() if isinstance(part, TimmBackbone)), None)
-    expected = backbone.pixel_statistics if backbone else {}
-    detector = next((part for part in model.modules() if isinstance(part, Detector)), None)
-    stated = ", ".join(f"{name}={list(values)}" for name, values in expected.items())
+    backbone, detector = _find_part(model, TimmBackbone), _find_part(model, Detector)
+    expected = {} if backbone is None else backbone.pixel_statistics
+    stated = [f"{name}={list(values)}".replace(" ", "") for name, values in expected.items()]
     if expected and detector is None:
-        report.notes.append(f"the backbone's weights expect images normalised by {stated}")
+        report.notes.append(f"the backbone's weights expect images normalised by {', '.join(stated)}")
         return
-    ours = {name: [round(x, 3) for x in getattr(detector, name).flatten().tolist()] for name in expected}
+    ours = {name: _round(getattr(detector, name)) for name in expected}
     if any(abs(a - b) > 0.1 for name in expected for a, b in zip(ours[name], expected[name], strict=True)):
-        words = " ".join(f"model.{name}=[{','.join(map(str, values))}]" for name, values in expected.items())
         raise DataError(
             f"the backbone's weights expect other pixel statistics than the model's {ours}, so its features would be "
-            f"wrong: write {words} (without a recipe: Preprocessing({stated}))"
+            f"wrong: write model.{' model.'.join(stated)} (without a recipe: Preprocessing({', '.join(stated)}))"
         )
+
+
+def _round(values: Tensor) -> list[float]:
+    """Numbers for people."""
+    return [round(x, 3) for x in values.flatten().tolist()]
 
 
 def _check_shared(chosen: StateDict, target: StateDict) -> None:

@@ -138,8 +138,7 @@ def test_other_pixel_statistics_are_refused(lite0_file):
 
 def test_without_a_detector_a_note_states_the_pixel_statistics(lite0_file):
     assert (
-        "normalised by pixel_mean=[127.5, 127.5, 127.5], pixel_std=[127.5"
-        in load_weights(lite0(), lite0_file).notes[-1]
+        "normalised by pixel_mean=[127.5,127.5,127.5], pixel_std=[127.5," in load_weights(lite0(), lite0_file).notes[-1]
     )
 
 
