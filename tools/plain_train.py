@@ -28,7 +28,7 @@ def build_parser():
         parser.add_argument(f"--{split}-images", type=Path, help="folder of their images")
     parser.add_argument("--output", type=Path, default=Path("output/plain"), help="a new folder")
     parser.add_argument(
-        "--weights", type=Path, help="model.pth, or a backbone's file, to start from; model.pth to evaluate"
+        "--weights", help="model.pth, or a backbone's file or address, to start from; model.pth to evaluate"
     )
     parser.add_argument("--eval-only", action="store_true", help="evaluate --weights, train nothing")
     parser.add_argument("--device", help="cpu, cuda, …")

@@ -14,7 +14,7 @@ from dino.weights import SCHEMES, cannot_fetch, locate
 
 
 def local_file(path: str) -> str:
-    """Find the file of a path or an address (detectron2://, https://, torchvision://, timm://).
+    """Find the file of a path or an address (detectron2://, https://, torchvision://, timm://, package://).
 
     Raises:
         DataError: there is no such file.

@@ -24,7 +24,7 @@ from dino.layers.cpu_feed_forward import use_cpu_feed_forward
 from dino.modeling import TorchvisionBackbone, compile_network, use_float32_precision
 from dino.modeling.detector import Detector, Preprocessing
 from dino.utils.files import DataError, UserError, free_name, write_whole
-from dino.weights import load_weights, read_content, recognise, weights_of
+from dino.weights import SCHEMES, load_weights, locate, read_content, recognise, weights_of
 from dino.weights.description import build_network, read_description
 
 FLIPS = ("none", "horizontal", "both")
@@ -105,8 +105,8 @@ def train(
     Args:
         train_json, val_json: COCO-format annotations. train_images, val_images: the folders of their images.
         output: folder for the files, which must not hold a model.
-        weights: a model.pth of this program to start from, or the weights of a backbone, see `load_weights`; None for
-            random weights.
+        weights: a model.pth of this program to start from, or the weights of a backbone: a file, see `load_weights`, or
+            an address, see `locate`; None for random weights.
         settings: see `Settings`.
 
     Returns:
@@ -122,6 +122,7 @@ def train(
         raise UserError(f"{output} holds a trained model: choose another --output, or move it away")
     _prepare_process(settings)
     val = CocoImages(val_json, val_images, _transforms(settings, "none"))
+    weights = locate(str(weights)) if str(weights).startswith(SCHEMES) else weights
     content = read_content(weights) if weights else None
     settings = _with_norm(settings, weights, content)
     detector = _start(settings, val.names, weights, content)
