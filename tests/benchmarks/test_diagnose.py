@@ -32,9 +32,7 @@ def test_objects_that_layers_find_and_match(diagnose):
     left, right, nowhere = [0.25, 0.25, 0.2, 0.2], [0.75, 0.75, 0.2, 0.2], [0.5, 0.05, 0.1, 0.1]
     target = Target(torch.tensor([0, 1]), torch.tensor([left, right]))
     near_right = [0.7, 0.6, 0.2, 0.2]  # overlaps it by less than 0.5
-    seen = diagnose.see(
-        outputs_of([nowhere, nowhere], [left, near_right], [right, left]), target, HungarianMatcher()
-    )
+    seen = diagnose.see(outputs_of([nowhere, nowhere], [left, near_right], [right, left]), target, HungarianMatcher())
     assert seen.found.tolist() == [[False, False], [True, False], [True, True]]
     assert seen.matched.tolist() == [[0, 1], [1, 0]]
     assert seen.right.tolist() == [False, True, True, False], "query 0 has object 1 of class 1"

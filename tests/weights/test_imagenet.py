@@ -149,7 +149,7 @@ def test_weights_of_an_installed_package(tmp_path, monkeypatch):
 def test_a_package_must_carry_one_file(tmp_path, monkeypatch, files):
     monkeypatch.syspath_prepend(tmp_path)
     install_package(tmp_path, *files)
-    with pytest.raises(UserError, match="the package some-weights must carry one .pth file in a folder of its own"):
+    with pytest.raises(UserError, match=r"the package some-weights must carry one \.pth file in a folder"):
         locate("package://some-weights")
 
 
