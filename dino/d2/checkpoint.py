@@ -15,7 +15,7 @@ from dino.d2.training.parallel import from_main, whole
 from dino.utils.files import DataError, UserError, write_whole
 from dino.weights import MIN_BACKBONE, load_weights, read_content, same_names
 
-from .sources import check_pixels, local_file
+from .sources import local_file
 
 logger = logging.getLogger("detectron2.dino")
 _NUMBERED = re.compile(r"model_\d{7,}\.pth")
@@ -153,8 +153,6 @@ class Checkpointer(DetectionCheckpointer):
             self.model, checkpoint, min_backbone=self.min_backbone, copy=copy, name=self.source, classes=self.names
         )
         logger.info(f"weights: {report}")
-        if report.format == "backbone":
-            check_pixels(self.model)
         self.problems = report.problems
         checkpoint.pop("model", None)
 

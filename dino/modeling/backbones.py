@@ -62,7 +62,7 @@ class TorchvisionBackbone(nn.Module):
         super().__init__()
         import torchvision  # here, because the network needs torch only
 
-        known = [n for n in torchvision.models.list_models(torchvision.models) if _TORCHVISION_FAMILIES.search(n)]
+        known = self.names_of_models()
         if name not in known:
             raise ValueError(f"unknown torchvision backbone {name!r}; there are {', '.join(known)}")
         model = torchvision.models.get_model(name, weights=None)
@@ -81,6 +81,13 @@ class TorchvisionBackbone(nn.Module):
         _use_norm(self.body, norm)
         _freeze_parameters(self.body, freeze)
         self.size_divisibility = _measure_multiple(self)
+
+    @staticmethod
+    def names_of_models() -> list[str]:
+        """All that `name` can be."""
+        import torchvision
+
+        return [n for n in torchvision.models.list_models(torchvision.models) if _TORCHVISION_FAMILIES.search(n)]
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> maps by name, each (B, channels, H / stride, W / stride)."""
@@ -146,6 +153,12 @@ class TimmBackbone(nn.Module):
     def output_shape(self) -> dict[str, FeatureShape]:
         """Channels and stride of each map."""
         return self._shapes
+
+    @property
+    def pixel_statistics(self) -> dict[str, tuple[float, ...]]:
+        """`pixel_mean` and `pixel_std` (values 0 to 255) that timm's weights of this model expect, as far as stated."""
+        stated = getattr(self.body, "pretrained_cfg", None) or {}
+        return {f"pixel_{k}": tuple(round(255 * x, 3) for x in stated[k]) for k in ("mean", "std") if k in stated}
 
 
 def _create_timm(name: str, options: dict) -> nn.Module:

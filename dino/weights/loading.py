@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dino.modeling import DINO
+from dino.modeling import DINO, TimmBackbone
+from dino.modeling.detector import Detector
 from dino.utils.files import DataError
 
 from .checkpoint_formats import (
@@ -24,7 +25,7 @@ from .checkpoint_formats import (
     select_classes,
     strip_wrappers,
 )
-from .imagenet import ADDED, fit_backbone
+from .imagenet import ADDED, check_network, fit_backbone
 from .levels import fit_levels
 from .load_report import Report, shorten
 from .names import StateDict
@@ -87,6 +88,8 @@ def load_weights(
     report = Report(name, "")
     try:
         chosen = _choose(network, source, report, min_backbone, copy, classes)
+        if report.format == "backbone":
+            _check_pixels(model, report)
     except ValueError as error:  # a DataError too
         raise DataError(f"can't use the weights {name}: {error}") from error
     network.load_state_dict(chosen, strict=False)
@@ -95,10 +98,15 @@ def load_weights(
 
 def _find_network(model: nn.Module) -> DINO:
     """Find the `DINO` in a model, inside any wrappers."""
-    network = next((part for part in model.modules() if isinstance(part, DINO)), None)
+    network = _find_part(model, DINO)
     if network is None:
         raise TypeError(f"{type(model).__name__} holds no DINO")
     return network
+
+
+def _find_part(model: nn.Module, kind: type[nn.Module]) -> Any:
+    """Find the first module of a class in a model; None where there is none."""
+    return next((part for part in model.modules() if isinstance(part, kind)), None)
 
 
 def _choose(
@@ -110,7 +118,9 @@ def _choose(
     target, partial = network.state_dict(), {}
     if report.format == "backbone":
         report.notes.append("weights of a backbone alone; all other parts keep their initial values")
-        own = _with_front(fit_backbone(state, network.neck.backbone))
+        own = fit_backbone(state, network.neck.backbone)
+        check_network(state, own, network.neck.backbone)
+        own = _with_front(own)
         sizes, target = _Sizes.of(own), _backbone_of(target)
     else:
         own = _in_own_format(state, average, report)
@@ -247,6 +257,31 @@ def _wanted_of_backbone(target: StateDict, classifier: bool) -> list[str]:
     """Names of the backbone's tensors that a file must have; that of a classifier can't have what detectors add."""
     names = filter(_counts, _backbone_of(target))
     return [name for name in names if not (classifier and ADDED.search(name.removeprefix(_BACKBONE)))]
+
+
+def _check_pixels(model: nn.Module, report: Report) -> None:
+    """Compare the pixel statistics that weights of a timm backbone expect with the model's; a note for a bare `DINO`.
+
+    Raises:
+        DataError: they differ, so features would be wrong.
+    """
+    backbone, detector = _find_part(model, TimmBackbone), _find_part(model, Detector)
+    expected = {} if backbone is None else backbone.pixel_statistics
+    stated = [f"{name}={list(values)}".replace(" ", "") for name, values in expected.items()]
+    if expected and detector is None:
+        report.notes.append(f"the backbone's weights expect images normalised by {', '.join(stated)}")
+        return
+    ours = {name: _round(getattr(detector, name)) for name in expected}
+    if any(abs(a - b) > 0.1 for name in expected for a, b in zip(ours[name], expected[name], strict=True)):
+        raise DataError(
+            f"the backbone's weights expect other pixel statistics than the model's {ours}, so its features would be "
+            f"wrong: write model.{' model.'.join(stated)} (without a recipe: Preprocessing({', '.join(stated)}))"
+        )
+
+
+def _round(values: Tensor) -> list[float]:
+    """Numbers for people."""
+    return [round(x, 3) for x in values.flatten().tolist()]
 
 
 def _check_shared(chosen: StateDict, target: StateDict) -> None:

