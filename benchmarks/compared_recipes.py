@@ -70,7 +70,7 @@ def recipe_for(detector: str, config_file: str, *, backbone: str | None, weights
         detector: a key of DETECTORS.
         config_file: DINO's recipe, by name or file.
         backbone: a key of BACKBONES; None for the recipe's.
-        weights: a file of the backbone's weights; "" for the recipe's `train.init_checkpoint`.
+        weights: file or address of the backbone's weights; "" for the recipe's `train.init_checkpoint`.
         schedule: a key of SCHEDULES, of torchvision's detectors.
 
     Raises:

@@ -17,8 +17,8 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 
 from dino.modeling.backbones import extract, padding_of
 from dino.utils.files import DataError
-from dino.weights import read_content, weights_of
-from dino.weights.imagenet import fit_backbone
+from dino.weights import SCHEMES, locate, read_content, weights_of
+from dino.weights.imagenet import check_network, fit_backbone
 
 CHANNELS = 256  # of the pyramid's maps
 SCORE_THRESHOLD = 0.01  # below torchvision's 0.05 (FCOS: 0.2), because AP counts weak detections too
@@ -64,7 +64,7 @@ class TorchvisionDetector(nn.Module):
         pixel_mean, pixel_std: of RGB in [0, 255].
         max_detections: per image.
         anchor_scale: side of the smallest anchor of a map, in units of the map's stride.
-        weights: a file of the backbone's weights; "" to keep the initial ones.
+        weights: file or address of the backbone's weights; "" to keep the initial ones.
         options: more arguments of torchvision's class.
 
     Raises:
@@ -120,13 +120,16 @@ class TorchvisionDetector(nn.Module):
 
 
 def load_backbone(backbone: nn.Module, path: str) -> None:
-    """Load a file of ImageNet weights in any form that this project knows.
+    """Load ImageNet weights from a file or an address, in any form that this project knows.
 
     Raises:
-        DataError: the file is missing or broken, or lacks a tensor of the backbone.
+        DataError: the file is missing, broken or of another network, or lacks a tensor of the backbone.
+        UserError: see `dino.weights.locate`.
     """
     target = backbone.state_dict()
-    found = fit_backbone(weights_of(read_content(path)), backbone)
+    state = weights_of(read_content(locate(path) if path.startswith(SCHEMES) else path))
+    found = fit_backbone(state, backbone)
+    check_network(state, found, backbone)
     chosen = {key: value for key, value in found.items() if key in target and value.shape == target[key].shape}
     missing = [key for key in target if key not in chosen and not key.endswith("num_batches_tracked")]
     if missing:
