@@ -22,7 +22,7 @@ from dino.layers import (
     Tokens,
 )
 from dino.modeling import DINO, Decoder, QuerySelection
-from dino.modeling.variants import LookForwardOnce, PureSelection
+from dino.modeling.variants import DistinctSelection, LookForwardOnce, PureSelection
 from dino.structures import concatenate
 
 _LOOKS = {"once": LookForwardOnce, "twice": Decoder}
@@ -88,7 +88,8 @@ def record(
     with torch.no_grad():
         logits = calls["classes"][0][1]  # (B, S, C)
         anchors, usable = selection.anchors(memory)
-        tokens = selection.select(logits, usable, memory.padding_mask)
+        features = selection.project(memory.features.masked_fill(~usable[..., None], 0))
+        tokens = selection.best_tokens(features, anchors, usable, memory.padding_mask)
         samples = [_look(a, *calls[f"layer {i}"][0][0], memory.valid_ratios) for i, a in enumerate(attentions)]
         losses = {name: loss.item() for name, loss in criterion(outputs, targets).items()}
         matches = criterion.matcher(type(outputs.decoder)(*(x[-1:] for x in outputs.decoder)), targets)[0]
@@ -116,7 +117,10 @@ def _check_parts(network: DINO) -> None:
     """Raise a ValueError that names a part of the network without selected tokens, or without negatives, to record."""
     selection, denoising = network.query_selection, network.denoising
     classes = network.decoder.class_heads[0].out_features
-    if type(selection) not in (QuerySelection, PureSelection) or selection.class_head.out_features != classes:
+    if (
+        type(selection) not in (QuerySelection, DistinctSelection, PureSelection)
+        or selection.class_head.out_features != classes
+    ):
         raise ValueError(
             f"its queries come from {type(selection).__name__}, which does not select tokens by their {classes} "
             "classes: there is nothing to draw as for DINO"

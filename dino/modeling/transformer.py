@@ -127,7 +127,7 @@ class Encoder(nn.Module):
         return x
 
 
-def _gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """x (B, S, ·), index (B, Q) -> (B, Q, ·). (`take_along_dim` would fix B in an exported graph.)"""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
@@ -160,10 +160,10 @@ class QuerySelection(nn.Module):
         """As `forward`, with the features (..., E) -> (..., E) of tokens that `project` makes."""
         anchors, usable = self.anchors(memory)
         tokens = memory.features.masked_fill(~usable[..., None], 0)  # (B, S, E)
-        best = self.select(self.class_head(project(tokens)), usable, memory.padding_mask)  # (B, Q)
-        features = project(_gather_tokens(tokens, best))  # (B, Q, E); again: other tokens keep no activations
+        best = self.best_tokens(project(tokens), anchors, usable, memory.padding_mask)  # (B, Q)
+        features = project(gather_tokens(tokens, best))  # (B, Q, E); again: other tokens keep no activations
         logits = self.class_head(features)  # (B, Q, C)
-        box_logits = _gather_tokens(anchors, best) + to_float32(self.box_head(features))  # (B, Q, 4)
+        box_logits = gather_tokens(anchors, best) + to_float32(self.box_head(features))  # (B, Q, 4)
         proposals = LayerOutputs(logits[None], box_logits.sigmoid()[None])
         return Queries(self.contents(features), box_logits.detach()), proposals
 
@@ -175,15 +175,19 @@ class QuerySelection(nn.Module):
         logits = self.class_head(features)
         order = self.scores(logits, usable, memory.padding_mask).argsort(dim=1, descending=True, stable=True)  # (B, S)
         # Many tokens share the lowest score. Skipping the chosen ones by number takes no token twice.
-        chosen = self.select(logits, usable, memory.padding_mask)
+        chosen = self.best_tokens(features, anchors, usable, memory.padding_mask)
         is_chosen = torch.zeros_like(usable).scatter_(1, chosen, True).gather(1, order)
         last = is_chosen.to(torch.uint8).argsort(dim=1, stable=True)[:, : order.shape[1] - chosen.shape[1]]
         best = order.gather(1, last)[:, :count]
-        return _gather_tokens(anchors, best) + to_float32(self.box_head(_gather_tokens(features, best)))
+        return gather_tokens(anchors, best) + to_float32(self.box_head(gather_tokens(features, best)))
 
     def contents(self, features: Tensor) -> Tensor:
         """Contents of the queries, given the features (B, Q, E) of their tokens -> (B, Q, E)."""
         return self.content.weight[: features.shape[1]].expand(features.shape[0], -1, -1)
+
+    def best_tokens(self, features: Tensor, anchors: Tensor, usable: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """(B, Q) indices of the chosen tokens, best first, given their features (B, S, E) and anchors (B, S, 4)."""
+        return self.select(self.class_head(features), usable, padding_mask)
 
     def select(self, logits: Tensor, usable: Tensor, padding_mask: Tensor | None) -> Tensor:
         """(B, Q) indices of the tokens of highest score over all classes, best first.

@@ -7,6 +7,7 @@ from dino.modeling import QuerySelection
 from dino.modeling.variants import (
     DeepFusionEncoder,
     DenseFusionEncoder,
+    DistinctSelection,
     FinalCriterion,
     LearnedPositionEncoding,
     LearnedQueries,
@@ -31,6 +32,7 @@ MATCHER = HungarianMatcher()
 ADJUSTED = {  # how a variant differs from the tiny network: parts, and the criterion that it wants
     "static": lambda: ({"query_selection": LearnedQueries(**SELECTION)}, SetCriterion),
     "pure": lambda: ({"query_selection": PureSelection(**SELECTION)}, SetCriterion),
+    "distinct": lambda: ({"query_selection": DistinctSelection(**SELECTION, max_iou=0.3)}, SetCriterion),
     "objectness": lambda: (
         {"query_selection": QuerySelection(**{**SELECTION, "num_classes": 1})},
         ObjectnessCriterion,

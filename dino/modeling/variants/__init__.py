@@ -20,13 +20,14 @@ from .decoders import LookForwardOnce, RelationDecoder
 from .encoders import DeepFusionEncoder, DenseFusionEncoder, LearnedPositionEncoding, PlacedEncoder
 from .matchers import PositionModulatedMatcher, ThresholdMatcher
 from .noise import PositiveDenoising, ShiftDenoising
-from .query_selection import LearnedQueries, PatternSelection, PureSelection
+from .query_selection import DistinctSelection, LearnedQueries, PatternSelection, PureSelection
 
 __all__ = [
     "Branches",
     "CombinedCriterion",
     "DeepFusionEncoder",
     "DenseFusionEncoder",
+    "DistinctSelection",
     "FinalCriterion",
     "HybridBranch",
     "LearnedPositionEncoding",

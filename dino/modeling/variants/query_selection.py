@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from dino.layers.boxes import to_float32
-from dino.structures import LayerOutputs, Queries, Tokens
+from dino.layers.boxes import box_iou, cxcywh_to_xyxy, to_float32
+from dino.structures import LayerOutputs, Queries, Tokens, at_most
 
-from ..transformer import QuerySelection
+from ..transformer import QuerySelection, gather_tokens
+
+_ROUNDS = 4  # of the suppression among tokens
 
 
 class LearnedQueries(nn.Module):
@@ -36,6 +39,66 @@ class LearnedQueries(nn.Module):
         box_logits = to_float32(self.anchors.weight).expand(images, -1, -1)  # (B, Q, 4)
         logits = content.new_zeros(0, images, self.num_queries, self.num_classes)
         return Queries(content, box_logits), LayerOutputs(logits, box_logits.new_zeros(0, *box_logits.shape))
+
+
+class DistinctSelection(QuerySelection):
+    """Query selection that prefers distinct boxes (distinct queries of DDQ, arXiv 2303.12776, section 3.2).
+
+    Neighbouring tokens see the same object. Of the best tokens, those whose box overlaps that of a better kept one come
+    after all others. So the decoder has fewer duplicates to reject, and no object is lost: a token that comes last is
+    still a query where Q is not filled otherwise. Detections are not filtered.
+
+    Args:
+        num_queries, num_classes, embed_dim, anchor_size: as of `QuerySelection`.
+        max_iou: overlap above which a token comes last, whatever its class; 0.8 in DDQ.
+        pool: tokens that are compared, as a multiple of `num_queries`.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_queries: int,
+        num_classes: int,
+        embed_dim: int = 256,
+        anchor_size: float = 0.05,
+        max_iou: float = 0.7,
+        pool: int = 4,
+    ):
+        super().__init__(num_queries=num_queries, num_classes=num_classes, embed_dim=embed_dim, anchor_size=anchor_size)
+        self.max_iou = max_iou
+        self.pool = pool
+
+    @torch.no_grad()
+    def best_tokens(self, features: Tensor, anchors: Tensor, usable: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """See `QuerySelection.best_tokens`."""
+        scores = self.scores(self.class_head(features), usable, padding_mask)  # (B, S)
+        pool = scores.topk(at_most(self.pool * self.num_queries, scores.shape[1]), dim=1).indices  # (B, R)
+        steps = to_float32(self.box_head(gather_tokens(features, pool)))  # (B, R, 4)
+        boxes = cxcywh_to_xyxy((gather_tokens(anchors, pool) + steps).sigmoid())
+        dropped = ~_keep_distinct(boxes, self.max_iou)  # (B, R)
+        place = torch.arange(pool.shape[1], device=pool.device) + pool.shape[1] * dropped
+        first = place.topk(at_most(self.num_queries, pool.shape[1]), dim=1, largest=False).indices  # (B, Q)
+        return pool.gather(1, first)
+
+
+def _keep_distinct(boxes: Tensor, max_iou: float) -> Tensor:
+    """Mark boxes that overlap no better kept one by more than `max_iou`.
+
+    Boxes are compared all at once, so that graphs of any kind can hold it: a box is dropped if a box kept in the round
+    before overlaps it. The result is that of non-maximum suppression, but where chains of boxes, each of which would
+    drop the next one, are longer than the rounds.
+
+    Args:
+        boxes: (B, R, 4) xyxy, best first.
+
+    Returns:
+        (B, R) bool.
+    """
+    overlaps = (box_iou(boxes[:, :, None], boxes[:, None]) > max_iou).triu(1)  # (B, R, R), row: the better box
+    keep = torch.ones_like(overlaps[:, 0])
+    for _ in range(_ROUNDS):
+        keep = ~(overlaps & keep[..., None]).any(1)
+    return keep
 
 
 class PureSelection(QuerySelection):
