@@ -95,14 +95,3 @@ def test_without_overlap_it_is_query_selection():
             assert ours is theirs or torch.equal(ours, theirs)
     remaining = distinct.next_boxes(memory, 1000).shape[1]
     assert remaining == memory.features.shape[1] - 12
-
-
-def test_it_selects_other_tokens_than_query_selection():
-    torch.manual_seed(0)
-    network = tiny_network()
-    images, padding = random_batch(2)
-    memory = network.encoder(network.tokenize(network.neck(images), padding))
-    sizes = {"num_queries": 12, "num_classes": 3, "embed_dim": 32, "anchor_size": 0.2}
-    distinct, plain = DistinctSelection(**sizes, max_iou=0.3), QuerySelection(**sizes)
-    plain.load_state_dict(distinct.state_dict())
-    assert not torch.equal(distinct(memory)[0].box_logits, plain(memory)[0].box_logits)
