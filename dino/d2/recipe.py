@@ -24,6 +24,11 @@ from .data_loading import class_names, dataset
 logger = logging.getLogger("detectron2.dino")
 
 _BATCH = "dataloader.train.total_batch_size"
+_EPOCHS = {  # numbers of iterations, and the epochs from which they follow where they are None
+    "train.max_iter": "train.epochs",
+    "train.eval_period": "train.eval_epochs",
+    "train.checkpointer.period": "train.eval_epochs",
+}
 # The key of a recipe that states the number of classes, and that of Detectron2's R-CNNs. Other parts interpolate it.
 _NUM_CLASSES = ("model.num_classes", "model.roi_heads.num_classes")
 
@@ -77,6 +82,7 @@ def complete(
         cfg.train.reference_batch = OmegaConf.select(cfg, _BATCH)
     check_overrides(cfg, overrides)
     cfg = LazyConfig.apply_overrides(cfg, list(overrides))
+    _prefer_epochs(cfg, _keys(overrides))
     if not torch.cuda.is_available() and str(cfg.train.device).startswith("cuda"):
         cfg.train.device = "cpu"
     _use_classes(cfg, _keys(overrides), eval_only)
@@ -87,6 +93,13 @@ def complete(
 
 def _keys(overrides: Sequence[str]) -> set[str]:
     return {override.partition("=")[0] for override in overrides}
+
+
+def _prefer_epochs(cfg: DictConfig, stated: set[str]) -> None:
+    """Let epochs that an override states replace iterations that the recipe states."""
+    for iterations, epochs in _EPOCHS.items():
+        if epochs in stated and iterations not in stated:
+            OmegaConf.update(cfg, iterations, None)
 
 
 def check_recipe(cfg: DictConfig, path: str) -> None:

@@ -34,6 +34,7 @@ SHRINK = [
     "train.epochs=1",
     "train.eval_epochs=1",
     "train.log_period=1",
+    "train.ema.enabled=False",
     "optimizer.lr=2e-4",
 ]
 

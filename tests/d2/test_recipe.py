@@ -218,9 +218,21 @@ def test_stated_iterations_are_kept():
 def test_few_images_and_parts_of_epochs(images, epochs, expected):
     cfg = load(SMALL)
     cfg.dataloader.train.total_batch_size = 16
-    cfg.train.epochs = epochs
+    cfg.train.epochs, cfg.train.max_iter = epochs, None
     recipe.use_epochs(cfg, images)
     assert cfg.train.max_iter == expected
+
+
+def test_stated_epochs_replace_the_iterations_of_a_recipe():
+    """A recipe for small data states iterations; those that the command line states too are kept."""
+    train = load_recipe(config=SMALL).train
+    assert (train.max_iter, train.eval_period, train.checkpointer.period) == (1500, 500, 500)
+    train = load_recipe("train.epochs=3", config=SMALL).train
+    assert (train.max_iter, train.eval_period, train.checkpointer.period) == (None, 500, 500)
+    train = load_recipe("train.eval_epochs=2", "train.checkpointer.period=7", config=SMALL).train
+    assert (train.max_iter, train.eval_period, train.checkpointer.period) == (1500, None, 7)
+    train = load_recipe("train.epochs=3", "train.max_iter=90", config=SMALL).train
+    assert (train.epochs, train.max_iter) == (3, 90)
 
 
 @pytest.mark.parametrize("epochs", [5, 11, 0.5])
@@ -232,7 +244,7 @@ def test_schedules_that_do_not_fit_the_epochs_are_refused(epochs):
 
 @pytest.mark.parametrize("epochs", [0.5, 5, 100])
 def test_the_schedule_of_the_small_recipe_fits_any_epochs(epochs):
-    cfg = LazyConfig.apply_overrides(load(SMALL), [f"train.epochs={epochs}"])
+    cfg = load_recipe(f"train.epochs={epochs}", config=SMALL)
     factor = schedule(cfg, 400)
     last = cfg.train.max_iter
     assert factor(0) == 1

@@ -24,5 +24,5 @@ model.network.encoder.hidden_dim = 256
 model.network.query_selection.num_queries = 50
 model.max_detections = 50
 
-train.epochs = 6
-train.eval_epochs = 6
+train.epochs = train.eval_epochs = 6
+train.max_iter = train.eval_period = train.checkpointer.period = None

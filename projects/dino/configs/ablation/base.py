@@ -7,10 +7,14 @@ runs the table. Images of 160 pixels (short side), batch 2, ResNet-18 with train
 
 from detectron2.config import LazyCall as L
 from detectron2.data import transforms as T
+from fvcore.common.param_scheduler import MultiStepParamScheduler
 
 from dino.d2.data_loading import ShortSide
 
-from ..dino_r18_small_data import dataloader, lr_multiplier, model, optimizer, train
+from .....configs.common.data import dataloader
+from .....configs.common.models.dino_r18 import model
+from .....configs.common.optim import optimizer
+from .....configs.common.train import train
 
 model.network.neck.out_channels = 64
 model.network.encoder.hidden_dim = 256
@@ -21,5 +25,8 @@ dataloader.train.num_workers = dataloader.test.num_workers = 0  # a run is one p
 
 dataloader.train.total_batch_size = 2
 optimizer.lr = 5e-4
+del optimizer.params.lr_factor_func  # nothing is pre-trained, so nothing needs to learn slowly
+train.epochs = train.eval_epochs = 25
 train.max_iter = 800
 train.eval_period = 160
+lr_multiplier = L(MultiStepParamScheduler)(values=[1.0, 0.1], milestones=[4], num_updates=5)
