@@ -42,7 +42,7 @@ class LearnedQueries(nn.Module):
 
 
 class DistinctSelection(QuerySelection):
-    """Query selection that prefers distinct boxes (distinct queries of DDQ, arXiv 2303.12776, section 3.2).
+    """Query selection that prefers distinct boxes (the distinct queries of DDQ, arXiv 2303.12776).
 
     Neighbouring tokens see the same object. Of the best tokens, those whose box overlaps that of a better kept one come
     after all others. So the decoder has fewer duplicates to reject, and no object is lost: a token that comes last is
