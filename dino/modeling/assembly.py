@@ -28,6 +28,7 @@ def build_dino(
     hidden_dim: int = HIDDEN_DIM,
     encoder_layers: int = 6,
     decoder_layers: int = 6,
+    query_selection: nn.Module | None = None,
 ) -> DINO:
     """A DINO around `backbone`; the defaults make a 4-scale model.
 
@@ -43,13 +44,15 @@ def build_dino(
         hidden_dim: width of the feed-forward networks.
         encoder_layers: number of encoder layers.
         decoder_layers: number of decoder layers.
+        query_selection: in place of `QuerySelection`, for the same queries, classes and width.
     """
     attention = {"num_heads": num_heads, "num_levels": num_levels, "num_points": num_points, "hidden_dim": hidden_dim}
+    selection = QuerySelection(num_queries=num_queries, num_classes=num_classes, embed_dim=embed_dim)
     return DINO(
         neck=ChannelMapper(backbone=backbone, in_features=in_features, out_channels=embed_dim, num_levels=num_levels),
         position_encoding=SinePositionEncoding(embed_dim),
         encoder=Encoder(num_layers=encoder_layers, embed_dim=embed_dim, **attention),
-        query_selection=QuerySelection(num_queries=num_queries, num_classes=num_classes, embed_dim=embed_dim),
+        query_selection=query_selection or selection,
         denoising=ContrastiveDenoising(num_classes=num_classes, embed_dim=embed_dim, num_denoising=num_denoising),
         decoder=Decoder(num_classes=num_classes, num_layers=decoder_layers, embed_dim=embed_dim, **attention),
     )

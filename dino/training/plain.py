@@ -19,16 +19,18 @@ from tqdm import tqdm
 from dino.data.coco import CocoImages, ResizeShortSide, collate
 from dino.evaluation import average_precision
 from dino.inference.cpu import keep_freed_memory
-from dino.layers import HungarianMatcher, SetCriterion
+from dino.layers import LossScaling, SetCriterion, SquaredIoULoss
 from dino.layers.cpu_feed_forward import use_cpu_feed_forward
 from dino.modeling import TorchvisionBackbone, compile_network, use_float32_precision
 from dino.modeling.detector import Detector, Preprocessing
+from dino.modeling.variants import PositionModulatedMatcher
 from dino.utils.files import DataError, UserError, free_name, write_whole
 from dino.weights import SCHEMES, load_weights, locate, read_content, recognise, weights_of
 from dino.weights.description import build_network, read_description
 
 FLIPS = ("none", "horizontal", "both")
 NORMS = ("FrozenBN", "BN")
+_CLASS_WEIGHT = 6.0  # of the class loss, but for denoising
 _COUNTER = ".num_batches_tracked"
 
 
@@ -177,8 +179,13 @@ def build(settings: Settings, names: Sequence[str]) -> Detector:
     preprocessing = settings.preprocessing._replace(**statistics)
     if settings.torch_device.type == "cpu":
         use_cpu_feed_forward(network)
-    criterion = SetCriterion(matcher=HungarianMatcher())
-    return Detector(network, preprocessing, names, criterion=criterion).to(settings.torch_device)
+    return Detector(network, preprocessing, names, criterion=_criterion()).to(settings.torch_device)
+
+
+def _criterion() -> nn.Module:
+    """The losses of the recipes for small data."""
+    losses = SetCriterion(matcher=PositionModulatedMatcher(), class_loss=SquaredIoULoss(), class_weight=_CLASS_WEIGHT)
+    return LossScaling(criterion=losses, factors={"loss_ce_dn": 1 / _CLASS_WEIGHT})
 
 
 def save(path: Path, detector: Detector, settings: Settings) -> None:
@@ -210,13 +217,13 @@ def _describe(settings: Settings, num_classes: int) -> dict:
     library = "Torchvision" if settings.backbone in TorchvisionBackbone.names_of_models() else "Timm"
     norm = settings.norm or "BN"
     backbone = {"_target_": f"dino.modeling.{library}Backbone", "name": settings.backbone, "norm": norm}
+    sizes = {"num_classes": num_classes, "num_queries": settings.queries, "embed_dim": settings.embed_dim}
     return {
         "network": {
             "_target_": "dino.modeling.build_dino",
             "backbone": backbone,
-            "num_classes": num_classes,
-            "num_queries": settings.queries,
-            "embed_dim": settings.embed_dim,
+            "query_selection": {"_target_": "dino.modeling.variants.DistinctSelection", **sizes},
+            **sizes,
             "hidden_dim": 4 * settings.embed_dim,
             "encoder_layers": settings.layers,
             "decoder_layers": settings.layers,

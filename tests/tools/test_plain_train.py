@@ -43,7 +43,7 @@ def test_arguments_reach_the_engine(sets, tmp_path, monkeypatch):
     weights = tmp_path / "model.pth"
     plain_train.main([*data_arguments("val", sets[1]), "--eval-only", "--weights", str(weights), "--device=cpu"])
     files, options = calls.pop()
-    assert files == (*map(Path, sets[1]), weights, Path("output/plain"))
+    assert files == (*map(Path, sets[1]), str(weights), Path("output/plain"))
     assert options == Settings(device="cpu")._asdict()
 
 
