@@ -123,10 +123,7 @@ def train(
     data = CocoImages(train_json, train_images, _transforms(settings, settings.flips))
     if data.names != val.names:
         raise DataError(f"training and validation data differ in their classes: {data.names}, {val.names}")
-    if data.problem:
-        raise DataError(f"nothing to learn: {data.problem}")
-    if val.problem:
-        print(f"warning: AP will be undefined: {val.problem}")
+    _check_objects(data, val)
     output.mkdir(parents=True, exist_ok=True)
     empty = sum(not objects for objects in data.objects.values())
     print(f"{len(data)} images, {empty} without objects, {data.dropped} boxes of no size dropped; {data.names}")
@@ -237,6 +234,14 @@ def _load(network: nn.Module, path: str | Path, names: list[str]) -> None:
 def _load_data(data: CocoImages, settings: Settings, **options: Any) -> DataLoader:
     """Batches of `data`, see `collate`."""
     return DataLoader(data, collate_fn=collate, num_workers=settings.workers, **options)
+
+
+def _check_objects(data: CocoImages, val: CocoImages) -> None:
+    """Raise a DataError if there is nothing to learn; warn if there is no AP to expect."""
+    if data.problem:
+        raise DataError(f"nothing to learn: {data.problem}")
+    if val.problem:
+        _warn(f"AP will be undefined: {val.problem}")
 
 
 def _sizes(data: CocoImages, settings: Settings) -> tuple[np.ndarray, np.ndarray]:

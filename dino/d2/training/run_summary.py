@@ -52,8 +52,8 @@ def summarise_data(cfg: DictConfig, images: list[dict], val_images: list[dict]) 
     if unseen:
         logger.warning(f"no training image shows {', '.join(names[label] for label in unseen[:10])}")
     _warn_of_limits(cfg, images)
-    counts = [Counter(names[o["category_id"]] for x in part for o in x["annotations"]) for part in (images, val_images)]
-    doubts = Objects(_log_sizes(cfg, images), _shares(images), *counts).doubts()
+    sizes = _log_sizes(cfg, images)
+    doubts = Objects(sizes, _shares(images), _count(names, images), _count(names, val_images)).doubts()
     for doubt in doubts:
         logger.warning(doubt)
     return doubts
@@ -76,6 +76,11 @@ def _no_objects(name: str, images: list[dict]) -> str | None:
     usable = sum(len(x["annotations"]) for x in images)
     raw = [] if usable else [a for x in DatasetCatalog.get(name) for a in x.get("annotations", [])]
     return no_objects(MetadataCatalog.get(name).get("json_file", name), len(images), raw, usable)
+
+
+def _count(names: list[str], images: list[dict]) -> Counter[str]:
+    """Number of objects of each class, by its name."""
+    return Counter(names[o["category_id"]] for x in images for o in x["annotations"])
 
 
 def _shares(images: list[dict]) -> np.ndarray:
