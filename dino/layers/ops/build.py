@@ -74,7 +74,7 @@ class BuildError(Exception):
     """Why a part can't be built, in one line."""
 
 
-class _LeftOut(Exception):
+class LeftOut(Exception):
     """Why a part is left out here, in one line."""
 
 
@@ -259,15 +259,15 @@ def _plan_cpu() -> _Plan:
 
 
 def _plan_cuda() -> _Plan:
-    """Plan the part for CUDA; raise _LeftOut where it is not wanted, a BuildError where it can't be built."""
+    """Plan the part for CUDA; raise LeftOut where it is not wanted, a BuildError where it can't be built."""
     nvcc = _find_nvcc()
     if nvcc is None:
-        raise _LeftOut("no nvcc found")
+        raise LeftOut("no nvcc found")
     if os.environ.get("FORCE_CUDA", "0") != "1" and not _gpu_capabilities():
-        raise _LeftOut("no GPU found (FORCE_CUDA=1 builds it all the same)")
+        raise LeftOut("no GPU found (FORCE_CUDA=1 builds it all the same)")
     torch = _find_torch()
     if not torch.cuda:
-        raise _LeftOut(f"torch {torch.version} is a build without CUDA")
+        raise LeftOut(f"torch {torch.version} is a build without CUDA")
     architectures = _cuda_architectures(nvcc)
     record = {
         "architectures": architectures,
@@ -316,7 +316,7 @@ def _planned(plan: Callable[[], _Plan], part: str, folder: Path) -> _Plan | _Res
     """The plan of a part, or its result where there is nothing to do."""
     try:
         wanted = plan()
-    except _LeftOut as reason:
+    except LeftOut as reason:
         return _Result(part, "left out", str(reason))
     except (BuildError, OSError) as error:
         return _Result(part, "failed", str(error))
