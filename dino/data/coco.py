@@ -198,7 +198,7 @@ def no_objects(where: str | Path, num_images: int, annotations: Sequence[dict], 
     crowd = sum(bool(a.get("iscrowd", 0)) for a in annotations)
     return (
         f"{where} has no objects: {counted(num_images, 'image')}, {counted(len(annotations), 'annotation')}, "
-        f"{crowd:,} of them crowd regions (iscrowd=1), {len(annotations) - crowd:,} of them boxes without area in the image"
+        f"{crowd:,} of them crowd regions (iscrowd=1), {len(annotations) - crowd:,} boxes without area in the image"
     )
 
 

@@ -78,7 +78,7 @@ def test_training_data_without_objects_are_refused(tmp_path):
     cfg = tiny_recipe(tmp_path)
     edit("train", tmp_path, iscrowd=1)
     path = re.escape(str(tmp_path / "train/annotations.json"))
-    numbers = r"4 images, 6 annotations, 6 of them crowd regions \(iscrowd=1\), 0 of them boxes without area"
+    numbers = r"4 images, 6 annotations, 6 of them crowd regions \(iscrowd=1\), 0 boxes without area"
     with pytest.raises(DataError, match=f"^nothing to learn: {path} has no objects: {numbers}"):
         engine.train(cfg, resume=False)
     assert not list((tmp_path / "run").iterdir())

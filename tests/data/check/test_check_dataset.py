@@ -54,9 +54,7 @@ def test_data_without_objects(files, tmp_path, capsys):
     """An error of training data, a warning of validation data."""
     val = write_coco(tmp_path / "val", counts=(2, 1), seed=5)
     val.change(make_crowd)
-    numbers = (
-        "has no objects: 2 images, 3 annotations, 3 of them crowd regions (iscrowd=1), 0 of them boxes without area"
-    )
+    numbers = "has no objects: 2 images, 3 annotations, 3 of them crowd regions (iscrowd=1), 0 boxes without area"
     assert check(*files, "--val", *val) == 0
     out = capsys.readouterr().out
     assert "warning: no objects at all in the validation data (1). Annotate them, or expect no AP" in out
@@ -68,7 +66,7 @@ def test_data_without_objects(files, tmp_path, capsys):
     assert "can't fix without you: no objects at all" in error
     val.change(lambda content: content["annotations"].clear())
     assert check(*val) == 1
-    assert "2 images, 0 annotations, 0 of them" in capsys.readouterr().out
+    assert "2 images, 0 annotations, 0 of them crowd" in capsys.readouterr().out
 
 
 def test_warnings_leave_the_exit_code_0(files, capsys):
