@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional
 
 from dino.modeling.detector import resized_size, to_target
 from dino.structures import Target
-from dino.utils.files import DataError, resolve_inside
+from dino.utils.files import DataError, counted, resolve_inside
 
 from .images import read_image, resize_tensor
 
@@ -185,6 +185,23 @@ def clean_objects(objects: Iterable[tuple[int, list[float], bool]], width: int, 
     return _ImageObjects(kept, len(boxes) - len(kept))
 
 
+def no_objects(where: str | Path, num_images: int, annotations: Sequence[dict], usable: int) -> str | None:
+    """One line about a data set without any object; None if it has one.
+
+    Args:
+        where: file or name of the data set.
+        annotations: all of them; only `iscrowd` is read.
+        usable: how many of them are objects, see `clean_objects`.
+    """
+    if usable:
+        return None
+    crowd = sum(bool(a.get("iscrowd", 0)) for a in annotations)
+    return (
+        f"{where} has no objects: {counted(num_images, 'image')}, {counted(len(annotations), 'annotation')}, "
+        f"{crowd:,} of them crowd regions (iscrowd=1), {len(annotations) - crowd:,} boxes without area in the image"
+    )
+
+
 def _objects_of(data: dict[str, Any]) -> dict[int, _ImageObjects]:
     """Image id -> objects of checked annotations; images without objects are there too."""
     labels = classes_of(data).labels
@@ -208,6 +225,7 @@ class CocoImages(Dataset):
         images: its entries, in order. objects: image id -> list of (label, box xyxy).
         names, category_ids: of the classes, by label.
         dropped: how many boxes had no area inside their image.
+        problem: one line if there is no object at all, else None.
 
     Raises:
         DataError: see `read_annotations`; when indexed, see `read_image`.
@@ -222,6 +240,9 @@ class CocoImages(Dataset):
         cleaned = _objects_of(self.data)
         self.objects = {number: found.objects for number, found in cleaned.items()}
         self.dropped = sum(found.dropped for found in cleaned.values())
+        self.problem = no_objects(
+            annotations, len(self.images), self.data["annotations"], sum(map(len, self.objects.values()))
+        )
 
     def __len__(self) -> int:
         return len(self.images)

@@ -6,7 +6,9 @@ AP is in [0, 1], and -1 where it is undefined because a class or a size has no o
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
+from collections.abc import Set
 from typing import Any
 
 import numpy as np
@@ -67,11 +69,48 @@ def precision_of(coco_eval: COCOeval) -> np.ndarray:
     return coco_eval.eval["precision"][..., -1]
 
 
+def precision_without(coco_eval: COCOeval, dropped: Set[int]) -> np.ndarray:
+    """As `precision_of`, but without some detections: (IoU thresholds 10, recalls 101, classes, 1), of all sizes alone.
+
+    A detection that takes no object at an IoU threshold leaves the matches of the other ones there as they are. Only
+    images and classes where a dropped detection takes an object at some threshold are matched again.
+
+    Args:
+        coco_eval: of `run_coco`; stays as it is.
+        dropped: ids of detections, which are their places in the results, from 1 on.
+    """
+    fewer = copy.copy(coco_eval)
+    fewer.params = copy.copy(coco_eval.params)
+    fewer.params.areaRng, fewer.params.maxDets = coco_eval.params.areaRng[:1], coco_eval.params.maxDets[-1:]
+    fewer._dts, fewer.ious, fewer.evalImgs = {}, {}, list(coco_eval.evalImgs)
+    images, areas = len(coco_eval.params.imgIds), len(coco_eval.params.areaRng)
+    for start in range(0, len(fewer.evalImgs), images * areas):  # of each class, the first area is that of all sizes
+        for place in range(start, start + images):
+            cell = fewer.evalImgs[place]
+            if cell and not dropped.isdisjoint(cell["dtIds"]):
+                fewer.evalImgs[place] = _drop(coco_eval, fewer, cell, dropped)
+    with contextlib.redirect_stdout(io.StringIO()):
+        fewer.accumulate(fewer.params)
+    return fewer.eval["precision"][..., -1]
+
+
+def _drop(coco_eval: COCOeval, fewer: COCOeval, cell: dict, dropped: Set[int]) -> dict | None:
+    """COCO's result of an image and class without some detections; `fewer` is `coco_eval` with room for new matches."""
+    gone = np.array([number in dropped for number in cell["dtIds"]])
+    if not cell["dtMatches"][:, gone].any():
+        kept = {key: [x for x, out in zip(cell[key], gone, strict=True) if not out] for key in ("dtIds", "dtScores")}
+        return {**cell, **kept, **{key: cell[key][:, ~gone] for key in ("dtMatches", "dtIgnore")}}
+    key = cell["image_id"], cell["category_id"]
+    fewer._dts[key] = [d for d in coco_eval._dts[key] if d["id"] not in dropped]
+    fewer.ious[key] = fewer.computeIoU(*key)
+    return fewer.evaluateImg(*key, fewer.params.areaRng[0], fewer.params.maxDets[0])
+
+
 def summarise(precision: np.ndarray) -> dict[str, float]:
-    """`_METRICS` of `precision_of`, or of a part of its classes."""
-    by_size = [precision[..., size] for size in range(4)]
+    """`_METRICS` of `precision_of`, or of a part of its classes; the first three if it is of all sizes alone."""
+    by_size = [precision[..., size] for size in range(precision.shape[-1])]
     parts = (by_size[0], by_size[0][0], by_size[0][_IOU_75], *by_size[1:])
-    return dict(zip(_METRICS, map(_mean, parts), strict=True))
+    return dict(zip(_METRICS, map(_mean, parts), strict=False))
 
 
 def complete_annotations(annotations: list[dict]) -> list[dict]:

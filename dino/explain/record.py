@@ -53,7 +53,7 @@ class Record(NamedTuple):
     outputs: Outputs
     matches: list[tuple[Tensor, Tensor]]  # of each image: K queries of the last layer, and their objects
     losses: dict[str, float]  # weighted, by name
-    gradients: dict[str, Tensor]  # "once" and "twice" -> (N, N, 2), see `box_gradients`
+    gradients: dict[str, Tensor]  # "once" and "twice" -> (N, N, 2), see `_box_gradients`
 
     def count_tokens(self, image: int) -> int:
         """Number of tokens of an image that are not padding."""
@@ -95,7 +95,7 @@ def record(
         matches = criterion.matcher(type(outputs.decoder)(*(x[-1:] for x in outputs.decoder)), targets)[0]
 
     def pulls(decoder: Decoder) -> Tensor:
-        return box_gradients(decoder, concatenate(dn.queries, queries), memory, outputs, criterion, targets)
+        return _box_gradients(decoder, concatenate(dn.queries, queries), memory, outputs, criterion, targets)
 
     return Record(
         memory=memory,
@@ -177,7 +177,7 @@ def _labels_of(content: Tensor, embedding: Tensor) -> Tensor:
 
 
 @torch.enable_grad()
-def box_gradients(
+def _box_gradients(
     decoder: nn.Module,
     queries: Queries,
     memory: Tokens,

@@ -61,7 +61,7 @@ def _xavier(module: nn.Module) -> None:
             nn.init.xavier_uniform_(part.weight)
 
 
-class EncoderLayer(nn.Module):
+class _EncoderLayer(nn.Module):
     """Deformable self-attention over the pyramid, then a feed-forward network."""
 
     def __init__(self, embed_dim: int, num_heads: int, num_levels: int, num_points: int, hidden_dim: int):
@@ -110,7 +110,7 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         args = (embed_dim, num_heads, num_levels, num_points, hidden_dim)
-        self.layers = nn.ModuleList(EncoderLayer(*args) for _ in range(num_layers))
+        self.layers = nn.ModuleList(_EncoderLayer(*args) for _ in range(num_layers))
 
     def forward(self, tokens: Tokens) -> Tokens:
         """Tokens -> the same with new features, the "memory"."""

@@ -6,10 +6,12 @@ import json
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -22,11 +24,13 @@ from dino.inference.cpu import keep_freed_memory
 from dino.layers import LossScaling, SetCriterion, SquaredIoULoss
 from dino.layers.cpu_feed_forward import use_cpu_feed_forward
 from dino.modeling import TorchvisionBackbone, compile_network, use_float32_precision
-from dino.modeling.detector import Detector, Preprocessing
+from dino.modeling.detector import Detector, Preprocessing, resized_size
 from dino.modeling.variants import PositionModulatedMatcher
 from dino.utils.files import DataError, UserError, free_name, write_whole
 from dino.weights import SCHEMES, load_weights, locate, read_content, recognise, weights_of
 from dino.weights.description import build_network, read_description
+
+from .progress import Objects, Progress
 
 FLIPS = ("none", "horizontal", "both")
 NORMS = ("FrozenBN", "BN")
@@ -115,7 +119,7 @@ def train(
         the metrics: "AP", …, see `average_precision.evaluate`, and "training_seconds".
 
     Raises:
-        DataError: a file can't be used; training and validation data have other classes.
+        DataError: a file can't be used; training and validation data have other classes; there are no training objects.
         UserError: output holds a model, or the settings make no network.
         FloatingPointError: the loss or a prediction is NaN or infinite; names the images.
     """
@@ -131,14 +135,18 @@ def train(
     data = CocoImages(train_json, train_images, _transforms(settings, settings.flips))
     if data.names != val.names:
         raise DataError(f"training and validation data differ in their classes: {data.names}, {val.names}")
+    _check_objects(data, val)
     output.mkdir(parents=True, exist_ok=True)
     empty = sum(not objects for objects in data.objects.values())
     print(f"{len(data)} images, {empty} without objects, {data.dropped} boxes of no size dropped; {data.names}")
     start = time.perf_counter()
-    _fit(detector, data, settings)
+    objects = Objects(*_sizes(data, settings), *map(_count_classes, (data, val)))
+    progress = _fit(detector, data, settings, objects.doubts())
     seconds = time.perf_counter() - start
     save(output / "model.pth", detector, settings)
-    return _write_results(detector, val, settings, output, seconds)
+    metrics = _write_results(detector, val, settings, output, seconds)
+    _warn(progress.zero_ap(progress.length, metrics["AP"], metrics["AP50"]))
+    return metrics
 
 
 def evaluate(
@@ -303,8 +311,39 @@ def _parameter_groups(detector: Detector, settings: Settings) -> list[dict]:
     return [{"params": others}, {"params": trained, "lr": settings.lr * (0.1 if settings.norm == "FrozenBN" else 1)}]
 
 
-def _fit(detector: Detector, data: CocoImages, settings: Settings) -> None:
-    """The training loop."""
+def _check_objects(data: CocoImages, val: CocoImages) -> None:
+    """Raise a DataError if there is nothing to learn; warn if there is no AP to expect."""
+    if data.problem:
+        raise DataError(f"nothing to learn: {data.problem}")
+    if val.problem:
+        _warn(f"AP will be undefined: {val.problem}")
+
+
+def _sizes(data: CocoImages, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) square roots of the areas of all boxes after the resize in pixels, and their shares of the image."""
+    sizes, shares = [], []
+    for entry in data.images:
+        height, width = entry["height"], entry["width"]
+        resized = math.prod(resized_size(height, width, settings.size, settings.preprocessing.max_size))
+        for _, (x0, y0, x1, y1) in data.objects[entry["id"]]:
+            shares.append((x1 - x0) * (y1 - y0) / (height * width))
+            sizes.append(math.sqrt(shares[-1] * resized))
+    return np.array(sizes), np.array(shares)
+
+
+def _count_classes(data: CocoImages) -> Counter[str]:
+    """Number of objects of each class, by its name."""
+    return Counter(data.names[label] for objects in data.objects.values() for label, _ in objects)
+
+
+def _warn(message: str | None) -> None:
+    """Print a warning, if there is one."""
+    if message:
+        tqdm.write(f"warning: {message}")
+
+
+def _fit(detector: Detector, data: CocoImages, settings: Settings, doubts: Sequence[str] = ()) -> Progress:
+    """The training loop -> how it went."""
     detector.train()
     groups = _parameter_groups(detector, settings)
     weights = [p for p in detector.parameters() if p.requires_grad]
@@ -313,20 +352,26 @@ def _fit(detector: Detector, data: CocoImages, settings: Settings) -> None:
     steps = max(1, round(settings.epochs * len(loader)))
     drop = torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(0.8 * steps)])
     batches = (batch for _ in range(math.ceil(settings.epochs)) for batch in loader)
-    progress = tqdm(range(steps), desc="train", disable=None)
-    for step, (images, targets, entries) in zip(progress, batches, strict=False):
+    progress = Progress(steps, {}, "--lr", settings.lr, doubts)
+    bar = tqdm(range(steps), desc="train", disable=None)
+    for step, (images, targets, entries) in zip(bar, batches, strict=False):
         names = [entry["file_name"] for entry in entries]
         with settings.autocast():
             loss = sum(detector.losses(images, targets, sources=names).values())
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}, images {names}. Lower --lr")
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 0.1)
+        norm = torch.nn.utils.clip_grad_norm_(weights, 0.1)
+        # One transfer from the device:
+        progress.losses[step], norm = torch.stack([loss.detach().float(), norm.float()]).tolist()
+        if not math.isfinite(progress.losses[step] + norm):
+            what = f"the loss is {progress.losses[step]}, the norm of its gradients {norm}"
+            raise FloatingPointError(f"{what} at step {step}, images {names}. Lower --lr")
         optimizer.step()
         drop.step()
+        _warn(progress.rising_loss(step + 1))
         if step % 50 == 0 or step == steps - 1:
-            tqdm.write(f"step {step + 1}/{steps}  loss {loss.item():.2f}")
+            tqdm.write(f"step {step + 1}/{steps}  loss {progress.losses[step]:.2f}")
+    return progress
 
 
 def _write_results(

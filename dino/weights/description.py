@@ -27,7 +27,7 @@ _NAMED = ("dino.modeling.variants.Branches", "dino.modeling.variants.branches.Br
 _FETCHING = re.compile(r"pretrained.*|weights.*|checkpoint.*|cache_dir|file|.*(url|hub).*")  # arguments that name files
 
 
-class ModelFromCheckpoint(NamedTuple):
+class _ModelFromCheckpoint(NamedTuple):
     """The result of `model_from_checkpoint`."""
 
     network: DINO  # in evaluation mode, on the CPU
@@ -47,7 +47,7 @@ def detector_from_checkpoint(path: str | Path, copy: str = "auto") -> Detector:
     return Detector(network, preprocessing, names).eval()
 
 
-def model_from_checkpoint(path: str | Path, *, copy: str = "auto") -> ModelFromCheckpoint:
+def model_from_checkpoint(path: str | Path, *, copy: str = "auto") -> _ModelFromCheckpoint:
     """Build the network of a checkpoint with its weights.
 
     torchvision's ResNets replace Detectron2's. Other backbones of Detectron2 need Detectron2.
@@ -71,7 +71,7 @@ def model_from_checkpoint(path: str | Path, *, copy: str = "auto") -> ModelFromC
         raise DataError(f"{path} lacks weights of its own model: {', '.join(problems[:3])}")
     if len(names) != len(network.decoder.class_heads[0].bias):
         raise DataError(f"{path} has {len(names)} names for {len(network.decoder.class_heads[0].bias)} classes")
-    return ModelFromCheckpoint(network.eval(), names, preprocessing)
+    return _ModelFromCheckpoint(network.eval(), names, preprocessing)
 
 
 def read_description(content: Mapping, path: str | Path) -> tuple[dict, list[str], Preprocessing]:

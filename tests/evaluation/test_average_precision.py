@@ -1,8 +1,18 @@
+import numpy as np
 import pytest
 import torch
 
 from dino.data.coco import CocoImages
-from dino.evaluation.average_precision import _METRICS, complete_annotations, evaluate, to_results
+from dino.evaluation.average_precision import (
+    _METRICS,
+    complete_annotations,
+    evaluate,
+    precision_of,
+    precision_without,
+    run_coco,
+    summarise,
+    to_results,
+)
 from dino.layers import Detections
 
 from ..coco_files import write_coco
@@ -86,3 +96,37 @@ def test_what_evaluation_needs_is_filled_in():
         {"id": 2, "bbox": [0, 0, 2, 2], "area": 3.5, "iscrowd": 1},
     ]
     assert bare == before
+
+
+def crossed(random, data, per_object=4):
+    """Detections around every object with scores that do not follow the overlap, some of another class."""
+    ids = [c["id"] for c in data["categories"]]
+    results = []
+    for a in data["annotations"]:
+        for _ in range(per_object):
+            x, y, w, h = a["bbox"]
+            box = [x + random.normal(0, 0.1) * w, y + random.normal(0, 0.1) * h, w, h]
+            category = a["category_id"] if random.random() < 0.8 else int(random.choice(ids))
+            score = float(random.random())
+            results.append({"image_id": a["image_id"], "category_id": category, "bbox": box, "score": score})
+    return results
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("crowd", [False, True])
+def test_precision_without_detections_is_that_of_results_which_lack_them(tmp_path, seed, crowd):
+    random = np.random.default_rng(seed)
+    data = write_coco(tmp_path, counts=(5, 3, 0, 6), seed=seed).read()
+    data["annotations"][0]["iscrowd"] = int(crowd)
+    results = crossed(random, data)
+    coco_eval = run_coco(data, results)
+    before = precision_of(coco_eval).copy()
+    dropped = {int(n) for n in random.choice(len(results), len(results) // 3, replace=False) + 1}
+    expected = precision_of(run_coco(data, [r for n, r in enumerate(results, 1) if n not in dropped]))
+    found = precision_without(coco_eval, dropped)
+    assert found.shape == (10, 101, 3, 1)
+    np.testing.assert_array_equal(found[..., 0], expected[..., 0])
+    assert summarise(found) == {name: summarise(expected)[name] for name in ("AP", "AP50", "AP75")}
+    np.testing.assert_array_equal(precision_of(coco_eval), before)
+    everything = precision_without(coco_eval, set(range(1, len(results) + 1)))
+    assert set(np.unique(everything)) <= {-1, 0}

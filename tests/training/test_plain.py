@@ -228,6 +228,71 @@ def test_non_finite_losses_name_the_images(sets, tmp_path, small_backbone, monke
         run(sets, tmp_path / "run")
 
 
+def test_gradients_that_are_not_finite_name_the_images(sets, tmp_path, small_backbone, monkeypatch):
+    class Steep(nn.Module):
+        def __init__(self, **_):
+            super().__init__()
+
+        def forward(self, outputs, _):
+            return {"loss_ce": (outputs.decoder.logits.sum() * 0).sqrt()}  # 0, with an infinite slope
+
+    monkeypatch.setattr(plain, "SetCriterion", Steep)
+    with pytest.raises(FloatingPointError, match=r"the loss is 0\.0, the norm of its gradients nan at step 0, images"):
+        run(sets, tmp_path / "run")
+
+
+def make_crowd(content):
+    for annotation in content["annotations"]:
+        annotation["iscrowd"] = 1
+
+
+def test_training_data_without_objects_are_refused(sets, tmp_path):
+    sets[0].change(make_crowd)
+    with pytest.raises(
+        DataError, match=r"nothing to learn: .*annotations\.json has no objects: 4 images, 6 annotations, 6 "
+    ):
+        run(sets, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_validation_data_without_objects_are_warned_of(sets, tmp_path, capsys, small_backbone):
+    sets[1].change(make_crowd)
+    assert run(sets, tmp_path / "run")["AP"] == -1
+    said = capsys.readouterr().out
+    assert f"warning: AP will be undefined: {sets[1].annotations} has no objects: 4 images, 6 annotations, 6 of" in said
+    assert "AP and AP50 are 0" not in said
+
+
+def test_a_loss_that_rises_and_no_ap_are_warned_of(sets, tmp_path, capsys, small_backbone, monkeypatch):
+    class Rising(nn.Module):
+        def __init__(self, **_):
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, outputs, _):
+            self.calls += 1
+            return {"loss_ce": outputs.decoder.logits.sum() * 0 + 3 * self.calls}
+
+    monkeypatch.setattr(plain, "SetCriterion", Rising)
+    monkeypatch.setattr(plain.average_precision, "evaluate", lambda *_: {"AP": 0.0, "AP50": 0.0})
+    run(sets, tmp_path / "run", epochs=4)
+    said = capsys.readouterr().out
+    start = "the total loss rises: 3 at the start, 6 after 2 of 8 iterations. The learning rate --lr=0.0002 is"
+    assert said.count(f"warning: {start} probably too high\n") == 1
+    change = "the total loss has not fallen (3 at the start, 24 now), so --lr=0.0002 may be too high"
+    assert f"warning: AP and AP50 are 0 after 8 of 8 iterations. Likely causes: {change}; " in said
+
+
+def test_sizes_of_objects(sets):
+    images = plain.CocoImages(*sets[0], None)
+    sizes, shares = plain._sizes(images, plain.Settings(size=32))
+    (first, *_) = images.objects[1]
+    x0, y0, x1, y1 = first[1]
+    assert shares[0] == pytest.approx((x1 - x0) * (y1 - y0) / (72 * 64))
+    assert sizes[0] == pytest.approx((shares[0] * 32 * 36) ** 0.5)
+    assert len(sizes) == len(shares) == 6 == plain._count_classes(images).total()
+
+
 def test_non_finite_predictions_name_the_images(sets, tmp_path, small_backbone, monkeypatch):
     def broken(**parts):
         network = build_dino(**parts)

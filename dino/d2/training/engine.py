@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterable
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from dino.d2.data_loading import load_dataset
 from dino.d2.recipe import names_of, use_epochs
 from dino.d2.recipe_description import describe
 from dino.layers.cpu_feed_forward import use_cpu_feed_forward
+from dino.training.progress import Progress
 from dino.utils.files import DataError
 
 from .batch_pictures import MOST_IMAGES, BatchPictures, draw_predictions
@@ -53,7 +55,7 @@ def train(cfg: DictConfig, resume: bool) -> dict:
     _use_determinism(cfg)
     use_precision(cfg)
     images = instantiate(cfg.dataloader.train.dataset)
-    summarise_data(cfg, images)
+    doubts = summarise_data(cfg, images, instantiate(cfg.dataloader.test.dataset))
     use_epochs(cfg, len(images))
     about = describe_run(images, cfg.train.seed)
     del images
@@ -77,10 +79,11 @@ def train(cfg: DictConfig, resume: bool) -> dict:
         if part:
             checkpointer.add_checkpointable(key, part)
     start = trainer.iter + 1 if "trainer" in content else 0
+    progress = _start_progress(cfg, trainer, start, doubts)
     if comm.is_main_process():
-        checkpointer.add_about(recipe=_start_folder(cfg, start))
+        checkpointer.add_about(recipe=_start_folder(cfg))
     results: dict = {}
-    trainer.register_hooks(_list_hooks(cfg, trainer, checkpointer, ema, results))
+    trainer.register_hooks(_list_hooks(cfg, trainer, checkpointer, ema, results, progress))
     try:
         trainer.train(start, cfg.train.max_iter)
     except EndOfTraining:
@@ -91,11 +94,37 @@ def train(cfg: DictConfig, resume: bool) -> dict:
     return results
 
 
-def _start_folder(cfg: DictConfig, start: int) -> str:
-    """Prepare the folder of a run that starts at iteration `start` -> the text of its recipe."""
+def _start_progress(cfg: DictConfig, trainer: Trainer, start: int, doubts: list[str]) -> Progress:
+    """The progress of a run that starts at iteration `start`; only the main process knows the losses."""
+    path = Path(cfg.train.output_dir) / "metrics.json"
+    losses = forget_metrics(path, start) if comm.is_main_process() else {}
+    rate = max(group["lr"] for group in trainer.optimizer.param_groups)
+    return Progress(cfg.train.max_iter, losses, "optimizer.lr", rate, doubts)
+
+
+def _watch_loss(progress: Progress, trainer: Trainer) -> None:
+    """Note the loss of a logged iteration; warn after the first third of the training if it has risen."""
+    loss, iteration = trainer.storage.latest().get("total_loss", (0.0, -1))
+    if iteration == trainer.iter:
+        progress.losses[iteration] = loss
+    message = progress.rising_loss(trainer.iter + 1)
+    if message:
+        logger.warning(message)
+
+
+def _watch_ap(progress: Progress, completed: int, results: dict) -> None:
+    """Warn of an AP of 0, of raw and averaged weights, where boxes were evaluated by COCO's AP."""
+    measured = [values["bbox"] for values in (results, results.get("ema", {})) if "AP50" in values.get("bbox", {})]
+    if measured:
+        message = progress.zero_ap(completed, *(max(values[k] for values in measured) / 100 for k in ("AP", "AP50")))
+        if message:
+            logger.warning(message)
+
+
+def _start_folder(cfg: DictConfig) -> str:
+    """Prepare the folder of a run -> the text of its recipe."""
     folder = Path(cfg.train.output_dir)
     note_start(folder)
-    forget_metrics(folder / "metrics.json", start)
     LazyConfig.save(cfg, str(folder / "config.yaml"))
     return (folder / "config.yaml").read_text()
 
@@ -164,7 +193,14 @@ def _use_determinism(cfg: DictConfig) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)  # a few kernels have no such form, see the docs
 
 
-def _list_hooks(cfg: DictConfig, trainer: Trainer, checkpointer: Checkpointer, ema: Ema | None, results: dict) -> list:
+def _list_hooks(
+    cfg: DictConfig,
+    trainer: Trainer,
+    checkpointer: Checkpointer,
+    ema: Ema | None,
+    results: dict,
+    progress: Progress,
+) -> list:
     """All hooks in the order in which they must run; `results` receives the last evaluation."""
     main = comm.is_main_process()
     folder, names = cfg.train.output_dir, checkpointer.names
@@ -173,6 +209,7 @@ def _list_hooks(cfg: DictConfig, trainer: Trainer, checkpointer: Checkpointer, e
     def run_evaluation() -> dict:
         results.clear()
         results.update(_evaluate(cfg, model, ema))
+        _watch_ap(progress, min(trainer.iter + 1, cfg.train.max_iter), results)
         picture = os.path.join(folder, "val_predictions.png")
         if not from_main(os.path.exists(picture)):
             _show_predictions(cfg, model, names, picture)
@@ -189,6 +226,7 @@ def _list_hooks(cfg: DictConfig, trainer: Trainer, checkpointer: Checkpointer, e
         AverageWeights(ema) if ema else None,
         BatchPictures(_batch_pictures(folder, trainer.data_loader), names),
         checkpoints,
+        hooks.CallbackHook(after_step=partial(_watch_loss, progress)),
         Evaluation(cfg.train.eval_period, run_evaluation, checkpointer, ema, **cfg.train.best),
         hooks.PeriodicWriter(writers, period=cfg.train.log_period) if main else None,
         ProgressBar() if main else None,

@@ -123,8 +123,25 @@ class NonFiniteChecker:
         ]
         write_whole(path, lambda part: torch.save(kept, part))
         names = ", ".join(x["file_name"] for x in kept)
-        message = f"iteration {iteration}: {reason}. Images: {names}. The batch is in {path}"
+        cause = _likely_cause(kept, scaled=self.scaled)
+        message = f"iteration {iteration}: {reason}. Images: {names}. The batch is in {path}. {cause}"
         if not self.skip or self.streak >= _LONGEST_STREAK:
-            raise FloatingPointError(f"{message}. Lower optimizer.lr, or look at the boxes of these images")
+            raise FloatingPointError(message)
         self.skipped += 1
         logger.warning(f"{message}. The weights are unchanged; {self.skipped} such steps so far")
+
+
+def _likely_cause(batch: list[dict], *, scaled: bool) -> str:
+    """What to do about a step that is not finite.
+
+    Args:
+        batch: entries with `file_name`, `image` and `boxes` xyxy.
+        scaled: the network runs in float16.
+    """
+    for entry in batch:
+        boxes = entry["boxes"]
+        if not (entry["image"].isfinite().all() and boxes.isfinite().all() and (boxes[:, 2:] > boxes[:, :2]).all()):
+            return f"Likely cause: pixels or boxes of {entry['file_name']}, not finite or without size. Fix its input"
+    if scaled:
+        return "Likely cause: float16 overflows. Use train.amp.dtype=bfloat16, or lower optimizer.lr"
+    return "Likely cause: the learning rate is too high. Lower optimizer.lr, or look at the boxes of these images"

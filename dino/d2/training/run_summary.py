@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.build import print_instances_class_histogram
 from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
@@ -19,22 +20,27 @@ from torch import nn
 
 import dino
 from dino.d2.recipe import names_of
+from dino.data.coco import no_objects
 from dino.layers.ops.operator_report import operator_lines
 from dino.modeling import float32_precision
+from dino.training.progress import Objects
 from dino.utils.files import DataError
 
 logger = logging.getLogger("detectron2.dino")
-_TINY = 8  # pixels, below which few detectors find anything
 
 
-def summarise_data(cfg: DictConfig, images: list[dict]) -> None:
+def summarise_data(cfg: DictConfig, images: list[dict], val_images: list[dict]) -> list[str]:
     """Log a summary of the training data, and warn of classes without objects and of limits that are too low.
 
+    Returns:
+        what looks wrong in the data, see `Objects.doubts`.
+
     Raises:
-        DataError: there are no images.
+        DataError: there are no images, or no objects; validation data without objects have no AP to stop early by.
     """
     if not images:
         raise DataError("the training data has no images")
+    _refuse_no_objects(cfg, images, val_images)
     names = names_of(cfg.dataloader.train.dataset)
     objects = sum(len(x["annotations"]) for x in images)
     empty = sum(not x["annotations"] for x in images)
@@ -46,7 +52,44 @@ def summarise_data(cfg: DictConfig, images: list[dict]) -> None:
     if unseen:
         logger.warning(f"no training image shows {', '.join(names[label] for label in unseen[:10])}")
     _warn_of_limits(cfg, images)
-    _log_sizes(cfg, images)
+    sizes = _log_sizes(cfg, images)
+    doubts = Objects(sizes, _shares(images), _count(names, images), _count(names, val_images)).doubts()
+    for doubt in doubts:
+        logger.warning(doubt)
+    return doubts
+
+
+def _refuse_no_objects(cfg: DictConfig, images: list[dict], val_images: list[dict]) -> None:
+    """Raise a DataError if there is nothing to learn; warn if there is no AP to expect."""
+    problem = _no_objects(cfg.dataloader.train.dataset.name, images)
+    if problem:
+        raise DataError(f"nothing to learn: {problem}")
+    problem = _no_objects(cfg.dataloader.test.dataset.name, val_images)
+    if problem and cfg.train.best.patience:
+        raise DataError(f"train.best.patience={cfg.train.best.patience} needs an AP, but {problem}")
+    if problem:
+        logger.warning(f"AP will be undefined, and there will be no model_best.pth: {problem}")
+
+
+def _no_objects(name: str, images: list[dict]) -> str | None:
+    """`no_objects` of a registered data set and its cleaned dicts; without objects, reads its annotations again."""
+    usable = sum(len(x["annotations"]) for x in images)
+    raw = [] if usable else [a for x in DatasetCatalog.get(name) for a in x.get("annotations", [])]
+    return no_objects(MetadataCatalog.get(name).get("json_file", name), len(images), raw, usable)
+
+
+def _count(names: list[str], images: list[dict]) -> Counter[str]:
+    """Number of objects of each class, by its name."""
+    return Counter(names[o["category_id"]] for x in images for o in x["annotations"])
+
+
+def _shares(images: list[dict]) -> np.ndarray:
+    """(N,) areas of all boxes, as shares of their image."""
+    shares = []
+    for x in images:
+        boxes = np.array([o["bbox"] for o in x["annotations"]]).reshape(-1, 4)
+        shares += list((boxes[:, 2:] - boxes[:, :2]).prod(1) / (x["height"] * x["width"]))
+    return np.array(shares)
 
 
 def _warn_of_limits(cfg: DictConfig, images: list[dict]) -> None:
@@ -63,8 +106,8 @@ def _warn_of_limits(cfg: DictConfig, images: list[dict]) -> None:
             logger.warning(f"{fullest['file_name']} has {count} objects, more than the {limit} {what} per image")
 
 
-def _log_sizes(cfg: DictConfig, images: list[dict]) -> None:
-    """Log the sizes of the objects after the resize, and warn of tiny ones."""
+def _log_sizes(cfg: DictConfig, images: list[dict]) -> np.ndarray:
+    """Log the sizes of the objects after the resize, and return them, (N,) in pixels."""
     sizes = _sizes_after_resize(images[:5000], list(instantiate(cfg.dataloader.test.mapper).augmentations.augs))
     if len(sizes):
         low, median, high = np.percentile(sizes, (5, 50, 95))
@@ -72,8 +115,7 @@ def _log_sizes(cfg: DictConfig, images: list[dict]) -> None:
             f"size of objects after the evaluation's resize, square root of the area in pixels: 5% below {low:.0f}, "
             f"median {median:.0f}, 5% above {high:.0f}"
         )
-        if median < _TINY:
-            logger.warning(f"half of the objects are smaller than {_TINY} pixels: try larger images or tiles")
+    return sizes
 
 
 def _sizes_after_resize(images: list[dict], augmentations: list) -> np.ndarray:

@@ -138,8 +138,9 @@ def _entries(path: Path) -> list[dict]:
     return found
 
 
-def forget_metrics(path: Path, start: int) -> None:
-    """Remove the metrics of iterations from `start` on, where a resumed run continues."""
+def forget_metrics(path: Path, start: int) -> dict[int, float]:
+    """Remove the metrics of iterations from `start` on, where a resumed run continues -> the total losses before."""
     kept = [x for x in _entries(path) if x["iteration"] < start or (x["iteration"] == start and "total_loss" not in x)]
     if path.is_file():
         write_whole(path, lambda part: part.write_text("".join(json.dumps(x, sort_keys=True) + "\n" for x in kept)))
+    return {x["iteration"]: x["total_loss"] for x in kept if "total_loss" in x}

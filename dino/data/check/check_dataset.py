@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dino.data.coco import check_lists, load_json
+from dino.data.coco import check_lists, load_json, no_objects
 from dino.utils.files import DataError, UserError, counted, write_whole
 
 from .annotations import Contents, find_issues
@@ -77,9 +77,21 @@ def check_all(sets: Sequence[tuple[Path, Path]], resize: Resize, *, open_images:
         DataError: see `_check`.
     """
     train, *val = checked = [_check(path, folder, resize, open_images=open_images) for path, folder in sets]
+    for one, kind in zip(checked, ("no_objects", "no_val_objects"), strict=False):
+        one.issues.extend(_check_objects(one, kind))
     for other in val:
         train.issues.extend(compare(train.split, other.split))
     return checked
+
+
+def _check_objects(checked: _Checked, kind: str) -> Iterator[Issue]:
+    """The issue of a data set whose annotations are all crowd regions or boxes without area, or that has none."""
+    entries = [o.entry for o in checked.split.contents.objects]
+    crowd = np.array([bool(entry.get("iscrowd", 0)) for entry in entries], dtype=bool)
+    usable = int((~crowd & (checked.sizes > 0)).sum())
+    text = no_objects(checked.path, len(checked.data["images"]), entries, usable)
+    if text:
+        yield Issue(kind, "annotations", 0, text)
 
 
 def print_report(checked: Sequence[_Checked], show: int) -> int:

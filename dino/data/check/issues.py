@@ -70,6 +70,8 @@ KINDS = {
     "xyxy": Kind("error", "boxes written as corners (XYXY)", "Write [x, y, width, height], not two corners", "convert"),
     "zero": Kind("error", "boxes without area", "Remove them; an image without objects needs none", "drop"),
     "outside": Kind("error", "boxes outside their image", "Remove them, or look for swapped x and y", "drop"),
+    "no_objects": Kind("error", "no objects at all", "Annotate objects; a training has nothing to learn without them"),
+    "no_val_objects": Kind("warning", "no objects at all in the validation data", "Annotate them, or expect no AP"),
     "beyond": Kind("warning", "boxes that cross the border of their image", "Training clips them", "clip"),
     "object_twice": Kind("warning", "objects annotated twice", "Remove the copies", "drop"),
     "zero_id": Kind(

@@ -17,11 +17,14 @@ from pycocotools import mask
 from pycocotools.cocoeval import COCOeval
 
 from dino.data.coco import classes_of
-from dino.evaluation.average_precision import precision_of, run_coco, summarise
+from dino.evaluation.average_precision import precision_of, precision_without, run_coco, summarise
 
 THRESHOLDS = np.round(np.arange(0.01, 1.0, 0.01), 2)  # of the slider and the figures
 _IOU, _LOOSE_IOU = 0.5, 0.1  # at least: right; badly placed
-_KINDS = ("found", "misplaced", "confused", "duplicate", "false")
+ERROR_WORDS = {"false": "false", "duplicate": "double", "misplaced": "badly placed", "confused": "wrong class"}
+_KINDS = ("found", *ERROR_WORDS)
+_COUNTED_AT = (0.2, 0.3, 0.4, 0.5)  # scores at which the errors in metrics.json are counted
+_CALIBRATED, _BINS = 0.05, 10  # least score that calibration looks at; bins of scores
 
 
 class Found(NamedTuple):
@@ -32,6 +35,7 @@ class Found(NamedTuple):
         box: xywh in pixels.
         kind: one of `_KINDS`.
         target: id of the object that it takes or overlaps; 0 for none.
+        id: place in the results, from 1 on.
     """
 
     image: int
@@ -40,6 +44,7 @@ class Found(NamedTuple):
     score: float
     kind: str
     target: int = 0
+    id: int = 0
 
 
 class Object(NamedTuple):
@@ -52,7 +57,26 @@ class Object(NamedTuple):
     score: float = 0.0
 
 
-class ClassRow(NamedTuple):
+class _ErrorCost(NamedTuple):
+    """A kind of error, and what it costs: AP of the detections without all of this kind, of whatever score.
+
+    Args:
+        kind: one of ERROR_WORDS.
+        detections: of this kind at the analysis' threshold.
+        at_scores: number of this kind from each score of `_COUNTED_AT` on.
+        ap, ap50: without this kind. Fewer double detections can lower `ap`: one may be the better placed.
+        gain: of AP50.
+    """
+
+    kind: str
+    detections: int
+    at_scores: dict[str, int]
+    ap: float
+    ap50: float
+    gain: float
+
+
+class _ClassRow(NamedTuple):
     """One class: COCO's AP (-1 where undefined); precision, recall and F1 at the threshold of best F1."""
 
     name: str
@@ -68,8 +92,8 @@ class ClassRow(NamedTuple):
 
 
 # Heading -> figure of a class, for the page and the terminal; negative where undefined. To add a figure: a field of
-# `ClassRow`, which goes to metrics.json, its value in `_class_rows`, and a line here.
-COLUMNS: dict[str, Callable[[ClassRow], float]] = {
+# `_ClassRow`, which goes to metrics.json, its value in `_class_rows`, and a line here.
+COLUMNS: dict[str, Callable[[_ClassRow], float]] = {
     "AP": lambda row: row.ap,
     "AP50": lambda row: row.ap50,
     "AP75": lambda row: row.ap75,
@@ -99,16 +123,22 @@ class Analysis(NamedTuple):
         precision: (IoU 10, recall 101, classes) COCO's interpolated precision, -1 where undefined.
         tally: number of each kind, and of "missed", at each of THRESHOLDS.
         threshold: that of THRESHOLDS with the best F1 over all classes.
+        costs: of each kind of error.
+        recall: share of the objects that a detection of any score finds, at IoU 0.5.
+        calibration_error: see `_calibration_error`.
     """
 
     names: list[str]
     objects: list[Object]
     found: list[Found]
-    rows: list[ClassRow]
+    rows: list[_ClassRow]
     ap: dict[str, float]
     precision: np.ndarray
     tally: dict[str, np.ndarray]
     threshold: float
+    costs: list[_ErrorCost]
+    recall: float
+    calibration_error: float
 
 
 def analyse(data: dict[str, Any], results: list[dict]) -> Analysis:
@@ -121,7 +151,7 @@ def analyse(data: dict[str, Any], results: list[dict]) -> Analysis:
     classes = classes_of(data)
     found, objects = _match(coco_eval, classes.labels)
     tally = _count(found, objects)
-    precision = precision_of(coco_eval)
+    precision, threshold = precision_of(coco_eval), _best_threshold(f1_of(*rates(tally)))
     return Analysis(
         names=classes.names,
         objects=objects,
@@ -130,7 +160,10 @@ def analyse(data: dict[str, Any], results: list[dict]) -> Analysis:
         ap=summarise(precision),
         precision=precision[..., 0],
         tally=tally,
-        threshold=_best_threshold(f1_of(*rates(tally))),
+        threshold=threshold,
+        costs=_measure_costs(coco_eval, found, tally, threshold),
+        recall=sum(f.kind == "found" for f in found) / len(objects),
+        calibration_error=_calibration_error(found),
     )
 
 
@@ -200,7 +233,7 @@ def _classify(overlaps: np.ndarray, same_class: np.ndarray) -> tuple[str, int | 
 def _describe(detection: dict, labels: dict[int, int], kind: str, target: int = 0) -> Found:
     """COCO's dict of a detection -> Found."""
     label = labels[detection["category_id"]]
-    return Found(detection["image_id"], label, detection["bbox"], detection["score"], kind, target)
+    return Found(detection["image_id"], label, detection["bbox"], detection["score"], kind, target, detection["id"])
 
 
 def _count(found: list[Found], objects: list[Object]) -> dict[str, np.ndarray]:
@@ -232,7 +265,43 @@ def _best_threshold(f1: np.ndarray) -> float:
     return float(THRESHOLDS[best[len(best) // 2]])
 
 
-def _class_rows(names: list[str], precision: np.ndarray, found: list[Found], objects: list[Object]) -> list[ClassRow]:
+def _measure_costs(
+    coco_eval: COCOeval, found: list[Found], tally: dict[str, np.ndarray], threshold: float
+) -> list[_ErrorCost]:
+    """What each kind of error costs, the most expensive first."""
+    before, at = summarise(precision_of(coco_eval)), int(np.searchsorted(THRESHOLDS, threshold))
+    places = dict(zip(map(str, _COUNTED_AT), np.searchsorted(THRESHOLDS, _COUNTED_AT), strict=True))
+    costs = []
+    for kind in ERROR_WORDS:
+        dropped = {f.id for f in found if f.kind == kind}
+        after = summarise(precision_without(coco_eval, dropped)) if dropped else before
+        costs.append(
+            _ErrorCost(
+                kind=kind,
+                detections=int(tally[kind][at]),
+                at_scores={score: int(tally[kind][place]) for score, place in places.items()},
+                ap=after["AP"],
+                ap50=after["AP50"],
+                gain=after["AP50"] - before["AP50"],
+            )
+        )
+    return sorted(costs, key=lambda cost: -cost.gain)
+
+
+def _calibration_error(found: list[Found]) -> float:
+    """Expected calibration error: mean distance of the scores from the share of right detections, over bins of scores.
+
+    In [0, 1], of the detections with a score of at least `_CALIBRATED`; -1 where there are none.
+    """
+    pairs = [(min(f.score, 1.0), f.kind == "found") for f in found if f.score >= _CALIBRATED]
+    if not pairs:
+        return -1.0
+    scores, right = np.array(pairs, dtype=np.float64).T
+    bins = np.minimum((scores * _BINS).astype(int), _BINS - 1)
+    return float(np.abs(np.bincount(bins, right - scores)).sum() / len(pairs))
+
+
+def _class_rows(names: list[str], precision: np.ndarray, found: list[Found], objects: list[Object]) -> list[_ClassRow]:
     """Row of each class; `precision` as of `precision_of`."""
     found_of, objects_of = defaultdict(list), defaultdict(list)
     for f in found:
@@ -247,7 +316,7 @@ def _class_rows(names: list[str], precision: np.ndarray, found: list[Found], obj
         at = int(np.searchsorted(THRESHOLDS, threshold))
         ap = summarise(precision[:, :, label : label + 1])
         rows.append(
-            ClassRow(
+            _ClassRow(
                 name=name,
                 objects=len(objects_of[label]),
                 ap=ap["AP"],

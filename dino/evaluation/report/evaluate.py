@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from dino.data.coco import read_images
 from dino.utils.files import UserError, free_name, make_folder, write_whole
 
-from .error_analysis import COLUMNS, Analysis, show
+from .error_analysis import COLUMNS, ERROR_WORDS, Analysis, show
 from .report import image_paths, write_report
 from .results import read_results
 
@@ -78,17 +78,39 @@ def write_evaluation(folder: Path, detected: Detected, shown: int = 24) -> None:
 
 
 def _table(analysis: Analysis) -> str:
-    """AP of all classes, then a row for each class."""
+    """AP of all classes, a row for each class, a row for each kind of error."""
     lines = ["  ".join(f"{name} {show(name, value)}" for name, value in analysis.ap.items())]
     width = max(len("class"), *(len(row.name) for row in analysis.rows))
     lines.append(f"{'class':<{width}}  objects" + "".join(f"{heading:>11}" for heading in COLUMNS))
     for row in analysis.rows:
         figures = "".join(f"{show(heading, figure(row)):>11}" for heading, figure in COLUMNS.items())
         lines.append(f"{row.name:<{width}}{row.objects:9}{figures}")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_cost_lines(analysis)])
+
+
+def _cost_lines(analysis: Analysis) -> list[str]:
+    """What each kind of error costs, recall and calibration."""
+    heads = ["error", f"score >= {analysis.threshold:.2f}", "AP50 without", "gain"]
+    rows = [
+        [ERROR_WORDS[cost.kind], f"{cost.detections}", show("AP50", cost.ap50), f"{100 * cost.gain:+.1f}"]
+        for cost in analysis.costs
+    ]
+    lines = [f"{name:<12}{count:>16}{ap50:>15}{gain:>8}" for name, count, ap50, gain in [heads, *rows]]
+    return [
+        *lines,
+        f"recall {show('Recall', analysis.recall)} (objects found at any score)  "
+        f"calibration error {show('AP', analysis.calibration_error)}",
+    ]
 
 
 def _write_metrics(path: Path, analysis: Analysis) -> None:
-    """The figures of the table as JSON: AP in [0, 1], -1 where undefined."""
-    content = {**analysis.ap, "threshold": analysis.threshold, "classes": [row._asdict() for row in analysis.rows]}
+    """The figures of the tables as JSON: AP in [0, 1], -1 where undefined."""
+    content = {
+        **analysis.ap,
+        "threshold": analysis.threshold,
+        "recall": analysis.recall,
+        "calibration_error": analysis.calibration_error,
+        "classes": [row._asdict() for row in analysis.rows],
+        "error_costs": [cost._asdict() for cost in analysis.costs],
+    }
     write_whole(path, lambda part: part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))

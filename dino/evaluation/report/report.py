@@ -13,21 +13,14 @@ from dino.data.coco import classes_of
 from dino.utils.files import DataError, resolve_inside
 
 from .charts import over_threshold, precision_recall
-from .error_analysis import COLUMNS, THRESHOLDS, Analysis, Found, Object, analyse, confusion, show
+from .error_analysis import COLUMNS, ERROR_WORDS, THRESHOLDS, Analysis, Found, Object, analyse, confusion, show
 from .page import Figure, Mark, draw, write_page
 
 _LOWEST = float(THRESHOLDS[0])  # least score that is drawn; start of the slider
 _MOST_MARKS = 300  # detections drawn in one image
 _MOST_CLASSES = 25  # rows of the confusion matrix
 _MOST_PAIRS = 8  # of confused classes, named above the matrix
-_WORDS = {
-    "found": "right",
-    "missed": "missed",
-    "false": "false",
-    "duplicate": "double",
-    "misplaced": "badly placed",
-    "confused": "wrong class",
-}
+_WORDS = {"found": "right", "missed": "missed", **ERROR_WORDS}
 _GROUPS = {"missed": ("missed",), "false": ("false", "duplicate"), "misplaced": ("misplaced", "confused")}
 
 

@@ -19,6 +19,7 @@ from dino.d2.data_loading import load_dataset
 from dino.d2.training import engine
 from dino.layers.cpu_feed_forward import CpuFeedForward
 from dino.layers.feed_forward import FeedForward
+from dino.training.progress import Progress
 from dino.utils.files import DataError, UserError
 
 from ..recipes import tiny_recipe
@@ -115,10 +116,62 @@ def test_a_model_on_a_cpu_has_the_feed_forward_network_for_it(tmp_path):
     assert FeedForward not in kinds
 
 
-def test_training_without_any_object(tmp_path):
-    cfg = tiny_recipe(tmp_path, "train.max_iter=1", "train.eval_period=0", counts=(0, 0))
+def test_training_with_batches_without_any_object(tmp_path):
+    batch = "dataloader.train.total_batch_size=1"
+    cfg = tiny_recipe(tmp_path, batch, "train.max_iter=3", "train.eval_period=0", counts=(0, 0, 1))
     engine.train(cfg, resume=False)
     assert (run_folder(cfg) / "model_final.pth").is_file()
+    assert {line["loss_bbox"] == 0 for line in metrics_of(cfg) if "loss_bbox" in line} == {True, False}
+
+
+def test_an_ap_of_zero_is_warned_of(tmp_path, caplog, monkeypatch):
+    cfg = tiny_recipe(tmp_path, "train.max_iter=4", "train.eval_period=1")
+    monkeypatch.setattr(engine, "_evaluate", lambda *_: {"bbox": {"AP": 0.05, "AP50": 0.09}})
+    engine.train(cfg, resume=False)
+    lines = [record.message for record in caplog.records if record.message.startswith("AP and AP50 are 0")]
+    assert [line.partition(". ")[0] for line in lines] == [
+        f"AP and AP50 are 0 after {completed} of 4 iterations" for completed in (2, 3, 4)
+    ]
+    losses = [line["total_loss"] for line in metrics_of(cfg) if "total_loss" in line]
+    assert f"{losses[0]:.3g} at the start, {losses[-1]:.3g} now" in lines[-1] or f"to {losses[-1]:.3g}" in lines[-1]
+
+
+def test_a_loss_that_rises_is_warned_of(tmp_path, caplog):
+    trainer, progress = small_trainer(tmp_path), Progress(9, {}, "optimizer.lr", 0.5)
+    with EventStorage() as trainer.storage:
+        for trainer.iter, loss in ((0, 5.0), (1, None), (2, 8.0)):
+            if loss:
+                trainer.storage.put_scalar("total_loss", loss, cur_iter=trainer.iter)
+            assert not caplog.records
+            engine._watch_loss(progress, trainer)
+    assert progress.losses == {0: 5.0, 2: 8.0}
+    (record,) = caplog.records
+    assert record.message.startswith(
+        "the total loss rises: 5 at the start, 8 after 3 of 9 iterations. The learning rate"
+    )
+
+
+def test_the_first_loss_is_known_after_a_resume(tmp_path):
+    cfg = tiny_recipe(tmp_path)
+    lines = [{"iteration": n, "total_loss": 5.0 + n} for n in range(4)]
+    (run_folder(cfg) / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    progress = engine._start_progress(cfg, small_trainer(tmp_path), 3, ["a doubt"])
+    assert progress.losses == {0: 5.0, 1: 6.0, 2: 7.0}
+    assert (progress.lr, progress.doubts) == (1e-3, ["a doubt"])
+
+
+@pytest.mark.parametrize("best", ["raw", "averaged"])
+def test_ap_of_averaged_weights_counts(caplog, best):
+    progress = Progress(10, {}, "optimizer.lr", 0.1)
+    zero, good = ({"bbox": {"AP": x, "AP50": x}} for x in (0.0, 3.0))
+    results = {**good, "ema": zero} if best == "raw" else {**zero, "ema": good}
+    engine._watch_ap(progress, 10, results)
+    engine._watch_ap(progress, 10, {})
+    engine._watch_ap(progress, 10, {"bbox": {"AP": float("nan"), "AP50": float("nan")}})
+    engine._watch_ap(progress, 2, zero)
+    assert not caplog.records
+    engine._watch_ap(progress, 10, {**zero, "ema": zero})
+    assert "AP and AP50 are 0 after 10 of 10 iterations" in caplog.text
 
 
 def test_resume_continues_where_the_run_ended(tmp_path, caplog):

@@ -70,6 +70,26 @@ def test_stops_before_the_weights_change_whatever_is_logged(tmp_path, kind, fuse
     assert len(before) == 3
 
 
+@pytest.mark.parametrize(
+    ("value", "scaled", "cause"),
+    [
+        (None, False, "Likely cause: the learning rate is too high. Lower optimizer.lr, or look at the boxes"),
+        (None, True, "Likely cause: float16 overflows. Use train.amp.dtype=bfloat16, or lower optimizer.lr"),
+        ("image", False, "Likely cause: pixels or boxes of b.png, not finite or without size. Fix its input"),
+        ("boxes", True, "Likely cause: pixels or boxes of b.png, not finite or without size. Fix its input"),
+        ("size", False, "Likely cause: pixels or boxes of b.png, not finite or without size. Fix its input"),
+    ],
+)
+def test_the_likely_cause_is_named(value, scaled, cause):
+    boxes = torch.tensor([[0.0, 0, 4, 4]])
+    batch = [{"file_name": name, "image": torch.ones(3, 8, 8), "boxes": boxes.clone()} for name in ("a.png", "b.png")]
+    if value == "size":
+        batch[1]["boxes"][0, 2] = 0
+    elif value:
+        batch[1][value][0, 0] = float("nan")
+    assert non_finite._likely_cause(batch, scaled=scaled).startswith(cause)
+
+
 @pytest.mark.parametrize("kind", ["loss", "gradient", "input"])
 def test_skips_and_counts_by_a_switch(tmp_path, kind, caplog):
     trainer, seen = run(tmp_path, Faulty(kind, bad={1, 3}), iterations=5, skip_non_finite=True)

@@ -1,4 +1,5 @@
 import logging
+import re
 
 import pytest
 
@@ -9,21 +10,34 @@ import torch
 from detectron2.config import instantiate
 
 from dino.d2 import recipe
-from dino.d2.data_loading import ShortSide
+from dino.d2.data_loading import ShortSide, load_dataset
 from dino.d2.training import engine, run_summary
 from dino.utils.files import DataError
 
+from ...coco_files import CocoFiles
 from ..recipes import file_arguments as files
 from ..recipes import load_recipe, tiny_recipe, write_two_sets
 
 BATCH = "dataloader.train.total_batch_size"
 
 
+def summarise(cfg):
+    return run_summary.summarise_data(cfg, *(instantiate(cfg.dataloader[key].dataset) for key in ("train", "test")))
+
+
+def edit(split, folder, **values):
+    """Change all objects of a written data set that the catalog knows already."""
+    CocoFiles(str(folder / split / "annotations.json"), "").change(
+        lambda content: [a.update(values) for a in content["annotations"]]
+    )
+    load_dataset.cache_clear()
+
+
 def test_the_data_are_summarised(tmp_path, caplog):
     cfg = tiny_recipe(tmp_path, "model.network.query_selection.num_queries=2", counts=(3, 0, 1))
     cfg.model.network.denoising.num_denoising = 1
     with caplog.at_level(logging.INFO):
-        run_summary.summarise_data(cfg, instantiate(cfg.dataloader.train.dataset))
+        summarise(cfg)
     text = caplog.text
     assert "3 training images, 1 of them without objects; 4 objects of 3 classes" in text
     for limit in ("2 queries", "1 denoising queries"):
@@ -34,7 +48,7 @@ def test_the_data_are_summarised(tmp_path, caplog):
 
 def test_data_without_images_is_refused(tmp_path):
     with pytest.raises(DataError, match="the training data has no images"):
-        run_summary.summarise_data(tiny_recipe(tmp_path), [])
+        run_summary.summarise_data(tiny_recipe(tmp_path), [], [])
 
 
 def test_sizes_follow_the_resize():
@@ -47,8 +61,38 @@ def test_sizes_follow_the_resize():
 def test_tiny_objects_are_warned_of(tmp_path, caplog, monkeypatch):
     cfg = tiny_recipe(tmp_path)
     monkeypatch.setattr(run_summary, "_sizes_after_resize", lambda *_: np.array([3.0, 5.0, 100.0]))
-    run_summary._log_sizes(cfg, [])
+    doubts = summarise(cfg)
     assert "half of the objects are smaller than 8 pixels" in caplog.text
+    assert doubts == ["half of the objects are smaller than 8 pixels: try larger images or tiles"]
+
+
+def test_boxes_as_large_as_their_images_are_warned_of(tmp_path, caplog):
+    cfg = tiny_recipe(tmp_path)
+    edit("train", tmp_path, bbox=[0, 0, 72, 64])
+    (doubt,) = summarise(cfg)
+    assert doubt.startswith("half of the training boxes cover more than 90% of their image")
+    assert doubt in caplog.text
+
+
+def test_training_data_without_objects_are_refused(tmp_path):
+    cfg = tiny_recipe(tmp_path)
+    edit("train", tmp_path, iscrowd=1)
+    path = re.escape(str(tmp_path / "train/annotations.json"))
+    numbers = r"4 images, 6 annotations, 6 of them crowd regions \(iscrowd=1\), 0 boxes without area"
+    with pytest.raises(DataError, match=f"^nothing to learn: {path} has no objects: {numbers}"):
+        engine.train(cfg, resume=False)
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_validation_data_without_objects_are_warned_of(tmp_path, caplog):
+    cfg = tiny_recipe(tmp_path)
+    edit("val", tmp_path, iscrowd=1)
+    summarise(cfg)
+    expected = f"AP will be undefined, and there will be no model_best.pth: {tmp_path / 'val/annotations.json'} has no"
+    assert expected in caplog.text
+    cfg.train.best.patience = 2
+    with pytest.raises(DataError, match=r"train\.best\.patience=2 needs an AP, but .*6 of them crowd regions"):
+        summarise(cfg)
 
 
 def test_the_plan_is_told_with_all_that_repeating_it_needs(tmp_path, caplog):

@@ -45,6 +45,30 @@ def test_first_offenders_are_listed_and_the_exit_code_is_1(files, capsys):
     assert "5 errors, 0 warnings" in out
 
 
+def make_crowd(content):
+    for annotation in content["annotations"]:
+        annotation["iscrowd"] = 1
+
+
+def test_data_without_objects(files, tmp_path, capsys):
+    """An error of training data, a warning of validation data."""
+    val = write_coco(tmp_path / "val", counts=(2, 1), seed=5)
+    val.change(make_crowd)
+    numbers = "has no objects: 2 images, 3 annotations, 3 of them crowd regions (iscrowd=1), 0 boxes without area"
+    assert check(*files, "--val", *val) == 0
+    out = capsys.readouterr().out
+    assert "warning: no objects at all in the validation data (1). Annotate them, or expect no AP" in out
+    assert f"{val.annotations} {numbers}" in out
+    assert check(*val, "--fix", tmp_path / "fixed.json") == 1
+    out, error = capsys.readouterr()
+    assert "error: no objects at all (1). Annotate objects" in out
+    assert f"{val.annotations} {numbers}" in out
+    assert "can't fix without you: no objects at all" in error
+    val.change(lambda content: content["annotations"].clear())
+    assert check(*val) == 1
+    assert "2 images, 0 annotations, 0 of them crowd" in capsys.readouterr().out
+
+
 def test_warnings_leave_the_exit_code_0(files, capsys):
     files.change(lambda c: c["annotations"][0].update(bbox=[60, 1, 20, 20], area=400))
     assert check(*files) == 0

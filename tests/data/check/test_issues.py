@@ -76,6 +76,7 @@ def test_a_clean_set_has_no_issues(seed, counts):
 def test_every_kind_of_issue_is_planted_somewhere(tmp_path):
     """Here, or in test_check_dataset.py, where single cases and pairs of files are."""
     elsewhere = {"category", "classes_differ", "ids_differ", "shared", "fractions", "tiny", "crowded", "unused"}
+    elsewhere |= {"no_objects", "no_val_objects"}
     planted = {plant(tmp_path / name, [name], 0)[2][0].kind for name in PLANTERS}
     assert planted | elsewhere == set(KINDS)
 

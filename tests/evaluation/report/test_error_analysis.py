@@ -3,7 +3,18 @@ import pytest
 
 from dino.data.coco import CocoImages
 from dino.evaluation.average_precision import evaluate
-from dino.evaluation.report.error_analysis import _KINDS, THRESHOLDS, _best_threshold, analyse, confusion, f1_of, rates
+from dino.evaluation.report.error_analysis import (
+    _KINDS,
+    ERROR_WORDS,
+    THRESHOLDS,
+    Found,
+    _best_threshold,
+    _calibration_error,
+    analyse,
+    confusion,
+    f1_of,
+    rates,
+)
 
 from ...coco_files import write_coco
 from .detections import imperfect
@@ -130,3 +141,75 @@ def test_best_threshold_is_in_the_middle_of_a_plateau():
     assert _best_threshold(f1) == 0.31
     zero = {kind: np.zeros(99, dtype=int) for kind in (*_KINDS, "missed")}
     assert f1_of(*rates(zero)).tolist() == [0] * 99
+
+
+def cost_of(analysis, kind):
+    (cost,) = [cost for cost in analysis.costs if cost.kind == kind]
+    return cost
+
+
+def test_each_kind_of_error_costs_what_its_removal_gains():
+    """As many entries are dropped from the results by hand, and AP computed anew."""
+    data = grid(images=10)
+    results, _ = imperfect(data, seed=4)
+    analysis = analyse(data, results)
+    kinds = {f.id: f.kind for f in analysis.found}
+    assert set(kinds) == set(range(1, len(results) + 1))
+    assert {cost.kind for cost in analysis.costs} == set(ERROR_WORDS)
+    assert [c.gain for c in analysis.costs] == sorted((c.gain for c in analysis.costs), reverse=True)
+    for cost in analysis.costs:
+        fewer = analyse(data, [r for n, r in enumerate(results, 1) if kinds[n] != cost.kind])
+        assert (cost.ap, cost.ap50) == pytest.approx((fewer.ap["AP"], fewer.ap["AP50"]))
+        assert cost.gain == pytest.approx(fewer.ap["AP50"] - analysis.ap["AP50"])
+        assert cost.kind in kinds.values()
+        assert cost.detections == at(analysis, analysis.threshold)[cost.kind]
+        assert cost.at_scores == {str(t): at(analysis, t)[cost.kind] for t in (0.2, 0.3, 0.4, 0.5)}
+    assert max(cost.gain for cost in analysis.costs) > 0
+    assert analysis.recall == sum(kind == "found" for kind in kinds.values()) / 300
+
+
+def test_a_double_detection_costs_precision():
+    """Right at scores 0.9 and 0.7, a double one between them: precision is 1 up to recall 0.5, then 2/3."""
+    data = grid(columns=4, rows=1, images=1)  # two objects of each class
+    results = perfect(data)
+    results = [{**r, "score": score} for r, score in zip(results, (0.9, 0.9, 0.7, 0.9), strict=True)]
+    results.append({**results[0], "bbox": [16, 15, 20, 20], "score": 0.8})
+    cost = cost_of(analyse(data, results), "duplicate")
+    assert cost.ap50 == 1
+    assert cost.gain == pytest.approx((1 - (51 + 50 * 2 / 3) / 101) / 2)  # the other class has none
+    assert cost.detections == 1
+
+
+def test_costs_without_detections_and_with_one_class():
+    analysis = analyse(grid(), [])
+    assert [(c.detections, c.ap, c.ap50, c.gain) for c in analysis.costs] == [(0, 0, 0, 0)] * 4
+    assert (analysis.recall, analysis.calibration_error) == (0, -1)
+    data = grid()
+    data["categories"] = [{"id": 7, "name": "cat"}]
+    for a in data["annotations"]:
+        a["category_id"] = 7
+    analysis = analyse(data, perfect(data))
+    assert [(c.detections, c.ap, c.ap50, c.gain) for c in analysis.costs] == [(0, 1, 1, 0)] * 4
+    assert analysis.recall == 1
+
+
+def test_detections_in_crowd_regions_cost_nothing():
+    data = grid(columns=2, rows=1, images=1, crowd=True)
+    inside = {"image_id": 0, "category_id": 7, "bbox": [16, 16, 5, 5], "score": 0.95}
+    analysis = analyse(data, [*perfect(data), inside, {**inside, "category_id": 40}])
+    assert sum(c.detections for c in analysis.costs) == 1  # the dog in the cats' crowd region
+    assert cost_of(analysis, "false").detections == 1
+    assert cost_of(analysis, "duplicate").at_scores == {"0.2": 0, "0.3": 0, "0.4": 0, "0.5": 0}
+
+
+def test_calibration():
+    def found(score, kind):
+        return Found(0, 0, [0, 0, 1, 1], score, kind)
+
+    assert _calibration_error([found(0.04, "false")]) == -1
+    honest = [found(0.75, kind) for kind in ("found", "found", "found", "false")]
+    assert _calibration_error(honest) == pytest.approx(0)
+    assert _calibration_error([found(0.95, "false")] * 3) == pytest.approx(0.95)
+    # Errors of bins do not cancel: two bins, one too sure by 0.5, one too modest by 0.5
+    assert _calibration_error([found(0.5, "false"), found(0.45, "found")]) == pytest.approx((0.5 + 0.55) / 2)
+    assert _calibration_error([found(1e9, "found"), found(1.0, "found")]) == pytest.approx(0)

@@ -52,6 +52,14 @@ def test_the_page_and_the_figures(files, results, tmp_path, capsys):
     assert "data:image/jpeg;base64," in page
     out = capsys.readouterr().out
     assert f"AP {100 * metrics['AP']:.1f}  AP50" in out
+    assert {cost["kind"] for cost in metrics["error_costs"]} == {"false", "duplicate", "misplaced", "confused"}
+    assert page.count('<span class="key') == 6 + 4  # of the slider, and of the table of errors
+    for cost in metrics["error_costs"]:
+        assert f'<td class="number">{100 * cost["ap50"]:.1f}</td>' in page
+        assert f"{100 * cost['ap50']:.1f}{100 * cost['gain']:+8.1f}\n" in out
+    assert f"Recall: {100 * metrics['recall']:.1f} %" in page
+    assert f"differ by {100 * metrics['calibration_error']:.1f} points" in page
+    assert f"calibration error {100 * metrics['calibration_error']:.1f}" in out
     assert "report written to" in out
 
 
@@ -87,7 +95,9 @@ def test_no_detections(files, tmp_path):
     path = tmp_path / "none.json"
     path.write_text("[]")
     assert evaluate(files, path, tmp_path / "out") == 0
-    assert "AP 0.0 on 4 images" in (tmp_path / "out/report.html").read_text()
+    page = (tmp_path / "out/report.html").read_text()
+    assert "AP 0.0 on 4 images" in page
+    assert "no detection reaches 0.05" in page
     files.change(lambda c: c.update(annotations=[]))
     assert evaluate(files, path, tmp_path / "out2") == 0
 
