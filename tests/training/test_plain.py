@@ -230,13 +230,10 @@ def test_non_finite_losses_name_the_images(sets, tmp_path, small_backbone, monke
 
 def test_gradients_that_are_not_finite_name_the_images(sets, tmp_path, small_backbone, monkeypatch):
     class Steep(nn.Module):
-        def __init__(self, **_):
-            super().__init__()
-
         def forward(self, outputs, _):
             return {"loss_ce": (outputs.decoder.logits.sum() * 0).sqrt()}  # 0, with an infinite slope
 
-    monkeypatch.setattr(plain, "SetCriterion", Steep)
+    monkeypatch.setattr(plain, "_criterion", Steep)
     with pytest.raises(FloatingPointError, match=r"the loss is 0\.0, the norm of its gradients nan at step 0, images"):
         run(sets, tmp_path / "run")
 
@@ -265,7 +262,7 @@ def test_validation_data_without_objects_are_warned_of(sets, tmp_path, capsys, s
 
 def test_a_loss_that_rises_and_no_ap_are_warned_of(sets, tmp_path, capsys, small_backbone, monkeypatch):
     class Rising(nn.Module):
-        def __init__(self, **_):
+        def __init__(self):
             super().__init__()
             self.calls = 0
 
@@ -273,7 +270,7 @@ def test_a_loss_that_rises_and_no_ap_are_warned_of(sets, tmp_path, capsys, small
             self.calls += 1
             return {"loss_ce": outputs.decoder.logits.sum() * 0 + 3 * self.calls}
 
-    monkeypatch.setattr(plain, "SetCriterion", Rising)
+    monkeypatch.setattr(plain, "_criterion", Rising)
     monkeypatch.setattr(plain.average_precision, "evaluate", lambda *_: {"AP": 0.0, "AP50": 0.0})
     run(sets, tmp_path / "run", epochs=4)
     said = capsys.readouterr().out
