@@ -75,7 +75,7 @@ def draw_boxes(image, objects, names):
     return draw_detections(canvas, boxes, labels, texts)
 
 
-def draw_pairs(val, folder, results, target, count=4, threshold=0.3):
+def draw_pairs(val, folder, results, target, count=3, threshold=0.5):
     """Draw predictions on the left and the truth on the right, for validation images with 5 objects or more."""
     truth = json.loads(val.read_text())
     labels = {c["id"]: label for label, c in enumerate(truth["categories"])}
