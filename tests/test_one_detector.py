@@ -29,14 +29,14 @@ OWNERS = {
         "d2/meta_arch.py",  # constructor
         "d2/config.py",  # yacs
         "d2/recipe_description.py",
-        "d2/sources.py",  # compares them with those of timm's weights
+        "modeling/backbones.py",  # those of timm's weights
         "weights/description.py",
     },
     r"58\.395|0\.229": {"modeling/detector.py"},
     r"IMAGENET_STD": {"modeling/detector.py", "d2/meta_arch.py", "d2/config.py", "weights/imagenet.py"},
     r"\bNormalize\(|ImageList": set(),
     r"padding = torch\.(ones|zeros)|>= sizes": {"modeling/detector.py"},
-    r"\.topk\(": {"layers/postprocess.py", "modeling/transformer.py"},
+    r"\.topk\(": {"layers/postprocess.py", "modeling/transformer.py", "modeling/variants/query_selection.py"},
     r"batched_nms\(": {"inference/tiling.py"},
 }
 

@@ -81,8 +81,7 @@ def record(
     watched = {"selection": selection, "classes": selection.class_head, "denoising": network.denoising}
     with torch.no_grad(), _watch(watched | {f"layer {i}": part for i, part in enumerate(attentions)}) as calls:
         outputs = network(images, padding, targets)
-    (memory,), (queries, _) = calls["selection"][0]
-    _, dn = calls["denoising"][0]
+    ((memory,), (queries, _)), (_, dn) = calls["selection"][0], calls["denoising"][0]
     if dn.num_groups == 0:
         raise ValueError("nothing to denoise: the batch has no objects, or num_denoising is 0")
     with torch.no_grad():

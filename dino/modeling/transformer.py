@@ -127,7 +127,7 @@ class Encoder(nn.Module):
         return x
 
 
-def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+def _gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """x (B, S, ·), index (B, Q) -> (B, Q, ·). (`take_along_dim` would fix B in an exported graph.)"""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
@@ -161,9 +161,9 @@ class QuerySelection(nn.Module):
         anchors, usable = self.anchors(memory)
         tokens = memory.features.masked_fill(~usable[..., None], 0)  # (B, S, E)
         best = self.best_tokens(project(tokens), anchors, usable, memory.padding_mask)  # (B, Q)
-        features = project(gather_tokens(tokens, best))  # (B, Q, E); again: other tokens keep no activations
+        features = project(_gather_tokens(tokens, best))  # (B, Q, E); again: other tokens keep no activations
         logits = self.class_head(features)  # (B, Q, C)
-        box_logits = gather_tokens(anchors, best) + to_float32(self.box_head(features))  # (B, Q, 4)
+        box_logits = _gather_tokens(anchors, best) + to_float32(self.box_head(features))  # (B, Q, 4)
         proposals = LayerOutputs(logits[None], box_logits.sigmoid()[None])
         return Queries(self.contents(features), box_logits.detach()), proposals
 
@@ -179,7 +179,11 @@ class QuerySelection(nn.Module):
         is_chosen = torch.zeros_like(usable).scatter_(1, chosen, True).gather(1, order)
         last = is_chosen.to(torch.uint8).argsort(dim=1, stable=True)[:, : order.shape[1] - chosen.shape[1]]
         best = order.gather(1, last)[:, :count]
-        return gather_tokens(anchors, best) + to_float32(self.box_head(gather_tokens(features, best)))
+        return self.box_logits(features, anchors, best)
+
+    def box_logits(self, features: Tensor, anchors: Tensor, tokens: Tensor) -> Tensor:
+        """Predict the boxes (B, R, 4) of tokens (B, R), given all features (B, S, E) and anchors (B, S, 4)."""
+        return _gather_tokens(anchors, tokens) + to_float32(self.box_head(_gather_tokens(features, tokens)))
 
     def contents(self, features: Tensor) -> Tensor:
         """Contents of the queries, given the features (B, Q, E) of their tokens -> (B, Q, E)."""

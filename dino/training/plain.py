@@ -133,9 +133,7 @@ def train(
     settings = _with_norm(settings, weights, content)
     detector = _start(settings, val.names, weights, content)
     data = CocoImages(train_json, train_images, _transforms(settings, settings.flips))
-    if data.names != val.names:
-        raise DataError(f"training and validation data differ in their classes: {data.names}, {val.names}")
-    _check_objects(data, val)
+    _check_data(data, val)
     output.mkdir(parents=True, exist_ok=True)
     empty = sum(not objects for objects in data.objects.values())
     print(f"{len(data)} images, {empty} without objects, {data.dropped} boxes of no size dropped; {data.names}")
@@ -311,8 +309,10 @@ def _parameter_groups(detector: Detector, settings: Settings) -> list[dict]:
     return [{"params": others}, {"params": trained, "lr": settings.lr * (0.1 if settings.norm == "FrozenBN" else 1)}]
 
 
-def _check_objects(data: CocoImages, val: CocoImages) -> None:
-    """Raise a DataError if there is nothing to learn; warn if there is no AP to expect."""
+def _check_data(data: CocoImages, val: CocoImages) -> None:
+    """Raise a DataError if classes differ, or there is nothing to learn; warn if there is no AP to expect."""
+    if data.names != val.names:
+        raise DataError(f"training and validation data differ in their classes: {data.names}, {val.names}")
     if data.problem:
         raise DataError(f"nothing to learn: {data.problem}")
     if val.problem:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dino.layers.boxes import box_iou, cxcywh_to_xyxy, to_float32
 from dino.structures import LayerOutputs, Queries, Tokens, at_most
 
-from ..transformer import QuerySelection, gather_tokens
+from ..transformer import QuerySelection
 
 _ROUNDS = 4  # of the suppression among tokens
 
@@ -73,8 +73,7 @@ class DistinctSelection(QuerySelection):
         """See `QuerySelection.best_tokens`."""
         scores = self.scores(self.class_head(features), usable, padding_mask)  # (B, S)
         pool = scores.topk(at_most(self.pool * self.num_queries, scores.shape[1]), dim=1).indices  # (B, R)
-        steps = to_float32(self.box_head(gather_tokens(features, pool)))  # (B, R, 4)
-        boxes = cxcywh_to_xyxy((gather_tokens(anchors, pool) + steps).sigmoid())
+        boxes = cxcywh_to_xyxy(self.box_logits(features, anchors, pool).sigmoid())  # (B, R, 4)
         dropped = ~_keep_distinct(boxes, self.max_iou)  # (B, R)
         place = torch.arange(pool.shape[1], device=pool.device) + pool.shape[1] * dropped
         first = place.topk(at_most(self.num_queries, pool.shape[1]), dim=1, largest=False).indices  # (B, Q)
