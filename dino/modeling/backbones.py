@@ -175,9 +175,38 @@ def _create_timm(name: str, options: dict) -> nn.Module:
         try:
             return timm.create_model(name, **{"dynamic_img_size": True, **create})
         except TypeError:  # convolutional networks take any size and have no such argument
-            return timm.create_model(name, **create)
+            return _pad_plainly(timm.create_model(name, **create))
     except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
         raise ValueError(f"timm can't make a backbone of {name!r} with {options}: {error}") from error
+
+
+class _Conv2dSame(nn.Conv2d):
+    """timm's Conv2dSame (TensorFlow's padding "SAME") of stride 2 and an odd kernel, for exported graphs of any size.
+
+    timm's padding depends on the size by a maximum and a rounded quotient; nested over five layers, the size conditions
+    of a graph never end. Here both ends of a side get the same number together; an even side ends with a zero that no
+    window reaches.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) -> (B, out_channels, ceil(H / 2), ceil(W / 2))."""
+        (high, wide), (top, left) = self.kernel_size, (x.shape[2] % 2, x.shape[3] % 2)
+        top, left = (high - 3) // 2 + top, (wide - 3) // 2 + left
+        padded = F.pad(x, (left, wide - 1 - left, top, high - 1 - top))
+        return F.conv2d(padded, self.weight, self.bias, self.stride, 0, 1, self.groups)
+
+
+def _pad_plainly(body: nn.Module) -> nn.Module:
+    """Replace timm's Conv2dSame of stride 2 by `_Conv2dSame`, with the same parameters."""
+    for parent in list(body.modules()):
+        for name, child in list(parent.named_children()):
+            plain = type(child).__name__ == "Conv2dSame" and child.stride == (2, 2) and child.dilation == (1, 1)
+            if plain and all(side % 2 and side > 1 for side in child.kernel_size):
+                sizes = (child.in_channels, child.out_channels, child.kernel_size)
+                conv = _Conv2dSame(*sizes, stride=2, groups=child.groups, bias=child.bias is not None, device="meta")
+                conv.weight, conv.bias = child.weight, child.bias
+                setattr(parent, name, conv)
+    return body
 
 
 def _timm_indices(body: nn.Module) -> dict[str, int]:

@@ -125,7 +125,7 @@ def _without_front(state: StateDict) -> StateDict:
 
 def _pads_like_tensorflow(backbone: nn.Module) -> bool:
     """Whether strided convolutions pad by timm's layer for "SAME", which puts more on the right and at the bottom."""
-    return any(type(module).__name__.startswith("Conv2dSame") for module in backbone.modules())
+    return any("Conv2dSame" in type(module).__name__ for module in backbone.modules())
 
 
 def _efficientnet_to_timm(state: StateDict, target: Iterable[str]) -> StateDict:

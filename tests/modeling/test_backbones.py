@@ -258,3 +258,30 @@ def test_padding_is_zero_at_the_right_and_the_bottom():
     extract(backbone, images, padding_of(backbone))
     assert torch.equal(backbone.seen[..., :33, :40], images)
     assert backbone.seen[..., 33:, :].abs().sum() + backbone.seen[..., 40:].abs().sum() == 0
+
+
+@pytest.mark.parametrize("size", [(64, 96), (65, 97), (75, 101), (33, 62)])
+def test_padding_of_tensorflow_is_timms(size):
+    """Strided convolutions of 3 and 5 pixels, on sides of any remainder, with timm's own network as the oracle."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    theirs = timm.create_model("tf_efficientnet_lite0", features_only=True).eval()
+    ours = TimmBackbone("tf_efficientnet_lite0", norm="BN").eval()
+    ours.body.load_state_dict(theirs.state_dict(), strict=False)
+    assert sum(type(module).__name__ == "_Conv2dSame" for module in ours.modules()) == 5
+    images = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        found, expected = ours(images), theirs(images)[-3:]
+    for name, features in zip(("res3", "res4", "res5"), expected, strict=True):
+        torch.testing.assert_close(found[name], features, rtol=0, atol=0)
+
+
+def test_a_backbone_with_padding_of_tensorflow_is_exported_for_any_size():
+    pytest.importorskip("timm")
+    torch.manual_seed(0)
+    backbone = TimmBackbone("tf_efficientnet_lite0", out_features=["res3", "res4"]).eval()
+    sides = {2: torch.export.Dim("height", min=64), 3: torch.export.Dim("width", min=64)}
+    exported = torch.export.export(backbone, (torch.rand(1, 3, 96, 128),), dynamic_shapes=(sides,)).module()
+    images = torch.rand(1, 3, 75, 102)
+    for name, features in backbone(images).items():
+        torch.testing.assert_close(exported(images)[name], features)

@@ -75,7 +75,8 @@ class DistinctSelection(QuerySelection):
         pool = scores.topk(at_most(self.pool * self.num_queries, scores.shape[1]), dim=1).indices  # (B, R)
         boxes = cxcywh_to_xyxy(self.box_logits(features, anchors, pool).sigmoid())  # (B, R, 4)
         dropped = ~_keep_distinct(boxes, self.max_iou)  # (B, R)
-        place = torch.arange(pool.shape[1], device=pool.device) + pool.shape[1] * dropped
+        # Plus a number, not the pool's size: ONNX can't multiply by a size that is open.
+        place = torch.arange(pool.shape[1], device=pool.device) + self.pool * self.num_queries * dropped
         first = place.topk(at_most(self.num_queries, pool.shape[1]), dim=1, largest=False).indices  # (B, Q)
         return pool.gather(1, first)
 
