@@ -27,14 +27,14 @@ from typing import NamedTuple
 
 import torch
 
-from dino.utils.files import DataError, UserError, make_folder, write_whole
+from dino.utils.files import DataError, make_folder, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
 
 import ablation_report  # noqa: E402
 from ablation_report import ANCESTORS, CHAIN, RESULTS, VARIANTS  # noqa: E402
-from cells import Running, Table, launch, lock, run_cells  # noqa: E402
+from cells import Running, Table, exit_with, launch, lock, run_cells  # noqa: E402
 from measure import git, hardware  # noqa: E402
 from run_demo import versions  # noqa: E402
 
@@ -279,23 +279,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def run(argv: list[str] | None) -> list[str]:
+    """Plan, train, report -> error messages."""
+    args = parse(argv)
+    failures = []
+    if not args.report:
+        cells = print_plan(plan(args), args)
+        if args.plan:
+            return []
+        failures = run_cells(cells, as_table(args))
+    ablation_report.write(args.results)
+    return failures
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Plan, train, report."""
-    try:
-        args = parse(argv)
-        failures = []
-        if not args.report:
-            cells = print_plan(plan(args), args)
-            if args.plan:
-                return
-            failures = run_cells(cells, as_table(args))
-        ablation_report.write(args.results)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command continues")
-    if failures:
-        sys.exit(f"error: {len(failures)} cells failed: " + "; ".join(failures))
+    """Run the program."""
+    exit_with(lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import IO, Any, NamedTuple, Protocol
 import torch
 from tqdm import tqdm
 
-from dino.utils.files import make_folder
+from dino.utils.files import UserError, make_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 POLL = 0.2  # seconds between looks at the running processes
@@ -170,3 +170,15 @@ def run_cells(cells: list, table: Table) -> list[str]:
             os.killpg(running.process.pid, signal.SIGKILL)
             running.process.wait()
     return failures
+
+
+def exit_with(run: Callable[[], list[str]]) -> None:
+    """Run a program that returns error messages; end the process with them, or with the error that it raises."""
+    try:
+        failures = run()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command continues")
+    if failures:
+        sys.exit(f"error: {len(failures)} cells failed: " + "; ".join(failures))

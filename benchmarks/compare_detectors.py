@@ -33,16 +33,15 @@ import torch
 from detectron2.config import LazyConfig
 from omegaconf import OmegaConf
 
-from dino.utils.files import DataError, UserError, make_folder, write_whole
-from dino.weights import SCHEMES
+from dino.utils.files import DataError, make_folder, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
 
 import compare_report  # noqa: E402
-from cells import Running, Table, launch, lock, run_cells  # noqa: E402
+from cells import Running, Table, exit_with, launch, lock, run_cells  # noqa: E402
 from compare_report import RESULTS  # noqa: E402
-from compared_recipes import BACKBONES, CLOCK, DETECTORS, DINO, SCHEDULES, recipe_for  # noqa: E402
+from compared_recipes import CLOCK, DETECTORS, DINO, SCHEDULES, recipe_for  # noqa: E402
 from measure import git, hardware, version_of  # noqa: E402
 from processor_clock import ClockRecord, read_clock  # noqa: E402
 from run_demo import versions  # noqa: E402
@@ -56,7 +55,7 @@ OWN_SETTING = re.compile(rf"({'|'.join(DETECTORS)}):(.+)")
 class Cell(NamedTuple):
     """One step of the work: time the iterations, train, or evaluate on the test split."""
 
-    setup: str  # data and backbone
+    setup: str  # data and recipe
     detector: str
     seed: int
     stage: str = "training"  # or "timing" (of seed 0) or "test"
@@ -69,8 +68,8 @@ class Cell(NamedTuple):
 
 
 def setup_of(folder: Path, args: argparse.Namespace) -> str:
-    """Name of a data set with a backbone."""
-    return f"{folder.name}-{args.backbone or Path(args.config_file).stem}"
+    """Name of a data set with a recipe."""
+    return f"{folder.name}-{Path(args.config_file).stem}"
 
 
 def cells_of(stage: str, args: argparse.Namespace) -> list[Cell]:
@@ -108,7 +107,7 @@ def settings_for(detector: str, settings: list[str]) -> list[str]:
 def result_path(cell: Cell, args: argparse.Namespace) -> Path:
     """The file that a cell writes, or completes."""
     folder = args.runs if cell.stage == "timing" else args.results
-    return folder / f"{(cell if cell.stage == 'timing' else cell._replace(stage='training')).name}.json"
+    return folder / f"{cell.name if cell.stage == 'timing' else training_name(cell)}.json"
 
 
 def is_done(cell: Cell, args: argparse.Namespace) -> bool:
@@ -153,8 +152,7 @@ def length_of(cell: Cell, args: argparse.Namespace) -> tuple[int, int]:
 def write_recipe(cell: Cell, args: argparse.Namespace) -> Path:
     """Write the recipe of a detector, without the settings -> its file."""
     path = args.runs / cell.setup / f"{cell.detector}.yaml"
-    chosen = {"backbone": args.backbone, "weights": args.backbone_weights, "schedule": args.schedule}
-    cfg = recipe_for(cell.detector, args.config_file, **chosen)
+    cfg = recipe_for(cell.detector, args.config_file, args.schedule)
     make_folder(path.parent)
     write_whole(path, lambda part: LazyConfig.save(cfg, str(part)))
     return path
@@ -197,7 +195,7 @@ def relative(path: Path) -> str:
 def test_command(cell: Cell, args: argparse.Namespace) -> list[str]:
     """The command that evaluates a training's last weights on the test split."""
     annotations, images = data_files(args.folders[cell.setup], "test")
-    run = args.runs / cell._replace(stage="training").name
+    run = args.runs / training_name(cell)
     return ["python", "benchmarks/compare_test.py", *map(relative, (run, annotations, images))]
 
 
@@ -222,8 +220,6 @@ def about(cell: Cell, command: list[str], args: argparse.Namespace) -> dict:
         **cell._asdict(),
         "minutes": args.minutes,
         "recipe": Path(args.config_file).stem,
-        "backbone": args.backbone or "the recipe's",
-        "weights": Path(args.backbone_weights).name,
         "settings": settings_for(cell.detector, args.settings),
         "recipe_hash": recipe_hash(cell, args),
         "fingerprint": fingerprint(folder),
@@ -351,10 +347,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", nargs="+", type=Path, default=[], metavar="FOLDER", help="data sets")
     parser.add_argument("--detectors", nargs="+", choices=DETECTORS, default=[DINO, "faster_rcnn"])
     recipe = "projects/dino/configs/dino_r18_small_data.py"
-    parser.add_argument("--config-file", default=recipe, help=f"DINO's recipe (default {recipe})")
-    parser.add_argument("--backbone", choices=BACKBONES, help="of all detectors; the recipe's if not given")
-    weights = "file or address of the backbone's weights; the recipe's train.init_checkpoint if not given"
-    parser.add_argument("--backbone-weights", default="", metavar="WEIGHTS", help=weights)
+    stated = f"DINO's recipe, whose backbone and weights all detectors get (default {recipe})"
+    parser.add_argument("--config-file", default=recipe, help=stated)
     parser.add_argument("--schedule", choices=SCHEDULES, default="step", help="of torchvision's detectors")
     settings = "overrides of the recipes, key=value for all detectors, or faster_rcnn:key=value for one"
     parser.add_argument("--settings", nargs="+", default=[], metavar="SETTING", help=settings)
@@ -376,9 +370,6 @@ def check(args: argparse.Namespace) -> None:
         raise DataError("--seeds, --jobs, --evaluations and --minutes must be positive")
     if not args.data and not args.report:
         raise DataError("give --data, one or more folders with train.json and val.json")
-    weights = args.backbone_weights
-    if weights and not weights.startswith(SCHEMES) and not Path(weights).is_file():
-        raise DataError(f"weights not found: {weights}")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -387,8 +378,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     check(args)
     args.words = ["python", "benchmarks/compare_detectors.py", *(sys.argv[1:] if argv is None else argv)]
     args.runs, args.results = args.runs.resolve(), args.results.resolve()
-    if Path(args.backbone_weights).is_file():
-        args.backbone_weights = relative(Path(args.backbone_weights).resolve())
     args.folders = {setup_of(folder.resolve(), args): folder.resolve() for folder in args.data}
     args.stages = ["timing", "training", *(["test"] if args.test else [])]
     return args
@@ -404,21 +393,20 @@ def work(args: argparse.Namespace) -> list[str]:
     return failures
 
 
+def run(argv: list[str] | None) -> list[str]:
+    """Time, train, test, report -> error messages."""
+    args = parse(argv)
+    if args.plan:
+        print_plan(args)
+        return []
+    failures = [] if args.report else work(args)
+    compare_report.write(args.results, compare_report.page_of(args.results))
+    return failures
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Time, train, test, report."""
-    try:
-        args = parse(argv)
-        if args.plan:
-            print_plan(args)
-            return
-        failures = [] if args.report else work(args)
-        compare_report.write(args.results, compare_report.page_of(args.results))
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command continues")
-    if failures:
-        sys.exit(f"error: {len(failures)} cells failed: " + "; ".join(failures))
+    """Run the program."""
+    exit_with(lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ WEIGHTS = {"": "last", "ema_": "averaged"}  # front of a metric's key -> whose m
 METRICS = ("AP", "AP50")
 EARLIER = (0.25, 0.5)  # parts of the minutes at which the table states the metrics too
 UNITS = {"processor_seconds": "processor minutes", "images": "images seen"}
-OF_SETUP = ("minutes", "fingerprint", "batch", "recipe", "backbone")  # what all results of a setup have in common
+OF_SETUP = ("minutes", "fingerprint", "batch", "recipe")  # what all results of a setup have in common
 OF_DETECTOR = ("recipe_hash", "iterations")
 
 
@@ -148,7 +148,7 @@ def origin(rows):
     processors = sorted({r["hardware"]["cpu"].replace("(R)", "") for r in results})
     jobs, minutes = max(r["jobs"] for r in results), sum(r["evaluation_seconds"] for r in results) / 60
     return (
-        f"Recipe {first['recipe']}, backbone {first['backbone']}, weights {first['weights'] or 'random'}; "
+        f"Recipe {first['recipe']}; "
         f"{first['training_images']} images for training (annotations {first['fingerprint']}), batch {first['batch']}; "
         f"commit {', '.join(commits)}, one thread of {' or '.join(processors)}, {jobs} runs at a time. "
         f"Settings: {stated_settings(rows)}. Evaluations took {minutes:.0f} minutes more.\n"

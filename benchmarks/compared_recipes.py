@@ -10,7 +10,6 @@ from detectron2.solver.build import get_default_optimizer_params
 from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamScheduler
 from omegaconf import DictConfig
 
-from dino.modeling import TimmBackbone, TorchvisionBackbone
 from dino.utils.recipes import find_recipe
 
 CLOCK = "processor_clock.jsonl"  # in the folder of a run
@@ -31,23 +30,6 @@ ANCHOR_SCALE = {"faster_rcnn": 4.0, "retinanet": 3.0, "fcos": 1.0}
 OPTIONS = {"faster_rcnn": {"box_batch_size_per_image": 128}}
 WARM_UP = 0.05  # of the training; torchvision: 1000 iterations
 LEAST_FACTOR = 0.001  # of the rate, at the start of the warm-up
-LITE0_STATISTICS = [127.5] * 3
-# name -> backbone, and mean and deviation of pixels
-BACKBONES = {
-    "efficientnet_lite0": (
-        L(TimmBackbone)(
-            name="tf_efficientnet_lite0",
-            norm="FrozenBN",
-            freeze=["conv_stem", "bn1", "blocks.0.", "blocks.1."],
-            out_features=["res3", "res4", "res5"],
-        ),
-        (LITE0_STATISTICS, LITE0_STATISTICS),
-    ),
-    "resnet18": (
-        L(TorchvisionBackbone)(name="resnet18", norm="BN", out_features=["res3", "res4", "res5"]),
-        ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375]),
-    ),
-}
 
 
 def step_schedule() -> DictConfig:
@@ -63,24 +45,18 @@ def cosine_schedule() -> DictConfig:
 SCHEDULES = {"step": step_schedule, "cosine": cosine_schedule}
 
 
-def recipe_for(detector: str, config_file: str, *, backbone: str | None, weights: str, schedule: str) -> DictConfig:
+def recipe_for(detector: str, config_file: str, schedule: str) -> DictConfig:
     """Make the recipe of a detector. All but model, optimiser, schedule and clipping is the same for all detectors.
 
     Args:
         detector: a key of DETECTORS.
         config_file: DINO's recipe, by name or file.
-        backbone: a key of BACKBONES; None for the recipe's.
-        weights: file or address of the backbone's weights; "" for the recipe's `train.init_checkpoint`.
         schedule: a key of SCHEDULES, of torchvision's detectors.
 
     Raises:
         UserError: there is no such recipe.
     """
     cfg = LazyConfig.load(str(find_recipe(config_file)))
-    if backbone:
-        cfg.model.network.neck.backbone, (cfg.model.pixel_mean, cfg.model.pixel_std) = BACKBONES[backbone]
-    if weights:
-        cfg.train.init_checkpoint = weights
     if detector != DINO:
         _use_torchvision(cfg, detector, schedule)
     cfg.train.ema.enabled = True

@@ -10,10 +10,9 @@ Of every checkpoint, on the given images:
 - *other query*: share of the objects that the next layer matches to another query than the layer before it;
   *since last*: to another one than the checkpoint of the column before it, in the last layer (instability of matching,
   DN-DETR, arXiv 2203.01305, section 3);
-- *calibration*: mean distance between score and share of right detections, over ten equal ranges of scores;
 - *gradient*: norms of each part for the losses of the first images, with DINO's own criterion. In training,
   `grad_norm` of metrics.json is that of all parts together;
-- what each kind of error costs: `dino eval` states it.
+- what each kind of error costs, and how well scores are calibrated: `dino eval` states it.
 """
 
 from __future__ import annotations
@@ -29,10 +28,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
 
 from dino.cli import report_errors
-from dino.data.coco import CocoImages, ResizeShortSide, collate
+from dino.data.coco import CocoImages, collate
 from dino.layers import HungarianMatcher, SetCriterion, Target
 from dino.layers.boxes import box_iou, cxcywh_to_xyxy
 from dino.modeling.detector import Detector
@@ -40,7 +38,6 @@ from dino.structures import Outputs
 from dino.utils.files import DataError, write_whole
 from dino.weights.description import detector_from_checkpoint
 
-RANGES = 10  # of scores, for the calibration
 IOU = 0.5  # from which a box finds an object
 PARTS = ("neck.backbone", "neck", "encoder", "query_selection", "denoising", "decoder")  # the first that fits counts
 
@@ -51,27 +48,10 @@ class Seen(NamedTuple):
     Args:
         found: (N + 1, G) bool, objects that a proposal or a box of each layer finds.
         matched: (N, G) int64, the query that each layer matches with an object, -1 for none.
-        scores, right: (Q * C,) scores of the last layer, and whether that class of that query is matched.
     """
 
     found: Tensor
     matched: np.ndarray
-    scores: Tensor
-    right: Tensor
-
-
-def open_data(annotations: Path, images: Path, detector: Detector) -> CocoImages:
-    """The images as the detector sees them.
-
-    Raises:
-        DataError: the data can't be read, or have other classes than the detector.
-    """
-    resize = ResizeShortSide(detector.preprocessing.short_side, detector.preprocessing.max_size)
-    clean = [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1)]
-    data = CocoImages(annotations, images, v2.Compose([resize, *clean]))
-    if data.names != detector.names:
-        raise DataError(f"the checkpoint was trained for the classes {detector.names}, {annotations} has {data.names}")
-    return data
 
 
 def finds(boxes: Tensor, target: Target) -> Tensor:
@@ -87,12 +67,7 @@ def see(outputs: Outputs, target: Target, matcher: HungarianMatcher) -> Seen:
     matched = np.full((len(pairs), len(target.labels)), -1)
     for layer, [(query, objects)] in zip(matched, pairs, strict=True):
         layer[objects] = query
-    scores = outputs.decoder.logits[-1, 0].sigmoid()  # (Q, C)
-    right = torch.zeros_like(scores, dtype=torch.bool)
-    query, objects = pairs[-1][0]
-    right[torch.as_tensor(query), target.labels[torch.as_tensor(objects)]] = True
-    found = torch.stack([finds(boxes[0], target) for boxes in sets])
-    return Seen(found, matched, scores.flatten(), right.flatten())
+    return Seen(torch.stack([finds(boxes[0], target) for boxes in sets]), matched)
 
 
 @torch.no_grad()
@@ -106,17 +81,6 @@ def see_all(detector: Detector, data: CocoImages) -> list[Seen]:
     if not seen:
         raise DataError("no image has an object: there is nothing to diagnose")
     return seen
-
-
-def calibration_error(scores: Tensor, right: Tensor) -> float:
-    """Mean distance of score and share of right ones over RANGES, weighted by the sum of scores of each range.
-
-    Weighted by numbers, the many scores near zero would decide alone.
-    """
-    ranges = (scores * RANGES).long().clamp(max=RANGES - 1)
-    total = torch.zeros(RANGES).index_add_(0, ranges, scores)
-    hits = torch.zeros(RANGES).index_add_(0, ranges, right.float())
-    return ((total - hits).abs().sum() / total.sum().clamp(min=1e-9)).item()
 
 
 def gradient_norms(detector: Detector, data: CocoImages, count: int, seed: int) -> dict[str, float]:
@@ -149,8 +113,7 @@ def figures(seen: list[Seen], before: list[Seen] | None) -> dict[str, float]:
     if before:
         earlier = np.concatenate([one.matched for one in before], 1)
         shares["other query since last"] = float((earlier[-1] != matched[-1]).mean())
-    scores, right = (torch.cat(parts) for parts in zip(*((one.scores, one.right) for one in seen), strict=True))
-    return {**shares, "calibration error": calibration_error(scores, right)}
+    return shares
 
 
 def diagnose(args: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -158,7 +121,7 @@ def diagnose(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     columns, before = {}, None
     for path in args.weights:
         detector = detector_from_checkpoint(path, copy=args.copy)
-        data = open_data(args.json, args.images, detector)
+        data = CocoImages.for_detector(args.json, args.images, detector)
         seen = see_all(detector, data)
         norms = gradient_norms(detector, data, args.batch, args.seed)
         columns[str(path)] = {**figures(seen, before), **{f"gradient of {key}": norm for key, norm in norms.items()}}

@@ -5,6 +5,8 @@ Images come augmented and resized by the recipe's mapper, so torchvision's trans
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
@@ -17,7 +19,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 
 from dino.modeling.backbones import extract, padding_of
 from dino.utils.files import DataError
-from dino.weights import SCHEMES, locate, read_content, weights_of
+from dino.weights import locate, read_content, weights_of
 from dino.weights.imagenet import check_network, fit_backbone
 
 CHANNELS = 256  # of the pyramid's maps
@@ -127,7 +129,7 @@ def load_backbone(backbone: nn.Module, path: str) -> None:
         UserError: see `dino.weights.locate`.
     """
     target = backbone.state_dict()
-    state = weights_of(read_content(locate(path) if path.startswith(SCHEMES) else path))
+    state = weights_of(read_content(locate(path)))
     found = fit_backbone(state, backbone)
     check_network(state, found, backbone)
     chosen = {key: value for key, value in found.items() if key in target and value.shape == target[key].shape}
@@ -175,30 +177,21 @@ def build_faster_rcnn(body, num_classes, anchor_scale, max_detections, options) 
     )
 
 
-def build_retinanet(body, num_classes, anchor_scale, max_detections, options) -> RetinaNet:
-    """RetinaNet with two more maps than the backbone's."""
+def build_one_stage(kind, sizes, ratios, body, num_classes, anchor_scale, max_detections, options) -> nn.Module:
+    """RetinaNet or FCOS (`kind`) with two more maps than the backbone's, and anchors as of `anchors_of`."""
     backbone = PyramidBackbone(body, LastLevelP6P7(CHANNELS, CHANNELS))
-    return RetinaNet(
+    return kind(
         backbone,
         num_classes,
-        anchor_generator=anchors_of(backbone, anchor_scale, THREE_SIZES, ASPECT_RATIOS),
+        anchor_generator=anchors_of(backbone, anchor_scale, sizes, ratios),
         detections_per_img=max_detections,
         score_thresh=SCORE_THRESHOLD,
         **options,
     )
 
 
-def build_fcos(body, num_classes, anchor_scale, max_detections, options) -> FCOS:
-    """FCOS with two more maps than the backbone's. Its "anchors" set the sizes of objects that each map finds."""
-    backbone = PyramidBackbone(body, LastLevelP6P7(CHANNELS, CHANNELS))
-    return FCOS(
-        backbone,
-        num_classes,
-        anchor_generator=anchors_of(backbone, anchor_scale, (1.0,), (1.0,)),
-        detections_per_img=max_detections,
-        score_thresh=SCORE_THRESHOLD,
-        **options,
-    )
-
-
-BUILDERS = {"faster_rcnn": build_faster_rcnn, "retinanet": build_retinanet, "fcos": build_fcos}
+BUILDERS = {
+    "faster_rcnn": build_faster_rcnn,
+    "retinanet": partial(build_one_stage, RetinaNet, THREE_SIZES, ASPECT_RATIOS),
+    "fcos": partial(build_one_stage, FCOS, (1.0,), (1.0,)),  # its "anchors" set the sizes that each map finds
+}

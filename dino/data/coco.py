@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
-from torchvision.transforms.v2 import functional
+from torchvision.transforms import v2
 
-from dino.modeling.detector import resized_size, to_target
+from dino.modeling.detector import Detector, resized_size, to_target
 from dino.structures import Target
 from dino.utils.files import DataError, counted, resolve_inside
 
@@ -244,6 +244,22 @@ class CocoImages(Dataset):
             annotations, len(self.images), self.data["annotations"], sum(map(len, self.objects.values()))
         )
 
+    @classmethod
+    def for_detector(cls, annotations: str | Path, folder: str | Path, detector: Detector) -> CocoImages:
+        """Open a data set whose images are resized for a detector.
+
+        Raises:
+            DataError: as above; or the detector was trained for other classes.
+        """
+        resize = ResizeShortSide(detector.preprocessing.short_side, detector.preprocessing.max_size)
+        clean = [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1)]
+        data = cls(annotations, folder, v2.Compose([resize, *clean]))
+        if data.names != detector.names:
+            raise DataError(
+                f"the checkpoint was trained for the classes {detector.names}, {annotations} has {data.names}"
+            )
+        return data
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -277,7 +293,7 @@ class ResizeShortSide:
     def __call__(self, image: tv_tensors.Image, objects: dict) -> tuple[tv_tensors.Image, dict]:
         """image (3, H, W); objects: its `boxes` and `labels`."""
         size = resized_size(*image.shape[1:], self.short_side, self.max_size)
-        boxes = functional.resize(objects["boxes"], size)
+        boxes = v2.functional.resize(objects["boxes"], size)
         return tv_tensors.Image(resize_tensor(image, size)), {**objects, "boxes": boxes}
 
 

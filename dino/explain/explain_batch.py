@@ -6,24 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torchvision.transforms import v2
 
-from dino.data.coco import CocoImages, ResizeShortSide, collate
+from dino.data.coco import CocoImages, collate
 from dino.layers import HungarianMatcher, SetCriterion
-from dino.modeling.detector import Detector
 from dino.utils.files import DataError, make_folder
 from dino.weights.description import detector_from_checkpoint
 
 from . import scenes
 from .canvas import Scene, save
 from .record import record
-
-
-def _read_data(annotations: Path, images: Path, detector: Detector) -> CocoImages:
-    """Open a data set whose images are resized for the detector."""
-    resize = ResizeShortSide(detector.preprocessing.short_side, detector.preprocessing.max_size)
-    clean = [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1)]
-    return CocoImages(annotations, images, v2.Compose([resize, *clean]))
 
 
 def _choose(data: CocoImages, wanted: Sequence[str]) -> list[int]:
@@ -60,9 +51,7 @@ def explain_batch(
         DataError: data or weights can't be used, or don't fit.
     """
     detector = detector_from_checkpoint(weights)
-    data = _read_data(annotations, images, detector)
-    if data.names != detector.names:
-        raise DataError(f"{weights} was trained for the classes {detector.names}, {annotations} has {data.names}")
+    data = CocoImages.for_detector(annotations, images, detector)
     pixels, targets, _ = collate([data[index] for index in _choose(data, wanted)])
     torch.manual_seed(seed)
     try:

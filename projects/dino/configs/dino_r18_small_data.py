@@ -4,7 +4,7 @@
         --train-json train.json --train-images images --val-json val.json --val-images images \
         train.output_dir=output/mine
 
-With ImageNet weights, `dino_efficientnet_lite0_small_data` learns faster. Differs from the paper's DINO: queries are
+`dino_efficientnet_lite0_small_data` is the same from ImageNet weights. Differs from the paper's DINO: queries are
 distinct (`DistinctSelection`), class targets are squared IoUs and matching modulates scores by positions (Stable-DINO),
 and averaged weights are kept. Its length is a number of iterations, because few pictures need more epochs than many.
 
