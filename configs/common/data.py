@@ -31,6 +31,7 @@ dataloader.train = L(TrainLoader)(
     ),
     total_batch_size=16,
     repeat_threshold=0.0,  # e.g. 0.1: classes on less than a tenth of the images have theirs shown more often
+    sorted_batches=1,  # e.g. 8: so many share out their images by shape, which saves padding
     num_workers=4,
 )
 dataloader.test = L(

@@ -226,11 +226,11 @@ def test_few_images_and_parts_of_epochs(images, epochs, expected):
 def test_stated_epochs_replace_the_iterations_of_a_recipe():
     """A recipe for small data states iterations; those that the command line states too are kept."""
     train = load_recipe(config=SMALL).train
-    assert (train.max_iter, train.eval_period, train.checkpointer.period) == (1500, 500, 500)
+    assert (train.max_iter, train.eval_period, train.checkpointer.period) == (2500, 500, 500)
     train = load_recipe("train.epochs=3", config=SMALL).train
     assert (train.max_iter, train.eval_period, train.checkpointer.period) == (None, 500, 500)
     train = load_recipe("train.eval_epochs=2", "train.checkpointer.period=7", config=SMALL).train
-    assert (train.max_iter, train.eval_period, train.checkpointer.period) == (1500, None, 7)
+    assert (train.max_iter, train.eval_period, train.checkpointer.period) == (2500, None, 7)
     train = load_recipe("train.epochs=3", "train.max_iter=90", config=SMALL).train
     assert (train.epochs, train.max_iter) == (3, 90)
 

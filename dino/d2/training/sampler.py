@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -33,18 +34,40 @@ class _Stream(Sampler):
     """This process's share of an endless stream, as pairs of a position in the whole stream and an index.
 
     Args:
-        sampler: one of Detectron2's endless samplers.
-        start: number of positions of the whole stream to skip.
+        indices: () -> the whole stream.
+        start: number of its positions to skip.
     """
 
-    def __init__(self, sampler: Sampler, start: int):
-        self.sampler = sampler
+    def __init__(self, indices: Callable[[], Iterator[int]], start: int):
+        self.indices = indices
         self.start = start
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """Yield (position, index) endlessly."""
-        stream = enumerate(self.sampler._infinite_indices())
+        stream = enumerate(self.indices())
         return itertools.islice(stream, self.start + comm.get_rank(), None, comm.get_world_size())
+
+
+def sort_by_shape(
+    sampler: Sampler, ratios: Sequence[float], batch_size: int, num_batches: int, seed: int
+) -> Iterator[int]:
+    """Gather images of like shapes in batches, which then need little padding.
+
+    Each run of `num_batches` batches is sorted by shape and divided anew; its batches come in random order. So the
+    stream stays a function of the seed.
+
+    Args:
+        sampler: one of Detectron2's endless samplers.
+        ratios: width / height of each image of the data set.
+        batch_size: images of a batch.
+        num_batches: batches that are sorted together.
+        seed: of their order.
+    """
+    indices, numbers = sampler._infinite_indices(), np.random.default_rng(seed)
+    while True:
+        run = sorted(itertools.islice(indices, batch_size * num_batches), key=ratios.__getitem__)
+        for place in numbers.permutation(num_batches) * batch_size:
+            yield from run[place : place + batch_size]
 
 
 class Place(NamedTuple):
@@ -112,6 +135,8 @@ class TrainLoader:
         num_workers: processes that read images.
         repeat_threshold: classes that are on less than this fraction of the images have theirs shown more often (repeat
             factors of LVIS, arXiv 1908.03195, appendix B.2); 0 shows every image once per epoch.
+        sorted_batches: batches that share out their images by shape, see `sort_by_shape`; with 1, any shapes meet in a
+            batch. Of a small data set, no more than an epoch has.
 
     """
 
@@ -123,11 +148,14 @@ class TrainLoader:
         total_batch_size: int,
         num_workers: int = 0,
         repeat_threshold: float = 0.0,
+        sorted_batches: int = 1,
     ):
         self.images = DatasetFromList(dataset, copy=False)
         self.mapper = mapper
         self.total_batch_size = total_batch_size
         self.num_workers = num_workers
+        self.sorted_batches = min(sorted_batches, max(1, len(dataset) // total_batch_size))
+        self.ratios = [entry["width"] / entry["height"] for entry in dataset] if self.sorted_batches > 1 else []
         self.seed, self.start, self.parts = 0, 0, 1
         self.repeats = None
         if repeat_threshold > 0:
@@ -150,10 +178,15 @@ class TrainLoader:
             sampler = TrainingSampler(len(self.images), seed=self.seed)
         else:
             sampler = RepeatFactorTrainingSampler(self.repeats, seed=self.seed)
+        indices = sampler._infinite_indices
+        if self.sorted_batches > 1:
+            indices = partial(
+                sort_by_shape, sampler, self.ratios, self.total_batch_size, self.sorted_batches, self.seed
+            )
         loader = build_detection_train_loader(
             _SeededDataset(self.images, self.mapper, self.seed, self.total_batch_size),
             mapper=None,
-            sampler=_Stream(sampler, self.start * self.total_batch_size),
+            sampler=_Stream(indices, self.start * self.total_batch_size),
             total_batch_size=self.total_batch_size // self.parts,
             aspect_ratio_grouping=False,  # it delays images, which a resumed run could not repeat
             num_workers=self.num_workers,

@@ -39,16 +39,17 @@ dataloader.train.mapper.augmentations = [
     L(ShortSide)(sizes=[288], max_size=576),
 ]
 dataloader.test.mapper.augmentations = [L(ShortSide)(sizes=[288], max_size=576)]
-dataloader.train.total_batch_size = 4
+dataloader.train.total_batch_size = 2
+dataloader.train.sorted_batches = 8
 dataloader.train.num_workers = dataloader.test.num_workers = 1
 
-optimizer.lr = 4e-4
+optimizer.lr = 5e-4
 del optimizer.params.lr_factor_func  # nothing is pre-trained, so nothing needs to learn slowly
 
-train.max_iter = 1500
+train.max_iter = 2500
 train.eval_period = train.checkpointer.period = 500
 train.ema.enabled = True
-train.ema.decay = 0.998  # averages about 500 steps
+train.ema.decay = 0.999  # averages about 1000 steps
 lr_multiplier = L(MultiStepParamScheduler)(
     values=[1.0, 0.1], milestones=[4], num_updates=5
 )  # the last fifth at a tenth

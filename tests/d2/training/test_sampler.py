@@ -3,6 +3,7 @@ import pytest
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import random
+from collections import Counter
 from itertools import islice
 
 import numpy as np
@@ -15,7 +16,10 @@ from dino.utils.files import DataError
 
 from ..tiny import random_input
 
-IMAGES = [{"image_id": n, "annotations": [{"category_id": int(n == 0)}]} for n in range(10)]
+IMAGES = [
+    {"image_id": n, "width": 40 + 30 * (n % 2), "height": 50, "annotations": [{"category_id": int(n == 0)}]}
+    for n in range(10)
+]
 
 
 def drawing(entry):
@@ -98,6 +102,25 @@ def test_rare_classes_are_shown_more_often():
     """Class 1 is on one image of ten, a fifth of the threshold: that image counts sqrt(5) times."""
     ids = [x["image_id"] for batch in batches(300, repeat_threshold=0.5) for x in batch]
     assert ids.count(0) / ids.count(1) == pytest.approx(5**0.5, rel=0.15)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_of_like_shapes(num_workers):
+    """Two batches share out eight images of an epoch of ten: four lie, four stand, or nearly so."""
+    options = dict(sorted_batches=8, num_workers=num_workers)
+    found = batches(50, **options)
+    widths = [[x["width"] for x in batch] for batch in found]
+    mixed = [len(set(batch)) == 2 for batch in widths]
+    assert sum(mixed) < sum(len({x["width"] for x in batch}) == 2 for batch in batches(50)) - 10
+    assert 15 < sum(batch[0] == 40 for batch in widths) < 35  # wide batches don't always come last
+    assert sum(batch[0] == 40 for batch in widths[::2]) < 20
+    shown = Counter(x["image_id"] for batch in found for x in batch)
+    assert set(shown.values()) == {20}  # each image once an epoch
+    assert batches(5, start=7, **options) == found[7:12]
+
+
+def test_sorting_in_runs_longer_than_an_epoch_is_an_epoch_at_most():
+    assert [loader(sorted_batches=n).sorted_batches for n in (1, 2, 8)] == [1, 2, 2]
 
 
 def test_batches_that_cannot_be_divided_are_refused():
