@@ -25,7 +25,7 @@ model.network.query_selection.num_queries = 50
 model.max_detections = 50
 
 dataloader.train.total_batch_size = 4  # many small images: fewer, larger steps are faster
-optimizer.lr = 4e-4
+lr_multiplier = lr_multiplier.scheduler  # no warm-up
 train.ema.decay = 0.998
 train.epochs = train.eval_epochs = 6
 train.max_iter = train.eval_period = train.checkpointer.period = None

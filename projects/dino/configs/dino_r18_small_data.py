@@ -6,7 +6,8 @@
 
 `dino_efficientnet_lite0_small_data` is the same from ImageNet weights. Differs from the paper's DINO: queries are
 distinct (`DistinctSelection`), class targets are squared IoUs and matching modulates scores by positions (Stable-DINO),
-and averaged weights are kept. Its length is a number of iterations, because few pictures need more epochs than many.
+half of the images are enlarged or shrunk, and averaged weights are kept. Its length is a number of iterations, because
+few pictures need more epochs than many.
 
 Pictures without an up and a down, such as those of microscopes, want vertical flips too:
 `dataloader.train.mapper.augmentations.1.prob=0.5`.
@@ -14,6 +15,7 @@ Pictures without an up and a down, such as those of microscopes, want vertical f
 
 from detectron2.config import LazyCall as L
 from detectron2.data import transforms as T
+from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
 from dino.d2.data_loading import ShortSide
@@ -36,6 +38,9 @@ dataloader.train.mapper.augmentations = [
     L(T.RandomFlip)(prob=0.0, horizontal=False, vertical=True),
     L(T.RandomBrightness)(intensity_min=0.8, intensity_max=1.2),
     L(T.RandomContrast)(intensity_min=0.8, intensity_max=1.2),
+    L(T.RandomApply)(  # enlarge, or shrink on a black ground
+        tfm_or_aug=L(T.RandomExtent)(scale_range=[0.67, 1.5], shift_range=[0.2, 0.2]), prob=0.5
+    ),
     L(ShortSide)(sizes=[288], max_size=576),
 ]
 dataloader.test.mapper.augmentations = [L(ShortSide)(sizes=[288], max_size=576)]
@@ -43,13 +48,16 @@ dataloader.train.total_batch_size = 2
 dataloader.train.sorted_batches = 8
 dataloader.train.num_workers = dataloader.test.num_workers = 1
 
-optimizer.lr = 5e-4
+optimizer.lr = 4e-4
 del optimizer.params.lr_factor_func  # nothing is pre-trained, so nothing needs to learn slowly
 
 train.max_iter = 2500
 train.eval_period = train.checkpointer.period = 500
 train.ema.enabled = True
 train.ema.decay = 0.999  # averages about 1000 steps
-lr_multiplier = L(MultiStepParamScheduler)(
-    values=[1.0, 0.1], milestones=[4], num_updates=5
-)  # the last fifth at a tenth
+lr_multiplier = L(WarmupParamScheduler)(  # rises over a tenth; the last fifth at a tenth
+    scheduler=L(MultiStepParamScheduler)(values=[1.0, 0.1], milestones=[4], num_updates=5),
+    warmup_factor=0.02,
+    warmup_length=0.1,
+    warmup_method="linear",
+)
