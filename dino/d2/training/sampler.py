@@ -48,7 +48,7 @@ class _Stream(Sampler):
         return itertools.islice(stream, self.start + comm.get_rank(), None, comm.get_world_size())
 
 
-def sort_by_shape(
+def _sort_by_shape(
     sampler: Sampler, ratios: Sequence[float], batch_size: int, num_batches: int, seed: int
 ) -> Iterator[int]:
     """Gather images of like shapes in batches, which then need little padding.
@@ -135,8 +135,8 @@ class TrainLoader:
         num_workers: processes that read images.
         repeat_threshold: classes that are on less than this fraction of the images have theirs shown more often (repeat
             factors of LVIS, arXiv 1908.03195, appendix B.2); 0 shows every image once per epoch.
-        sorted_batches: batches that share out their images by shape, see `sort_by_shape`; with 1, any shapes meet in a
-            batch. Of a small data set, no more than an epoch has.
+        sorted_batches: batches that share out their images by shape, which saves padding; with 1, any shapes meet in a
+            batch. No more batches than an epoch has.
 
     """
 
@@ -181,7 +181,7 @@ class TrainLoader:
         indices = sampler._infinite_indices
         if self.sorted_batches > 1:
             indices = partial(
-                sort_by_shape, sampler, self.ratios, self.total_batch_size, self.sorted_batches, self.seed
+                _sort_by_shape, sampler, self.ratios, self.total_batch_size, self.sorted_batches, self.seed
             )
         loader = build_detection_train_loader(
             _SeededDataset(self.images, self.mapper, self.seed, self.total_batch_size),

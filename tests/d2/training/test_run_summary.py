@@ -127,10 +127,10 @@ def scaled(folder, *overrides):
 def test_the_learning_rate_follows_the_batch(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         cfg = scaled(tmp_path, f"{BATCH}=16")
-    assert cfg.optimizer.lr == pytest.approx(4 * 4e-4)  # of the small recipe, for 4 images
-    assert "total batch 16, the recipe's is 4: optimizer.lr 4.00e-04 -> 1.60e-03" in caplog.text
+    assert cfg.optimizer.lr == pytest.approx(8 * 4e-4)  # of the small recipe, for 2 images
+    assert "total batch 16, the recipe's is 2: optimizer.lr 4.00e-04 -> 3.20e-03" in caplog.text
     recipe.scale_to_batch(cfg, [])  # the saved recipe is scaled already
-    assert cfg.optimizer.lr == pytest.approx(4 * 4e-4)
+    assert cfg.optimizer.lr == pytest.approx(8 * 4e-4)
 
 
 def test_what_is_stated_is_taken_as_it_stands(tmp_path):
@@ -141,7 +141,7 @@ def test_what_is_stated_is_taken_as_it_stands(tmp_path):
 
 
 def test_iterations_of_a_recipe_follow_the_batch(tmp_path):
-    overrides = [f"{BATCH}=8"]
+    overrides = [f"{BATCH}=4"]
     cfg = load_recipe(*files(*write_two_sets(tmp_path)), *overrides)
     cfg.train.max_iter, cfg.train.eval_period, cfg.train.checkpointer.period = 1000, 0, 50
     recipe.scale_to_batch(cfg, overrides)
