@@ -24,7 +24,8 @@ model.network.encoder.hidden_dim = 256
 model.network.query_selection.num_queries = 50
 model.max_detections = 50
 
-dataloader.train.total_batch_size = 4  # many small images: fewer, larger steps are faster
+dataloader.train.total_batch_size = 4
+dataloader.train.sorted_batches = 1  # all images have one shape
 lr_multiplier = lr_multiplier.scheduler  # no warm-up
 train.ema.decay = 0.998
 train.epochs = train.eval_epochs = 6

@@ -18,7 +18,7 @@ from detectron2.data import transforms as T
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
-from dino.d2.data_loading import ShortSide
+from dino.d2.data_loading import OneOf, ShortSide
 from dino.layers import LossScaling, SquaredIoULoss
 from dino.modeling.variants import DistinctSelection, PositionModulatedMatcher
 
@@ -38,9 +38,7 @@ dataloader.train.mapper.augmentations = [
     L(T.RandomFlip)(prob=0.0, horizontal=False, vertical=True),
     L(T.RandomBrightness)(intensity_min=0.8, intensity_max=1.2),
     L(T.RandomContrast)(intensity_min=0.8, intensity_max=1.2),
-    L(T.RandomApply)(  # enlarge, or shrink on a black ground
-        tfm_or_aug=L(T.RandomExtent)(scale_range=[0.67, 1.5], shift_range=[0.2, 0.2]), prob=0.5
-    ),
+    L(OneOf)(branches=[[], [L(T.RandomExtent)(scale_range=[0.67, 1.5], shift_range=[0.2, 0.2])]]),  # black outside
     L(ShortSide)(sizes=[288], max_size=576),
 ]
 dataloader.test.mapper.augmentations = [L(ShortSide)(sizes=[288], max_size=576)]
