@@ -48,6 +48,7 @@ from run_demo import versions  # noqa: E402
 
 SEEDS = 3
 TIMED_ITERATIONS = 40
+TIMED_RATE = 1e-6  # of the learning; a whole warm-up in so few iterations could make a usual rate diverge
 SOURCES = ("dino", "configs", "projects/dino/configs", "tools/lazyconfig_train_net.py", "setup.py", "benchmarks/*.py")
 OWN_SETTING = re.compile(rf"({'|'.join(DETECTORS)}):(.+)")
 
@@ -178,6 +179,7 @@ def training_command(cell: Cell, args: argparse.Namespace) -> list[str]:
     }
     words = [f"train.{key}={value}" for key, value in overrides.items()]
     words += settings_for(cell.detector, args.settings)
+    words += [f"optimizer.lr={TIMED_RATE}"] if cell.stage == "timing" else []
     return ["python", "tools/lazyconfig_train_net.py", "--config-file", relative(recipe), *files, *words]
 
 

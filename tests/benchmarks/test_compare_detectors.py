@@ -298,6 +298,8 @@ def test_the_plan_and_unusable_words(program, tmp_path, capsys):
     assert program.is_done(cell, args)
     assert not program.is_done(cell._replace(stage="test"), args)
     assert not program.is_done(cell._replace(seed=0), args)
+    timing = program.training_command(cell._replace(seed=0, stage="timing"), args)
+    assert timing[-1] == f"optimizer.lr={program.TIMED_RATE}"  # whose warm-up is too short for a usual rate
     for other in (["--minutes", "20"], ["--minutes", "30", "--settings", "fcos:optimizer.lr=1"]):
         with pytest.raises(DataError, match=r"fcos_1\.json is of another recipe, of other settings or minutes"):
             program.is_done(cell, program.parse([*words, *other]))
