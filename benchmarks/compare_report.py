@@ -146,11 +146,11 @@ def origin(rows):
     first = results[0]
     commits = sorted({r["commit"][:10] + " with changes" * r["changed_since_commit"] for r in results})
     processors = sorted({r["hardware"]["cpu"].replace("(R)", "") for r in results})
-    jobs, minutes = max(r["jobs"] for r in results), sum(r["evaluation_seconds"] for r in results) / 60
+    load, minutes = max(r["load_at_start"][0] for r in results), sum(r["evaluation_seconds"] for r in results) / 60
     return (
         f"Recipe {first['recipe']}; "
         f"{first['training_images']} images for training (annotations {first['fingerprint']}), batch {first['batch']}; "
-        f"commit {', '.join(commits)}, one thread of {' or '.join(processors)}, {jobs} runs at a time. "
+        f"commit {', '.join(commits)}, one thread of {' or '.join(processors)}, load of the machine at most {load:.1f} at the starts. "
         f"Settings: {stated_settings(rows)}. Evaluations took {minutes:.0f} minutes more.\n"
     )
 

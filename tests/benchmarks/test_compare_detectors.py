@@ -211,7 +211,7 @@ def planted(folder, detector, seed, ap, **changes):
         "curve": curve,
         "training_seconds": 1206.0,
         "evaluation_seconds": 60.0,
-        "jobs": 2,
+        "load_at_start": [1.9, 1.0, 1.0],
         "commit": "0123456789abcdef",
         "changed_since_commit": False,
         "hardware": {"cpu": "Maker(R)"},
