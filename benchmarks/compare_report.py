@@ -170,9 +170,10 @@ def mean_curve(results, unit, key):
 
 def panels_of(setup, rows):
     """Four panels of the picture: AP and AP50 of averaged weights, against minutes and against images."""
+    data = setup.removesuffix(f"-{next(iter(rows.values()))[0]['recipe']}")
     return [
         (
-            setup,
+            data,
             (label, f"{key} (averaged weights)"),
             [(name, mean_curve(rows.get(detector), unit, f"ema_{key}")) for detector, name in DETECTORS.items()],
         )
