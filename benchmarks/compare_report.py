@@ -150,7 +150,8 @@ def origin(rows):
     return (
         f"Recipe {first['recipe']}; "
         f"{first['training_images']} images for training (annotations {first['fingerprint']}), batch {first['batch']}; "
-        f"commit {', '.join(commits)}, one thread of {' or '.join(processors)}, load of the machine at most {load:.1f} at the starts. "
+        f"commit {', '.join(commits)}, one thread of {' or '.join(processors)}, "
+        f"load of the machine at most {load:.1f} at the starts. "
         f"Settings: {stated_settings(rows)}. Evaluations took {minutes:.0f} minutes more.\n"
     )
 
