@@ -48,7 +48,7 @@ from run_demo import versions  # noqa: E402
 
 SEEDS = 3
 TIMED_ITERATIONS = 40
-TIMED_RATE = 1e-6  # of the learning; a whole warm-up in so few iterations could make a usual rate diverge
+TIMED_RATE = 1e-6  # learning rate while timing: a usual one can diverge after a warm-up of two iterations
 SOURCES = ("dino", "configs", "projects/dino/configs", "tools/lazyconfig_train_net.py", "setup.py", "benchmarks/*.py")
 OWN_SETTING = re.compile(rf"({'|'.join(DETECTORS)}):(.+)")
 
@@ -281,7 +281,6 @@ def training_result(running: Running, processor_seconds: float, args: argparse.N
         "model": None if cell.detector == DINO else OmegaConf.to_container(cfg.model, resolve=True),
         "ema_decay": cfg.train.ema.decay,
         "hardware": {**hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu")), "threads": 1},
-        "jobs": args.jobs,
         "versions": {**versions(), "timm": version_of("timm")},
     }
 

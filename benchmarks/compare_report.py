@@ -11,7 +11,7 @@ from compared_recipes import DETECTORS, DINO
 from plots import plot_curves
 from report import ROOT, replaced
 
-from dino.utils.files import DataError, make_folder, write_whole
+from dino.utils.files import DataError, counted, make_folder, write_whole
 
 RESULTS = ROOT / "benchmarks/results/comparison"
 PAGE = ROOT / "projects/dino/README.md"
@@ -152,7 +152,7 @@ def origin(rows):
         f"{first['training_images']} images for training (annotations {first['fingerprint']}), batch {first['batch']}; "
         f"commit {', '.join(commits)}, one thread of {' or '.join(processors)}, "
         f"load of the machine at most {load:.1f} at the starts. "
-        f"Settings: {stated_settings(rows)}. Evaluations took {minutes:.0f} minutes more.\n"
+        f"Settings: {stated_settings(rows)}. Evaluations took {counted(round(minutes), 'minute')} more.\n"
     )
 
 
