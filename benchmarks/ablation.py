@@ -2,13 +2,15 @@
 
     python benchmarks/ablation.py --plan          print the open cells and their cost
     python benchmarks/ablation.py --jobs 2        train them; after an interruption, the same command continues
-    python benchmarks/ablation.py --data shapes --recipes chain_5_twice encoder_6 --seeds 3
+    python benchmarks/ablation.py --data shapes --recipes chain_5_contrastive encoder_6 --seeds 3
     python benchmarks/ablation.py --report        only write tables and pictures of the present results
 
 A cell is one training by tools/lazyconfig_train_net.py on one processor core, or one GPU. Its result is a file in
 benchmarks/results/ablation/, written whole at the end. An interrupted cell begins again, so that its processor seconds
 are those of a whole training. Several of these programs can run at once: this program and the training lock each cell.
 If this program is killed, Linux ends its trainings with it.
+
+With other --results, the page is ablation.md in that folder.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
 
 import ablation_report  # noqa: E402
-from ablation_report import ANCESTORS, CHAIN, RESULTS, VARIANTS  # noqa: E402
+from ablation_report import CHAIN, DENOISING, DESCENDANTS, LAYERS, OTHERS, RESULTS  # noqa: E402
 from cells import Running, Table, exit_with, launch, lock, run_cells  # noqa: E402
 from measure import git, hardware  # noqa: E402
 from run_demo import versions  # noqa: E402
@@ -48,6 +50,7 @@ SOURCES = (
     "tools/make_shapes.py",
     "setup.py",
 )
+EMA, LAST = "ema/bbox/", "bbox/"  # prefixes of keys in evaluations.json: averaged weights, last weights
 HARD_SHAPES = ("--train", "600", "--val", "100", "--hard")
 
 
@@ -70,9 +73,10 @@ def rounds(data: str, recipes: tuple | list, seeds: int) -> list[Cell]:
 
 
 def whole_plan(seeds: int) -> list[Cell]:
-    """The chain on both data sets, then the other variants and the ancestors once: most important first."""
-    chain = [cell for data in ("shapes", "bccd") for cell in rounds(data, CHAIN, seeds)]
-    return [*chain, *rounds("shapes", [*VARIANTS, *ANCESTORS], 1)]
+    """The chain on both data sets, layers and denoising on the shapes, the other variants once."""
+    known = [*rounds("shapes", CHAIN, seeds), *rounds("bccd", CHAIN, seeds)]
+    known += rounds("shapes", [*LAYERS, *DENOISING], seeds)
+    return list(dict.fromkeys([*known, *rounds("shapes", [*OTHERS, *DESCENDANTS], 1)]))
 
 
 def wanted_cells(args: argparse.Namespace) -> list[Cell]:
@@ -167,8 +171,8 @@ def finish(running: Running, processor_seconds: float, args: argparse.Namespace)
     result = {
         **running.about,
         "budget": budget(run, evaluations, training_images),
-        **{key.removeprefix("bbox/"): value for key, value in evaluations[-1].items() if key != "iteration"},
-        "curve": [{"iteration": entry["iteration"], "AP": entry["bbox/AP"]} for entry in evaluations],
+        **metrics_of(evaluations[-1]),
+        "curve": [{"iteration": e["iteration"], "AP": e[f"{EMA}AP"], "last_AP": e[f"{LAST}AP"]} for e in evaluations],
         "processor_seconds": round(processor_seconds, 1),
         "wall_seconds": round(time.monotonic() - running.began, 1),
         "hardware": {**hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu")), "threads": 1},
@@ -179,6 +183,14 @@ def finish(running: Running, processor_seconds: float, args: argparse.Namespace)
     write_whole(path, lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))
     for checkpoint in run.glob("*.pth"):
         checkpoint.unlink()
+
+
+def metrics_of(evaluation: dict) -> dict[str, float | None]:
+    """Metrics of the averaged weights, and with `last_` in front, of the last ones."""
+    found = {}
+    for prefix, name in ((EMA, ""), (LAST, "last_")):
+        found |= {name + key.removeprefix(prefix): v for key, v in evaluation.items() if key.startswith(prefix)}
+    return found
 
 
 def budget(run: Path, evaluations: list[dict], images: int) -> dict[str, float]:
@@ -197,7 +209,7 @@ def result_path(cell: Cell, results: Path) -> Path:
 def summary(cell: Cell, results: Path) -> str:
     """One line about a finished cell."""
     result = json.loads(result_path(cell, results).read_text())
-    return f"{cell.name}: AP {result['AP']:.1f}, {result['processor_seconds']:.0f} processor seconds"
+    return f"{cell.name}: AP {result['AP']:.1f}, {result['processor_seconds'] / 60:.1f} processor minutes"
 
 
 def as_table(args: argparse.Namespace) -> Table:
@@ -254,10 +266,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", nargs="+", choices=("shapes", "bccd"), help="data sets; none for the whole table")
     names = f"names in {os.path.relpath(RECIPES, ROOT)}; none for the whole table"
     parser.add_argument("--recipes", nargs="+", help=names)
-    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"of the chain, or of --recipes (default {SEEDS})")
+    parser.add_argument(
+        "--seeds", type=int, default=SEEDS, help=f"of the first three tables, or of --recipes ({SEEDS})"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, one for each core or GPU (default 1)")
     parser.add_argument("--iterations", type=int, help="of every training; the recipe's if not given")
-    parser.add_argument("--evaluations", type=int, default=5, help="of every training of --iterations (default 5)")
+    parser.add_argument("--evaluations", type=int, default=4, help="of every training of --iterations (default 4)")
     parser.add_argument("--runs", type=Path, default=ROOT / "output/ablation", help="folder of the trainings")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--plan", action="store_true", help="print what would be done, and end")
@@ -273,7 +287,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.runs, args.results = args.runs.resolve(), args.results.resolve()
     args.overrides = []
     if args.iterations:
-        period = max(1, args.iterations // args.evaluations)
+        period = -(-args.iterations // args.evaluations)
         args.overrides = [f"train.max_iter={args.iterations}", f"train.eval_period={period}"]
         args.overrides += [f"train.checkpointer.period={args.iterations}"]
     return args
@@ -288,7 +302,7 @@ def run(argv: list[str] | None) -> list[str]:
         if args.plan:
             return []
         failures = run_cells(cells, as_table(args))
-    ablation_report.write(args.results)
+    ablation_report.write(args.results, ablation_report.page_of(args.results))
     return failures
 
 

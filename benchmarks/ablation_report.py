@@ -1,40 +1,56 @@
 """Tables and pictures of projects/dino/README.md, from the results that benchmarks/ablation.py wrote."""
 
 import json
+import math
+import os
 import statistics
 
 from plots import plot_curves
-from report import ROOT, replaced
+from report import ROOT, write_between
 
-from dino.utils.files import DataError, write_whole
+from dino.utils.files import DataError, counted
 
 RESULTS = ROOT / "benchmarks/results/ablation"
 PAGE = ROOT / "projects/dino/README.md"
-BEGIN, END = "<!-- begin: made by benchmarks/ablation.py -->", "<!-- end: made by benchmarks/ablation.py -->"
+PICTURE = "ablation.svg"
+MARKS = ("<!-- begin: made by benchmarks/ablation.py -->", "<!-- end: made by benchmarks/ablation.py -->")
+WHOLE = "chain_5_contrastive"
 CHAIN = {
-    "chain_1_static": "static queries, no denoising",
-    "chain_2_denoising": "+ denoising",
-    "chain_3_contrastive": "+ contrastive denoising",
-    "chain_4_mixed": "+ mixed query selection",
-    "chain_5_twice": "+ look forward twice (DINO)",
+    "chain_1_denoising": "learned queries, denoising of positives",
+    "chain_2_pure": "+ pure query selection",
+    "chain_3_mixed": "+ mixed query selection",
+    "chain_4_twice": "+ look forward twice",
+    WHOLE: "+ contrastive denoising (DINO)",
 }
-VARIANTS = {
+PAPER = {
+    "chain_1_denoising": 44.9,
+    "chain_2_pure": 46.5,
+    "chain_3_mixed": 47.0,
+    "chain_4_twice": 47.4,
+    WHOLE: 47.9,
+}
+LAYERS = {
+    "encoder_0": "no encoder",
+    "encoder_6": "6 encoder layers",
+    "decoder_1": "1 decoder layer",
+    "decoder_6": "6 decoder layers",
+}
+DENOISING = {
+    "denoise_none": "no denoising",
+    "chain_4_twice": "100 positives, no negatives",
+    "denoise_20": "20 denoising pairs",
+    "denoise_50": "50 denoising pairs",
+    "denoise_300": "300 denoising pairs",
+    "denoise_shift": "negatives by shifted centres",
+}
+OTHERS = {
     "select_pure": "pure query selection",
     "select_objectness": "selection by objectness",
     "select_patterns": "a third of the boxes, 3 patterns each",
-    "denoise_none": "no denoising",
-    "denoise_positives": "denoising without negatives",
-    "denoise_shift": "negatives by shifted centres",
-    "denoise_20": "20 denoising queries",
-    "denoise_50": "50 denoising queries",
-    "denoise_300": "300 denoising queries",
     "look_once": "look forward once",
     "position_learned": "learned position embedding",
     "aux_none": "no auxiliary losses",
-    "decoder_1": "1 decoder layer",
-    "decoder_6": "6 decoder layers",
-    "encoder_0": "no encoder",
-    "encoder_6": "6 encoder layers",
+    "deformable_detr": "two-stage Deformable DETR",
 }
 DESCENDANTS = {
     "varifocal": "varifocal loss",
@@ -45,21 +61,15 @@ DESCENDANTS = {
     "dac": "DAC-DETR",
     "relation_detr": "Relation-DETR",
 }
-ANCESTORS = {
-    "deformable_detr": "Deformable DETR",
-    "faster_rcnn_r18_fpn": "Faster R-CNN (Detectron2)",
-    "retinanet_r18_fpn": "RetinaNet (Detectron2)",
-}
+TABLES = {"Layers": LAYERS, "Denoising": DENOISING, "Other variants": OTHERS, "Parts of descendants": DESCENDANTS}
+DINO = {"Layers": "DINO: 3 + 3 layers", "Denoising": "DINO: 100 pairs"}  # its name in a table
+PUBLISHED = (
+    "*The paper*: table 4, ResNet-50 on COCO, 12 epochs, first version of the recipe (the later one has 49.0); its "
+    'first row is "optimised DN-DETR", 43.4 before.\n'
+)
 DATA = {"shapes": "hard shapes", "bccd": "BCCD"}
+COLUMNS = {"AP": "AP", "AP50": "AP50", "last_AP": "AP of last weights"}
 NOT_RUN = "not run"
-RECALLED = "43.4 DN-DETR, 44.9 optimised, 46.5 pure selection, 47.0 mixed, 47.4 twice, 47.9 contrastive"
-PUBLISHED = f"""**Two published lists**, of large models on COCO: only the order can be compared.
-
-| source | AP |
-|---|---|
-| a reader's note | 43.4 -> 46.8 -> 48.2 -> 49.4 |
-| the paper's table as recalled from memory; COCO, R50, 12 epochs | {RECALLED} |
-"""
 
 
 def load(results, data):
@@ -72,7 +82,7 @@ def load(results, data):
     for path in sorted((results / data).glob("*.json")):
         try:
             result = json.loads(path.read_text())
-            result["AP"], result["curve"], result["processor_seconds"]
+            result["AP"], result["last_AP"], result["curve"], result["processor_seconds"]
         except (ValueError, KeyError) as error:
             raise DataError(f"{path} is no result of a cell ({error!r}): remove it, and run the cell again") from error
         found.append(result)
@@ -107,131 +117,147 @@ def as_table(header, rows):
 
 
 def gains(results, recipe, before):
-    """By how much AP a recipe exceeds the one before it, seed by seed."""
+    """By how much AP a recipe exceeds another, seed by seed."""
     base = {result["seed"]: result["AP"] for result in of_recipe(results, before)}
-    return [{"AP": r["AP"] - base[r["seed"]]} for r in of_recipe(results, recipe) if r["seed"] in base]
+    return [r["AP"] - base[r["seed"]] for r in of_recipe(results, recipe) if r["seed"] in base]
 
 
-def gain_table(results, names, bases):
-    """One row for each of `names`, with its gain over the recipe of the same place in `bases`; "" for none.
+def gain_cell(values):
+    """Mean, standard error and number of gains, as people write it."""
+    if not values:
+        return "no common seed"
+    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):+.1f}{error} ({len(values)})"
 
-    results: data set -> its results
+
+def with_runs(results, recipes):
+    """The data sets on which at least one of the recipes has run, with their results."""
+    return {data: found for data, found in results.items() if any(of_recipe(found, name) for name in recipes)}
+
+
+def cells_of(found, recipe, before):
+    """Cells of a recipe for one data set: metrics, and the gain over the recipe `before`; "" for none."""
+    mine = of_recipe(found, recipe)
+    gain = gain_cell(gains(found, recipe, before)) if before and mine else ""
+    return [*(spread(mine, key) for key in COLUMNS), gain]
+
+
+def link_to(recipe, name, page):
+    """A name with a link to its recipe."""
+    return f"[{name}]({os.path.relpath(ROOT / 'projects/dino/configs/ablation', page.parent)}/{recipe}.py)"
+
+
+def gain_table(results, names, bases, page, published=None):
+    """One row for each of `names` that has run.
+
+    Args:
+        results: data set -> its results.
+        names: recipe -> its name.
+        bases: for each of `names`, the recipe over which it gains; "" for none.
+        page: the file that the table is for.
+        published: recipe -> published AP; None leaves the column out.
     """
-    columns = ("AP", "gain", "AP50", "APs")
-    header = ["", *(f"{DATA[data]}: {column}" for data in DATA for column in columns)]
+    header = ["", *(f"{DATA[data]}: {column}" for data in results for column in (*COLUMNS.values(), "gain"))]
+    header += ["the paper"] if published else []
     rows = []
     for before, (recipe, name) in zip(bases, names.items(), strict=True):
-        row = [f"[{name}](configs/ablation/{recipe}.py)"]
-        for data in DATA:
-            found = of_recipe(results[data], recipe)
-            gain = spread(gains(results[data], recipe, before)) if before else ""
-            row += [spread(found), gain, spread(found, "AP50"), spread(found, "APs")]
-        rows.append(row)
+        if with_runs(results, [recipe]):
+            cells = [cell for found in results.values() for cell in cells_of(found, recipe, before)]
+            last = [f"{published[recipe]:.1f}"] if published else []
+            rows.append([link_to(recipe, name, page), *cells, *last])
     return as_table(header, rows)
 
 
-def single_table(results, names):
-    """One row for each of `names`: AP and cost."""
-    rows = []
-    for recipe, name in names.items():
-        found = of_recipe(results, recipe)
-        cells = [spread(found, key) for key in ("AP", "AP50", "APs")]
-        cost = f"{statistics.mean(r['processor_seconds'] for r in found):.0f}" if found else NOT_RUN
-        rows.append([f"[{name}](configs/ablation/{recipe}.py)", *cells, cost])
-    return as_table(["", "AP", "AP50", "APs", "processor seconds"], rows)
+def chain_sections(results, page):
+    """Table and picture of the chain; nothing if it has not run."""
+    if not (known := with_runs(results, CHAIN)):
+        return []
+    table = gain_table(known, CHAIN, ["", *CHAIN][:-1], page, PAPER)
+    return [table, PUBLISHED, f"![AP against iterations: the chain]({PICTURE})\n"]
 
 
-def length_of(found, unit):
-    """Mean length of trainings of one recipe."""
-    if unit == "processor_seconds":
-        return statistics.mean(r[unit] for r in found)
-    return found[0]["budget"][unit]
+def variant_sections(results, title, names, page):
+    """Title and table of variants, with DINO as last row; nothing if none has run."""
+    if not (known := with_runs(results, names)):
+        return []
+    bases = [*([WHOLE] * len(names)), ""]
+    table = gain_table(known, {**names, WHOLE: DINO.get(title, "DINO")}, bases, page)
+    return [f"**{title}**; *gain*: over DINO\n", table]
 
 
-def points(results, recipe, unit):
-    """Mean curve over the seeds: x in `unit` (of the budget, or "processor_seconds"), AP, lowest, highest."""
+def tables_of(results):
+    """Title -> recipe -> name. Recipes that no table names are under "Other variants"."""
+    named = {recipe for names in (CHAIN, *TABLES.values()) for recipe in names}
+    rest = {result["recipe"] for found in results.values() for result in found} - named
+    return {**TABLES, "Other variants": {**OTHERS, **{recipe: recipe for recipe in sorted(rest)}}}
+
+
+def points(results, recipe):
+    """Mean curve over the seeds: iterations, AP of averaged weights, lowest, highest."""
     found = of_recipe(results, recipe)
     if not found:
         return None
-    iterations = [point["iteration"] for point in found[0]["curve"]]
-    total = length_of(found, unit)
-    x = [total * iteration / iterations[-1] for iteration in iterations]
     columns = list(zip(*([point["AP"] for point in r["curve"]] for r in found), strict=True))
-    return x, [statistics.mean(c) for c in columns], [min(c) for c in columns], [max(c) for c in columns]
+    iterations = [point["iteration"] for point in found[0]["curve"]]
+    return iterations, [statistics.mean(c) for c in columns], [min(c) for c in columns], [max(c) for c in columns]
 
 
-def draw(path, panels):
-    """Write an SVG picture. panels: (title, unit, results, recipe -> label)"""
-    drawn = []
-    for title, unit, results, names in panels:
-        curves = [(label, points(results, recipe, unit)) for recipe, label in names.items()]
-        drawn.append((title, (unit.replace("_", " "), "AP"), curves))
-    plot_curves(path, drawn)
+def draw(path, results):
+    """Write an SVG picture of the chain, a panel for each data set."""
+    panels = [
+        (
+            DATA[data],
+            ("iterations", "AP (averaged weights)"),
+            [(label, points(found, recipe)) for recipe, label in CHAIN.items()],
+        )
+        for data, found in with_runs(results, CHAIN).items()
+    ]
+    plot_curves(path, panels)
 
 
 def budget_line(results):
     """What all cells had in common."""
     lines = []
-    for data, name in DATA.items():
-        if results[data]:
-            budget = results[data][0]["budget"]
-            commits = sorted({r["commit"][:10] + " with changes" * r["changed_since_commit"] for r in results[data]})
-            processors = sorted({r["hardware"]["cpu"].replace("(R)", "") for r in results[data]})
-            lines.append(
-                f"{name} (annotations {results[data][0]['fingerprint']}): {budget['iterations']} iterations of "
-                f"{budget['batch']} images, {budget['epochs']:g} epochs; {len(results[data])} cells, commit "
-                f"{', '.join(commits)}, one thread of {' or '.join(processors)}"
-            )
-        else:
-            lines.append(f"{name}: {NOT_RUN}")
-    hours = sum(r["processor_seconds"] for cells in results.values() for r in cells) / 3600
-    return ". ".join(lines) + f". All cells took {hours:.1f} processor hours."
+    for data, found in results.items():
+        budget = found[0]["budget"]
+        commits = sorted({r["commit"][:10] + " with changes" * r["changed_since_commit"] for r in found})
+        processors = sorted({r["hardware"]["cpu"].replace("(R)", "") for r in found})
+        lines.append(
+            f"{DATA[data]} (annotations {found[0]['fingerprint']}): {budget['iterations']} iterations of "
+            f"{budget['batch']} images, {budget['epochs']:g} epochs; {counted(len(found), 'training')}, commit "
+            f"{', '.join(commits)}, one thread of {' or '.join(processors)}"
+        )
+    hours = sum(r["processor_seconds"] for found in results.values() for r in found) / 3600
+    return ". ".join(lines) + f". All took {hours:.1f} processor hours.\n"
 
 
-def sections(results):
+def sections(results, page):
     """The text between the marks."""
-    beside = {**ANCESTORS, "chain_5_twice": "DINO"}
+    if not results:
+        return ["Not run yet.\n"]
+    variants = [variant_sections(results, title, names, page) for title, names in tables_of(results).items()]
     return [
-        f"{budget_line(results)}\n",
-        "Mean ± sample standard deviation (number of seeds) of the last evaluation, in percent. *Gain*: AP over the "
-        "row above, seed by seed.\n",
-        gain_table(results, CHAIN, ["", *CHAIN][:-1]),
-        "![AP against iterations: the chain](ablation_chain.svg)\n",
-        PUBLISHED,
-        "**Other variants**, hard shapes; each differs from DINO in one thing:\n",
-        single_table(results["shapes"], VARIANTS),
-        "![AP against iterations: other variants](ablation_variants.svg)\n",
-        "**Beside the ancestors**, hard shapes, the same start, norm, data and iterations:\n",
-        single_table(results["shapes"], beside),
-        "![AP against epochs and processor seconds](ablation_ancestors.svg)\n",
-        "**With parts of descendants** ([what they are](../../docs/descendants.md)); *gain*: AP over DINO:\n",
-        gain_table(results, DESCENDANTS, ["chain_5_twice"] * len(DESCENDANTS)),
+        budget_line(results),
+        "Mean ± sample standard deviation (number of seeds) of the last evaluation, in percent; averaged weights "
+        "unless stated. *Gain*: AP over the link before, seed by seed, ± its standard error (number of seeds). Recipes "
+        "that have not run are left out.\n",
+        *chain_sections(results, page),
+        *(section for found in variants for section in found),
     ]
 
 
-def write(results_folder=RESULTS, page=PAGE):
-    """Write tables and pictures.
+def page_of(results_folder):
+    """The page of a folder of results: of other folders than RESULTS, one inside it."""
+    return PAGE if results_folder.resolve() == RESULTS.resolve() else results_folder / "ablation.md"
+
+
+def write(results_folder, page):
+    """Write tables and picture.
 
     Raises:
         DataError: a result is damaged or of another budget, or the page has lost its marks.
     """
-    results = {data: load(results_folder, data) for data in DATA}
-    text = page.read_text()
-    if BEGIN not in text or END not in text:
-        raise DataError(f"{page} has lost the marks {BEGIN} and {END}")
-    shapes = results["shapes"]
-    full = {"chain_5_twice": "DINO"}
-    draw(
-        page.with_name("ablation_chain.svg"),
-        [(name, "iterations", results[data], CHAIN) for data, name in DATA.items()],
-    )
-    halves = [dict(list(VARIANTS.items())[:9]), dict(list(VARIANTS.items())[9:])]
-    titles = ["queries and denoising", "decoder and encoder"]
-    panels = [(title, "iterations", shapes, {**full, **half}) for title, half in zip(titles, halves, strict=True)]
-    draw(page.with_name("ablation_variants.svg"), panels)
-    units = ("epochs", "processor_seconds")
-    draw(
-        page.with_name("ablation_ancestors.svg"),
-        [("hard shapes", unit, shapes, {**full, **ANCESTORS}) for unit in units],
-    )
-    write_whole(page, lambda part: part.write_text(replaced(text, BEGIN, END, sections(results))))
+    results = {data: found for data in DATA if (found := load(results_folder, data))}
+    if with_runs(results, CHAIN):
+        draw(page.with_name(PICTURE), results)
+    write_between(page, MARKS, sections(results, page))

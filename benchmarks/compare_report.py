@@ -9,15 +9,17 @@ from collections import defaultdict
 from ablation_report import as_table, spread
 from compared_recipes import DETECTORS, DINO
 from plots import plot_curves
-from report import ROOT, replaced
+from report import ROOT, write_between
 
-from dino.utils.files import DataError, counted, make_folder, write_whole
+from dino.utils.files import DataError, counted
 
 RESULTS = ROOT / "benchmarks/results/comparison"
 PAGE = ROOT / "projects/dino/README.md"
 PICTURE = "comparison.svg"
-BEGIN = "<!-- begin: made by benchmarks/compare_detectors.py -->"
-END = "<!-- end: made by benchmarks/compare_detectors.py -->"
+MARKS = (
+    "<!-- begin: made by benchmarks/compare_detectors.py -->",
+    "<!-- end: made by benchmarks/compare_detectors.py -->",
+)
 WEIGHTS = {"": "last", "ema_": "averaged"}  # front of a metric's key -> whose metric
 METRICS = ("AP", "AP50")
 EARLIER = (0.25, 0.5)  # parts of the minutes at which the table states the metrics too
@@ -199,13 +201,7 @@ def sections(found):
 
 def page_of(results_folder):
     """The page of a folder of results: of other folders than RESULTS, one inside it."""
-    if results_folder.resolve() == RESULTS.resolve():
-        return PAGE
-    page = results_folder / "comparison.md"
-    if not page.exists():
-        make_folder(results_folder)
-        page.write_text(f"{BEGIN}\n{END}\n")
-    return page
+    return PAGE if results_folder.resolve() == RESULTS.resolve() else results_folder / "comparison.md"
 
 
 def write(results_folder, page):
@@ -215,10 +211,7 @@ def write(results_folder, page):
         DataError: a result is damaged, two results can't share a table, or the page has lost its marks.
     """
     found = load(results_folder)
-    text = page.read_text()
-    if BEGIN not in text or END not in text:
-        raise DataError(f"{page} has lost the marks {BEGIN} and {END}")
     if found:
         panels = [panel for setup, rows in found.items() for panel in panels_of(setup, rows)]
         plot_curves(page.with_name(PICTURE), panels, columns=2)
-    write_whole(page, lambda part: part.write_text(replaced(text, BEGIN, END, sections(found))))
+    write_between(page, MARKS, sections(found))

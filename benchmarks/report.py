@@ -14,6 +14,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import report_cuda  # noqa: E402
 from plots import plot_growth, plot_ratios  # noqa: E402
 
+from dino.utils.files import DataError, make_folder, write_whole  # noqa: E402
+
 RESULTS = ROOT / "benchmarks/results"
 PAGE = ROOT / "docs/performance.md"
 PAGE_CUDA = ROOT / "docs/performance_cuda.md"
@@ -186,6 +188,19 @@ def replaced(page, begin, end, sections):
     """The page with new sections between two marks."""
     before, after = page.split(begin)[0], page.split(end)[1]
     return "\n".join([f"{before}{begin}\n", *sections, f"{end}{after}"])
+
+
+def write_between(page, marks, sections):
+    """Write new sections between the two marks of a page. Creates a missing page, with these sections only.
+
+    Raises:
+        DataError: the page has lost its marks.
+    """
+    make_folder(page.parent)
+    text = page.read_text() if page.exists() else "\n".join(marks) + "\n"
+    if any(mark not in text for mark in marks):
+        raise DataError(f"{page} has lost the marks {' and '.join(marks)}")
+    write_whole(page, lambda part: part.write_text(replaced(text, *marks, sections)))
 
 
 def gpu_page(folder):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ if "waits" in folder.name:
 sum(range(10**7))
 folder.mkdir(parents=True)
 (folder / "config.yaml").write_text("total_batch_size: 2")
-values = {"bbox/AP": 30 + len(folder.name), "bbox/AP50": 50.0, "bbox/APs": None}
+values = {"bbox/AP": 20.0, "ema/bbox/AP": 30 + len(folder.name), "ema/bbox/AP50": 50.0, "ema/bbox/APs": None}
 (folder / "evaluations.json").write_text(json.dumps([{"iteration": i, **values} for i in (5, 10)]))
 (folder / "model_final.pth").write_text("large")
 """
@@ -51,7 +52,7 @@ def prepared(folder):
     command = program.training_command
     program.training_command = lambda *a: ["python", str(folder / "trainer.py"), *command(*a)[2:]]
     program.RECIPES = folder / "recipes"
-    program.ablation_report = SimpleNamespace(**{**vars(program.ablation_report), "write": lambda results: None})
+    program.ablation_report = SimpleNamespace(**{**vars(program.ablation_report), "write": lambda *_: None})
     return program
 
 
@@ -79,11 +80,12 @@ def test_cells_run_once_and_in_order(program, tmp_path, capsys):
     result = json.loads(files["better_1"].read_text())
     assert (result["recipe"], result["seed"], result["data"], result["AP"]) == ("better", 1, "shapes", 38)
     assert result["budget"] == {"iterations": 10, "batch": 2, "epochs": 2, "evaluations": 2}
-    assert result["curve"] == [{"iteration": 5, "AP": 38}, {"iteration": 10, "AP": 38}]
+    assert (result["last_AP"], result["APs"]) == (20.0, None)
+    assert result["curve"] == [{"iteration": i, "AP": 38, "last_AP": 20.0} for i in (5, 10)]
     assert result["processor_seconds"] > 0
     assert result["wall_seconds"] > 0
     assert len(result["commit"]) == 40
-    assert "train.seed=1 train.max_iter=10 train.eval_period=2" in result["command"]
+    assert "train.seed=1 train.max_iter=10 train.eval_period=3" in result["command"]
     assert not list((tmp_path / "runs").rglob("*.pth"))
     before = {path: path.stat().st_mtime_ns for path in files.values()}
     capsys.readouterr()
@@ -94,16 +96,14 @@ def test_cells_run_once_and_in_order(program, tmp_path, capsys):
         program.main([*arguments[:-1], "20"])
 
 
-def test_the_plan_begins_with_what_matters_most():
-    plan = load_program("ablation", "benchmarks").whole_plan(3)
-    names = [cell.name for cell in plan]
-    chain = ["chain_1_static", "chain_2_denoising", "chain_3_contrastive", "chain_4_mixed", "chain_5_twice"]
-    assert names[:6] == [*(f"shapes/{name}_0" for name in chain), "shapes/chain_1_static_1"]
+def test_the_plan_begins_with_the_chain():
+    program = load_program("ablation", "benchmarks")
+    names = [cell.name for cell in program.whole_plan(3)]
+    chain = [f"chain_{i}" for i in ("1_denoising", "2_pure", "3_mixed", "4_twice", "5_contrastive")]
+    assert names[:6] == [*(f"shapes/{name}_0" for name in chain), "shapes/chain_1_denoising_1"]
     assert names[15:20] == [f"bccd/{name}_0" for name in chain]
-    assert names[-3:] == [
-        f"shapes/{name}_0" for name in ("deformable_detr", "faster_rcnn_r18_fpn", "retinanet_r18_fpn")
-    ]
-    assert len(set(names)) == len(names) == 30 + 16 + 3
+    assert len(set(names)) == len(names) == 15 + 15 + 3 * 9 + 7 + 7
+    assert {cell.recipe for cell in program.whole_plan(1)} <= {path.stem for path in program.RECIPES.glob("*.py")}
 
 
 def test_a_broken_cell_is_named_and_the_others_continue(program, tmp_path):
@@ -148,69 +148,115 @@ def test_unusable_words_are_one_sentence(tmp_path):
         program.main(["--jobs", "0"])
 
 
-def planted(folder):
-    """Results of a chain that was begun, and of two ancestors."""
-    cells = [("shapes", "chain_1_static", 0, 10.0), ("shapes", "chain_1_static", 1, 14.0)]
-    cells += [("shapes", "chain_5_twice", 0, 40.0), ("shapes", "retinanet_r18_fpn", 0, 30.0)]
-    for data, recipe, seed, ap in cells:
+def plant(folder, recipe, *values, data="shapes"):
+    """Results of a recipe with these AP, of seeds 0, 1, …"""
+    for seed, ap in enumerate(values):
         result = {
             "data": data,
             "recipe": recipe,
             "seed": seed,
             "AP": ap,
             "AP50": 2 * ap,
-            "APs": None,
+            "last_AP": ap - 1,
             "fingerprint": "ab12",
             "budget": {"iterations": 20, "batch": 2, "epochs": 4, "evaluations": 2},
             "curve": [{"iteration": 10, "AP": ap / 2}, {"iteration": 20, "AP": ap}],
             "processor_seconds": 100.0,
             "commit": "0123456789abcdef",
             "changed_since_commit": False,
-            "hardware": {"cpu": f"Maker(R) {seed}"},
+            "hardware": {"cpu": f"Maker(R) {min(seed, 1)}"},
         }
-        path = folder / data / f"{recipe}_{seed}.json"
+        path = folder / f"{data}/{recipe}_{seed}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result))
 
 
-def test_table_and_pictures_from_planted_results(tmp_path, monkeypatch):
+def planted(folder):
+    """Results of a chain that was begun, and of a variant."""
+    plant(folder, "chain_4_twice", 10.0, 14.0)
+    plant(folder, "chain_5_contrastive", 40.0, 46.0, 50.0)
+    plant(folder, "encoder_6", 30.0)
+
+
+def rows_of(text):
+    """Name of a row, without its link -> its other cells."""
+    lines = [line.removesuffix(" |").split(" | ") for line in text.splitlines() if line.startswith("| [")]
+    return {first.removeprefix("| [").split("]")[0]: cells for first, *cells in lines}
+
+
+def test_table_and_picture_from_planted_results(tmp_path):
     report = load_program("ablation", "benchmarks").ablation_report
     planted(tmp_path / "results")
     page = tmp_path / "README.md"
-    page.write_text(f"before\n{report.BEGIN}\nolder\n{report.END}\nafter\n")
+    page.write_text("\n".join(["before", report.MARKS[0], "older", report.MARKS[1], "after\n"]))
     report.write(tmp_path / "results", page)
     text = page.read_text()
-    monkeypatch.setattr(report, "draw", lambda *_: None)
     report.write(tmp_path / "results", page)
     assert page.read_text() == text
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "older" not in text
-    assert "commit 0123456789, one thread of Maker 0 or Maker 1. BCCD: not run." in text
-    assert "All cells took 0.1 processor hours." in text
-    row = next(line for line in text.splitlines() if "chain_1_static" in line)
-    assert row.split(" | ")[1:5] == ["12.0 ± 2.8 (2)", "", "24.0 ± 5.7 (2)", "no such objects"]
-    assert next(line for line in text.splitlines() if "chain_2" in line).count("not run") == 8
-    assert "| 40.0 (1) |" in text
-    assert "a reader's note | 43.4 -> 46.8 -> 48.2 -> 49.4" in text
-    assert "the paper's table as recalled from memory; COCO, R50, 12 epochs | 43.4 DN-DETR" in text
-    for name in ("chain", "variants", "ancestors"):
-        picture = (tmp_path / f"ablation_{name}.svg").read_text()
-        assert picture.rstrip().endswith("</svg>")
+    assert "6 trainings, commit 0123456789, one thread of Maker 0 or Maker 1. All took 0.2 processor hours." in text
+    rows = rows_of(text.split("**Layers**")[0])
+    metrics = ["12.0 ± 2.8 (2)", "24.0 ± 5.7 (2)", "11.0 ± 2.8 (2)"]
+    assert rows["+ look forward twice"] == [*metrics, "no common seed", "47.4"]
+    assert rows["+ contrastive denoising (DINO)"][0] == "45.3 ± 5.0 (3)"
+    assert rows["+ contrastive denoising (DINO)"][3] == "+31.0 ± 1.0 (2)"  # of the two seeds that both have
+    layers, denoising = text.split("**Layers**")[1].split("**Denoising**")
+    assert rows_of(layers)["6 encoder layers"] == ["30.0 (1)", "60.0 (1)", "29.0 (1)", "-10.0 (1)"]
+    assert list(rows_of(layers)) == ["6 encoder layers", "DINO: 3 + 3 layers"]
+    assert list(rows_of(denoising)) == ["100 positives, no negatives", "DINO: 100 pairs"]
+    assert not any(words in text for words in ("chain_1", "BCCD", "**Other variants**"))  # have not run
+    picture = (tmp_path / report.PICTURE).read_text()
+    assert "+ look forward twice" in picture
+    assert "+ pure query selection" not in picture
     shapes = report.load(tmp_path / "results", "shapes")
-    assert report.gains(shapes, "chain_5_twice", "chain_1_static") == [{"AP": 30.0}]
-    assert report.points(shapes, "chain_1_static", "epochs") == ([2, 4], [6, 12], [5, 10], [7, 14])
-    assert report.points(shapes, "chain_1_static", "processor_seconds")[0] == [50, 100]
+    assert report.points(shapes, "chain_4_twice") == ([10, 20], [6, 12], [5, 10], [7, 14])
+
+
+def test_a_table_has_the_data_sets_on_which_it_ran(tmp_path):
+    """A recipe that no table names is under the other variants; nothing is drawn without a chain."""
+    report = load_program("ablation", "benchmarks").ablation_report
+    plant(tmp_path, "encoder_6", 30.0)
+    plant(tmp_path, "own_idea", 20.0, data="bccd")
+    page = tmp_path / "ablation.md"
+    report.write(tmp_path, page)
+    layers, others = page.read_text().split("**Layers**")[1].split("**Other variants**")
+    assert rows_of(layers) == {"6 encoder layers": ["30.0 (1)", "60.0 (1)", "29.0 (1)", "no common seed"]}
+    assert "BCCD" not in layers
+    assert rows_of(others) == {"own_idea": ["20.0 (1)", "40.0 (1)", "19.0 (1)", "no common seed"]}
+    assert "shapes" not in others
+    assert not (tmp_path / report.PICTURE).exists()
+
+
+def test_a_page_without_results_or_marks(tmp_path):
+    report = load_program("ablation", "benchmarks").ablation_report
+    page = tmp_path / "ablation.md"
+    report.write(tmp_path, page)
+    assert "Not run yet." in page.read_text()
+    page.write_text("other text\n")
+    with pytest.raises(DataError, match=r"ablation\.md has lost the marks <!-- begin"):
+        report.write(tmp_path, page)
+    assert page.read_text() == "other text\n"
+
+
+def test_other_results_have_a_page_of_their_own(tmp_path):
+    program = load_program("ablation", "benchmarks")
+    planted(tmp_path)
+    before = program.ablation_report.PAGE.read_text()
+    program.main(["--report", "--results", str(tmp_path)])
+    link = re.search(r"\[6 encoder layers\]\(([^)]*)\)", (tmp_path / "ablation.md").read_text()).group(1)
+    assert (tmp_path / link).resolve() == program.RECIPES / "encoder_6.py"
+    assert program.ablation_report.PAGE.read_text() == before
+    assert program.ablation_report.page_of(program.RESULTS) == program.ablation_report.PAGE
 
 
 def test_results_of_another_budget_are_refused(tmp_path):
     report = load_program("ablation", "benchmarks").ablation_report
     planted(tmp_path)
-    path = tmp_path / "shapes/chain_5_twice_0.json"
+    path = tmp_path / "shapes/encoder_6_0.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "fingerprint": "other"}))
-    with pytest.raises(
-        DataError, match=r"chain_5_twice_0\.json: fingerprint other, but .* such cells can't share a table"
-    ):
+    with pytest.raises(DataError, match=r"encoder_6_0\.json: fingerprint other, but .* such cells can't share a table"):
         report.load(tmp_path, "shapes")
     path.write_text("{")
     with pytest.raises(DataError, match="is no result of a cell"):

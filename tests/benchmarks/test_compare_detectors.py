@@ -225,7 +225,7 @@ def planted(folder, detector, seed, ap, **changes):
 def test_table_and_picture_from_planted_results(program, tmp_path):
     report = program.compare_report
     page = tmp_path / "README.md"
-    page.write_text(f"before\n{report.BEGIN}\nolder\n{report.END}\nafter\n")
+    page.write_text("\n".join(["before", report.MARKS[0], "older", report.MARKS[1], "after\n"]))
     report.write(tmp_path / "results", page)
     assert "Not run yet." in page.read_text()
     for seed, (ours, theirs) in enumerate([(50.0, 40.0), (54.0, 42.0)]):

@@ -20,7 +20,7 @@ from .recipes import ABLATIONS, ROOT, SHRINK
 NAMES = ["red", "green", "blue"]
 KEPT = ("num_layers", "num_queries", "num_denoising")  # what recipes are about
 SMALLER = [entry for entry in SHRINK if entry.startswith("model.network") and not entry.split("=")[0].endswith(KEPT)]
-CHAIN = ("static", "denoising", "contrastive", "mixed", "twice")
+CHAIN = ("denoising", "pure", "mixed", "twice", "contrastive")
 
 
 def load(name):
@@ -69,6 +69,30 @@ def test_the_chain_changes_one_part_at_a_time_and_ends_at_dino():
     models = [OmegaConf.to_container(load(f"chain_{i}_{name}").model) for i, name in enumerate(CHAIN, 1)]
     parts = [{key: model["network"][key] for key in model["network"] if key != "_target_"} for model in models]
     changed = [{key for key in a if a[key] != b[key]} for a, b in pairwise(parts)]
-    assert changed == [{"denoising"}, {"denoising"}, {"query_selection"}, {"decoder"}]
+    assert changed == [{"query_selection"}, {"query_selection"}, {"decoder"}, {"denoising"}]
     assert models[-1] == OmegaConf.to_container(load("base").model)
     assert len({str(model["criterion"]) for model in models}) == 1
+
+
+def test_the_network_is_the_papers_and_its_training_that_for_small_data():
+    base, paper, small = (
+        LazyConfig.load(str(ROOT / path))
+        for path in (
+            "projects/dino/configs/ablation/base.py",
+            "configs/common/models/dino_r50.py",
+            "projects/dino/configs/dino_efficientnet_lite0_small_data.py",
+        )
+    )
+    for part in ("criterion", "network.query_selection._target_", "network.decoder._target_"):
+        assert OmegaConf.select(base.model, part) == OmegaConf.select(paper.model, part)
+    noise = {key: value for key, value in base.model.network.denoising.items() if key != "embed_dim"}
+    assert noise == {key: paper.model.network.denoising[key] for key in noise}
+    assert base.model.network.neck.backbone == small.model.network.neck.backbone
+    assert base.model.pixel_mean == small.model.pixel_mean
+    assert base.optimizer == small.optimizer
+    assert base.lr_multiplier == small.lr_multiplier
+    changed = {key for key in base.train if base.train[key] != small.train[key]}
+    assert changed == {"max_iter", "eval_period", "checkpointer"}
+    augmentations = [cfg.dataloader.train.mapper.augmentations for cfg in (base, small)]
+    assert augmentations[0][:-1] == augmentations[1][:-1]
+    assert augmentations[0][-1].sizes == [160]

@@ -22,12 +22,13 @@ ANCESTORS = ("faster_rcnn_r18_fpn", "retinanet_r18_fpn")
 
 @pytest.mark.parametrize("name", ANCESTORS)
 def test_an_ancestor_is_built_for_the_classes_of_the_data(tmp_path, name):
-    """On the data and the budget of base.py, with trainable norms."""
+    """On the data and the budget of base.py, from random weights, with trainable norms."""
     train, val = write_two_sets(tmp_path)
     cfg = load_recipe(*file_arguments(train, val), config=FOLDER / f"{name}.py")
     base = load_recipe(*file_arguments(train, val), config=FOLDER / "base.py")
     for part in ("dataloader", "train.max_iter", "train.eval_period", "train.seed"):
         assert recipe.OmegaConf.select(cfg, part) == recipe.OmegaConf.select(base, part)
+    assert cfg.train.init_checkpoint == ""
     model = engine._build_model(cfg)
     assert all(p.requires_grad for p in model.parameters())
     assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules()) == 20

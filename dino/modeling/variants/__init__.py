@@ -1,9 +1,10 @@
 """Variants of DINO's parts, from its ancestors and descendants. Each class replaces the part of the same signature.
 
-In a recipe, `model.network.decoder._target_ = LookForwardOnce` is enough. projects/dino/configs/ablation uses them all;
-projects/dino/configs has recipes at full size for those of descendants. Two variants need no class: `num_denoising=0`
-switches denoising off, and `num_classes=1` makes `QuerySelection` score whether a token holds any object at all (with
-the losses of `ObjectnessCriterion`). docs/descendants.md lists what does not fit together.
+In a recipe, `model.network.decoder._target_ = LookForwardOnce` is enough. projects/dino/configs/ablation uses all but
+`DistinctSelection`; projects/dino/configs has recipes at full size for those of descendants, and recipes for small data
+with distinct queries. Two variants need no class: `num_denoising=0` switches denoising off, and `num_classes=1` makes
+`QuerySelection` score whether a token holds any object at all (with the losses of `ObjectnessCriterion`).
+docs/descendants.md lists what does not fit together.
 """
 
 from .branches import Branches, HybridBranch, SecondPass, SharedHybridBranch

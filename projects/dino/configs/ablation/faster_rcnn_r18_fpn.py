@@ -1,6 +1,8 @@
-"""Detectron2's Faster R-CNN with ResNet-18 and FPN, on the ablations' data, norm, optimiser and budget.
+"""Detectron2's Faster R-CNN with ResNet-18 and FPN from random weights, on the ablations' data, optimiser and budget.
 
-Because the images are small, anchors are half as large as usual, and 128 proposals of an image are trained on, not 512.
+Not comparable with `base`, which has another backbone with ImageNet weights: for that, see
+benchmarks/compare_detectors.py. Because the images are small, anchors are half as large as usual, and 128 proposals of
+an image are trained on, not 512.
 """
 
 from detectron2 import model_zoo
@@ -21,3 +23,4 @@ del stages
 model.proposal_generator.anchor_generator.sizes = [[16], [32], [64], [128], [256]]
 model.pixel_mean, model.pixel_std, model.input_format = dino.pixel_mean, dino.pixel_std, "RGB"
 del dino
+train.init_checkpoint = ""

@@ -1,4 +1,4 @@
-"""Detectron2's RetinaNet with ResNet-18 and FPN, on the ablations' data, norm, optimiser and budget.
+"""Detectron2's RetinaNet with ResNet-18 and FPN from random weights, on the ablations' data, optimiser and budget.
 
 Anchors are half as large as usual.
 """

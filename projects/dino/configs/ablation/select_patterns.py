@@ -1,4 +1,4 @@
-"""DINO with three learned patterns at each of a third of the boxes: as many queries in all.
+"""DINO with three learned patterns at each of a third of the boxes: 99 queries in all.
 
     python tools/lazyconfig_train_net.py --config-file projects/dino/configs/ablation/select_patterns.py \
         --train-json train.json --train-images train --val-json val.json --val-images val
