@@ -136,6 +136,11 @@ def tiny_model(recipe, wrapper="plain"):
     return model.train()
 
 
+def in_float64(model):
+    """Change of `step`: some processors round a float32 gradient of the relations by more than the tolerance."""
+    model.double()
+
+
 def make_trainer(model, folder=".", *, batches=(), parallel="ddp", **options):
     """A trainer of `model` on all processes, whose data are `batches`."""
     train = {"parallel": parallel, "device": "cpu", "ddp": {"find_unused_parameters": False}}

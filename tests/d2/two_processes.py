@@ -8,7 +8,7 @@ from detectron2.utils import comm
 
 from dino.d2.training.parallel import Processes, launch
 
-from .in_parts import skip_a_step, step
+from .in_parts import in_float64, skip_a_step, step
 
 EVEN, UNEVEN, ONE_EMPTY = (3, 1, 3, 2), (3, 0, 1, 0), (2, 1, 0, 0)  # objects of four images, two on each process
 BASE = "configs/dino_r50_4scale_12ep.py"
@@ -16,10 +16,11 @@ BASE = "configs/dino_r50_4scale_12ep.py"
 
 def steps(recipe):
     """(what was done) -> losses and gradients of the whole batch."""
+    options = {"own_denoising": False, "change": in_float64}
     return {
-        (recipe, "whole"): step(recipe, EVEN, (2,)),
-        (recipe, "parts"): step(recipe, UNEVEN, (1, 2), own_denoising=False),
-        (recipe, "wrapped"): step(recipe, ONE_EMPTY, (1, 2), wrapper="own", own_denoising=False),
+        (recipe, "whole"): step(recipe, EVEN, (2,), change=in_float64),
+        (recipe, "parts"): step(recipe, UNEVEN, (1, 2), **options),
+        (recipe, "wrapped"): step(recipe, ONE_EMPTY, (1, 2), wrapper="own", **options),
     }
 
 

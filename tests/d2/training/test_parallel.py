@@ -13,7 +13,7 @@ from detectron2.config import instantiate
 
 from dino.d2.training import engine
 
-from ..in_parts import assert_equal_steps, groups, step
+from ..in_parts import assert_equal_steps, groups, in_float64, step
 from ..processes import ROOT, assert_same, checkpoint, environment, losses, run_tiny
 from ..recipes import tiny_recipe
 from ..two_processes import BASE, EVEN, ONE_EMPTY, UNEVEN
@@ -41,9 +41,9 @@ def test_two_halves_equal_the_whole_batch(halves, recipe):
     For an exact comparison denoising adds no noise in the first case, and takes noise, groups and padding queries of
     the whole batch in the others.
     """
-    options = {"own_denoising": False}
+    options = {"own_denoising": False, "change": in_float64}
     whole = {
-        "whole": step(recipe, EVEN, (4,)),
+        "whole": step(recipe, EVEN, (4,), change=in_float64),
         "parts": step(recipe, UNEVEN, (4,), **options),
         "wrapped": step(recipe, ONE_EMPTY, (4,), wrapper="own", **options),
     }
