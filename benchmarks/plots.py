@@ -115,8 +115,8 @@ def plot_curves(path, panels, columns=None):
                 style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
                 axes.plot(x, mean, marker=".", label=label, **style)
                 axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
-        axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xlim=(0, None), ylim=(0, None))
+        axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xlim=(0, None))
         axes.grid(alpha=0.3)
         if axes.lines:
-            axes.legend(fontsize=7)
+            axes.legend(fontsize=7, loc="lower right")
     save_svg(figure, path)
