@@ -112,7 +112,7 @@ def difference(ours, theirs, key):
     values = [[result["curve"][-1][key] for result in results] for results in (ours, theirs)]
     means = [statistics.mean(column) for column in values]
     if min(map(len, values)) < 2:
-        return f"{means[0] - means[1]:+.1f} (one seed: no standard error)"
+        return f"{means[0] - means[1]:+.1f} (a detector has one seed: no standard error)"
     error = math.sqrt(sum(statistics.variance(column) / len(column) for column in values))
     return f"{means[0] - means[1]:+.1f} ± {error:.1f}"
 

@@ -97,7 +97,7 @@ def _plot_quantity(axes, works, measured, counted, factor):
 
 
 def plot_curves(path, panels, columns=None):
-    """Mean curves with the range between the lowest and the highest.
+    """Mean curves with the range between the lowest and the highest; the y axis begins near the lowest value.
 
     Args:
         panels: (title, labels of x and y, [(label, (x, mean, low, high)), …]); a label whose second part is None is
