@@ -31,6 +31,30 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-images", action="store_true", help="don't open the image files")
     parser.add_argument("--fix", type=Path, metavar="OUT.json", help="write a cleaned copy of the annotations")
+    parser.add_argument(
+        "--max-loss",
+        type=float,
+        default=0.1,
+        metavar="FRACTION",
+        help="fraction of the objects that --fix may drop; 1 for any (default %(default)s)",
+    )
+    parser.add_argument(
+        "--crowd",
+        choices=("ignore", "objects"),
+        default="ignore",
+        help="`objects`: crowd regions (iscrowd=1) are objects, as CVAT means its masks; --fix writes iscrowd 0",
+    )
+    parser.add_argument(
+        "--exif",
+        choices=("upright", "stored"),
+        help="the picture that boxes were drawn on, of files with an EXIF rotation (default: where they fit)",
+    )
+    parser.add_argument(
+        "--truncated",
+        choices=("drop", "keep"),
+        default="drop",
+        help="`keep`: --fix completes truncated JPEG files, in place, with grey (default %(default)s)",
+    )
     parser.add_argument("--preview", type=Path, metavar="OUT.html", help="write a page of images with their boxes")
     parser.add_argument("--sheet", type=Path, dest="preview", help=argparse.SUPPRESS)
     parser.add_argument("--show", type=int, default=20, help="how many issues of a kind to list (default %(default)s)")
@@ -51,14 +75,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     files = [(args.annotations, args.images)]
     if args.val:
         files.append((args.val[0], args.val[1] if len(args.val) == 2 else args.images))
-    checked = check_dataset.check_all(files, resize, open_images=not args.no_images)
+    choices = check_dataset.Choices(args.crowd, args.exif)
+    checked = check_dataset.check_all(files, resize, open_images=not args.no_images, choices=choices)
     train = checked[0]
     errors = check_dataset.print_report(checked, args.show)
     if args.preview:
         write_preview(args.preview, train.path.name, train.split, train.issues)
         print(f"preview written to {args.preview}")
     if args.fix:
-        check_dataset.write_fixed(args.fix, train)
+        check_dataset.write_fixed(args.fix, train, max_loss=args.max_loss, truncated=args.truncated)
     return int(errors > 0)
 
 
@@ -67,6 +92,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     problems = {
         "--val takes one JSON file and at most one folder": args.val and len(args.val) > 2,
+        "--max-loss must be in [0, 1]": not 0 <= args.max_loss <= 1,
         "--size, --max-size and --show must be positive": min(args.size, args.max_size, args.show) < 1,
     }
     check_arguments(parser, problems)

@@ -19,7 +19,8 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
-from dino.data.coco import classes_of, clean_objects, read_annotations
+from dino.data.coco import classes_of, clean_objects, load_json, read_annotations
+from dino.data.coco_values import to_crowd, to_plain
 from dino.data.images import read_image
 from dino.data.mixing import Picture
 from dino.evaluation.average_precision import complete_annotations
@@ -29,7 +30,7 @@ from dino.utils.files import DataError
 logger = logging.getLogger("detectron2.dino")
 
 
-def dataset(name: str, annotations: str | None = None, images: str | None = None) -> list[dict]:
+def dataset(name: str, annotations: str | None = None, images: str | None = None, crowd: str = "ignore") -> list[dict]:
     """Load the dicts of a data set. Register its files first where `annotations` and `images` name them.
 
     Keeps images without objects. Drops crowd regions, and boxes without area with a warning. The last two data sets
@@ -38,18 +39,19 @@ def dataset(name: str, annotations: str | None = None, images: str | None = None
     Args:
         name: of the set in Detectron2's catalog.
         annotations, images: a COCO-format JSON file and the folder of its images; None for a registered set.
+        crowd: of such a file: "ignore" leaves crowd regions out, "objects" learns them as objects.
 
     Raises:
         DataError: `name` is not registered, the files have an issue, or a label is outside the classes.
     """
-    return load_dataset(name, annotations, images)  # by position: the cache distinguishes keywords
+    return load_dataset(name, annotations, images, crowd)  # by position: the cache distinguishes keywords
 
 
 @functools.lru_cache(maxsize=2)
-def load_dataset(name: str, annotations: str | None, images: str | None) -> list[dict]:
+def load_dataset(name: str, annotations: str | None, images: str | None, crowd: str = "ignore") -> list[dict]:
     """As `dataset`, with a cache."""
     if annotations is not None:
-        _register(name, str(annotations), str(images))
+        _register(name, str(annotations), str(images), crowd)
     if name not in DatasetCatalog:
         near = ", ".join(DatasetCatalog.list()) if len(DatasetCatalog.list()) < 20 else "see DatasetCatalog.list()"
         raise DataError(f"no data set is registered as {name!r} ({near}). Register it, or give its files")
@@ -60,23 +62,41 @@ def load_dataset(name: str, annotations: str | None, images: str | None) -> list
     return _sanitise(name, dicts)
 
 
-def _register(name: str, annotations: str, images: str) -> None:
+def _register(name: str, annotations: str, images: str, crowd: str) -> None:
     """Check COCO-format files and register them under `name`; registering the same files again does nothing."""
-    data = read_annotations(annotations, images)
+    data = read_annotations(annotations, images, crowd)
     if name in DatasetCatalog:
         known = MetadataCatalog.get(name)
         if (known.get("json_file"), known.get("image_root")) != (annotations, images):
             raise DataError(f"{name!r} is registered for other files: {known.get('json_file')}")
+        if known.get("crowd", "ignore") != crowd:
+            raise DataError(f"{name!r} is registered with crowd={known.get('crowd', 'ignore')}, not {crowd}")
         return
     classes = classes_of(data)
-    DatasetCatalog.register(name, lambda: _to_dicts(read_annotations(annotations, images), images, classes.labels))
+    DatasetCatalog.register(
+        name, lambda: _to_dicts(read_annotations(annotations, images, crowd), images, classes.labels)
+    )
     MetadataCatalog.get(name).set(
         json_file=annotations,
         image_root=images,
+        crowd=crowd,
         evaluator_type="coco",
         thing_classes=classes.names,
         thing_dataset_id_to_contiguous_id=classes.labels,
     )
+
+
+def annotations_of(name: str) -> dict:
+    """The annotations of a registered data set with a file, as training reads them. Without a list of annotations: [].
+
+    Raises:
+        DataError: the file can't be read; of data sets that `dataset` registered, see `read_annotations`.
+    """
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("crowd"):
+        return read_annotations(metadata.json_file, metadata.image_root, metadata.crowd)
+    data = {"annotations": [], **load_json(metadata.json_file, "annotations")}
+    return to_plain(data)[0] if "categories" in data and "images" in data else data
 
 
 def _to_dicts(data: dict, images: str, labels: dict[int, int]) -> list[dict]:
@@ -142,7 +162,7 @@ def _objects_of(entry: dict, num_classes: int) -> Iterator[tuple[int, list[float
         if num_classes and not 0 <= label < num_classes:
             raise DataError(f"{entry['file_name']}: label {label} is not in [0, {num_classes})")
         x0, y0, x1, y1 = BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS)
-        yield label, [x0, y0, x1 - x0, y1 - y0], bool(annotation.get("iscrowd", 0))
+        yield label, [x0, y0, x1 - x0, y1 - y0], bool(to_crowd(annotation.get("iscrowd")))
 
 
 class ShortSide(T.Augmentation):
@@ -260,7 +280,9 @@ def _to_tensor(image: np.ndarray) -> torch.Tensor:
 
 
 class Evaluator(COCOEvaluator):
-    """Detectron2's COCOEvaluator, for files without `area` and `iscrowd` too; see `complete_annotations`.
+    """Detectron2's COCOEvaluator, with the annotations as training reads them: see `annotations_of`.
+
+    Files may lack `area` and `iscrowd`, see `complete_annotations`.
 
     Args:
         dataset_name: of a registered set.
@@ -270,7 +292,8 @@ class Evaluator(COCOEvaluator):
 
     def __init__(self, dataset_name: str, **kwargs):
         super().__init__(dataset_name, **kwargs)
-        data = self._coco_api.dataset
-        data["annotations"] = complete_annotations(data.get("annotations", []))
-        with contextlib.redirect_stdout(io.StringIO()):
-            self._coco_api.createIndex()
+        if self._do_evaluation:
+            data = annotations_of(dataset_name)
+            self._coco_api.dataset = {"info": {}, **data, "annotations": complete_annotations(data["annotations"])}
+            with contextlib.redirect_stdout(io.StringIO()):
+                self._coco_api.createIndex()

@@ -19,6 +19,7 @@ from dino.utils.files import DataError, UserError, make_folder, write_whole
 from dino.utils.recipes import find_recipe
 
 from . import recipe, recipe_description
+from .data_loading import annotations_of
 from .training import engine
 from .training.launch import launch
 from .training.parallel import Processes
@@ -141,9 +142,8 @@ def _add_annotations(path: str, folder: Path) -> str:
 
 def _annotations_of(name: str, folder: Path) -> dict[str, Any]:
     """A registered data set in COCO format, from its file or from its dicts."""
-    path = MetadataCatalog.get(name).get("json_file")
-    if not path:
-        path = str(folder / f"{name}.json")
-        convert_to_coco_json(name, path, allow_cached=False)
-    data = load_json(path, "annotations")
-    return {"annotations": [], **data}
+    if MetadataCatalog.get(name).get("json_file"):
+        return annotations_of(name)
+    path = str(folder / f"{name}.json")
+    convert_to_coco_json(name, path, allow_cached=False)
+    return load_json(path, "annotations")

@@ -170,7 +170,7 @@ def _use_files(cfg: DictConfig, files: DataFiles, eval_only: bool) -> None:
 
 def _dataset_node(split: str, annotations: str, images: str) -> DictConfig:
     paths = {"annotations": os.path.abspath(annotations), "images": os.path.abspath(images)}
-    return LazyCall(dataset)(name=f"custom_{split}", **paths)
+    return LazyCall(dataset)(name=f"custom_{split}", **paths, crowd="ignore")
 
 
 def _use_classes(cfg: DictConfig, stated: set[str], eval_only: bool) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
@@ -16,19 +16,34 @@ from torchvision.transforms import v2
 
 from dino.modeling.detector import Detector, resized_size, to_target
 from dino.structures import Target
-from dino.utils.files import DataError, counted, resolve_inside
+from dino.utils.files import DataError, UserError, counted, resolve_inside
 
-from .images import read_image, resize_tensor
+from .coco_values import LARGEST_AREA, crowds_as_objects, is_area, is_box, short, to_plain
+from .images import image_size, read_image, resize_tensor
 
 
-def read_annotations(path: str | Path, folder: str | Path) -> dict[str, Any]:
-    """Read and check a COCO-format file -> its content, as parsed from JSON.
+CROWDS = ("ignore", "objects")  # what crowd regions are: regions that training leaves out, or objects
+
+
+def read_annotations(path: str | Path, folder: str | Path, crowd: str = "ignore") -> dict[str, Any]:
+    """Read and check a COCO-format file -> its content, with plain values, see `to_plain`.
+
+    Sizes that the file lacks are read from the images.
+
+    Args:
+        path: the JSON file.
+        folder: of its images.
+        crowd: one of CROWDS; "objects" turns crowd regions into objects.
 
     Raises:
         DataError: the file or the folder is missing; the JSON is broken or lacks a list; an id occurs twice or refers
-            to nothing; a category has no name of its own; a file name leaves the folder; a box is not four numbers.
+            to nothing; a category has no name of its own; a file is listed twice, or its name leaves the folder; a box
+            is not four numbers; a size is missing, and the image can't be read.
     """
-    return _check_file(load_json(path, "annotations"), path, folder)
+    data = _check_file(load_json(path, "annotations"), path, folder)
+    if crowd not in CROWDS:
+        raise UserError(f"crowd={crowd!r}: write {' or '.join(CROWDS)}")
+    return crowds_as_objects(data) if crowd == "objects" else data
 
 
 def read_images(path: str | Path, folder: str | Path) -> dict[str, Any]:
@@ -38,20 +53,43 @@ def read_images(path: str | Path, folder: str | Path) -> dict[str, Any]:
 
 
 def _check_file(data: Any, path: str | Path, folder: str | Path) -> dict[str, Any]:
-    """Return the parsed content of a file after `read_annotations`' checks."""
+    """Return the content of a parsed file after `read_annotations`' conversions and checks."""
     if not Path(folder).is_dir():
         raise DataError(f"image folder not found: {folder}")
     try:
+        check_lists(data)
+        data, _ = to_plain(data)
+        data["images"] = [_with_size(image, folder) for image in data["images"]]
         _check_annotations(data, folder)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     return data
 
 
-def load_json(path: str | Path, what: str) -> Any:
-    """Parse a JSON file. The DataError of a broken one calls it `what`."""
+def _with_size(image: Any, folder: str | Path) -> Any:
+    """An image with the size of its file, if it states none."""
+    if not isinstance(image, dict) or not isinstance(image.get("file_name"), str) or has_size(image):
+        return image
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        width, height = image_size(resolve_inside(folder, image["file_name"]))
+    except DataError as error:
+        stated = f"{short(image.get('width'))} and {short(image.get('height'))}"
+        raise DataError(
+            f"image {image['file_name']}: width and height must be positive whole numbers, but are {stated}; {error}"
+        ) from None
+    return {**image, "width": width, "height": height}
+
+
+def has_size(image: dict) -> bool:
+    """Whether an image states a size that one can have."""
+    width, height = image.get("width"), image.get("height")
+    return type(width) is int and type(height) is int and 0 < width < 2**31 and 0 < height < 2**31
+
+
+def load_json(path: str | Path, what: str) -> Any:
+    """Parse a JSON file in UTF-8 or UTF-16, with or without a byte order mark. Its DataErrors call it `what`."""
+    try:
+        return json.loads(Path(path).read_bytes())
     except FileNotFoundError:
         raise DataError(f"{what} not found: {path}") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -72,14 +110,24 @@ def _check_annotations(data: Any, folder: str | Path) -> None:
     _check_names(data["categories"])
     images = _unique_ids(data["images"], "image")
     _unique_ids(data["annotations"], "annotation")
-    for image in data["images"]:
+    _check_images(data["images"], folder)
+    for annotation in data["annotations"]:
+        _check_annotation(annotation, images, categories)
+
+
+def _check_images(images: list[dict], folder: str | Path) -> None:
+    """Raise a DataError unless each image has a file of its own, inside the folder."""
+    files: dict[PurePosixPath, int] = {}
+    for image in images:
         if not isinstance(image.get("file_name"), str):
             raise DataError(f"image {image['id']} has no file_name")
         resolve_inside(folder, image["file_name"])
-        if not all(isinstance(image.get(key), int) and image[key] > 0 for key in ("height", "width")):
-            raise DataError(f"image {image['file_name']}: height and width must be positive whole numbers")
-    for annotation in data["annotations"]:
-        _check_annotation(annotation, images, categories)
+        first = files.setdefault(PurePosixPath(image["file_name"]), image["id"])
+        if first != image["id"]:
+            raise DataError(
+                f"{image['file_name']} is listed as image {first} and as image {image['id']}: "
+                "`dino check … --fix` merges them"
+            )
 
 
 def _check_names(categories: list[dict]) -> None:
@@ -92,7 +140,10 @@ def _check_names(categories: list[dict]) -> None:
         if not isinstance(name, str):
             raise DataError(f"category {category['id']} has no name")
         if name in seen:
-            raise DataError(f"two categories are called {name!r}")
+            raise DataError(
+                f"two categories are called {name!r}; if one is a super-category without objects, `dino check … --fix` "
+                "leaves it out"
+            )
         seen.add(name)
 
 
@@ -108,17 +159,13 @@ def _check_annotation(annotation: dict, images: dict[int, dict], categories: dic
         )
     box = annotation.get("bbox")
     if not is_box(box):
-        raise DataError(f"{where}: bbox must be four numbers [x, y, width, height] in pixels, but is {box!r}")
-
-
-def is_box(value: Any) -> bool:
-    """Whether a value from a file is a list of four numbers, finite or not."""
-    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value from a file is a number that fits a float (whole numbers in JSON have any length)."""
-    return type(value) is float or (type(value) is int and abs(value) < 2**63)
+        raise DataError(f"{where}: bbox must be four numbers [x, y, width, height] in pixels, but is {short(box)}")
+    if annotation.get("iscrowd", 0) not in (0, 1):
+        raise DataError(f"{where}: iscrowd must be 0 or 1, but is {short(annotation['iscrowd'])}")
+    if "area" in annotation and not is_area(annotation["area"]):
+        raise DataError(
+            f"{where}: area must be a number of pixels from 0 to {LARGEST_AREA:.0e}, but is {short(annotation['area'])}"
+        )
 
 
 def _unique_ids(entries: list, kind: str) -> dict[int, dict]:
@@ -196,10 +243,14 @@ def no_objects(where: str | Path, num_images: int, annotations: Sequence[dict], 
     if usable:
         return None
     crowd = sum(bool(a.get("iscrowd", 0)) for a in annotations)
-    return (
+    numbers = (
         f"{where} has no objects: {counted(num_images, 'image')}, {counted(len(annotations), 'annotation')}, "
         f"{crowd:,} of them crowd regions (iscrowd=1), {len(annotations) - crowd:,} boxes without area in the image"
     )
+    cure = (
+        ". If each crowd region is one object: crowd=objects of the data set, or `dino check … --crowd objects --fix`"
+    )
+    return numbers + cure * bool(crowd)
 
 
 def _objects_of(data: dict[str, Any]) -> dict[int, _ImageObjects]:
@@ -219,6 +270,7 @@ class CocoImages(Dataset):
         transforms: called with a `tv_tensors.Image` (3, H, W) uint8 RGB and {"boxes": BoundingBoxes xyxy in pixels,
             "labels": (G,) int64}, returns the same two (torchvision transforms v2).
         limit: how many images to keep, the first ones; None keeps all.
+        crowd: see `read_annotations`.
 
     Attributes:
         data: the content of the file, without the images beyond `limit` and their annotations.
@@ -231,8 +283,15 @@ class CocoImages(Dataset):
         DataError: see `read_annotations`; when indexed, see `read_image`.
     """
 
-    def __init__(self, annotations: str | Path, folder: str | Path, transforms: Callable, limit: int | None = None):
-        self.data = _first_images(read_annotations(annotations, folder), limit)
+    def __init__(
+        self,
+        annotations: str | Path,
+        folder: str | Path,
+        transforms: Callable,
+        limit: int | None = None,
+        crowd: str = "ignore",
+    ):
+        self.data = _first_images(read_annotations(annotations, folder, crowd), limit)
         self.folder = Path(folder)
         self.transforms = transforms
         self.images = self.data["images"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from dino.utils.files import DataError
@@ -32,6 +32,22 @@ def read_image(path: str | Path) -> np.ndarray:
         ) from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"can't read image {path}: {error}. Replace the file or remove it from the data set") from error
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Width and height of an image file in pixels after its EXIF orientation, read from the header.
+
+    Raises:
+        DataError: the file is missing, or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return image.size[::-1] if turned else image.size
+    except FileNotFoundError:
+        raise DataError(f"image not found: {path}") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"can't read image {path}: {error}") from error
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:

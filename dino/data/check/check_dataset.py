@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,72 +12,87 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dino.data.coco import check_lists, load_json, no_objects
-from dino.utils.files import DataError, UserError, counted, write_whole
+from dino.utils.files import DataError, UserError, counted, resolve_inside, write_whole
+from dino.utils.printable import printable
 
 from .annotations import Contents, find_issues
-from .image_files import check_files, read_files, unlisted
-from .issues import KINDS, Issue, count_errors
+from .corrections import Choices, correct
+from .image_files import ImageFile, check_files, completed_jpeg, unlisted
+from .issues import CURES, KINDS, Issue, count_errors
 from .object_sizes import TINY, Resize, check_sizes, histogram, resized
-from .repair import repair
+from .repair import MAX_LOSS, repair
 from .splits import Split, compare
+
+DEFAULT_CHOICES = Choices()
 
 
 class _Checked(NamedTuple):
     """A data set and its issues.
 
     Args:
-        data: the parsed file.
+        original, data: the parsed file, and its content after the corrections.
         sizes: of each object after resizing: the root of its area, in pixels.
     """
 
     path: Path
+    original: dict[str, Any]
     data: dict[str, Any]
     split: Split
     issues: list[Issue]
     sizes: np.ndarray
 
 
-def _check(path: Path, folder: Path, resize: Resize, *, open_images: bool = True) -> _Checked:
+def _check(
+    path: Path, folder: Path, resize: Resize, *, open_images: bool = True, choices: Choices = DEFAULT_CHOICES
+) -> _Checked:
     """Check one data set.
 
     Raises:
         DataError: the file is no COCO-format JSON, or the folder is missing.
     """
-    data = load_json(path, "annotations")
+    original = load_json(path, "annotations")
     try:
-        check_lists(data)
+        check_lists(original)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     if not folder.is_dir():
         raise DataError(f"image folder not found: {folder}")
-    issues, contents = find_issues(data, folder)
-    images = [(i, entry) for i, entry in enumerate(data["images"]) if _is_sound(entry, contents)]
-    files = None
+    start = time.perf_counter()
+    label = f"open the images of {path.name}" if open_images else None
+    data, issues, files = correct(original, folder, choices, label)
     if open_images:
-        start = time.perf_counter()
-        files = read_files([entry for _, entry in images], folder, f"open the images of {path.name}")
         seconds = time.perf_counter() - start
         print(f"{path.name}: {len(files)} images opened in {seconds:.1f} s, {len(files) / seconds:.0f} images/s")
-        issues += check_files(images, files)
+    found, contents = find_issues(data, folder)
+    issues += found
+    images = [(i, entry) for i, entry in enumerate(data["images"]) if _is_sound(entry, contents)]
+    opened = [files.get(i, ImageFile(problem="missing")) for i, _ in images] if open_images else None
+    if opened is not None:
+        issues += check_files(images, opened)
     sizes = resized(contents.objects, resize)
     issues += check_sizes(contents.objects, sizes)
-    return _Checked(path, data, Split(folder, contents, images, files), issues, sizes)
+    return _Checked(path, original, data, Split(folder, contents, images, opened), issues, sizes)
 
 
 def _is_sound(entry: Any, contents: Contents) -> bool:
     return isinstance(entry, dict) and type(entry.get("id")) is int and contents.images.get(entry["id"]) is entry
 
 
-def check_all(sets: Sequence[tuple[Path, Path]], resize: Resize, *, open_images: bool = True) -> list[_Checked]:
+def check_all(
+    sets: Sequence[tuple[Path, Path]], resize: Resize, *, open_images: bool = True, choices: Choices = DEFAULT_CHOICES
+) -> list[_Checked]:
     """Check training data and, if given, validation data, and compare the two.
 
     Args:
         sets: annotations and image folder of one or two data sets.
+        choices: what a person decided about the files.
 
     Raises:
         DataError: see `_check`.
     """
-    train, *val = checked = [_check(path, folder, resize, open_images=open_images) for path, folder in sets]
+    train, *val = checked = [
+        _check(path, folder, resize, open_images=open_images, choices=choices) for path, folder in sets
+    ]
     for one, kind in zip(checked, ("no_objects", "no_val_objects"), strict=False):
         one.issues.extend(_check_objects(one, kind))
     for other in val:
@@ -95,7 +111,7 @@ def _check_objects(checked: _Checked, kind: str) -> Iterator[Issue]:
 
 
 def print_report(checked: Sequence[_Checked], show: int) -> int:
-    """Print numbers and issues of each data set, and the image files that no data set lists.
+    """Print numbers and issues of each data set, files that no data set lists, one table and one verdict.
 
     Args:
         show: how many issues of a kind to list.
@@ -103,16 +119,39 @@ def print_report(checked: Sequence[_Checked], show: int) -> int:
     Returns:
         the number of errors.
     """
-    total = 0
     for one in checked:
-        print("\n".join([*_describe(one), *_list_issues(one.issues, show)]))
-        errors = count_errors(one.issues)
-        total += errors
-        counts = f"{one.path}: {counted(errors, 'error')}, {counted(len(one.issues) - errors, 'warning')}\n"
-        print(counts if one.issues else "no issues\n")
+        print("\n".join([*_describe(one), *_list_issues(one.issues, show), ""]))
     if checked[0].split.files is not None:
         _print_unlisted(checked)
-    return total
+    errors = sum(count_errors(one.issues) for one in checked)
+    warnings = sum(len(one.issues) for one in checked) - errors
+    if errors or warnings:
+        print("\n".join(_table(checked)))
+    print(_verdict(errors, warnings, checked[0].issues))
+    return errors
+
+
+def _table(checked: Sequence[_Checked]) -> Iterator[str]:
+    """A line for each kind of issue, with its number in each data set."""
+    counts = [Counter(issue.kind for issue in one.issues) for one in checked]
+    kinds = {name: kind for name, kind in KINDS.items() if any(count[name] for count in counts)}
+    width = max(len(kind.title) for kind in kinds.values())
+    names = [printable(one.path.name, 20) for one in checked]
+    yield f"{'level':<8} {'issue':<{width}} {' '.join(f'{name:>20}' for name in names)}  --fix"
+    for name, kind in kinds.items():
+        numbers = " ".join(f"{count[name]:>20,}" for count in counts)
+        yield f"{kind.level:<8} {kind.title:<{width}} {numbers}  {CURES[kind.cure]}"
+
+
+def _verdict(errors: int, warnings: int, issues: list[Issue]) -> str:
+    """One line: whether to train, and what to do first."""
+    numbers = f"{counted(errors, 'error')}, {counted(warnings, 'warning')}"
+    if not errors:
+        return f"verdict: ready to train ({numbers})" if warnings else "verdict: ready to train, no issues"
+    undecided = any(KINDS[issue.kind].level == "error" and KINDS[issue.kind].cure is None for issue in issues)
+    fixable = any(KINDS[issue.kind].level == "error" for issue in issues) and not undecided
+    how = "--fix OUT.json writes a cleaned copy" if fixable else "correct the files, then check again"
+    return f"verdict: not ready to train ({numbers}): {how}"
 
 
 def _describe(checked: _Checked) -> list[str]:
@@ -124,9 +163,11 @@ def _describe(checked: _Checked) -> list[str]:
         f"{len(checked.data['annotations'])} objects, {len(checked.data['categories'])} classes"
     ]
     counts = histogram(contents)
-    width = max((len(name) for name in counts), default=0)
+    names = [printable(name, 30) for name in counts]
+    width = max(map(len, names), default=0)
     top = max(counts.values(), default=0)
-    lines += [f"  {name:<{width}}  {_bar(count, top)} {count:,}" for name, count in counts.items()]
+    rows = zip(names, counts.values(), strict=True)
+    lines += [f"  {name:<{width}}  {_bar(count, top)} {count:,}" for name, count in rows]
     sizes = checked.sizes[checked.sizes > 0]
     if sizes.size:
         low, median, high = np.percentile(sizes, [5, 50, 95])
@@ -143,12 +184,14 @@ def _bar(count: int, top: int, width: int = 30) -> str:
 
 def _list_issues(issues: list[Issue], show: int) -> list[str]:
     """Each kind of issue, errors first, with its first entries."""
-    lines = []
+    lines, by_kind = [], defaultdict(list)
+    for issue in issues:
+        by_kind[issue.kind].append(issue.text)
     for name, kind in KINDS.items():
-        found = [issue.text for issue in issues if issue.kind == name]
+        found = by_kind[name]
         if found:
             lines.append(f"{kind.level}: {kind.title} ({len(found):,}). {kind.advice}")
-            lines += [f"  {text}" for text in found[:show]]
+            lines += [f"  {printable(text, 200)}" for text in found[:show]]
             lines += [f"  … and {len(found) - show:,} more"] if len(found) > show else []
     return lines
 
@@ -171,13 +214,28 @@ def refuse_existing(*paths: Path | None) -> None:
             raise UserError(f"{path} exists: choose another name")
 
 
-def write_fixed(path: Path, checked: _Checked) -> None:
+def write_fixed(path: Path, checked: _Checked, *, max_loss: float = MAX_LOSS, truncated: str = "drop") -> None:
     """Write a cleaned copy of the annotations.
+
+    Args:
+        max_loss: fraction of the objects that may be dropped.
+        truncated: "drop" the images of truncated files, or "keep" them: JPEG files are completed, in place.
 
     Raises:
         DataError: see `repair`.
         UserError: the copy can't be written.
     """
-    fixed, changes = repair(checked.data, checked.split.contents, checked.issues)
-    write_whole(path, lambda part: part.write_text(json.dumps(fixed), encoding="utf-8"))
-    print(f"cleaned copy written to {path}: {', '.join(changes) or 'no changes'}")
+    issues = checked.issues
+    kept = {}
+    if truncated == "keep":
+        images, folder = checked.data["images"], checked.split.folder
+        kept = {i.index: resolve_inside(folder, images[i.index]["file_name"]) for i in issues if i.kind == "truncated"}
+        kept = {index: jpeg for index, path_ in kept.items() if (jpeg := completed_jpeg(path_)) is not None}
+        issues = [issue for issue in issues if issue.kind != "truncated" or issue.index not in kept]
+    result = repair(checked.original, checked.data, checked.split.contents, issues, max_loss)
+    for file, content in kept.values():
+        write_whole(file, lambda part, content=content: part.write_bytes(content))
+    write_whole(path, lambda part: part.write_text(json.dumps(result.data), encoding="utf-8"))
+    print(f"cleaned copy written to {path}: {'; '.join(result.describe())}")
+    if kept:
+        print(f"{counted(len(kept), 'truncated JPEG file')} completed with grey, in place")

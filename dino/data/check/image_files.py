@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import warnings
 from collections import defaultdict
@@ -14,7 +15,7 @@ from typing import NamedTuple
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
-from dino.data.images import IMAGE_SUFFIXES
+from dino.data.images import END_OF_JPEG, IMAGE_SUFFIXES
 from dino.utils.files import resolve_inside
 
 from .issues import Issue
@@ -58,6 +59,17 @@ def _read_file(path: Path) -> ImageFile:
     return ImageFile(size, orientation if orientation in range(1, 9) else 1, digest)
 
 
+def completed_jpeg(path: Path) -> tuple[Path, bytes] | None:
+    """A truncated JPEG file, and its bytes with an end, so that its missing lines are grey; None for other files."""
+    content = path.read_bytes() + END_OF_JPEG
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+            return (path, content) if image.format == "JPEG" else None
+    except Exception:  # see `_read_file`
+        return None
+
+
 def read_files(images: list[dict], folder: str | Path, label: str) -> list[ImageFile]:
     """Decode the files of sound image entries, in parallel, with a progress bar."""
     paths = [resolve_inside(folder, image["file_name"]) for image in images]
@@ -71,7 +83,7 @@ def check_files(images: list[tuple[int, dict]], files: list[ImageFile]) -> Itera
     """Compare the annotations of each image with its file.
 
     Args:
-        images: index in the list of images, and entry.
+        images: index in the list of images, and entry, which has a size; sizes and orientations are corrected.
         files: of the same images.
     """
     by_digest: dict[bytes, list[str]] = defaultdict(list)
@@ -81,14 +93,13 @@ def check_files(images: list[tuple[int, dict]], files: list[ImageFile]) -> Itera
             yield Issue("missing", "images", index, name)
             continue
         if file.problem:
-            yield Issue("unreadable", "images", index, f"{name}: {file.problem}")
+            kind = "truncated" if "truncated" in file.problem else "unreadable"
+            yield Issue(kind, "images", index, f"{name}: {file.problem}")
             continue
         sizes = f"{name} is {_as_text(file.upright)}, but the annotations say {_as_text(stated)}"
         if stated == file.upright and file.orientation != 1:
             yield Issue("rotated", "images", index, f"{name}: orientation {file.orientation}")
-        elif stated == file.size != file.upright:
-            yield Issue("exif", "images", index, f"{sizes} (orientation {file.orientation})")
-        elif stated != file.upright:
+        elif stated not in (file.upright, file.size):  # the stored size: see `corrections.py`
             yield Issue("size", "images", index, sizes)
         others = by_digest[file.digest]
         if others:

@@ -1,41 +1,85 @@
-"""A cleaned copy of annotations: fixes what can be fixed, drops the rest."""
+"""A cleaned copy of annotations: fixes what can be fixed, drops the rest, refuses to drop much."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from typing import Any
+from collections import Counter, defaultdict
+from typing import Any, NamedTuple
 
 from dino.data.coco import usable_box
+from dino.data.coco_values import area_of
 from dino.utils.files import DataError, counted
 
-from .annotations import Contents, Object, from_corners
+from .annotations import Contents, Object
 from .issues import KINDS, Issue
+from .notation import NOTATIONS, to_xywh
+
+MAX_LOSS = 0.1  # fraction of the objects that may be dropped
+
+_NO_LOSS = ("object_twice", "shared")  # the object stays elsewhere: once in this file, or in the validation data
 
 
-def repair(data: dict[str, Any], contents: Contents, issues: list[Issue]) -> tuple[dict[str, Any], list[str]]:
-    """Fix what can be fixed and drop the rest.
-
-    Dropping an image drops its objects. Super-categories without objects are dropped. Boxes are converted from corners,
-    clipped or dropped. If the id of an annotation is broken, all annotations are renumbered. Nothing else changes.
+class Repaired(NamedTuple):
+    """A cleaned copy, and what became of the objects.
 
     Args:
-        data: parsed annotations, which stay as they are.
-        contents, issues: from `find_issues`; more issues of the same entries may be added.
+        data: the copy.
+        total, kept, changed: numbers of objects: of the file, of the copy, and of the copy with other values.
+        dropped: number of dropped objects, by kind of issue.
+        categories: number of dropped classes.
+    """
 
-    Returns:
-        the cleaned copy, and a line of text for each kind of change.
+    data: dict[str, Any]
+    total: int
+    kept: int
+    changed: int
+    dropped: Counter[str]
+    categories: int
+
+    def describe(self) -> list[str]:
+        """Lines of text about the objects, and each cause of a loss."""
+        head = f"{self.kept:,} of {counted(self.total, 'object')} kept, {self.changed:,} of them changed"
+        causes = [f"{counted(number, 'object')} dropped: {_cause(kind)}" for kind, number in self.dropped.most_common()]
+        classes = [f"{counted(self.categories, 'class', 'classes')} dropped: no objects of their own"]
+        return [head, *causes, *classes * bool(self.categories)]
+
+
+def repair(
+    original: dict[str, Any], data: dict[str, Any], contents: Contents, issues: list[Issue], max_loss: float = MAX_LOSS
+) -> Repaired:
+    """Fix what can be fixed and drop the rest.
+
+    Dropping an image drops its objects. Super-categories without objects are dropped. Boxes are converted to xywh in
+    pixels, clipped or dropped. If the id of an annotation is broken, all annotations are renumbered.
+
+    Args:
+        original, data: parsed annotations, and the corrected ones; both stay as they are.
+        contents, issues: of the corrected ones; more issues of the same entries may be added.
+        max_loss: fraction of the objects; 1 permits any loss. Copies, and images of the validation data, don't count.
 
     Raises:
-        DataError: a person must decide about an issue, or no image would remain.
+        DataError: a person must decide about an issue, no image would remain, or too many objects, or all of a class,
+            would go.
     """
     _refuse_undecided(issues)
-    images, categories = (_kept(data, issues, part) for part in ("images", "categories"))
+    dropped = _indices(issues, "drop")
+    sound = {id(entry) for entry in contents.images.values()}
+    images = [e for i, e in enumerate(data["images"]) if id(e) in sound and i not in dropped["images"]]
+    categories = [entry for i, entry in enumerate(data["categories"]) if i not in dropped["categories"]]
     if not images:
         raise DataError("can't fix: no image would remain")
-    ids, dropped = {entry["id"] for entry in images}, _indices(issues, "drop")["annotations"]
-    objects = [o for o in contents.objects if o.index not in dropped and o.image["id"] in ids]
-    fixed = {**data, "images": images, "annotations": _fix_boxes(objects, issues), "categories": categories}
-    return fixed, _describe(data, fixed, issues)
+    kept_images = {entry["id"] for entry in images}
+    objects = [o for o in contents.objects if o.index not in dropped["annotations"] and o.image["id"] in kept_images]
+    annotations = _fix_boxes(objects, issues)
+    kept = {index: entry for index, entry in annotations.items() if entry is not None}
+    if _indices(issues, "renumber")["annotations"]:
+        kept = {index: {**entry, "id": number} for number, (index, entry) in enumerate(kept.items(), 1)}
+    fixed = {**data, "images": images, "annotations": list(kept.values()), "categories": categories}
+    changed = sum(original["annotations"][index] != entry for index, entry in kept.items())
+    causes = _causes(data, issues, kept)
+    num_classes = len(data["categories"]) - len(categories)
+    result = Repaired(fixed, len(data["annotations"]), len(kept), changed, causes, num_classes)
+    _refuse_loss(result, contents, kept, max_loss)
+    return result
 
 
 def _refuse_undecided(issues: list[Issue]) -> None:
@@ -47,41 +91,62 @@ def _refuse_undecided(issues: list[Issue]) -> None:
         raise DataError(f"can't fix without you: {reasons}")
 
 
-def _kept(data: dict[str, Any], issues: list[Issue], part: str) -> list[dict]:
-    """The entries of a list of the file, without those to drop."""
-    dropped = _indices(issues, "drop")[part]
-    return [entry for index, entry in enumerate(data[part]) if index not in dropped]
+def _refuse_loss(result: Repaired, contents: Contents, kept: dict[int, dict], max_loss: float) -> None:
+    """Raise a DataError if too many objects, or all of a class, would go."""
+    lost = sum(number for kind, number in result.dropped.items() if kind not in _NO_LOSS)
+    names = {number: entry["name"] for number, entry in contents.categories.items()}
+    left = {entry["category_id"] for entry in kept.values()}
+    gone = [names[n] for n in sorted({o.entry["category_id"] for o in contents.objects} - left)]
+    reasons = [f"{lost:,} of {counted(result.total, 'object')} would go"] * (
+        lost > 0 and lost >= max_loss * result.total
+    )
+    reasons += [f"all objects of {', '.join(map(repr, gone))} would go"] * bool(gone and max_loss < 1)
+    if reasons:
+        causes = "; ".join(result.describe()[1:])
+        raise DataError(
+            f"can't fix without losing labels: {', and '.join(reasons)} ({causes}). Correct these, or permit the loss: "
+            "--max-loss 1"
+        )
 
 
-def _fix_boxes(objects: list[Object], issues: list[Issue]) -> list[dict]:
-    """Annotations with boxes converted or clipped, and renumbered where an id is broken."""
-    corners, clipped = _indices(issues, "convert")["annotations"], _indices(issues, "clip")["annotations"]
-    annotations = []
+def _cause(kind: str) -> str:
+    return KINDS[kind].title
+
+
+def _causes(data: dict[str, Any], issues: list[Issue], kept: dict[int, dict]) -> Counter[str]:
+    """Number of objects that are dropped, by the kind of the issue that drops them: their own, or their image's."""
+    by_index = {issue.index: issue.kind for issue in issues if issue.part == "annotations" and _is_loss(issue)}
+    by_image = {}
+    for issue in issues:
+        if issue.part == "images" and _is_loss(issue) and isinstance(data["images"][issue.index], dict):
+            number = data["images"][issue.index].get("id")
+            by_image[number if type(number) is int else None] = issue.kind
+    causes: Counter[str] = Counter()
+    for index, entry in enumerate(data["annotations"]):
+        if index not in kept:
+            number = entry.get("image_id") if isinstance(entry, dict) else None
+            of_image = by_image.get(number) if type(number) is int else None
+            causes[by_index.get(index) or of_image or "outside"] += 1
+    return causes
+
+
+def _is_loss(issue: Issue) -> bool:
+    return KINDS[issue.kind].cure == "drop"
+
+
+def _fix_boxes(objects: list[Object], issues: list[Issue]) -> dict[int, dict | None]:
+    """Annotations, by index, with boxes converted or clipped; None where nothing remains inside the image."""
+    notations = {issue.index: issue.kind for issue in issues if issue.kind in NOTATIONS}
+    clipped = _indices(issues, "clip")["annotations"]
+    annotations: dict[int, dict | None] = {}
     for o in objects:
-        entry = o.entry
-        if o.index in corners:
-            entry = _with_box(entry, _clip(from_corners(o.box), o.image))
+        entry, (width, height) = o.entry, (o.image["width"], o.image["height"])
+        if o.index in notations:
+            entry = _with_box(entry, _clip(to_xywh(o.box, notations[o.index], width, height), o.image))
         elif o.index in clipped:
             entry = _with_box(entry, _clip(o.box, o.image))
-        annotations.append(entry)
-    if _indices(issues, "renumber")["annotations"]:
-        return [{**entry, "id": number} for number, entry in enumerate(annotations, 1)]
+        annotations[o.index] = entry
     return annotations
-
-
-def _describe(data: dict[str, Any], fixed: dict[str, Any], issues: list[Issue]) -> list[str]:
-    """A line of text for each kind of change."""
-    dropped = {part: len(data[part]) - len(fixed[part]) for part in ("images", "annotations", "categories")}
-    removed = _indices(issues, "drop")["annotations"]
-    converted, clipped = (len(_indices(issues, cure)["annotations"] - removed) for cure in ("convert", "clip"))
-    changes = [
-        (dropped["images"], "image", "images", "dropped"),
-        (dropped["annotations"], "object", "objects", "dropped"),
-        (converted, "box", "boxes", "converted from corners"),
-        (clipped, "box", "boxes", "clipped"),
-        (dropped["categories"], "class", "classes", "dropped"),
-    ]
-    return [f"{counted(number, one, many)} {change}" for number, one, many, change in changes if number]
 
 
 def _indices(issues: list[Issue], cure: str) -> dict[str, set[int]]:
@@ -93,12 +158,17 @@ def _indices(issues: list[Issue], cure: str) -> dict[str, set[int]]:
     return found
 
 
-def _clip(box: list[float], image: dict) -> list[float]:
-    """The part of an xywh box inside the image."""
-    x0, y0, x1, y1 = usable_box(box, image["width"], image["height"])
+def _clip(box: list[float], image: dict) -> list[float] | None:
+    """The part of an xywh box inside the image; None if there is none."""
+    clipped = usable_box(box, image["width"], image["height"])
+    if clipped is None:
+        return None
+    x0, y0, x1, y1 = clipped
     return [x0, y0, x1 - x0, y1 - y0]
 
 
-def _with_box(entry: dict, box: list[float]) -> dict:
+def _with_box(entry: dict, box: list[float] | None) -> dict | None:
     """A copy of an annotation with another box, and with the box's area unless it has an outline."""
-    return {**entry, "bbox": box, **({} if entry.get("segmentation") else {"area": box[2] * box[3]})}
+    if box is None:
+        return None
+    return {**entry, "bbox": box, **({} if entry.get("segmentation") else {"area": area_of(box)})}

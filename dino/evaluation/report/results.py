@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dino.data.coco import find, is_box, is_number, load_json
+from dino.data.coco import find, load_json
+from dino.data.coco_values import is_box, is_number
 from dino.utils.files import DataError
 
 

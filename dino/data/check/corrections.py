@@ -1,0 +1,201 @@
+"""What `dino check` corrects before it looks for issues: values, file names, files listed twice, sizes, orientations.
+
+The order matters: a file must be found before its size is known, and sizes must be right before boxes are judged. Each
+correction is an issue of its own, so that the report shows it; `--fix` writes the corrected data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from dino.data.coco import has_size
+from dino.data.coco_values import crowds_as_objects, is_area, is_box, short, to_plain
+from dino.utils.files import DataError, resolve_inside
+
+from .file_names import match_names
+from .image_files import ImageFile, read_files
+from .issues import Issue
+from .orientations import STORED, UPRIGHT, drawn_on, turn
+
+EXIF = (UPRIGHT, STORED)
+
+
+class Choices(NamedTuple):
+    """What a person decides.
+
+    Args:
+        crowd: "objects" makes objects of crowd regions, "ignore" leaves them.
+        exif: the picture that the boxes were drawn on, one of EXIF; None to decide by where they fit.
+    """
+
+    crowd: str = "ignore"
+    exif: str | None = None
+
+
+class Corrected(NamedTuple):
+    """Annotations after the corrections.
+
+    Args:
+        data: lists of the same lengths as in the file.
+        issues: one for each correction.
+        files: of the images whose file was opened, by their index in the list.
+    """
+
+    data: dict[str, Any]
+    issues: list[Issue]
+    files: dict[int, ImageFile]
+
+
+def correct(data: dict[str, Any], folder: Path, choices: Choices, label: str | None) -> Corrected:
+    """Correct parsed annotations; the given ones stay as they are.
+
+    Args:
+        data: lists under "images", "annotations" and "categories".
+        label: of the progress bar; None opens no file, so that names, sizes and orientations stay.
+    """
+    data, changes = to_plain(data)
+    issues = [Issue(*change) for change in changes]
+    if choices.crowd == "objects":
+        issues += _list_crowds(data, "crowd_objects")
+        data = crowds_as_objects(data)
+    else:
+        issues += _list_crowds(data, "crowd")
+    data = {part: list(data[part]) if isinstance(data[part], list) else data[part] for part in data}
+    if label is not None:
+        issues += _correct_names(data["images"], folder)
+    issues += _merge_entries(data)
+    files: dict[int, ImageFile] = {}
+    if label is not None:
+        openable = {i: entry for i, entry in enumerate(data["images"]) if _has_file_name(entry, folder)}
+        files = dict(zip(openable, read_files(list(openable.values()), folder, label), strict=True))
+        issues += _fill_sizes(data["images"], files)
+        issues += _correct_orientations(data, files, choices.exif)
+    issues += _check_areas(data["annotations"])
+    return Corrected(data, issues, files)
+
+
+def _list_crowds(data: dict[str, Any], kind: str) -> Iterator[Issue]:
+    """An issue for each crowd region."""
+    for index, entry in enumerate(data["annotations"]):
+        if isinstance(entry, dict) and entry.get("iscrowd", 0) == 1:
+            text = f"annotation {short(entry.get('id'))} of image {short(entry.get('image_id'))}"
+            yield Issue(kind, "annotations", index, text)
+
+
+def _correct_names(images: list[Any], folder: Path) -> Iterator[Issue]:
+    """Replace the names that match no file by the names of the files that they mean."""
+    for index, name in match_names(images, folder).items():
+        yield Issue("name", "images", index, f"{images[index]['file_name']} is {name}")
+        images[index] = {**images[index], "file_name": name}
+
+
+def _merge_entries(data: dict[str, Any]) -> Iterator[Issue]:
+    """Give the objects of a file that is listed several times to its first entry."""
+    images = data["images"]
+    numbers = [e["id"] if isinstance(e, dict) and type(e.get("id")) is int else None for e in images]
+    names = [
+        str(PurePosixPath(e["file_name"])) if isinstance(e, dict) and isinstance(e.get("file_name"), str) else None
+        for e in images
+    ]
+    owners: dict[int, set[str | None]] = {}
+    for number, name in zip(numbers, names, strict=True):
+        if number is not None:
+            owners.setdefault(number, set()).add(name)
+    first: dict[str, int] = {}
+    moved: dict[int, int] = {}
+    for index, (number, name) in enumerate(zip(numbers, names, strict=True)):
+        if number is None or name is None or len(owners[number]) > 1:
+            continue
+        kept = first.setdefault(name, index)
+        if kept != index:
+            moved[number] = numbers[kept]
+            yield Issue("file_twice", "images", index, f"image {number}: {name} is image {numbers[kept]} already")
+    if moved:
+        for index, entry in enumerate(data["annotations"]):
+            number = entry.get("image_id") if isinstance(entry, dict) else None
+            if type(number) is int and moved.get(number, number) != number:
+                data["annotations"][index] = {**entry, "image_id": moved[number]}
+
+
+def _has_file_name(entry: Any, folder: Path) -> bool:
+    """Whether an image names a file inside the folder."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
+        return False
+    try:
+        resolve_inside(folder, entry["file_name"])
+    except DataError:
+        return False
+    return True
+
+
+def _fill_sizes(images: list[Any], files: dict[int, ImageFile]) -> Iterator[Issue]:
+    """Take sizes that the annotations lack from the files."""
+    for index, file in files.items():
+        image = images[index]
+        if file.problem is None and not has_size(image):
+            stated = f"{short(image.get('width'))} and {short(image.get('height'))}"
+            width, height = file.upright
+            yield Issue("no_size", "images", index, f"{image['file_name']}: {stated}, the file is {width}x{height}")
+            images[index] = {**image, "width": width, "height": height}
+
+
+def _correct_orientations(data: dict[str, Any], files: dict[int, ImageFile], choice: str | None) -> Iterator[Issue]:
+    """Find the picture that boxes were drawn on, and bring sizes and boxes to the upright one, which DINO reads.
+
+    Images that state their stored size, and those that state the upright one, are decided apart: they come from
+    different programs.
+    """
+    images, by_image = data["images"], _boxes_by_image(data["annotations"])
+    turned = [i for i, file in files.items() if file.problem is None and file.size != file.upright]
+    for states_stored in (True, False):
+        group = [i for i in turned if _size(images[i]) == (files[i].size if states_stored else files[i].upright)]
+        boxes = [(box, files[i].size) for i in group for _, box in by_image.get(images[i].get("id"), ())]
+        found = drawn_on([box for box, _ in boxes], [size for _, size in boxes])
+        drawn = choice or found or (None if states_stored else UPRIGHT)
+        for index in group:
+            yield from _correct_one(data, index, files[index], by_image, drawn)
+
+
+def _correct_one(
+    data: dict[str, Any], index: int, file: ImageFile, by_image: dict[Any, list], drawn: str | None
+) -> Iterator[Issue]:
+    """As `_correct_orientations`, for one image, whose boxes were `drawn` on one of EXIF, or None if nobody knows."""
+    image = data["images"][index]
+    width, height = file.upright
+    text = f"{image['file_name']} is {width}x{height}, stored as {height}x{width} (orientation {file.orientation})"
+    if drawn is None:
+        yield Issue("exif", "images", index, text)
+        return
+    if drawn == UPRIGHT and _size(image) == file.upright:
+        return  # as it should be: see the warning "rotated"
+    kind = "exif_size" if drawn == UPRIGHT else "exif_boxes"
+    yield Issue(kind, "images", index, text)
+    data["images"][index] = {**image, "width": width, "height": height}
+    if drawn == STORED:
+        for number, box in by_image.get(image.get("id"), ()):
+            upright = turn(box, file.size, file.orientation)
+            data["annotations"][number] = {**data["annotations"][number], "bbox": upright, "segmentation": []}
+
+
+def _size(image: dict) -> tuple[Any, Any]:
+    return image.get("width"), image.get("height")
+
+
+def _boxes_by_image(annotations: list[Any]) -> dict[Any, list[tuple[int, list[float]]]]:
+    """Index and box of the annotations of each image."""
+    found: dict[Any, list] = {}
+    for index, entry in enumerate(annotations):
+        if isinstance(entry, dict) and type(entry.get("image_id")) is int and is_box(entry.get("bbox")):
+            found.setdefault(entry["image_id"], []).append((index, entry["bbox"]))
+    return found
+
+
+def _check_areas(annotations: list[Any]) -> Iterator[Issue]:
+    """Let the box state an area that is no positive number."""
+    for index, entry in enumerate(annotations):
+        if isinstance(entry, dict) and "area" in entry and not is_area(entry["area"]):
+            number, value = short(entry.get("id")), short(entry["area"])
+            yield Issue("area", "annotations", index, f"annotation {number}: area {value}")
+            annotations[index] = {key: value for key, value in entry.items() if key != "area"}
