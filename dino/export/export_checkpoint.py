@@ -50,7 +50,7 @@ def export_checkpoint(
         raise UserError(f"{output} exists: choose another name, or move it away")
     detector = detector_from_checkpoint(checkpoint, copy)
     about = describe(detector.names, _spread(thresholds, detector.names), detector.preprocessing, fixed)
-    source = _read_images(verify, verify_json, detector.names, limit)
+    source = _read_images(verify, verify_json, detector, limit)
     print(f"exporting {checkpoint} as {form}; this takes a minute or two", flush=True)
     content = write(form, exportable(detector), fixed, about, sampling=sampling)
     run = FORMATS[form].run(content)
@@ -66,11 +66,13 @@ def export_checkpoint(
     print(f"{output}: {form}, {size}, {len(detector.names)} classes, {len(content) / 1e6:.1f} MB{checked}")
 
 
-def _read_images(folder: Path | None, annotations: Path | None, names: Sequence[str], limit: int) -> Any:
+def _read_images(folder: Path | None, annotations: Path | None, detector: Detector, limit: int) -> Any:
     """The images to compare on, with annotations if there are any; None without a folder."""
     if folder is None:
         return None
-    return read_data(annotations, folder, names, limit) if annotations else read_folder(folder, limit)
+    if annotations is None:
+        return read_folder(folder, limit)
+    return read_data(annotations, folder, detector.names, limit, detector.preprocessing.input_range)
 
 
 def _spread(thresholds: Sequence[float], names: Sequence[str]) -> list[float]:

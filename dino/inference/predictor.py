@@ -13,16 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from dino.data.images import list_images, read_image, resize_image, to_rgb
+from dino.data.images import list_images, read_image, resize_image
 from dino.layers import Detections
 from dino.modeling import DINO, CudaGraphs, compile_network, use_float32_precision
 from dino.modeling.cuda_graphs import MOST
@@ -48,6 +49,7 @@ class Prediction:
         image_size: height and width of the picture in pixels.
         source: the given picture; a `Path` where it was read from a file.
         channels: order of `source` if that is an array.
+        read: reads `source` if that is a file or a Pillow image.
     """
 
     detections: Detections
@@ -55,6 +57,7 @@ class Prediction:
     image_size: tuple[int, int]
     source: Any
     channels: str = "RGB"
+    read: Callable[[Any], np.ndarray] = read_image
 
     @property
     def boxes(self) -> Tensor:
@@ -81,7 +84,7 @@ class Prediction:
             DataError: the file is gone.
         """
         texts = [f"{name} {score:.2f}" for name, score in zip(self.names, self.scores.tolist(), strict=True)]
-        picture = Image.fromarray(_to_pixels(self.source, self.channels))
+        picture = Image.fromarray(_to_pixels(self.source, self.channels, self.read))
         return draw_detections(picture, self.boxes.tolist(), self.labels.tolist(), texts)
 
 
@@ -99,6 +102,7 @@ class Predictor:
         batch_size: how many pictures, or tiles, run together. More than 1 pays on a GPU.
         cuda_graphs: number of sizes that are recorded as CUDA graphs when they come again, see
             `dino.modeling.CudaGraphs`: faster, for the memory of one forward pass. 0 for none. No effect on a CPU.
+        max_pixels: most pixels that a file may have; None for Pillow's limit of 179 million.
 
     Raises:
         ValueError: a number is out of its range.
@@ -116,6 +120,7 @@ class Predictor:
         overlap: float = 0.2,
         batch_size: int = 1,
         cuda_graphs: int = MOST,
+        max_pixels: int | None = None,
     ):
         number = detector.preprocessing.max_detections if max_detections is None else max_detections
         self.max_detections = _within("max_detections", number, 1)
@@ -128,6 +133,8 @@ class Predictor:
         self.tile = None if tile is None else _within("tile", tile, 32)
         self.overlap = _within("overlap", overlap, 0, 0.9)
         self.batch_size = _within("batch_size", batch_size, 1)
+        most = None if max_pixels is None else _within("max_pixels", max_pixels, 1)
+        self.read = partial(read_image, input_range=preprocessing.input_range, max_pixels=most)
 
     @property
     def network(self) -> DINO:
@@ -214,7 +221,7 @@ class Predictor:
             results = self.detect([pixels for _, pixels in batch], sources)
             for (source, pixels), found in zip(batch, results, strict=True):
                 names = [self.names[label] for label in found.labels.tolist()]
-                yield Prediction(found, names, pixels.shape[:2], source, channels)
+                yield Prediction(found, names, pixels.shape[:2], source, channels, self.read)
 
     def _read(
         self, images: Any, channels: str, on_error: Callable[[DataError], object] | None
@@ -224,7 +231,7 @@ class Predictor:
             raise ValueError(f'channels must be "RGB" or "BGR", not {channels!r}')
         for source in _list_sources(images):
             try:
-                yield source, _to_pixels(source, channels)
+                yield source, _to_pixels(source, channels, self.read)
             except DataError as error:
                 if on_error is None:
                     raise
@@ -303,16 +310,14 @@ def _list_sources(images: Any) -> Iterator[Any]:
         raise TypeError(f"a path, PIL image, array, tensor or list of them was expected, not {type(images).__name__}")
 
 
-def _to_pixels(source: Any, channels: str) -> np.ndarray:
-    """(H, W, 3) uint8, RGB, of one source; channels: the order in an array.
+def _to_pixels(source: Any, channels: str, read: Callable[[Any], np.ndarray]) -> np.ndarray:
+    """(H, W, 3) uint8, RGB, of one source; channels: the order in an array; read: reads files and Pillow images.
 
     Raises:
         DataError: it can't be read, or has another shape or type than a picture.
     """
-    if isinstance(source, Path):
-        return read_image(source)
-    if isinstance(source, Image.Image):
-        return to_rgb(ImageOps.exif_transpose(source))
+    if isinstance(source, Path | Image.Image):
+        return read(source)
     if isinstance(source, Tensor):
         return _from_tensor(source)
     return _from_array(source, channels)

@@ -47,7 +47,7 @@ def test_resnets_are_built_from_torchvisions(tmp_path, path):
     assert type(found.network.neck.backbone).__name__ == "TorchvisionBackbone"
     assert found.names == NAMES
     sizes = {SMALL: (288, 576)}.get(path, (800, 1333))
-    assert found.preprocessing == ((123.675, 116.28, 103.53), (1.0, 2.0, 3.0), *sizes, 20)
+    assert found.preprocessing == ((123.675, 116.28, 103.53), (1.0, 2.0, 3.0), *sizes, 20, None)
     images, padding = random_batch(2)
     expected, actual = model.network(images, padding).decoder, found.network(images, padding).decoder
     torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-4, atol=1e-4)
