@@ -7,6 +7,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from dino.data.images import IMAGE_SUFFIXES
 from dino.inference.cpu import fold_norms
 from dino.modeling.detector import Detector
 from dino.utils.files import DataError, UserError, make_folder, write_whole
@@ -14,7 +15,7 @@ from dino.weights.description import detector_from_checkpoint
 
 from .export_formats import FORMATS, write
 from .export_wrapper import ExportWrapper, Fixed, describe
-from .verify import Limits, compare, read_data, read_folder
+from .verify import Limits, compare, read_data
 
 
 def export_checkpoint(
@@ -71,8 +72,22 @@ def _read_images(folder: Path | None, annotations: Path | None, detector: Detect
     if folder is None:
         return None
     if annotations is None:
-        return read_folder(folder, limit)
+        return _list_files(folder, limit)
     return read_data(annotations, folder, detector.names, limit, detector.preprocessing.input_range)
+
+
+def _list_files(folder: Path, limit: int) -> list[Path]:
+    """The first `limit` image files in a folder and those below it.
+
+    Raises:
+        DataError: the folder is missing or holds no image.
+    """
+    if not folder.is_dir():
+        raise DataError(f"image folder not found: {folder}")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != ".")
+    if not paths:
+        raise DataError(f"no image in {folder} to verify with")
+    return paths[:limit]
 
 
 def _spread(thresholds: Sequence[float], names: Sequence[str]) -> list[float]:

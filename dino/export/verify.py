@@ -13,7 +13,7 @@ from torchvision.ops import box_iou
 from tqdm import tqdm
 
 from dino.data.coco import CocoImages
-from dino.data.images import IMAGE_SUFFIXES, read_image
+from dino.data.images import read_image
 from dino.evaluation.average_precision import evaluate, to_results
 from dino.inference.tiling import scale
 from dino.layers import Detections
@@ -92,7 +92,7 @@ def compare(
     Args:
         detector: the network with its preprocessing, not the copy that was exported.
         run: the exported program.
-        source: images, from `read_folder` or `read_data`; only the latter gives an AP.
+        source: images, files, or a data set from `read_data`, which alone gives an AP.
         resize: the rule, see `prepare`.
         fixed: the only size that the program takes.
 
@@ -151,20 +151,6 @@ def _match(expected: Detections, found: Detections) -> list[tuple[float, float] 
         (moved[i, j].item(), changed[i, j].item()) if (j := pairs.get(i)) is not None and same[i, j] else None
         for i in range(len(boxes))
     ]
-
-
-def read_folder(folder: Path, limit: int) -> list[Path]:
-    """The first `limit` image files in a folder and those below it.
-
-    Raises:
-        DataError: the folder is missing or holds no image.
-    """
-    if not folder.is_dir():
-        raise DataError(f"image folder not found: {folder}")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != ".")
-    if not paths:
-        raise DataError(f"no image in {folder} to verify with")
-    return paths[:limit]
 
 
 def read_data(

@@ -33,9 +33,11 @@ from dino.weights.description import detector_from_checkpoint
 
 from .cpu import fold_norms, prepare_for_cpu
 from .drawing import draw_detections
-from .tiling import View, merge, suppress, take, views
+from .strips import Strips
+from .tiling import View, merge, scale, suppress, take, views
 
 _CROPS = 16  # batches of crops that are resized at a time
+_DRAWN_SIDE = 8192  # pixels, of a drawing of a picture in strips
 _MERGE_IOU = 0.5  # of boxes from different views of one picture, where `nms` says nothing
 
 
@@ -50,6 +52,7 @@ class Prediction:
         source: the given picture; a `Path` where it was read from a file.
         channels: order of `source` if that is an array.
         read: reads `source` if that is a file or a Pillow image.
+        strips: the file, where it is too large to be decoded whole.
     """
 
     detections: Detections
@@ -58,6 +61,7 @@ class Prediction:
     source: Any
     channels: str = "RGB"
     read: Callable[[Any], np.ndarray] = read_image
+    strips: Strips | None = None
 
     @property
     def boxes(self) -> Tensor:
@@ -78,14 +82,20 @@ class Prediction:
         return len(self.scores)
 
     def draw(self) -> Image.Image:
-        """Draw the detections on the picture; a file is read again.
+        """Draw the detections on the picture; a file is read again, in `strips` at a size of at most 8,192 pixels.
 
         Raises:
             DataError: the file is gone.
         """
         texts = [f"{name} {score:.2f}" for name, score in zip(self.names, self.scores.tolist(), strict=True)]
-        picture = Image.fromarray(_to_pixels(self.source, self.channels, self.read))
-        return draw_detections(picture, self.boxes.tolist(), self.labels.tolist(), texts)
+        size = self.image_size
+        if self.strips is None:
+            pixels = _to_pixels(self.source, self.channels, self.read)
+        else:
+            size = tuple(max(1, round(side * _DRAWN_SIDE / max(size))) for side in size)
+            pixels = self.strips.shrink(size)
+        boxes = scale(self.detections, self.image_size, size).boxes
+        return draw_detections(Image.fromarray(pixels), boxes.tolist(), self.labels.tolist(), texts)
 
 
 class Predictor:
@@ -133,8 +143,8 @@ class Predictor:
         self.tile = None if tile is None else _within("tile", tile, 32)
         self.overlap = _within("overlap", overlap, 0, 0.9)
         self.batch_size = _within("batch_size", batch_size, 1)
-        most = None if max_pixels is None else _within("max_pixels", max_pixels, 1)
-        self.read = partial(read_image, input_range=preprocessing.input_range, max_pixels=most)
+        self.max_pixels = None if max_pixels is None else _within("max_pixels", max_pixels, 1)
+        self.read = partial(read_image, input_range=preprocessing.input_range, max_pixels=self.max_pixels)
 
     @property
     def network(self) -> DINO:
@@ -221,23 +231,33 @@ class Predictor:
             results = self.detect([pixels for _, pixels in batch], sources)
             for (source, pixels), found in zip(batch, results, strict=True):
                 names = [self.names[label] for label in found.labels.tolist()]
-                yield Prediction(found, names, pixels.shape[:2], source, channels, self.read)
+                strips = pixels if isinstance(pixels, Strips) else None
+                yield Prediction(found, names, pixels.shape[:2], source, channels, self.read, strips)
 
     def _read(
         self, images: Any, channels: str, on_error: Callable[[DataError], object] | None
-    ) -> Iterator[tuple[Any, np.ndarray]]:
-        """Read each source as pixels (H, W, 3), uint8, RGB."""
+    ) -> Iterator[tuple[Any, np.ndarray | Strips]]:
+        """Read each source as pixels (H, W, 3), uint8, RGB; a very large file in strips if tiles are wanted."""
         if channels not in ("RGB", "BGR"):
             raise ValueError(f'channels must be "RGB" or "BGR", not {channels!r}')
         for source in _list_sources(images):
             try:
-                yield source, _to_pixels(source, channels, self.read)
+                strips = self._open_strips(source)
+                yield source, _to_pixels(source, channels, self.read) if strips is None else strips
             except DataError as error:
                 if on_error is None:
                     raise
                 on_error(error)
 
-    def detect(self, pictures: Sequence[np.ndarray], sources: Sequence[str] = (), **options: Any) -> list[Detections]:
+    def _open_strips(self, source: Any) -> Strips | None:
+        """Open a very large file for tiles; None for everything else."""
+        if self.tile is None or not isinstance(source, Path):
+            return None
+        return Strips.open(source, self.read, self.max_pixels)
+
+    def detect(
+        self, pictures: Sequence[np.ndarray | Strips], sources: Sequence[str] = (), **options: Any
+    ) -> list[Detections]:
         """Detect in pictures (H, W, 3), uint8, RGB; results are on the CPU.
 
         Args:
@@ -245,7 +265,7 @@ class Predictor:
             options: of `Detector.detect`.
         """
         cuts = [self._views(*picture.shape[:2]) for picture in pictures]
-        crops = [p[v.y0 : v.y1, v.x0 : v.x1] for p, vs in zip(pictures, cuts, strict=True) for v in vs]
+        crops = [(p, v) for p, vs in zip(pictures, cuts, strict=True) for v in vs]
         options = {"batch_size": self.batch_size, **options}
         if sources:
             options["sources"] = [*chain(*([source] * len(vs) for source, vs in zip(sources, cuts, strict=True)))]
@@ -253,14 +273,15 @@ class Predictor:
         return [self._join(list(islice(found, len(vs))), vs, p.shape[:2]) for p, vs in zip(pictures, cuts, strict=True)]
 
     def _detect_crops(
-        self, crops: Sequence[np.ndarray], sources: Sequence[str] = (), **options: Any
+        self, crops: Sequence[tuple[np.ndarray | Strips, View]], sources: Sequence[str] = (), **options: Any
     ) -> list[Detections]:
-        """Detections of crops (H, W, 3), uint8, a few of which are resized at a time."""
+        """Detections of views of pictures, a few of which are cut and resized at a time."""
         found = []
         for start in range(0, len(crops), _CROPS * self.batch_size):
             part = slice(start, start + _CROPS * self.batch_size)
-            sizes = [crop.shape[:2] for crop in crops[part]]
-            found += self.detector.detect([*map(self._prepare, crops[part])], sizes, sources=sources[part], **options)
+            sizes = [(view.y1 - view.y0, view.x1 - view.x0) for _, view in crops[part]]
+            images = [self._prepare(picture, view) for picture, view in crops[part]]
+            found += self.detector.detect(images, sizes, sources=sources[part], **options)
         return found
 
     def _views(self, height: int, width: int) -> list[View]:
@@ -268,9 +289,15 @@ class Predictor:
         tile = max(height, width) if self.tile is None else self.tile
         return views(height, width, tile, self.overlap)
 
-    def _prepare(self, pixels: np.ndarray) -> Tensor:
-        """(H, W, 3) uint8 -> (3, h, w) uint8, resized for the network."""
-        return torch.from_numpy(resize_image(pixels, self.detector.size(*pixels.shape[:2]))).permute(2, 0, 1)
+    def _prepare(self, picture: np.ndarray | Strips, view: View) -> Tensor:
+        """A view of a picture (H, W, 3) uint8 -> (3, h, w) uint8, resized for the network."""
+        height, width = view.y1 - view.y0, view.x1 - view.x0
+        size = self.detector.size(height, width)
+        if isinstance(picture, Strips) and (height, width) == picture.shape[:2]:
+            pixels = picture.shrink(size)
+        else:
+            pixels = resize_image(picture[view.y0 : view.y1, view.x0 : view.x1], size)
+        return torch.from_numpy(pixels).permute(2, 0, 1)
 
     def _join(self, found: list[Detections], cuts: list[View], image_size: tuple[int, int]) -> Detections:
         """Threshold and merge the detections of a picture's views; at most `max_detections`, on the CPU."""
