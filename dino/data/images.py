@@ -31,6 +31,7 @@ _FULL_16_BITS = (0.0, 65535.0)
 _FULL_12_BITS = (0.0, 4095.0)
 _UNSAFE_FORMATS = {"EPS"}  # Pillow reads these with another program, Ghostscript
 _BANDS = {"RGBA": 4, "RGBa": 4, "CMYK": 4}  # of a TIFF file of a mode; 3 at most for any other mode
+_WIDE = {"I": "whole numbers of 16 or 32 bits with a sign", "F": "floats"}
 _BLOCK = 1 << 22  # pixels that are scaled at a time
 _REPLACE = "Replace the file or remove it from the data set"
 _LIMIT_LOCK = threading.RLock()  # Pillow's limit holds for the whole process
@@ -198,21 +199,24 @@ def _to_rgb(image: Image.Image, input_range: tuple[float, float] | None) -> np.n
 
 def _range_of(image: Image.Image, input_range: tuple[float, float] | None) -> tuple[float, float] | None:
     """The values that become 0 and 255; None for an image of 8 bits."""
-    if not (image.mode.startswith("I") or image.mode == "F"):
-        if input_range is not None and _is_deep_colour(image):
-            raise DataError("16-bit colour has no input_range. Save it as 8-bit RGB, or leave out input_range")
-        return None
-    if input_range is not None:
-        return input_range
+    if image.mode.startswith("I") or image.mode == "F":
+        return input_range or _range_of_type(image)
+    if input_range is not None and _is_deep_colour(image):
+        raise DataError("16-bit colour has no input_range. Save it as 8-bit RGB, or leave out input_range")
+    return None
+
+
+def _range_of_type(image: Image.Image) -> tuple[float, float]:
+    """The values that become 0 and 255 in a deep grey image, by its type."""
     if image.mode.startswith("I;16"):
         bits = getattr(image, "tag_v2", {}).get(TiffImagePlugin.BITSPERSAMPLE, (16,))
         return _FULL_12_BITS if bits == (12,) else _FULL_16_BITS
     if image.mode == "I" and image.format in ("PNG", "PPM"):  # of 16 bits: 32 do not exist
         return _FULL_16_BITS
     raise DataError(
-        f"its mode {image.mode} ({'floats' if image.mode == 'F' else 'whole numbers of 32 bits'}) has no range of its "
-        "own. Set input_range=[low, high], the values of black and white: model.input_range of a recipe, --input-range "
-        "of tools/plain_train.py, or input_range of Predictor. It must be the same for all images"
+        f"its mode {image.mode} has no range of its own: {_WIDE[image.mode]}. Set input_range=[low, high], the values "
+        "of black and white: model.input_range of a recipe, --input-range of tools/plain_train.py, or input_range of "
+        "read_image. It must be the same for all images"
     )
 
 
@@ -266,11 +270,16 @@ def list_images(source: str | Path, suffixes: Collection[str] = IMAGE_SUFFIXES) 
         found = [Path(name) for name in glob.glob(str(source), recursive=True)]
     else:
         raise DataError(f"input not found: {source}")
-    images = sorted(p for p in found if p.suffix.lower() in suffixes and not p.name.startswith(".") and p.is_file())
+    images = sorted(path for path in found if _is_wanted(path, suffixes))
     if not images:
         where = f"in the folder {source}" if path.is_dir() else f"match {source}"
         raise DataError(f"no images {where}; known endings: {' '.join(sorted(suffixes))}")
     return images
+
+
+def _is_wanted(path: Path, suffixes: Collection[str]) -> bool:
+    """Whether a path is a file with one of the endings, and not hidden."""
+    return path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
 
 
 def resize_tensor(image: Tensor, size: tuple[int, int]) -> Tensor:

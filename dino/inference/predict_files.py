@@ -8,8 +8,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -70,11 +71,7 @@ def plan(inputs: Sequence[str], folder: Path) -> list[_Job]:
     Raises:
         DataError: an input does not exist, or its result would replace a file.
     """
-    found = [source for text in inputs for source in _find_sources(text)]
-    unique: dict[str | int, Path | int] = {}
-    for source in found:
-        unique.setdefault(source if isinstance(source, int) else os.path.abspath(source), source)
-    jobs = [_make_job(source, name, folder) for source, name in _names(list(unique.values())).items()]
+    jobs = [_make_job(source, name, folder) for source, name in _names(_find_all(inputs)).items()]
     written = [(f"{job.source}: ", path) for job in jobs for path in _outputs(job)]
     written.append(("", folder / "predictions.json"))
     counts = Counter(path for _, path in written)
@@ -82,6 +79,14 @@ def plan(inputs: Sequence[str], folder: Path) -> list[_Job]:
         if path.exists() or counts[path] > 1:
             raise DataError(f"{source}{path} is taken. Choose another --output")
     return jobs
+
+
+def _find_all(inputs: Sequence[str]) -> list[Path | int]:
+    """Files and webcams of all inputs, each of them once."""
+    found: dict[str | int, Path | int] = {}
+    for source in chain.from_iterable(map(_find_sources, inputs)):
+        found.setdefault(source if isinstance(source, int) else os.path.abspath(source), source)
+    return list(found.values())
 
 
 def _find_sources(text: str) -> list[Path | int]:
@@ -141,10 +146,16 @@ def predict(predictor: Predictor, jobs: Sequence[_Job], folder: Path) -> None:
         if _is_video(job.source):
             _predict_video(predictor, job, issues)
     if issues:
-        for issue in issues if len(issues) > 1 else ():
-            print(f"not read: {issue}")
-        more = f" ({len(issues)} of {len(jobs)} inputs could not be read whole{'; see the list' if issues[1:] else ''})"
-        raise DataError(f"{issues[0]}{more if len(jobs) > 1 else ''}")
+        _report(issues, len(jobs))
+
+
+def _report(issues: Sequence[DataError], number: int) -> NoReturn:
+    """List the unreadable ones of a number of inputs, and raise the first."""
+    if len(issues) > 1:
+        print("\n".join(f"not read: {issue}" for issue in issues))
+    listed = "; all are listed above" if len(issues) > 1 else ""
+    more = f" ({len(issues)} of {number} inputs could not be read whole{listed})"
+    raise DataError(f"{issues[0]}{more if number > 1 else ''}")
 
 
 def _predict_images(predictor: Predictor, jobs: Sequence[_Job], folder: Path, issues: list[DataError]) -> None:

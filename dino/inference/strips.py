@@ -15,7 +15,7 @@ from PIL import Image, TiffImagePlugin
 from dino.utils.files import DataError
 
 LARGE = 178_956_970  # pixels: Pillow's limit, up to which files are decoded whole
-_ROWS = 1024  # that are decoded at a time,
+_ROWS = 256  # that are decoded at a time,
 _MOST_PIXELS = 1 << 26  # or fewer, unless one row has more pixels
 _LOADERS = ("jpegload", "pngload", "tiffload", "webpload")
 _BANDS = {("srgb", "uchar"): (3, 4), ("b-w", "uchar"): (1,), ("grey16", "ushort"): (1,), ("b-w", "float"): (1,)}

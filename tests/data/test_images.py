@@ -76,7 +76,7 @@ def test_sixteen_bits_are_scaled_to_eight(tmp_path, suffix):
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_wide_numbers_need_a_range(tmp_path, dtype):
     path = save(tmp_path / "wide.tif", RAMP.astype(dtype))
-    with pytest.raises(DataError, match=r"wide\.tif: its mode [IF] .*has no range of its own\. Set input_range="):
+    with pytest.raises(DataError, match=r"wide\.tif: its mode [IF] has no range of its own: .*\. Set input_range="):
         read_image(path)
     assert_rgb(read_image(path, (0, 255)), RAMP)
     assert_rgb(read_image(save(tmp_path / "wider.tif", RAMP.astype(dtype) * 257), (0, 65535)), RAMP)

@@ -198,7 +198,7 @@ def test_the_range_of_a_checkpoint(dino, tmp_path):
         assert found.draw().size == (100, 72)
     code, error = dino("a.tif", "--output", "out")
     assert code == 1
-    assert "can't read image a.tif: its mode F (floats) has no range of its own" in error
+    assert "can't read image a.tif: its mode F has no range of its own: floats" in error
 
 
 def huge_png():
