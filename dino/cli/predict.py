@@ -16,7 +16,8 @@ examples:
   dino predict model_final.pth "aerial/*.tif" --tile 1024 --overlap 0.2
   dino predict model_final.pth 0                     (a webcam, until Ctrl-C)
 Drawn images go to the output folder under their own names, beside predictions.json: COCO format, with a score in each
-annotation. A video becomes an MP4 file without sound, with a JSON file of its own. Existing files are never replaced.
+annotation. Files of equal names keep their sub-folders. A video becomes an MP4 file without sound, with a JSON file of
+its own. Existing files are never replaced.
 """
 _DTYPES = ("fp32", "bf16", "fp16")
 _PRECISIONS = ("highest", "high", "medium")
@@ -38,6 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--one-label", action="store_true", help="give no box two labels")
     parser.add_argument("--tile", type=int, metavar="PIXELS", help="also cut larger images into tiles of this size")
     parser.add_argument("--overlap", type=float, default=0.2, help="of tiles, as a fraction (default %(default)s)")
+    parser.add_argument(
+        "--max-pixels", type=int, metavar="N", help="most pixels of an image (default: Pillow's limit of 179 million)"
+    )
     parser.add_argument("--batch-size", type=int, default=1, help="images that run together (default %(default)s)")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU where there is one)")
     parser.add_argument("--dtype", choices=_DTYPES, default="fp32", help="of the network (default %(default)s)")

@@ -21,7 +21,7 @@ class CombiningMapper(TrainMapper):
     shows up to eight images. `file_name` of the result lists the files of all of them, for messages.
 
     Args:
-        augmentations: as of `TrainMapper`.
+        augmentations, input_range: as of `TrainMapper`.
         mosaic: joins four images, see `dino.data.mixing.Mosaic`.
         mixup: blends two, see `dino.data.mixing.MixUp`.
         begin, end: the part of the training, in shares of its iterations; from `begin` to before `end`.
@@ -41,8 +41,9 @@ class CombiningMapper(TrainMapper):
         begin: float,
         end: float,
         max_iter: int | None,
+        input_range: Sequence[float] | None = None,
     ):
-        super().__init__(augmentations)
+        super().__init__(augmentations, input_range)
         if not 0 <= begin <= end <= 1:
             raise UserError(f"begin={begin} and end={end} of mosaic and mixup must rise within [0, 1]")
         self.mosaic = mosaic

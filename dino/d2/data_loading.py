@@ -206,10 +206,12 @@ class TrainMapper:
 
     Args:
         augmentations: Detectron2 augmentations, applied to an RGB image.
+        input_range: of `read_image`; in a recipe, `model.input_range` fills it in.
     """
 
-    def __init__(self, augmentations: Sequence[T.Augmentation]):
+    def __init__(self, augmentations: Sequence[T.Augmentation], input_range: Sequence[float] | None = None):
         self.augmentations = T.AugmentationList(list(augmentations))
+        self.input_range = input_range
 
     def __call__(self, entry: dict) -> dict:
         """Dict of a data set -> dict for `DINODetector` in training; drops objects that were cropped away."""
@@ -224,7 +226,7 @@ class TrainMapper:
         objects = entry.get("annotations", [])
         boxes = np.array([o["bbox"] for o in objects], dtype=np.float64).reshape(-1, 4)
         labels = np.array([o["category_id"] for o in objects], dtype=np.int64)
-        return Picture(_read({**entry}), boxes, labels, (str(entry["file_name"]),))
+        return Picture(_read({**entry}, self.input_range), boxes, labels, (str(entry["file_name"]),))
 
     def augment(self, entry: dict, picture: Picture) -> dict:
         """The picture made of an entry -> dict for `DINODetector`, with the names of the picture's files."""
@@ -249,24 +251,25 @@ class TestMapper:
     """Reads and resizes one image for evaluation.
 
     Args:
-        augmentations: as of `TrainMapper`.
+        augmentations, input_range: as of `TrainMapper`.
     """
 
     __test__ = False  # not a test case of pytest
 
-    def __init__(self, augmentations: Sequence[T.Augmentation]):
+    def __init__(self, augmentations: Sequence[T.Augmentation], input_range: Sequence[float] | None = None):
         self.augmentations = T.AugmentationList(list(augmentations))
+        self.input_range = input_range
 
     def __call__(self, entry: dict) -> dict:
         """Dict of a data set -> dict for `DINODetector` in evaluation, without annotations."""
-        aug_input = T.AugInput(_read(entry))
+        aug_input = T.AugInput(_read(entry, self.input_range))
         self.augmentations(aug_input)
         return {**{k: v for k, v in entry.items() if k != "annotations"}, "image": _to_tensor(aug_input.image)}
 
 
-def _read(entry: dict) -> np.ndarray:
+def _read(entry: dict, input_range: Sequence[float] | None) -> np.ndarray:
     """Read a dict's file as (H, W, 3) uint8 RGB. Raise a DataError unless its size is that of the annotations."""
-    image = read_image(entry["file_name"])
+    image = read_image(entry["file_name"], input_range)
     try:
         utils.check_image_size(entry, image)
     except utils.SizeMismatchError as error:

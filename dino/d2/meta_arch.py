@@ -10,6 +10,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
+from dino.data.images import check_input_range
 from dino.modeling.detector import IMAGENET_MEAN, IMAGENET_STD, Detector, Preprocessing, to_target
 from dino.modeling.dino import DINO
 from dino.structures import Target
@@ -28,6 +29,8 @@ class DINODetector(Detector):
         num_classes: C, number of classes; the network's parts must have been built for the same number.
         pixel_mean, pixel_std: of the channels, for pixel values 0 to 255 in the order of the input.
         max_detections: detections per image.
+        input_range: values [low, high] of grey images of more than 8 bits that become 0 and 255, in training and
+            wherever the checkpoint is used; None for the rule by type, see `dino.data.images.read_image`.
     """
 
     @configurable
@@ -40,8 +43,14 @@ class DINODetector(Detector):
         pixel_mean: Sequence[float] = IMAGENET_MEAN,
         pixel_std: Sequence[float] = IMAGENET_STD,
         max_detections: int = 300,
+        input_range: Sequence[float] | None = None,
     ):
-        preprocessing = Preprocessing(tuple(pixel_mean), tuple(pixel_std), max_detections=max_detections)
+        preprocessing = Preprocessing(
+            tuple(pixel_mean),
+            tuple(pixel_std),
+            max_detections=max_detections,
+            input_range=check_input_range(input_range),
+        )
         super().__init__(network, preprocessing, criterion=criterion)
         self.num_classes = num_classes
 

@@ -15,6 +15,7 @@ from detectron2.config import LazyCall, LazyConfig, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from dino.d2.training.parallel import from_main, restarted, started_by_same
+from dino.data.images import check_input_range
 from dino.modeling.variants import Branches, CombinedCriterion
 from dino.utils.files import DataError, UserError, free_name
 from dino.utils.recipes import find_recipe
@@ -86,6 +87,7 @@ def complete(
     if not torch.cuda.is_available() and str(cfg.train.device).startswith("cuda"):
         cfg.train.device = "cpu"
     _use_classes(cfg, _keys(overrides), eval_only)
+    _use_input_range(cfg)
     if not eval_only:
         _check_schedule(cfg)
     return cfg
@@ -181,6 +183,15 @@ def _use_classes(cfg: DictConfig, stated: set[str], eval_only: bool) -> None:
     if not stated.isdisjoint(_NUM_CLASSES) and current != classes:
         raise UserError(f"{key}={current}, but the data has {classes} classes: write {key}={classes}")
     OmegaConf.update(cfg, key, classes)
+
+
+def _use_input_range(cfg: DictConfig) -> None:
+    """Let the mappers read images as the model expects them; a recipe without `model.input_range` stays as it is."""
+    input_range = check_input_range(OmegaConf.select(cfg, "model.input_range"))
+    for split in ("train", "test") if input_range else ():
+        mapper = OmegaConf.select(cfg, f"dataloader.{split}.mapper")
+        if mapper is not None:
+            mapper.input_range = list(input_range)
 
 
 def _common_names(cfg: DictConfig, eval_only: bool) -> list[str]:

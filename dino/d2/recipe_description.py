@@ -10,6 +10,7 @@ from detectron2.config import LazyCall, LazyConfig
 from detectron2.utils.registry import _convert_target_to_string as name_of
 from omegaconf import DictConfig, OmegaConf
 
+from dino.data.images import check_input_range
 from dino.modeling.detector import Preprocessing
 from dino.utils.recipes import find_recipe
 from dino.weights import read_content
@@ -23,8 +24,11 @@ def describe(cfg: DictConfig) -> dict[str, Any]:
     """Make the `about` of a checkpoint: the recipe's model as JSON text, and the preprocessing of its images."""
     resizes = [a for a in cfg.dataloader.test.mapper.augmentations if "sizes" in a]
     size = {"short_side": int(max(resizes[-1].sizes)), "max_size": resizes[-1].get("max_size")} if resizes else {}
-    model = {key: cfg.model[key] for key in ("pixel_mean", "pixel_std", "max_detections") if key in cfg.model}
+    model = {
+        key: cfg.model[key] for key in ("pixel_mean", "pixel_std", "max_detections", "input_range") if key in cfg.model
+    }
     model = {key: [float(x) for x in value] if "pixel" in key else value for key, value in model.items()}
+    model["input_range"] = check_input_range(model.get("input_range"))
     return {
         "config": json.dumps(_plain(OmegaConf.to_container(cfg.model, resolve=True))),
         "preprocessing": Preprocessing(**model, **size)._asdict(),
@@ -46,6 +50,7 @@ def recipe_of(path: str | Path) -> DictConfig:
         pixel_mean=list(preprocessing.pixel_mean),
         pixel_std=list(preprocessing.pixel_std),
         max_detections=preprocessing.max_detections,
+        input_range=preprocessing.input_range and list(preprocessing.input_range),
     )
     resize = LazyCall(ShortSide)(sizes=[preprocessing.short_side], max_size=preprocessing.max_size)
     cfg.dataloader.test.mapper.augmentations = [resize]

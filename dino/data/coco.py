@@ -271,6 +271,7 @@ class CocoImages(Dataset):
             "labels": (G,) int64}, returns the same two (torchvision transforms v2).
         limit: how many images to keep, the first ones; None keeps all.
         crowd: see `read_annotations`.
+        input_range: of `read_image`.
 
     Attributes:
         data: the content of the file, without the images beyond `limit` and their annotations.
@@ -290,10 +291,12 @@ class CocoImages(Dataset):
         transforms: Callable,
         limit: int | None = None,
         crowd: str = "ignore",
+        input_range: Sequence[float] | None = None,
     ):
         self.data = _first_images(read_annotations(annotations, folder, crowd), limit)
         self.folder = Path(folder)
         self.transforms = transforms
+        self.input_range = input_range
         self.images = self.data["images"]
         self.names, self.category_ids = classes_of(self.data)
         cleaned = _objects_of(self.data)
@@ -312,7 +315,8 @@ class CocoImages(Dataset):
         """
         resize = ResizeShortSide(detector.preprocessing.short_side, detector.preprocessing.max_size)
         clean = [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1)]
-        data = cls(annotations, folder, v2.Compose([resize, *clean]))
+        input_range = detector.preprocessing.input_range
+        data = cls(annotations, folder, v2.Compose([resize, *clean]), input_range=input_range)
         if data.names != detector.names:
             raise DataError(
                 f"the checkpoint was trained for the classes {detector.names}, {annotations} has {data.names}"
@@ -326,7 +330,7 @@ class CocoImages(Dataset):
         """-> image, objects, and the entry of the file with `id`, `height`, `width`."""
         entry = self.images[index]
         path = resolve_inside(self.folder, entry["file_name"])
-        image = tv_tensors.Image(torch.from_numpy(read_image(path)).permute(2, 0, 1))
+        image = tv_tensors.Image(torch.from_numpy(read_image(path, self.input_range)).permute(2, 0, 1))
         if image.shape[1:] != (entry["height"], entry["width"]):
             found = f"{image.shape[2]}x{image.shape[1]}"
             raise DataError(f"{path} is {found}, but the annotations say {entry['width']}x{entry['height']}")

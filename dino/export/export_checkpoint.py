@@ -7,6 +7,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from dino.data.images import IMAGE_SUFFIXES
 from dino.inference.cpu import fold_norms
 from dino.modeling.detector import Detector
 from dino.utils.files import DataError, UserError, make_folder, write_whole
@@ -14,7 +15,7 @@ from dino.weights.description import detector_from_checkpoint
 
 from .export_formats import FORMATS, write
 from .export_wrapper import ExportWrapper, Fixed, describe
-from .verify import Limits, compare, read_data, read_folder
+from .verify import Limits, compare, read_data
 
 
 def export_checkpoint(
@@ -50,7 +51,7 @@ def export_checkpoint(
         raise UserError(f"{output} exists: choose another name, or move it away")
     detector = detector_from_checkpoint(checkpoint, copy)
     about = describe(detector.names, _spread(thresholds, detector.names), detector.preprocessing, fixed)
-    source = _read_images(verify, verify_json, detector.names, limit)
+    source = _read_images(verify, verify_json, detector, limit)
     print(f"exporting {checkpoint} as {form}; this takes a minute or two", flush=True)
     content = write(form, exportable(detector), fixed, about, sampling=sampling)
     run = FORMATS[form].run(content)
@@ -66,11 +67,27 @@ def export_checkpoint(
     print(f"{output}: {form}, {size}, {len(detector.names)} classes, {len(content) / 1e6:.1f} MB{checked}")
 
 
-def _read_images(folder: Path | None, annotations: Path | None, names: Sequence[str], limit: int) -> Any:
+def _read_images(folder: Path | None, annotations: Path | None, detector: Detector, limit: int) -> Any:
     """The images to compare on, with annotations if there are any; None without a folder."""
     if folder is None:
         return None
-    return read_data(annotations, folder, names, limit) if annotations else read_folder(folder, limit)
+    if annotations is None:
+        return _list_files(folder, limit)
+    return read_data(annotations, folder, detector.names, limit, detector.preprocessing.input_range)
+
+
+def _list_files(folder: Path, limit: int) -> list[Path]:
+    """The first `limit` image files in a folder and those below it.
+
+    Raises:
+        DataError: the folder is missing or holds no image.
+    """
+    if not folder.is_dir():
+        raise DataError(f"image folder not found: {folder}")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != ".")
+    if not paths:
+        raise DataError(f"no image in {folder} to verify with")
+    return paths[:limit]
 
 
 def _spread(thresholds: Sequence[float], names: Sequence[str]) -> list[float]:

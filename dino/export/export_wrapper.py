@@ -58,6 +58,7 @@ def describe(
         "names": list(names),
         "thresholds": list(thresholds),
         "resize": resize,
+        "input_range": list(preprocessing.input_range) if preprocessing.input_range else None,
         "images": "uint8 (batch, 3, height, width), RGB, each resized and in the upper left corner",
         "sizes": "int64 (batch, 2), height and width of each image after resizing",
         "boxes": "x0, y0, x1, y1 in pixels of the resized image",

@@ -13,7 +13,7 @@ from torchvision.ops import box_iou
 from tqdm import tqdm
 
 from dino.data.coco import CocoImages
-from dino.data.images import IMAGE_SUFFIXES, read_image
+from dino.data.images import read_image
 from dino.evaluation.average_precision import evaluate, to_results
 from dino.inference.tiling import scale
 from dino.layers import Detections
@@ -92,7 +92,7 @@ def compare(
     Args:
         detector: the network with its preprocessing, not the copy that was exported.
         run: the exported program.
-        source: images, from `read_folder` or `read_data`; only the latter gives an AP.
+        source: images, files, or a data set from `read_data`, which alone gives an AP.
         resize: the rule, see `prepare`.
         fixed: the only size that the program takes.
 
@@ -102,7 +102,8 @@ def compare(
     data = source if isinstance(source, CocoImages) else None
     differences: list[tuple[float, float] | None] = []
     results: tuple[list, list] = [], []  # of the network and of the exported program, in COCO's format
-    for picture in tqdm(pictures(source), desc="verify", total=len(source), disable=None):
+    read = pictures(source, detector.preprocessing.input_range)
+    for picture in tqdm(read, desc="verify", total=len(source), disable=None):
         inputs = prepare(picture.pixels, resize)
         pair = run_network(detector, inputs), run_exported(run, inputs, fixed)
         differences += _match(*pair)
@@ -152,27 +153,19 @@ def _match(expected: Detections, found: Detections) -> list[tuple[float, float] 
     ]
 
 
-def read_folder(folder: Path, limit: int) -> list[Path]:
-    """The first `limit` image files in a folder and those below it.
-
-    Raises:
-        DataError: the folder is missing or holds no image.
-    """
-    if not folder.is_dir():
-        raise DataError(f"image folder not found: {folder}")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
-        raise DataError(f"no image in {folder} to verify with")
-    return paths[:limit]
-
-
-def read_data(annotations: Path, folder: Path, names: Sequence[str], limit: int) -> CocoImages:
+def read_data(
+    annotations: Path,
+    folder: Path,
+    names: Sequence[str],
+    limit: int,
+    input_range: tuple[float, float] | None = None,
+) -> CocoImages:
     """The first `limit` images of a data set, and their objects.
 
     Raises:
         DataError: see `read_annotations`; its classes are not those of the model, or it has no image.
     """
-    data = CocoImages(annotations, folder, lambda image, objects: (image, objects), limit)
+    data = CocoImages(annotations, folder, lambda image, objects: (image, objects), limit, input_range)
     if data.names != list(names):
         raise DataError(f"{annotations} has the classes {data.names}, the model {list(names)}")
     if not len(data):
@@ -180,11 +173,11 @@ def read_data(annotations: Path, folder: Path, names: Sequence[str], limit: int)
     return data
 
 
-def pictures(source: list[Path] | CocoImages) -> Iterator[_Picture]:
-    """Read one after the other."""
+def pictures(source: list[Path] | CocoImages, input_range: tuple[float, float] | None = None) -> Iterator[_Picture]:
+    """Read one after the other; `input_range` of `read_image`, for a list of files."""
     for index in range(len(source)):
         if isinstance(source, CocoImages):
             image, _, entry = source[index]
             yield _Picture(image.permute(1, 2, 0).numpy(), entry["id"])
         else:
-            yield _Picture(read_image(source[index]), None)
+            yield _Picture(read_image(source[index], input_range), None)

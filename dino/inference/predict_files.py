@@ -8,14 +8,16 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
-from dino.data.images import list_images
+from dino.data.images import IMAGE_SUFFIXES, list_images
 from dino.layers import detections, one_label_detections
 from dino.utils.files import DataError, UserError, counted, make_folder, write_whole
 
@@ -24,6 +26,7 @@ from .predictor import Prediction, Predictor
 from .video import VIDEO_SUFFIXES, VideoReader, VideoWriter
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_LISTED = 5  # files that a message names
 _FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}  # of drawn pictures; others become PNG
 
 
@@ -32,6 +35,7 @@ class _Job(NamedTuple):
 
     source: Path | int
     target: Path
+    name: str  # of the source in the JSON file
 
 
 def make_predictor(
@@ -67,8 +71,7 @@ def plan(inputs: Sequence[str], folder: Path) -> list[_Job]:
     Raises:
         DataError: an input does not exist, or its result would replace a file.
     """
-    sources = dict.fromkeys(source for text in inputs for source in _find_sources(text))
-    jobs = [_Job(source, folder / _target_name(source)) for source in sources]
+    jobs = [_make_job(source, name, folder) for source, name in _names(_find_all(inputs)).items()]
     written = [(f"{job.source}: ", path) for job in jobs for path in _outputs(job)]
     written.append(("", folder / "predictions.json"))
     counts = Counter(path for _, path in written)
@@ -78,14 +81,36 @@ def plan(inputs: Sequence[str], folder: Path) -> list[_Job]:
     return jobs
 
 
+def _find_all(inputs: Sequence[str]) -> list[Path | int]:
+    """Files and webcams of all inputs, each of them once."""
+    found: dict[str | int, Path | int] = {}
+    for source in chain.from_iterable(map(_find_sources, inputs)):
+        found.setdefault(source if isinstance(source, int) else os.path.abspath(source), source)
+    return list(found.values())
+
+
 def _find_sources(text: str) -> list[Path | int]:
     """Files or webcam of an input of the command line."""
-    path = Path(text)
-    if text.isdecimal() and not path.exists():
+    if text.isdecimal() and not Path(text).exists():
         return [int(text)]
-    if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file():
-        return [path]
-    return list(list_images(text))
+    return list(list_images(text, IMAGE_SUFFIXES | VIDEO_SUFFIXES))
+
+
+def _names(sources: Sequence[Path | int]) -> dict[Path | int, str]:
+    """A name of each source: its own, or its path below the common folder of all whose results have one name."""
+    count = Counter(map(_target_name, sources))
+    equal = [source for source in sources if isinstance(source, Path) and count[_target_name(source)] > 1]
+    names = {source: source.name if isinstance(source, Path) else str(source) for source in sources}
+    if equal:
+        folders = [os.path.abspath(source.parent) for source in equal]
+        base = os.path.commonpath(folders)
+        names |= {s: (Path(os.path.abspath(s)).relative_to(base)).as_posix() for s in equal}
+    return names
+
+
+def _make_job(source: Path | int, name: str, folder: Path) -> _Job:
+    """The job of a source whose name may lead into a sub-folder."""
+    return _Job(source, folder / Path(name).parent / _target_name(source), name)
 
 
 def _is_video(source: Path | int) -> bool:
@@ -121,13 +146,22 @@ def predict(predictor: Predictor, jobs: Sequence[_Job], folder: Path) -> None:
         if _is_video(job.source):
             _predict_video(predictor, job, issues)
     if issues:
-        more = f" ({len(issues)} of {len(jobs)} inputs could not be read whole; this was the first)"
-        raise DataError(f"{issues[0]}{more if len(jobs) > 1 else ''}")
+        _report(issues, len(jobs))
+
+
+def _report(issues: Sequence[DataError], number: int) -> NoReturn:
+    """List the unreadable ones of a number of inputs, and raise the first."""
+    if len(issues) > 1:
+        print("\n".join(f"not read: {issue}" for issue in issues))
+    listed = "; all are listed above" if len(issues) > 1 else ""
+    more = f" ({len(issues)} of {number} inputs could not be read whole{listed})"
+    raise DataError(f"{issues[0]}{more if number > 1 else ''}")
 
 
 def _predict_images(predictor: Predictor, jobs: Sequence[_Job], folder: Path, issues: list[DataError]) -> None:
     """Draw pictures; `issues` receives the errors of unreadable ones."""
-    targets = {job.source: job.target for job in jobs}
+    by_source = {job.source: job for job in jobs}
+    paged = []  # names of files of several pages
     with (
         _open_coco(folder / "predictions.json", predictor.names) as coco,
         tqdm(total=len(jobs), desc="predict", unit="image", disable=None) as bar,
@@ -137,14 +171,32 @@ def _predict_images(predictor: Predictor, jobs: Sequence[_Job], folder: Path, is
             issues.append(error)
             bar.update()
 
-        for found in predictor.stream(list(targets), on_error=skip):
-            picture = found.draw()
-            target = targets[found.source]
-            form = _FORMATS.get(target.suffix.lower())
-            write_whole(target, lambda part, p=picture, form=form: p.save(part, format=form, quality=92))
-            coco.add(found, file_name=found.source.name)
+        for found in predictor.stream(list(by_source), on_error=skip):
+            job = by_source[found.source]
+            _draw(found, job.target)
+            coco.add(found, file_name=job.name)
+            paged += [job.name] if _has_pages(found.source) else []
             bar.update()
     print(f"{counted(coco.images, 'picture')} with {counted(coco.objects, 'object')} written to {folder}")
+    if paged:
+        more = ", …" if len(paged) > _LISTED else ""
+        print(f"only the first page of {counted(len(paged), 'file')} was used: {', '.join(paged[:_LISTED])}{more}")
+
+
+def _draw(found: Prediction, target: Path) -> None:
+    """Write the drawn picture."""
+    make_folder(target.parent)
+    picture, form = found.draw(), _FORMATS.get(target.suffix.lower())
+    write_whole(target, lambda part: picture.save(part, format=form, quality=92))
+
+
+def _has_pages(path: Path) -> bool:
+    """Whether a file has several pages or frames. (The second picture of a camera's MPO file is no page.)"""
+    try:
+        with Image.open(path) as image:
+            return image.format != "MPO" and getattr(image, "is_animated", False)
+    except Exception:  # a broken second page
+        return False
 
 
 def _predict_video(predictor: Predictor, job: _Job, issues: list[DataError]) -> None:
@@ -154,6 +206,7 @@ def _predict_video(predictor: Predictor, job: _Job, issues: list[DataError]) -> 
     except DataError as error:
         issues.append(error)
         return
+    make_folder(job.target.parent)
     interrupted = False
     writer, start = None, time.monotonic()
     with (

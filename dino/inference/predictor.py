@@ -13,16 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from dino.data.images import list_images, read_image, resize_image, to_rgb
+from dino.data.images import list_images, read_image, resize_image
 from dino.layers import Detections
 from dino.modeling import DINO, CudaGraphs, compile_network, use_float32_precision
 from dino.modeling.cuda_graphs import MOST
@@ -32,9 +33,11 @@ from dino.weights.description import detector_from_checkpoint
 
 from .cpu import fold_norms, prepare_for_cpu
 from .drawing import draw_detections
-from .tiling import View, merge, suppress, take, views
+from .strips import Strips
+from .tiling import View, merge, scale, suppress, take, views
 
 _CROPS = 16  # batches of crops that are resized at a time
+_DRAWN_SIDE = 8192  # pixels, of a drawing of a picture in strips
 _MERGE_IOU = 0.5  # of boxes from different views of one picture, where `nms` says nothing
 
 
@@ -48,6 +51,8 @@ class Prediction:
         image_size: height and width of the picture in pixels.
         source: the given picture; a `Path` where it was read from a file.
         channels: order of `source` if that is an array.
+        read: reads `source` if that is a file or a Pillow image.
+        strips: the file, where it is too large to be decoded whole.
     """
 
     detections: Detections
@@ -55,6 +60,8 @@ class Prediction:
     image_size: tuple[int, int]
     source: Any
     channels: str = "RGB"
+    read: Callable[[Any], np.ndarray] = read_image
+    strips: Strips | None = None
 
     @property
     def boxes(self) -> Tensor:
@@ -75,14 +82,20 @@ class Prediction:
         return len(self.scores)
 
     def draw(self) -> Image.Image:
-        """Draw the detections on the picture; a file is read again.
+        """Draw the detections on the picture; a file is read again, in `strips` at a size of at most 8,192 pixels.
 
         Raises:
             DataError: the file is gone.
         """
         texts = [f"{name} {score:.2f}" for name, score in zip(self.names, self.scores.tolist(), strict=True)]
-        picture = Image.fromarray(_to_pixels(self.source, self.channels))
-        return draw_detections(picture, self.boxes.tolist(), self.labels.tolist(), texts)
+        size = self.image_size
+        if self.strips is None:
+            pixels = _to_pixels(self.source, self.channels, self.read)
+        else:
+            size = tuple(max(1, round(side * _DRAWN_SIDE / max(size))) for side in size)
+            pixels = self.strips.shrink(size)
+        boxes = scale(self.detections, self.image_size, size).boxes
+        return draw_detections(Image.fromarray(pixels), boxes.tolist(), self.labels.tolist(), texts)
 
 
 class Predictor:
@@ -99,6 +112,7 @@ class Predictor:
         batch_size: how many pictures, or tiles, run together. More than 1 pays on a GPU.
         cuda_graphs: number of sizes that are recorded as CUDA graphs when they come again, see
             `dino.modeling.CudaGraphs`: faster, for the memory of one forward pass. 0 for none. No effect on a CPU.
+        max_pixels: most pixels that a file may have; None for Pillow's limit of 179 million.
 
     Raises:
         ValueError: a number is out of its range.
@@ -116,6 +130,7 @@ class Predictor:
         overlap: float = 0.2,
         batch_size: int = 1,
         cuda_graphs: int = MOST,
+        max_pixels: int | None = None,
     ):
         number = detector.preprocessing.max_detections if max_detections is None else max_detections
         self.max_detections = _within("max_detections", number, 1)
@@ -128,6 +143,8 @@ class Predictor:
         self.tile = None if tile is None else _within("tile", tile, 32)
         self.overlap = _within("overlap", overlap, 0, 0.9)
         self.batch_size = _within("batch_size", batch_size, 1)
+        self.max_pixels = None if max_pixels is None else _within("max_pixels", max_pixels, 1)
+        self.read = partial(read_image, input_range=preprocessing.input_range, max_pixels=self.max_pixels)
 
     @property
     def network(self) -> DINO:
@@ -214,23 +231,33 @@ class Predictor:
             results = self.detect([pixels for _, pixels in batch], sources)
             for (source, pixels), found in zip(batch, results, strict=True):
                 names = [self.names[label] for label in found.labels.tolist()]
-                yield Prediction(found, names, pixels.shape[:2], source, channels)
+                strips = pixels if isinstance(pixels, Strips) else None
+                yield Prediction(found, names, pixels.shape[:2], source, channels, self.read, strips)
 
     def _read(
         self, images: Any, channels: str, on_error: Callable[[DataError], object] | None
-    ) -> Iterator[tuple[Any, np.ndarray]]:
-        """Read each source as pixels (H, W, 3), uint8, RGB."""
+    ) -> Iterator[tuple[Any, np.ndarray | Strips]]:
+        """Read each source as pixels (H, W, 3), uint8, RGB; a very large file in strips if tiles are wanted."""
         if channels not in ("RGB", "BGR"):
             raise ValueError(f'channels must be "RGB" or "BGR", not {channels!r}')
         for source in _list_sources(images):
             try:
-                yield source, _to_pixels(source, channels)
+                strips = self._open_strips(source)
+                yield source, _to_pixels(source, channels, self.read) if strips is None else strips
             except DataError as error:
                 if on_error is None:
                     raise
                 on_error(error)
 
-    def detect(self, pictures: Sequence[np.ndarray], sources: Sequence[str] = (), **options: Any) -> list[Detections]:
+    def _open_strips(self, source: Any) -> Strips | None:
+        """Open a very large file for tiles; None for everything else."""
+        if self.tile is None or not isinstance(source, Path):
+            return None
+        return Strips.open(source, self.read, self.max_pixels)
+
+    def detect(
+        self, pictures: Sequence[np.ndarray | Strips], sources: Sequence[str] = (), **options: Any
+    ) -> list[Detections]:
         """Detect in pictures (H, W, 3), uint8, RGB; results are on the CPU.
 
         Args:
@@ -238,7 +265,7 @@ class Predictor:
             options: of `Detector.detect`.
         """
         cuts = [self._views(*picture.shape[:2]) for picture in pictures]
-        crops = [p[v.y0 : v.y1, v.x0 : v.x1] for p, vs in zip(pictures, cuts, strict=True) for v in vs]
+        crops = [(p, v) for p, vs in zip(pictures, cuts, strict=True) for v in vs]
         options = {"batch_size": self.batch_size, **options}
         if sources:
             options["sources"] = [*chain(*([source] * len(vs) for source, vs in zip(sources, cuts, strict=True)))]
@@ -246,14 +273,15 @@ class Predictor:
         return [self._join(list(islice(found, len(vs))), vs, p.shape[:2]) for p, vs in zip(pictures, cuts, strict=True)]
 
     def _detect_crops(
-        self, crops: Sequence[np.ndarray], sources: Sequence[str] = (), **options: Any
+        self, crops: Sequence[tuple[np.ndarray | Strips, View]], sources: Sequence[str] = (), **options: Any
     ) -> list[Detections]:
-        """Detections of crops (H, W, 3), uint8, a few of which are resized at a time."""
+        """Detections of views of pictures, a few of which are cut and resized at a time."""
         found = []
         for start in range(0, len(crops), _CROPS * self.batch_size):
             part = slice(start, start + _CROPS * self.batch_size)
-            sizes = [crop.shape[:2] for crop in crops[part]]
-            found += self.detector.detect([*map(self._prepare, crops[part])], sizes, sources=sources[part], **options)
+            sizes = [(view.y1 - view.y0, view.x1 - view.x0) for _, view in crops[part]]
+            images = [self._prepare(picture, view) for picture, view in crops[part]]
+            found += self.detector.detect(images, sizes, sources=sources[part], **options)
         return found
 
     def _views(self, height: int, width: int) -> list[View]:
@@ -261,9 +289,15 @@ class Predictor:
         tile = max(height, width) if self.tile is None else self.tile
         return views(height, width, tile, self.overlap)
 
-    def _prepare(self, pixels: np.ndarray) -> Tensor:
-        """(H, W, 3) uint8 -> (3, h, w) uint8, resized for the network."""
-        return torch.from_numpy(resize_image(pixels, self.detector.size(*pixels.shape[:2]))).permute(2, 0, 1)
+    def _prepare(self, picture: np.ndarray | Strips, view: View) -> Tensor:
+        """A view of a picture (H, W, 3) uint8 -> (3, h, w) uint8, resized for the network."""
+        height, width = view.y1 - view.y0, view.x1 - view.x0
+        size = self.detector.size(height, width)
+        if isinstance(picture, Strips) and (height, width) == picture.shape[:2]:
+            pixels = picture.shrink(size)
+        else:
+            pixels = resize_image(picture[view.y0 : view.y1, view.x0 : view.x1], size)
+        return torch.from_numpy(pixels).permute(2, 0, 1)
 
     def _join(self, found: list[Detections], cuts: list[View], image_size: tuple[int, int]) -> Detections:
         """Threshold and merge the detections of a picture's views; at most `max_detections`, on the CPU."""
@@ -303,16 +337,14 @@ def _list_sources(images: Any) -> Iterator[Any]:
         raise TypeError(f"a path, PIL image, array, tensor or list of them was expected, not {type(images).__name__}")
 
 
-def _to_pixels(source: Any, channels: str) -> np.ndarray:
-    """(H, W, 3) uint8, RGB, of one source; channels: the order in an array.
+def _to_pixels(source: Any, channels: str, read: Callable[[Any], np.ndarray]) -> np.ndarray:
+    """(H, W, 3) uint8, RGB, of one source; channels: the order in an array; read: reads files and Pillow images.
 
     Raises:
         DataError: it can't be read, or has another shape or type than a picture.
     """
-    if isinstance(source, Path):
-        return read_image(source)
-    if isinstance(source, Image.Image):
-        return to_rgb(ImageOps.exif_transpose(source))
+    if isinstance(source, Path | Image.Image):
+        return read(source)
     if isinstance(source, Tensor):
         return _from_tensor(source)
     return _from_array(source, channels)

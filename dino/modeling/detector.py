@@ -36,6 +36,7 @@ class Preprocessing(NamedTuple):
         short_side: length in pixels to which the shorter side is resized,
         max_size: unless the longer one would exceed this; None for no bound.
         max_detections: per image.
+        input_range: values (low, high) of deep grey files that become 0 and 255, see `read_image`; None: by their type.
     """
 
     pixel_mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -43,6 +44,7 @@ class Preprocessing(NamedTuple):
     short_side: int = 800
     max_size: int | None = 1333
     max_detections: int = 300
+    input_range: tuple[float, float] | None = None
 
 
 _PUBLISHED = Preprocessing()  # of the published models
@@ -219,14 +221,14 @@ class Detector(nn.Module):
 def resized_size(height: int, width: int, short_side: int, max_size: int | None) -> tuple[int, int]:
     """New (height, width) for a short side of `short_side` pixels and a long one of `max_size` at most.
 
-    Rounds as the official program does (torchvision's truncation), which differs from Detectron2's by a pixel.
+    Rounds as the official program does (torchvision's truncation), which differs from Detectron2's by a pixel. The long
+    side of an extreme shape, such as 65,535 x 1, is shrunk beyond its ratio: to 2 * max_size, or 128 short sides.
     """
     short, long = min(height, width), max(height, width)
     if max_size is not None and long / short * short_side > max_size:
         short_side = max(1, round(max_size * short / long))
-    if short == short_side:
-        return height, width
-    other = max(1, int(short_side * long / short))
+    other = long if short == short_side else max(1, int(short_side * long / short))
+    other = min(other, 128 * short_side if max_size is None else 2 * max_size)
     return (short_side, other) if height <= width else (other, short_side)
 
 

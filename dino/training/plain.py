@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
@@ -19,6 +20,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from dino.data.coco import CocoImages, ResizeShortSide, collate
+from dino.data.images import check_input_range
 from dino.evaluation import average_precision
 from dino.inference.cpu import keep_freed_memory
 from dino.layers import LossScaling, SetCriterion, SquaredIoULoss
@@ -61,6 +63,8 @@ class Settings(NamedTuple):
         norm: of the backbone. `FrozenBN` fine-tunes it: statistics and first convolution stay, the rest learns at a
             tenth of `lr`. `BN` trains it like everything else. None is `FrozenBN` for weights of a backbone, the one of
             a model.pth, `BN` for random weights.
+        input_range: values (low, high) of grey images of more than 8 bits that become 0 and 255, see `read_image`; None
+            for that of `weights`, or the rule by type.
     """
 
     backbone: str = "resnet18"
@@ -80,11 +84,13 @@ class Settings(NamedTuple):
     compile: bool = False
     cuda_graphs: int = 0
     norm: str | None = None
+    input_range: Sequence[float] | None = None
 
     @property
     def preprocessing(self) -> Preprocessing:
         """What the network expects of its images."""
-        return Preprocessing(short_side=self.size, max_size=2 * self.size, max_detections=100)
+        sizes = {"short_side": self.size, "max_size": 2 * self.size}
+        return Preprocessing(**sizes, max_detections=100, input_range=self.input_range)
 
     @property
     def torch_device(self) -> torch.device:
@@ -127,11 +133,11 @@ def train(
     if (output / "model.pth").exists():
         raise UserError(f"{output} holds a trained model: choose another --output, or move it away")
     _prepare_process(settings)
-    val = CocoImages(val_json, val_images, _transforms(settings, "none"))
     content = read_content(locate(str(weights))) if weights else None
-    settings = _with_norm(settings, weights, content)
+    settings = _with_input_range(_with_norm(settings, weights, content), weights, content)
+    val = _open(val_json, val_images, settings, "none")
     detector = _start(settings, val.names, weights, content)
-    data = CocoImages(train_json, train_images, _transforms(settings, settings.flips))
+    data = _open(train_json, train_images, settings, settings.flips)
     _check_data(data, val)
     output.mkdir(parents=True, exist_ok=True)
     empty = sum(not objects for objects in data.objects.values())
@@ -155,13 +161,13 @@ def evaluate(
     """
     settings = Settings(**settings)
     _prepare_process(settings)
-    val = CocoImages(val_json, val_images, _transforms(settings, "none"))
     content = read_content(weights)
     if _is_backbone(weights, content):
         raise DataError(
             f"{weights} has the weights of a backbone at most: train a detector from them, then evaluate it"
         )
-    settings = _with_norm(settings, weights, content)
+    settings = _with_input_range(_with_norm(settings, weights, content), weights, content)
+    val = _open(val_json, val_images, settings, "none")
     detector = _start(settings, val.names, weights, content)
     folder = free_name(Path(output) / "evaluation")  # the results of the training stay as they are
     folder.mkdir(parents=True)
@@ -217,6 +223,11 @@ def _transforms(settings: Settings, flips: str) -> v2.Compose:
     return v2.Compose([*chosen[flips], resize, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1)])
 
 
+def _open(annotations: str | Path, folder: str | Path, settings: Settings, flips: str) -> CocoImages:
+    """A data set, read and resized as the settings say."""
+    return CocoImages(annotations, folder, _transforms(settings, flips), input_range=settings.input_range)
+
+
 def _describe(settings: Settings, num_classes: int) -> dict:
     """The network in the words of `dino.weights.description`, which the checkpoint carries."""
     library = "Torchvision" if settings.backbone in TorchvisionBackbone.names_of_models() else "Timm"
@@ -260,6 +271,15 @@ def _with_norm(settings: Settings, path: str | Path | None, content: Mapping | N
         return settings._replace(norm=read_description(content, path)[0]["network"]["backbone"]["norm"])
     except (DataError, LookupError, TypeError):  # from before files described their models, or by Detectron2
         return settings._replace(norm="BN")
+
+
+def _with_input_range(settings: Settings, path: str | Path | None, content: Mapping | None) -> Settings:
+    """Take the input range, if the settings leave it open, from the file to start from."""
+    chosen = check_input_range(settings.input_range)
+    if chosen is None and content is not None:
+        with contextlib.suppress(DataError):  # from before files described their models, or weights of a backbone
+            chosen = read_description(content, path)[2].input_range
+    return settings._replace(input_range=chosen)
 
 
 def _start(settings: Settings, names: list[str], path: str | Path | None, content: Mapping | None) -> Detector:

@@ -231,7 +231,7 @@ def _read_preprocessing(values: Any) -> Preprocessing:
     Raises:
         DataError: a value is missing, unknown, or makes no sense.
     """
-    if not isinstance(values, Mapping) or set(values) != set(Preprocessing._fields):
+    if not isinstance(values, Mapping) or {*values, *_ADDED} != set(Preprocessing._fields):
         raise DataError(f"preprocessing must be a dict of {', '.join(Preprocessing._fields)}")
     for name, value in values.items():
         expected, fits = _EXPECTED[name]
@@ -253,6 +253,11 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
+def _is_range(value: Any) -> bool:
+    numbers = _is_list_of(value, (int, float)) and len(value) == 2
+    return numbers and -1e12 <= value[0] < value[1] <= 1e12 and value[1] - value[0] > 1e-12
+
+
 # Field of `Preprocessing` -> what a message calls its values, and the test of a value.
 _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "pixel_mean": ("a list of three numbers", _is_color),
@@ -260,4 +265,6 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "short_side": ("a positive integer", _is_count),
     "max_size": ("a positive integer or null", lambda value: value is None or _is_count(value)),
     "max_detections": ("a positive integer", _is_count),
+    "input_range": ("two rising numbers or null", lambda value: value is None or _is_range(value)),
 }
+_ADDED = {"input_range"}  # fields that files from before do not have

@@ -5,16 +5,19 @@ import pytest
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
+import numpy as np
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import SwinTransformer
 from detectron2.utils.registry import _convert_target_to_string as name_of
+from PIL import Image
 from torch import nn
 
+from dino.d2 import recipe
 from dino.d2.checkpoint import Checkpointer
-from dino.d2.recipe_description import _plain, describe
-from dino.utils.files import DataError
+from dino.d2.recipe_description import _plain, describe, recipe_of
+from dino.utils.files import DataError, UserError
 from dino.weights.description import _PARTS_OF_DETECTRON2, model_from_checkpoint
 
 from ..tiny import TinyBackbone, random_batch
@@ -47,7 +50,7 @@ def test_resnets_are_built_from_torchvisions(tmp_path, path):
     assert type(found.network.neck.backbone).__name__ == "TorchvisionBackbone"
     assert found.names == NAMES
     sizes = {SMALL: (288, 576)}.get(path, (800, 1333))
-    assert found.preprocessing == ((123.675, 116.28, 103.53), (1.0, 2.0, 3.0), *sizes, 20)
+    assert found.preprocessing == ((123.675, 116.28, 103.53), (1.0, 2.0, 3.0), *sizes, 20, None)
     images, padding = random_batch(2)
     expected, actual = model.network(images, padding).decoder, found.network(images, padding).decoder
     torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-4, atol=1e-4)
@@ -99,3 +102,33 @@ def test_a_resize_without_a_bound_is_described(tmp_path):
     cfg = load_recipe(*words, config=ROOT / "projects/dino/configs/dino_r18_shapes.py")
     found = describe(cfg)["preprocessing"]
     assert (found["short_side"], found["max_size"]) == (160, None)
+
+
+def test_the_range_of_deep_images_travels(tmp_path):
+    """From one setting of the recipe to both mappers, the checkpoint, and the recipe made from that."""
+    train, val = write_two_sets(tmp_path)
+    grey = np.random.default_rng(0).integers(0, 256, (64, 80), dtype=np.uint8)
+    deep = tmp_path / "deep.tif"
+    Image.fromarray(grey.astype(np.float32) * 10 - 50).save(deep)
+    words = [*file_arguments(train, val), *SHRINK]
+    cfg = load_recipe(*words, "model.input_range=[-50,2500]")
+    entry = {"file_name": str(deep), "height": 64, "width": 80}
+    assert (instantiate(cfg.dataloader.train.mapper).read(entry).image[:, :, 0] == grey).all()
+    cfg.dataloader.test.mapper.augmentations = []
+    assert (instantiate(cfg.dataloader.test.mapper)(entry)["image"][2].numpy() == grey).all()
+    save(cfg, tmp_path)
+    assert model_from_checkpoint(tmp_path / "model.pth").preprocessing.input_range == (-50, 2500)
+    again = recipe.complete(recipe_of(tmp_path / "model.pth"), [], recipe.DataFiles(None, None, *val), eval_only=True)
+    assert again.dataloader.test.mapper.input_range == [-50, 2500]
+    assert instantiate(again.model).preprocessing.input_range == (-50, 2500)
+    with pytest.raises(DataError, match=r"deep\.tif: its mode F .*model\.input_range of a recipe"):
+        instantiate(load_recipe(*words).dataloader.train.mapper).read(entry)
+    with pytest.raises(UserError, match=r"input_range must be \[low, high\]"):
+        load_recipe(*words, "model.input_range=[3,2]")
+
+
+def test_the_range_reaches_combined_images(tmp_path):
+    train, val = write_two_sets(tmp_path)
+    path = ROOT / "projects/dino/configs/dino_r50_4scale_12ep_dense_o2o.py"
+    cfg = load_recipe(*file_arguments(train, val), "model.input_range=[0,9]", "train.max_iter=4", config=path)
+    assert instantiate(cfg.dataloader.train.mapper).input_range == [0, 9]

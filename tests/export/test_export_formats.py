@@ -186,6 +186,8 @@ def test_files_describe_themselves(exported, case):
     about = description_of(form, exported(case))
     assert about["names"] == NAMES
     assert about["thresholds"] == [0.3, 0.4, 0.5]
+    assert about["input_range"] is None
+    assert describe(NAMES, [0], PREPROCESSING._replace(input_range=(1, 2)), None)["input_range"] == [1, 2]
     assert about["resize"] == ({"fit": [96, 128]} if fixed else {"short_side": 96, "max_size": 160})
 
 

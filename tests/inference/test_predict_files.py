@@ -15,7 +15,7 @@ from dino.inference import predict_files
 
 from ..coco_files import write_coco
 from ..tools.programs import ROOT, contents, run_verb
-from .test_predictor import picture, write_checkpoint
+from .test_predictor import SMALL, picture, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,8 @@ def dino(checkpoint, monkeypatch, tmp_path, capsys):
 
     def run(*words):
         code = cli.main(["predict", str(checkpoint), *map(str, words), "--device", "cpu"])
-        return code, capsys.readouterr().err
+        run.out, error = capsys.readouterr()
+        return code, error
 
     return run
 
@@ -89,11 +90,13 @@ def test_options(dino, tmp_path):
 
 def test_nothing_is_overwritten(dino, tmp_path):
     write_coco(tmp_path / "images")
-    write_coco(tmp_path / "more")
+    (tmp_path / "twice").mkdir()
+    for name in ("scan.bmp", "scan.bmp.png"):
+        Image.fromarray(picture()).save(tmp_path / "twice" / name)
     before = contents(tmp_path)
     for words, message in (
         (["images", "--output", "images"], "image_1.png is taken. Choose another --output"),
-        (["images", "more", "--output", "out"], "out/image_1.png is taken"),
+        (["images", "twice/scan.bmp", "twice/scan.bmp.png", "--output", "out"], "out/scan.bmp.png is taken"),
         (["absent.jpg"], "input not found: absent.jpg"),
         (["absent/*.jpg"], "no images match absent/*.jpg"),
         (["absent.mp4"], "input not found: absent.mp4"),
@@ -134,10 +137,68 @@ def test_bad_images_are_left_out_and_told(dino, tmp_path):
     assert code == 1
     assert error.startswith("error: can't read image images/image_2.png")
     assert "3 of 5 inputs could not be read" in error
+    listed = [line for line in dino.out.splitlines() if line.startswith("not read: can't read image")]
+    assert ["image_2.png" in listed[0], "image_3.png" in listed[1], "image_9.png" in listed[2]] == [True] * 3
     assert error.count("\n") == 1
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"predictions.json", "image_1.png", "image_4.png"}
     listed = [image["file_name"] for image in read_json(tmp_path / "out/predictions.json")["images"]]
     assert listed == ["image_1.png", "image_4.png"]
+
+
+def test_equal_names_keep_their_folders(dino, tmp_path):
+    for folder in ("a", "b/deep", "c"):
+        write_coco(tmp_path / folder)
+    (tmp_path / "c/image_4.png").rename(tmp_path / "c/other.png")
+    (tmp_path / "c/image_1.png").rename(tmp_path / "image_1.png")
+    words = ["a", "./a/image_1.png", "**/image_*.png", "c", "--output", "out"]
+    assert dino(*words) == (0, "")
+    drawn = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png")}
+    equal = {f"{folder}/image_{n}.png" for folder in ("a", "b/deep", "c") for n in (1, 2, 3)} - {"c/image_1.png"}
+    assert drawn == equal | {"a/image_4.png", "b/deep/image_4.png", "image_1.png", "other.png"}
+    assert {image["file_name"] for image in read_json(tmp_path / "out/predictions.json")["images"]} == drawn
+
+
+def test_a_folder_of_everything(dino, clip, tmp_path):
+    folder = tmp_path / "camera"
+    folder.mkdir()
+    pages = [Image.fromarray(picture(seed=seed)) for seed in range(3)]
+    for name in ("scan.tif", "cartoon.gif", "phone.mpo"):
+        pages[0].save(folder / name, save_all=True, append_images=pages[1:])
+    for name in ("._scan.tif", ".hidden.jpg", "notes.txt"):
+        (folder / name).write_bytes(b"no picture")
+    pages[0].save(folder / "plain.jfif", format="JPEG")
+    (folder / "clip.mp4").write_bytes(clip.read_bytes())
+    assert dino("camera", "--output", "out") == (0, "")
+    names = {"scan.tif.png", "cartoon.gif.png", "phone.mpo.png", "plain.jfif.png", "clip.mp4", "clip.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names | {"predictions.json"}
+    assert "only the first page of 2 files was used: cartoon.gif, scan.tif\n" in dino.out
+
+
+def test_the_limit_of_pixels_is_a_flag(dino, tmp_path, monkeypatch):
+    Image.fromarray(picture(60, 70)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    code, error = dino("a.png", "--output", "out")
+    assert code == 1
+    assert "can't read image a.png" in error
+    assert "--max-pixels N" in error
+    assert dino("a.png", "--output", "more", "--max-pixels", 4200) == (0, "")
+    assert "max_pixels must be in [1" in dino("a.png", "--output", "third", "--max-pixels", 0)[1]
+
+
+def test_the_range_of_a_checkpoint(dino, tmp_path):
+    """The rule that images were trained with holds for those that are predicted."""
+    write_checkpoint(tmp_path / "deep.pth", preprocessing=SMALL._replace(input_range=(0.0, 4080.0)))
+    eight = picture()[:, :, 0]
+    predictor = predict_files.make_predictor(tmp_path / "deep.pth", device="cpu", score_thresh=0)
+    expected = predictor(eight)
+    for name, dtype in (("a.png", np.uint16), ("a.tif", np.float32)):
+        Image.fromarray(eight.astype(dtype) * 16).save(tmp_path / name)
+        found = predictor(tmp_path / name)
+        assert (found.boxes == expected.boxes).all()
+        assert found.draw().size == (100, 72)
+    code, error = dino("a.tif", "--output", "out")
+    assert code == 1
+    assert "can't read image a.tif: its mode F has no range of its own: floats" in error
 
 
 def huge_png():

@@ -223,6 +223,14 @@ def test_small_objects_are_found_in_tiles():
     assert len(painted(tile=4000)(paint(2000, 4000, *boxes))) == 1
 
 
+@pytest.mark.parametrize("shape", [(1, 65_535), (65_535, 1)])
+def test_tiles_of_an_extreme_shape_stay_small(shape):
+    predictor = painted(tile=1024, batch_size=16)
+    predictor(paint(*shape))
+    assert len(predictor.network.seen) < 10
+    assert sum(batch * height * width for batch, _, height, width in predictor.network.seen) < 200_000
+
+
 def test_objects_on_a_cut_are_found_once():
     found = painted(tile=1024, batch_size=4)(paint(1000, 1900, (880, 300, 1020, 420)))
     assert len(found) == 1

@@ -44,6 +44,16 @@ class Spy(nn.Module):
         return Outputs(found, found)
 
 
+@pytest.mark.parametrize("max_size", [1333, None])
+def test_extreme_shapes_stay_bounded(max_size):
+    for height, width in ((1, 65_535), (65_535, 1), (3, 65_535), (65_535, 65_535), (1, 1)):
+        new = resized_size(height, width, 800, max_size)
+        assert min(new) >= 1
+        assert max(new) <= (2 * max_size if max_size else 128 * 800)
+    assert resized_size(1, 65_535, 800, 1333) == (1, 2666)
+    assert resized_size(10, 20_000, 800, 1333) == (1, 2000)
+
+
 def test_equal_images_become_a_normalised_batch_without_padding():
     images, padding = make().batch([image(seed=1), image(seed=2)])
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))

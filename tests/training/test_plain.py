@@ -7,8 +7,10 @@ import pytest
 
 pytest.importorskip("tqdm", reason="tqdm is not installed")
 
+import numpy as np
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 
 from dino.data.coco import CocoImages
@@ -101,6 +103,31 @@ def test_weights_to_start_from(sets, tmp_path, small_backbone):
 def backbone_of(path):
     state = read_plain(path)["model"]
     return {k.removeprefix("neck.backbone.body."): v for k, v in state.items() if k.startswith("neck.backbone.")}
+
+
+def test_deep_images(tmp_path, small_backbone):
+    """The range is stored, and holds for an evaluation and a training from the file."""
+    sets = write_coco(tmp_path / "train"), write_coco(tmp_path / "val", seed=1)
+    for path in tmp_path.rglob("*.png"):
+        with Image.open(path) as image:
+            grey = np.asarray(image.convert("L")).astype(np.uint16) * 4
+        Image.fromarray(grey).save(path)
+    run(sets, tmp_path / "run", input_range=[0, 1020])
+    weights = tmp_path / "run/model.pth"
+    assert model_from_checkpoint(weights).preprocessing.input_range == (0, 1020)
+    expected = read_results(tmp_path / "run")
+    plain.evaluate(*sets[1], weights, tmp_path / "again", **TINY)
+    assert read_results(tmp_path / "again/evaluation") == expected
+    plain.evaluate(*sets[1], weights, tmp_path / "other", **TINY, input_range=(0, 65535))
+    assert read_results(tmp_path / "other/evaluation") != expected
+    run(sets, tmp_path / "more", weights=weights, epochs=0.5)
+    assert model_from_checkpoint(tmp_path / "more/model.pth").preprocessing.input_range == (0, 1020)
+    with pytest.raises(UserError, match="input_range must be"):
+        run(sets, tmp_path / "none", input_range=(2, 1))
+
+
+def read_results(folder):
+    return json.loads((folder / "results.json").read_text())
 
 
 def test_weights_of_a_backbone_are_fine_tuned(sets, tmp_path, capsys):

@@ -157,12 +157,30 @@ def test_files_without_a_description(tmp_path, content):
         {"max_size": "big"},
         {"max_detections": None},
         {"more": 1},
+        {"input_range": [1, 0]},
+        {"input_range": [0, 1, 2]},
+        {"input_range": "ab"},
+        {"input_range": [0, float("inf")]},
+        {"input_range": [float("nan"), 1]},
+        {"input_range": [0, 10**400]},
     ],
 )
 def test_preprocessing_must_make_sense(tmp_path, change):
     about = {"config": json.dumps({"network": network()}), "preprocessing": Preprocessing()._asdict() | change}
     write_content(tmp_path / "model.pth", about=about)
     with pytest.raises(DataError, match=rf"preprocessing.*{next(iter(change)) if 'more' not in change else 'dict'}"):
+        model_from_checkpoint(tmp_path / "model.pth")
+
+
+def test_the_range_of_deep_images(tmp_path):
+    """Files from before the setting have no such key."""
+    before = {key: value for key, value in Preprocessing()._asdict().items() if key != "input_range"}
+    for stored, expected in ((before, None), (before | {"input_range": [0, 4095.5]}, (0, 4095.5))):
+        write(tmp_path / "model.pth", about={"config": json.dumps({"network": network()}), "preprocessing": stored})
+        assert model_from_checkpoint(tmp_path / "model.pth").preprocessing.input_range == expected
+    del before["short_side"]
+    write(tmp_path / "model.pth", about={"config": json.dumps({"network": network()}), "preprocessing": before})
+    with pytest.raises(DataError, match="preprocessing must be a dict"):
         model_from_checkpoint(tmp_path / "model.pth")
 
 

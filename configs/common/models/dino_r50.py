@@ -72,4 +72,5 @@ model = L(DINODetector)(
     pixel_mean=list(IMAGENET_MEAN),
     pixel_std=list(IMAGENET_STD),
     max_detections=300,
+    input_range=None,
 )

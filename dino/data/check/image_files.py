@@ -51,7 +51,7 @@ def _read_file(path: Path) -> ImageFile:
             size = image.size
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
             # JPEG is decoded at an eighth of its size, which still reads the whole file and is several times as fast.
-            image.draft(None, (size[0] // 8, size[1] // 8))
+            image.draft(None, (max(size[0] // 8, 1), max(size[1] // 8, 1)))
             image.load()
             digest = hashlib.blake2b(repr((size, image.mode)).encode() + image.tobytes(), digest_size=16).digest()
     except Exception as error:  # Pillow's decoders raise all sorts of errors on broken files
