@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dino import cli
+from dino.evaluation.report import report
 from dino.evaluation.report.error_analysis import analyse, confusion
 from dino.evaluation.report.report import _cells_of, image_paths, write_report
 
@@ -201,3 +202,15 @@ def test_absurd_boxes_and_scores_do_no_harm(files, tmp_path):
     path = tmp_path / "odd.json"
     path.write_text(json.dumps(odd))
     assert evaluate(files, path, tmp_path / "out") == 0
+
+
+def test_a_crowded_image_gets_a_part_of_its_objects(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "_MOST_OBJECTS", 3)
+    files = write_coco(tmp_path / "data", counts=(5, 2))
+    data = files.read()
+    paths = image_paths(data, files.images)
+    results = [{**perfect(data)[0], "score": 0.9}]
+    write_report(tmp_path / "report.html", data=data, results=results, files=paths, details={})
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("; 3 of 5 objects drawn, the missed ones first</figcaption>") == 1
+    assert page.count('class="mark missed') == 3 + 2
