@@ -22,9 +22,11 @@ from PIL import Image
 from dino.data.coco import classes_of, clean_objects, read_annotations
 from dino.data.images import read_image
 from dino.data.mixing import Picture
+from dino.data.pseudo_labels import count_scores
 from dino.evaluation.average_precision import complete_annotations
 from dino.modeling.detector import resized_size
 from dino.utils.files import DataError
+from dino.utils.printable import escaped
 
 logger = logging.getLogger("detectron2.dino")
 
@@ -76,6 +78,7 @@ def _register(name: str, annotations: str, images: str) -> None:
         evaluator_type="coco",
         thing_classes=classes.names,
         thing_dataset_id_to_contiguous_id=classes.labels,
+        scores=count_scores(data["annotations"]),
     )
 
 
@@ -274,3 +277,8 @@ class Evaluator(COCOEvaluator):
         data["annotations"] = complete_annotations(data.get("annotations", []))
         with contextlib.redirect_stdout(io.StringIO()):
             self._coco_api.createIndex()
+
+    def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
+        """Detectron2's, with names that can be printed."""
+        names = class_names and [escaped(name) for name in class_names]
+        return super()._derive_coco_results(coco_eval, iou_type, names)

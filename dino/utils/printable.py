@@ -27,6 +27,11 @@ def printable(text: object, limit: int = 60) -> str:
     return "".join([*start, "…", *reversed(end)])
 
 
+def escaped(text: object, kept: str = "") -> str:
+    r"""A text of any length; control characters, but for those in `kept`, become escapes such as \x1b."""
+    return "".join(letter if letter in kept else _visible(letter) for letter in str(text))
+
+
 def columns_of(text: str) -> int:
     """How many columns of a terminal a text of visible letters takes."""
     return sum(map(_columns_of_letter, text))

@@ -185,6 +185,7 @@ def test_files_describe_themselves(exported, case):
     form, fixed, _ = CASES[case]
     about = description_of(form, exported(case))
     assert about["names"] == NAMES
+    assert about["category_ids"] == [1, 2, 3]
     assert about["thresholds"] == [0.3, 0.4, 0.5]
     assert about["resize"] == ({"fit": [96, 128]} if fixed else {"short_side": 96, "max_size": 160})
 
