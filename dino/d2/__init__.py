@@ -1,5 +1,9 @@
 """DINO as a Detectron2 meta-architecture. The only part of the package that imports Detectron2."""
 
+import logging
+
+from dino.utils.printable import escaped
+
 try:
     import detectron2  # noqa: F401
 except ImportError as error:
@@ -12,5 +16,14 @@ except ImportError as error:
 
 from .config import add_dino_config, build_adamw
 from .meta_arch import DINODetector
+
+
+def _escape(record: logging.LogRecord) -> bool:
+    """A filter: names from files send no control characters to a terminal."""
+    record.msg, record.args = escaped(record.getMessage(), kept="\n\t"), ()
+    return True
+
+
+logging.getLogger("detectron2.dino").addFilter(_escape)
 
 __all__ = ["DINODetector", "add_dino_config", "build_adamw"]

@@ -26,6 +26,7 @@ class Checkpointer(DetectionCheckpointer):
 
     Args:
         names: class names, stored with every checkpoint.
+        category_ids: of the classes in the data set, label -> id, stored too; 1, 2, … by default.
         about: plain data on the run, stored with every checkpoint; see `dino.d2.recipe_description`.
         min_backbone: as of `load_weights`.
     """
@@ -36,12 +37,14 @@ class Checkpointer(DetectionCheckpointer):
         save_dir: str = "",
         *,
         names: list[str],
+        category_ids: list[int] | None = None,
         about: dict | None = None,
         min_backbone: float = MIN_BACKBONE,
         **checkpointables,
     ):
         super().__init__(model, save_dir, **checkpointables)
         self.names = names
+        self.category_ids = category_ids or list(range(1, len(names) + 1))
         self.about = about or {}
         self.min_backbone = min_backbone
         self.source = ""  # the last loaded file
@@ -64,8 +67,8 @@ class Checkpointer(DetectionCheckpointer):
 
     def write(self, name: str, parts: dict) -> None:
         """Write the model and `parts` as `name`.pth, whole or not at all."""
-        content = {"model": self.model.state_dict(), **parts, "names": self.names, "about": self.about}
-        content = whole(content)
+        described = {"names": self.names, "category_ids": self.category_ids, "about": self.about}
+        content = whole({"model": self.model.state_dict(), **parts, **described})
         if self.save_dir and self.save_to_disk:
             write_whole(os.path.join(self.save_dir, f"{name}.pth"), lambda part: torch.save(content, part))
 

@@ -23,9 +23,11 @@ from dino.data.coco import classes_of, clean_objects, load_json, read_annotation
 from dino.data.coco_values import to_crowd, to_plain
 from dino.data.images import read_image
 from dino.data.mixing import Picture
+from dino.data.pseudo_labels import count_scores
 from dino.evaluation.average_precision import complete_annotations
 from dino.modeling.detector import resized_size
 from dino.utils.files import DataError
+from dino.utils.printable import escaped
 
 logger = logging.getLogger("detectron2.dino")
 
@@ -83,6 +85,7 @@ def _register(name: str, annotations: str, images: str, crowd: str) -> None:
         evaluator_type="coco",
         thing_classes=classes.names,
         thing_dataset_id_to_contiguous_id=classes.labels,
+        scores=count_scores(data["annotations"]),
     )
 
 
@@ -300,3 +303,8 @@ class Evaluator(COCOEvaluator):
             self._coco_api.dataset = {"info": {}, **data, "annotations": complete_annotations(data["annotations"])}
             with contextlib.redirect_stdout(io.StringIO()):
                 self._coco_api.createIndex()
+
+    def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
+        """Detectron2's, with names that can be printed."""
+        names = class_names and [escaped(name) for name in class_names]
+        return super()._derive_coco_results(coco_eval, iou_type, names)

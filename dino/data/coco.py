@@ -21,7 +21,6 @@ from dino.utils.files import DataError, UserError, counted, resolve_inside
 from .coco_values import LARGEST_AREA, crowds_as_objects, is_area, is_box, short, to_plain
 from .images import image_size, read_image, resize_tensor
 
-
 CROWDS = ("ignore", "objects")  # what crowd regions are: regions that training leaves out, or objects
 
 

@@ -50,7 +50,8 @@ def export_checkpoint(
     if output.exists():
         raise UserError(f"{output} exists: choose another name, or move it away")
     detector = detector_from_checkpoint(checkpoint, copy)
-    about = describe(detector.names, _spread(thresholds, detector.names), detector.preprocessing, fixed)
+    spread = _spread(thresholds, detector.names)
+    about = describe(detector.names, spread, detector.preprocessing, fixed, detector.category_ids)
     source = _read_images(verify, verify_json, detector, limit)
     print(f"exporting {checkpoint} as {form}; this takes a minute or two", flush=True)
     content = write(form, exportable(detector), fixed, about, sampling=sampling)

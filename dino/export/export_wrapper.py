@@ -48,7 +48,11 @@ class ExportWrapper(nn.Module):
 
 
 def describe(
-    names: Sequence[str], thresholds: Sequence[float], preprocessing: Preprocessing, fixed: Fixed | None
+    names: Sequence[str],
+    thresholds: Sequence[float],
+    preprocessing: Preprocessing,
+    fixed: Fixed | None,
+    category_ids: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Describe an exported program for its file, as a dict of plain values; `docs/export.md` explains the keys."""
     resize: dict[str, Any] = {"short_side": preprocessing.short_side, "max_size": preprocessing.max_size}
@@ -56,6 +60,7 @@ def describe(
         resize = {"fit": [fixed.height, fixed.width]}
     return {
         "names": list(names),
+        "category_ids": list(category_ids) or list(range(1, len(names) + 1)),
         "thresholds": list(thresholds),
         "resize": resize,
         "input_range": list(preprocessing.input_range) if preprocessing.input_range else None,

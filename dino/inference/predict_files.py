@@ -20,6 +20,7 @@ from tqdm import tqdm
 from dino.data.images import IMAGE_SUFFIXES, list_images
 from dino.layers import detections, one_label_detections
 from dino.utils.files import DataError, UserError, counted, make_folder, write_whole
+from dino.utils.printable import printable
 
 from .cpu import keep_freed_memory
 from .predictor import Prediction, Predictor
@@ -163,7 +164,7 @@ def _predict_images(predictor: Predictor, jobs: Sequence[_Job], folder: Path, is
     by_source = {job.source: job for job in jobs}
     paged = []  # names of files of several pages
     with (
-        _open_coco(folder / "predictions.json", predictor.names) as coco,
+        _open_coco(folder / "predictions.json", predictor) as coco,
         tqdm(total=len(jobs), desc="predict", unit="image", disable=None) as bar,
     ):
 
@@ -207,11 +208,11 @@ def _predict_video(predictor: Predictor, job: _Job, issues: list[DataError]) -> 
         issues.append(error)
         return
     make_folder(job.target.parent)
-    interrupted = False
+    interrupted, name = False, job.source.name if isinstance(job.source, Path) else video.name
     writer, start = None, time.monotonic()
     with (
-        _open_coco(job.target.with_suffix(".json"), predictor.names) as coco,
-        tqdm(total=video.count, desc=video.name, unit="frame", disable=None) as bar,
+        _open_coco(job.target.with_suffix(".json"), predictor) as coco,
+        tqdm(total=video.count, desc=printable(video.name, 40), unit="frame", disable=None) as bar,
     ):
         try:
             for found in predictor.stream(video):
@@ -220,7 +221,7 @@ def _predict_video(predictor: Predictor, job: _Job, issues: list[DataError]) -> 
                 due = 1 if video.count else round((time.monotonic() - start) * video.fps) - writer.written
                 for _ in range(max(due, 1)):  # in real time: a frame of a camera lasts as long as the network needs
                     writer.write(frame)
-                coco.add(found, file_name=f"{video.name}#{coco.images}", frame=coco.images)
+                coco.add(found, file_name=f"{name}#{coco.images}", video=name, frame=coco.images)
                 bar.update()
         except DataError as error:
             issues.append(error)
@@ -239,14 +240,15 @@ class _CocoWriter:
     """Writes predictions in COCO's format, one by one, so that their number has no bound.
 
     Args:
-        file: open for text. names: of the classes, which get the ids 1, 2, … in this order.
+        file: open for text. names, category_ids: of the classes, by label.
     """
 
-    def __init__(self, file: IO[str], names: Sequence[str]):
+    def __init__(self, file: IO[str], names: Sequence[str], category_ids: Sequence[int]):
         self.file = file
+        self.category_ids = list(category_ids)
         self.objects = 0
         self.entries: list[str] = []  # of the images, which follow the annotations
-        categories = [{"id": number, "name": name} for number, name in enumerate(names, 1)]
+        categories = [{"id": number, "name": name} for number, name in zip(category_ids, names, strict=True)]
         file.write(f'{{"categories": {json.dumps(categories)},\n"annotations": [')
 
     @property
@@ -262,8 +264,8 @@ class _CocoWriter:
         for box, score, label in zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True):
             x0, y0, x1, y1 = (round(value, 2) for value in box)
             w, h = round(x1 - x0, 2), round(y1 - y0, 2)
-            entry = {"id": self.objects + 1, "image_id": image_id, "category_id": label + 1, "bbox": [x0, y0, w, h]}
-            entry |= {"area": round(w * h, 2), "iscrowd": 0, "score": round(score, 5)}
+            entry = {"id": self.objects + 1, "image_id": image_id, "category_id": self.category_ids[label]}
+            entry |= {"bbox": [x0, y0, w, h], "area": round(w * h, 2), "iscrowd": 0, "score": round(score, 5)}
             self.file.write(f"{',' if self.objects else ''}\n{json.dumps(entry)}")
             self.objects += 1
 
@@ -274,8 +276,8 @@ class _CocoWriter:
 
 
 @contextmanager
-def _open_coco(path: Path, names: Sequence[str]) -> Iterator[_CocoWriter]:
-    """Open a `_CocoWriter`; its file appears whole at the end of the block, also after an error.
+def _open_coco(path: Path, predictor: Predictor) -> Iterator[_CocoWriter]:
+    """Open a `_CocoWriter` of its classes; the file appears whole at the end of the block, also after an error.
 
     Raises:
         DataError: it can't be written.
@@ -283,7 +285,7 @@ def _open_coco(path: Path, names: Sequence[str]) -> Iterator[_CocoWriter]:
     part = path.with_name(f"{path.name}.part")
     try:
         with open(part, "w", encoding="utf-8") as file:
-            writer = _CocoWriter(file, names)
+            writer = _CocoWriter(file, predictor.names, predictor.category_ids)
             try:
                 yield writer
             finally:

@@ -137,7 +137,14 @@ class Predictor:
         preprocessing = detector.preprocessing._replace(max_detections=number)
         graphs = CudaGraphs(detector.network, most=cuda_graphs) if _within("cuda_graphs", cuda_graphs, 0) else None
         select = select or detector.select
-        self.detector = Detector(detector.network, preprocessing, detector.names, select=select, graphs=graphs)
+        self.detector = Detector(
+            detector.network,
+            preprocessing,
+            detector.names,
+            category_ids=detector.category_ids,
+            select=select,
+            graphs=graphs,
+        )
         self.score_thresh = _within("score_thresh", score_thresh, 0, 1)
         self.nms = None if nms is None else _within("nms", nms, 0, 1)
         self.tile = None if tile is None else _within("tile", tile, 32)
@@ -155,6 +162,11 @@ class Predictor:
     def names(self) -> list[str]:
         """Names of the classes."""
         return self.detector.names
+
+    @property
+    def category_ids(self) -> list[int]:
+        """Ids of the classes in the data set, by label."""
+        return self.detector.category_ids
 
     @classmethod
     def from_checkpoint(

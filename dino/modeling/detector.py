@@ -57,6 +57,7 @@ class Detector(nn.Module):
         network: the `DINO`.
         preprocessing: what the network expects of its images, and the number of detections.
         names: of the classes.
+        category_ids: of the classes in the data set, label -> id; 1, 2, … by default.
         criterion: (Outputs, targets) -> dict of losses, see `SetCriterion`; needed for training only.
         select: chooses the detections: `dino.layers.detections`, or `one_label_detections`, which gives no box two
             labels.
@@ -72,6 +73,7 @@ class Detector(nn.Module):
         preprocessing: Preprocessing = _PUBLISHED,
         names: Sequence[str] = (),
         *,
+        category_ids: Sequence[int] = (),
         criterion: nn.Module | None = None,
         select: Select = detections,
         graphs: CudaGraphs | None = None,
@@ -83,6 +85,7 @@ class Detector(nn.Module):
         self.criterion = criterion
         self.preprocessing = preprocessing
         self.names = list(names)
+        self.category_ids = list(category_ids) or list(range(1, len(self.names) + 1))
         self.select = select
         self.graphs = graphs
         for name in ("pixel_mean", "pixel_std"):

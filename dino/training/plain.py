@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from dino.data.coco import CocoImages, ResizeShortSide, collate
 from dino.data.images import check_input_range
+from dino.data.pseudo_labels import count_scores, scores_ignored
 from dino.evaluation import average_precision
 from dino.inference.cpu import keep_freed_memory
 from dino.layers import LossScaling, SetCriterion, SquaredIoULoss
@@ -29,6 +30,7 @@ from dino.modeling import TorchvisionBackbone, compile_network, use_float32_prec
 from dino.modeling.detector import Detector, Preprocessing, resized_size
 from dino.modeling.variants import PositionModulatedMatcher
 from dino.utils.files import DataError, UserError, free_name, write_whole
+from dino.utils.printable import escaped, printable
 from dino.weights import load_weights, locate, read_content, recognise, weights_of
 from dino.weights.description import build_network, read_description
 
@@ -138,10 +140,10 @@ def train(
     val = _open(val_json, val_images, settings, "none")
     detector = _start(settings, val.names, weights, content)
     data = _open(train_json, train_images, settings, settings.flips)
+    detector.category_ids = data.category_ids
     _check_data(data, val)
     output.mkdir(parents=True, exist_ok=True)
-    empty = sum(not objects for objects in data.objects.values())
-    print(f"{len(data)} images, {empty} without objects, {data.dropped} boxes of no size dropped; {data.names}")
+    _print_summary(data, str(train_json))
     start = time.perf_counter()
     objects = Objects(*_sizes(data, settings), *map(_count_classes, (data, val)))
     progress = _fit(detector, data, settings, objects.doubts())
@@ -203,7 +205,8 @@ def save(path: Path, detector: Detector, settings: Settings) -> None:
     """Write a checkpoint with its description, see `dino.weights.description`."""
     config = json.dumps(_describe(settings, len(detector.names)))
     about = {"config": config, "preprocessing": detector.preprocessing._asdict()}
-    content = {"model": detector.network.state_dict(), "names": detector.names, "about": about}
+    described = {"names": detector.names, "category_ids": detector.category_ids, "about": about}
+    content = {"model": detector.network.state_dict(), **described}
     write_whole(path, lambda part: torch.save(content, part))
 
 
@@ -338,6 +341,15 @@ def _check_data(data: CocoImages, val: CocoImages) -> None:
         _warn(f"AP will be undefined: {val.problem}")
 
 
+def _print_summary(data: CocoImages, name: str) -> None:
+    """Print what the training data holds."""
+    empty = sum(not objects for objects in data.objects.values())
+    names = [printable(name) for name in data.names]
+    print(f"{len(data)} images, {empty} without objects, {data.dropped} boxes of no size dropped; {names}")
+    if note := scores_ignored(name, count_scores(data.data["annotations"])):
+        _warn(note)
+
+
 def _sizes(data: CocoImages, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
     """(N,) square roots of the areas of all boxes after the resize in pixels, and their shares of the image."""
     sizes, shares = [], []
@@ -358,7 +370,7 @@ def _count_classes(data: CocoImages) -> Counter[str]:
 def _warn(message: str | None) -> None:
     """Print a warning, if there is one."""
     if message:
-        tqdm.write(f"warning: {message}")
+        tqdm.write(f"warning: {escaped(message)}")
 
 
 def _fit(detector: Detector, data: CocoImages, settings: Settings, doubts: Sequence[str] = ()) -> Progress:
@@ -401,7 +413,8 @@ def _write_results(
     metrics = {**average_precision.evaluate(data.data, results), "training_seconds": round(seconds, 1)}
     for name, content in (("results.json", results), ("metrics.json", metrics)):
         write_whole(folder / name, lambda part, content=content: part.write_text(json.dumps(content)))
-    print("\n".join(f"{name:>18} {value:.3f}" for name, value in metrics.items()), f"\nwritten to {folder}")
+    print("\n".join(f"{printable(name, 66):>18} {value:.3f}" for name, value in metrics.items()))
+    print(f"\nwritten to {folder}")
     return metrics
 
 

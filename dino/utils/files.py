@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from .printable import escaped
+
 
 class UserError(ValueError):
     """A flag, a setting, a disk or a missing library stops the program; the message says what to do."""
@@ -16,9 +18,11 @@ class DataError(UserError):
 
 
 def message_of(error: BaseException) -> str:
-    """The text of an error, without the traceback that a data loader's worker puts around it."""
+    """The text of an error for a terminal, without the traceback that a data loader's worker puts around it."""
     text = str(error)
-    return text.rstrip().rpartition(f"{type(error).__name__}: ")[2] if "Original Traceback" in text else text
+    if "Original Traceback" in text:
+        text = text.rstrip().rpartition(f"{type(error).__name__}: ")[2]
+    return escaped(text, kept="\n\t")  # names from files can hold control characters
 
 
 def counted(number: int, thing: str, things: str = "") -> str:

@@ -24,7 +24,7 @@ from .checkpoint_formats import (
 )
 from .inferred_description import describe_network
 from .names import StateDict
-from .reading import average_of, read_content, weights_of
+from .reading import DESCRIPTION, average_of, read_content, weights_of
 
 
 def convert_file(
@@ -101,11 +101,11 @@ def _describe(
 ) -> dict[str, Any]:
     """`names` and `about` for a file in own format: those of the input, or what its tensors show."""
     if format_ == "own":
-        return {key: content[key] for key in ("names", "about") if key in content}
+        return {key: content[key] for key in DESCRIPTION if key in content}
     extra = {}
     names = _coco_names(len(own["decoder.class_heads.0.bias"]))
     if names:
-        extra["names"] = names
+        extra |= {"names": names, "category_ids": list(COCO_IDS if len(names) == len(COCO_IDS) else range(len(names)))}
         print(f"names: those of COCO, because the model has {len(names)} classes")
     if format_ == "detrex" and None in (temperature, offset):
         print("no description: give --temperature and --offset (10000 -0.5 for detrex' 12 epochs, 20 0 for its 24)")

@@ -1,8 +1,8 @@
 """A network or a `Detector` from its checkpoint alone: no recipe, and for most backbones no Detectron2.
 
-A checkpoint of this project has `names`, and under `about` the recipe's `model` as JSON text (`config`) and what the
-network expects of its images (`preprocessing`). Files are not trusted: a description can build the parts listed here
-and nothing else, and can't name a file or an address.
+A checkpoint of this project has `names` and `category_ids` of the classes, and under `about` the recipe's `model` as
+JSON text (`config`) and what the network expects of its images (`preprocessing`). Files are not trusted: a description
+can build the parts listed here and nothing else, and can't name a file or an address.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ def detector_from_checkpoint(path: str | Path, copy: str = "auto") -> Detector:
     Returns:
         the detector, in evaluation mode, on the CPU.
     """
-    network, names, preprocessing = model_from_checkpoint(path, copy=copy)
-    return Detector(network, preprocessing, names).eval()
+    content = read_content(path)
+    network, names, preprocessing = _build_model(content, path, copy)
+    return Detector(network, preprocessing, names, category_ids=read_category_ids(content, path)).eval()
 
 
 def model_from_checkpoint(path: str | Path, *, copy: str = "auto") -> _ModelFromCheckpoint:
@@ -60,7 +61,11 @@ def model_from_checkpoint(path: str | Path, *, copy: str = "auto") -> _ModelFrom
         DataError: the file is missing, broken or unsafe; it has no description; or the description asks for a part that
             is not on the list, or for Detectron2 where that is not installed.
     """
-    content = read_content(path)
+    return _build_model(read_content(path), path, copy)
+
+
+def _build_model(content: Mapping, path: str | Path, copy: str) -> _ModelFromCheckpoint:
+    """`model_from_checkpoint` for the content of a file."""
     config, names, preprocessing = read_description(content, path)
     try:
         network = build_network(config)
@@ -93,6 +98,20 @@ def read_description(content: Mapping, path: str | Path) -> tuple[dict, list[str
     except Exception as error:  # JSON can hold anything
         raise _cannot_build(path, error) from error
     return config, list(names), preprocessing
+
+
+def read_category_ids(content: Mapping, path: str | Path) -> list[int]:
+    """Read the ids of the classes in the data set, by label: 1, 2, … in files from before they were stored.
+
+    Raises:
+        DataError: they are no ids, or not one for each class.
+    """
+    names = content.get("names") or ()
+    ids = content.get("category_ids", list(range(1, len(names) + 1)))
+    whole = isinstance(ids, list | tuple) and all(type(number) is int and abs(number) < 2**63 for number in ids)
+    if not whole or len(set(ids)) != len(ids) or len(ids) != len(names):
+        raise DataError(f"{path}: category_ids must be {len(names)} different whole numbers, one for each class")
+    return list(ids)
 
 
 def _cannot_build(path: str | Path, error: Exception) -> DataError:

@@ -20,6 +20,7 @@ from dino.weights.pickles import read_pickle
 
 from .names import StateDict
 
+DESCRIPTION = ("names", "category_ids", "about")  # what a file of this project has besides tensors
 _STATE_KEYS = ("model", "state_dict", "model_state", "blobs")  # under which programs keep the weights
 _EMA_KEYS = ("ema_model", "ema_state", "ema")  # and their running average
 
@@ -66,7 +67,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, "pt") as file:
             texts = file.metadata() or {}
-            known = {key: json.loads(texts[key]) for key in ("names", "about") if key in texts}
+            known = {key: json.loads(texts[key]) for key in DESCRIPTION if key in texts}
             return {**known, "model": {key: file.get_tensor(key) for key in file.keys()}}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError) as error:
         raise DataError(f"can't read the weights {path}: {error}") from error

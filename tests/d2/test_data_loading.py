@@ -387,3 +387,22 @@ def test_boxes_count_whatever_stands_beside_them(tmp_path, extra):
     files.change(lambda content: [a.update(extra) for a in content["annotations"]])
     dicts = dataset(f"extra_{next(iter(extra.values()))}", *files)
     assert [len(entry["annotations"]) for entry in dicts] == [2, 3]
+
+
+def test_names_from_files_do_no_harm_to_a_terminal(tmp_path, caplog):
+    files = write_coco(tmp_path, counts=(2, 3))
+    files.change(lambda content: content["categories"][0].update(name="\x1b[2Jred"))
+    dicts = dataset("escaped", *files)
+    caplog.set_level("INFO")
+    metrics = run_evaluation(TruthTeller(dicts), "escaped", tmp_path / "results")
+    logging.getLogger("detectron2.dino").warning("%s is broken", "\x1b[2Jred")
+    assert r"AP-\x1b[2Jred" in metrics
+    assert r"\x1b[2Jred is broken" in caplog.text
+    assert "\x1b[2J" not in caplog.text
+
+
+def test_predictions_are_recognised(tmp_path):
+    files = write_coco(tmp_path, counts=(2, 3))
+    files.change(lambda content: content["annotations"][0].update(score=0.5))
+    dataset("scored", *files)
+    assert MetadataCatalog.get("scored").scores == 1

@@ -1,9 +1,10 @@
 """Trains the tiny recipe in a process of its own, which can be killed: `python -m tests.d2.tiny_run --folder F`.
 
 KILL_AT=rank:iteration in the environment kills that process with SIGKILL when it first comes to the iteration;
-INTERRUPT_AT sends SIGINT to its whole group, as a terminal does.
+INTERRUPT_AT sends SIGINT to its whole group, as a terminal does. A process that ends with gloo threads exits with 3.
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -36,8 +37,17 @@ class Mortal(Trainer):
         super().run_step()
 
 
+def end_without_gloo():
+    """Exit with 3 if gloo's threads still run (on Linux): while Python ends, they can abort the process."""
+    threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    if any("gloo" in name for name in threads):
+        print("gloo's threads run at the end of the process:", *threads, file=sys.stderr, flush=True)
+        os._exit(3)
+
+
 def main(args):
     """One process."""
+    atexit.register(end_without_gloo)
     cfg = tiny_recipe(Path(args.folder), *args.opts, counts=(2, 0, 3, 1, 2, 1))
     resume = recipe.choose_output(cfg, eval_only=args.eval_only, resume=args.resume)
     setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="detectron2")

@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from pycocotools.cocoeval import COCOeval
 
 from dino.data.coco import CocoImages
+from dino.evaluation import average_precision
 from dino.evaluation.average_precision import (
     _METRICS,
     complete_annotations,
@@ -130,3 +132,50 @@ def test_precision_without_detections_is_that_of_results_which_lack_them(tmp_pat
     np.testing.assert_array_equal(precision_of(coco_eval), before)
     everything = precision_without(coco_eval, set(range(1, len(results) + 1)))
     assert set(np.unique(everything)) <= {-1, 0}
+
+
+def crowded(random):
+    """Objects and detections that overlap, with equal scores and equal overlaps, crowd regions and all sizes."""
+    base = random.integers(1, 30, (8, 4)) * [4, 4, 1, 1] * random.choice([1, 1, 4], (8, 1))
+
+    def boxes(most):
+        chosen = base[random.integers(0, 8, random.integers(0, most))]
+        return (chosen + random.integers(0, 3, chosen.shape) * (random.random((len(chosen), 1)) < 0.5)).tolist()
+
+    def place():
+        return {"image_id": int(random.integers(3)), "category_id": int(random.integers(1, 3))}
+
+    annotations = [{"bbox": box, "iscrowd": int(random.random() < 0.2), **place()} for box in boxes(30)]
+    results = [{"bbox": box, "score": float(random.integers(5)) / 5, **place()} for box in boxes(50)]
+    images = [{"id": n, "file_name": f"{n}.png", "width": 300, "height": 300} for n in range(3)]
+    categories = [{"id": 1, "name": "one"}, {"id": 2, "name": "two"}]
+    return {"images": images, "categories": categories, "annotations": annotations}, results
+
+
+def test_matching_at_once_equals_that_of_pycocotools(monkeypatch):
+    random = np.random.default_rng(0)
+    for _ in range(40):
+        data, results = crowded(random)
+        ours = run_coco(data, results)
+        with monkeypatch.context() as patch:
+            patch.setattr(average_precision, "_FastEval", COCOeval)
+            theirs = run_coco(data, results)
+        for mine, reference in zip(ours.evalImgs, theirs.evalImgs, strict=True):
+            assert (mine is None) == (reference is None)
+            for key, value in (reference or {}).items():
+                np.testing.assert_array_equal(mine[key], value, err_msg=key)
+        np.testing.assert_array_equal(ours.eval["precision"], theirs.eval["precision"])
+
+
+def test_a_picture_with_thousands_of_equal_objects():
+    """Pycocotools alone compares every pair in Python, for each threshold and size: two minutes."""
+    box = {"image_id": 1, "category_id": 1, "bbox": [10, 10, 20, 20]}
+    data = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 100, "height": 100}],
+        "categories": [{"id": 1, "name": "one"}],
+        "annotations": [box] * 20_000,
+    }
+    coco_eval = run_coco(data, [{**box, "score": 0.5}] * 20_000)
+    cell = coco_eval.evalImgs[0]
+    assert len(set(cell["dtMatches"][0])) == 100  # COCO looks at 100 detections; each has an object of its own
+    assert (cell["gtMatches"] > 0).sum() == 10 * 100

@@ -185,6 +185,7 @@ def test_files_describe_themselves(exported, case):
     form, fixed, _ = CASES[case]
     about = description_of(form, exported(case))
     assert about["names"] == NAMES
+    assert about["category_ids"] == [1, 2, 3]
     assert about["thresholds"] == [0.3, 0.4, 0.5]
     assert about["input_range"] is None
     assert describe(NAMES, [0], PREPROCESSING._replace(input_range=(1, 2)), None)["input_range"] == [1, 2]

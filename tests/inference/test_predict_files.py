@@ -6,6 +6,7 @@ import resource
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -13,7 +14,7 @@ from dino import cli
 from dino.data.images import read_image
 from dino.inference import predict_files
 
-from ..coco_files import write_coco
+from ..coco_files import NAMES, write_coco
 from ..tools.programs import ROOT, contents, run_verb
 from .test_predictor import SMALL, picture, write_checkpoint
 
@@ -263,6 +264,38 @@ def test_a_folder_that_is_none(dino, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_predictions_go_back_in(tmp_path, capsys, monkeypatch):
+    """With the ids of the data set, and through `dino eval`; a file from before has the ids 1, 2, 3."""
+    monkeypatch.setattr(predict_files, "keep_freed_memory", lambda: None)
+    files = write_coco(tmp_path / "data", category_ids=(7, 42, 900))
+    write_checkpoint(tmp_path / "model.pth", category_ids=[7, 42, 900])
+    write_checkpoint(tmp_path / "old.pth")
+    metrics = []
+    for name, ids in (("model", [7, 42, 900]), ("old", [1, 2, 3])):
+        torch.manual_seed(0)
+        words = [tmp_path / f"{name}.pth", files.images, "--output", tmp_path / name, "--score-thresh", 0]
+        assert cli.main(["predict", *map(str, words), "--device", "cpu"]) == 0
+        content = read_json(tmp_path / name / "predictions.json")
+        assert content["categories"] == [{"id": k, "name": n} for k, n in zip(ids, NAMES, strict=True)]
+        assert {a["category_id"] for a in content["annotations"]} <= set(ids)
+        data = ["--val-json", files.annotations, "--val-images", files.images, "--output", tmp_path / f"{name}_report"]
+        words = ["eval", "--results", tmp_path / name / "predictions.json", *data, "--shown", 0]
+        assert cli.main([*map(str, words)]) == 0, capsys.readouterr().err
+        metrics.append(read_json(tmp_path / f"{name}_report/metrics.json"))
+    assert metrics[0]["AP50"] >= 0
+
+    # True boxes in the form of predictions have an AP of 1, whatever their ids are.
+    truth = files.read()
+    for number, category in enumerate(truth["categories"]):
+        category["id"] = number
+    for annotation in truth["annotations"]:
+        annotation.update(category_id=[7, 42, 900].index(annotation["category_id"]), score=0.9)
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    data = ["--val-json", files.annotations, "--val-images", files.images, "--output", str(tmp_path / "truth")]
+    assert cli.main(["eval", "--results", str(tmp_path / "truth.json"), *data, "--shown", "0"]) == 0
+    assert read_json(tmp_path / "truth/metrics.json")["AP50"] == 1
+
+
 @pytest.fixture
 def clip(tmp_path):
     """Ten frames of 97 x 64 pixels at 10 frames per second."""
@@ -293,6 +326,8 @@ def test_video(dino, clip, tmp_path):
     assert np.abs(frames[-1].astype(int) - 180).max() > 60  # something is drawn
     content = read_json(tmp_path / "out/my clip ü.json")
     assert [image["frame"] for image in content["images"]] == list(range(10))
+    assert content["images"][3]["file_name"] == f"{clip.name}#3"  # as pictures: the name of the file
+    assert {image["video"] for image in content["images"]} == {clip.name}
     assert len(content["annotations"]) == 100
 
 

@@ -40,14 +40,15 @@ def stirred(model):
     return model.eval()
 
 
-def write_checkpoint(path, backbone=RESNET, preprocessing=SMALL):
-    """A small network with a ResNet-18 and random weights, as a run leaves it."""
+def write_checkpoint(path, backbone=RESNET, preprocessing=SMALL, **content):
+    """A small network with a ResNet-18 and random weights, as a run leaves it; `content`: more of the file."""
     model = build_network({"network": network(backbone=backbone)})
     for name, tensor in model.state_dict().items():
         if "running_var" in name:
             tensor.uniform_(0.5, 1)
     about = {"config": json.dumps({"network": network(backbone=backbone)}), "preprocessing": preprocessing._asdict()}
-    torch.save({"model": stirred(model).state_dict(), "names": ["red", "green", "blue"], "about": about}, path)
+    described = {"names": ["red", "green", "blue"], "about": about, **content}
+    torch.save({"model": stirred(model).state_dict(), **described}, path)
     return model
 
 

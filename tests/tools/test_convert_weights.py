@@ -9,7 +9,7 @@ from dino.utils.files import DataError, UserError
 from dino.weights import load_weights, read_content, recognise, weights_of
 from dino.weights.checkpoint_formats import COCO_IDS
 from dino.weights.conversion import convert_file
-from dino.weights.description import model_from_checkpoint
+from dino.weights.description import detector_from_checkpoint, model_from_checkpoint
 
 from ..tiny import random_batch, tiny_network
 from ..weights.states import detrex_state, equal, official_state, randomise
@@ -76,6 +76,7 @@ def test_the_official_checkpoint_predicts_by_itself(tmp_path):
         "stop sign",
         "toothbrush",
     )
+    assert detector_from_checkpoint(tmp_path / "own.safetensors").category_ids == list(COCO_IDS)
     batch = random_batch(2)
     expected, actual = model.eval()(*batch).decoder, found.network(*batch).decoder
     torch.testing.assert_close(actual.boxes, expected.boxes)

@@ -90,6 +90,7 @@ def test_training_with_a_resnet_in_bfloat16(sets, tmp_path):
     assert "neck.backbone.body.layer4.1.bn2.weight" in read_plain(tmp_path / "run/model.pth")["model"]
     rebuilt = model_from_checkpoint(tmp_path / "run/model.pth")
     assert rebuilt.names == ["red", "green", "blue"]
+    assert read_plain(tmp_path / "run/model.pth")["category_ids"] == [1, 2, 3]
     assert (rebuilt.preprocessing.short_side, rebuilt.preprocessing.max_size) == (48, 96)
 
 

@@ -99,3 +99,7 @@ def test_free_names_are_counted(tmp_path):
     assert free_name(path) == tmp_path / "run.1"
     (tmp_path / "run.1").write_text("a file")
     assert free_name(path) == tmp_path / "run.2"
+
+
+def test_names_in_messages_do_no_harm_to_a_terminal():
+    assert message_of(DataError("a\x1b[2J.png:\n\tbroken")) == "a\\x1b[2J.png:\n\tbroken"

@@ -262,3 +262,17 @@ def test_a_branch_may_have_the_name_of_an_argument_that_reads_files():
     _check({"_target_": "dino.modeling.variants.branches.Branches", "file": second})
     with pytest.raises(DataError, match="'file' would read or download"):
         _check({"_target_": "dino.modeling.variants.branches.Branches", "file": "weights.pth"})
+
+
+def test_category_ids(tmp_path):
+    write(tmp_path / "old.pth")
+    assert detector_from_checkpoint(tmp_path / "old.pth").category_ids == [1, 2, 3]
+    write(tmp_path / "model.pth", category_ids=[42, 7, 0])
+    assert detector_from_checkpoint(tmp_path / "model.pth").category_ids == [42, 7, 0]
+
+
+@pytest.mark.parametrize("ids", [[1, 2], [1, 2, 2], [1, 2, 3.0], [1, 2, True], [1, 2, 2**70], "123", {1: 1}, None, []])
+def test_broken_category_ids_are_named(tmp_path, ids):
+    write(tmp_path / "model.pth", category_ids=ids)
+    with pytest.raises(DataError, match=r"model.pth: category_ids must be 3 different whole numbers"):
+        detector_from_checkpoint(tmp_path / "model.pth")

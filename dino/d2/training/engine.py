@@ -22,7 +22,7 @@ from torch import nn
 from dino.d2.checkpoint import Checkpointer
 from dino.d2.combining_mapper import CombiningMapper
 from dino.d2.data_loading import load_dataset
-from dino.d2.recipe import names_of, use_epochs
+from dino.d2.recipe import category_ids_of, names_of, use_epochs
 from dino.d2.recipe_description import describe
 from dino.layers.cpu_feed_forward import use_cpu_feed_forward
 from dino.training.progress import Progress
@@ -66,6 +66,7 @@ def train(cfg: DictConfig, resume: bool) -> dict:
         model,
         cfg.train.output_dir,
         names=names,
+        category_ids=category_ids_of(cfg.dataloader.train.dataset),
         about={**about, **describe(cfg)},
         min_backbone=cfg.train.min_backbone,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import platform
@@ -19,7 +20,7 @@ from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -59,7 +60,7 @@ def launch(main: Callable, processes: Processes, *args: Any) -> None:
         try:
             main(*args)
         finally:
-            dist.destroy_process_group()
+            _leave_group()
         return
     num_gpus, num_machines, machine_rank, url = processes
     if torch.cuda.is_available() and num_gpus > torch.cuda.device_count():
@@ -68,7 +69,29 @@ def launch(main: Callable, processes: Processes, *args: Any) -> None:
         url = "auto"  # Detectron2's default port follows from the user: a second run would meet the first one
     if num_gpus > 1:
         signal.signal(signal.SIGINT, lambda *_: None)  # left to the new processes, see `StopOnSignal`
-    spawn(main, num_gpus, num_machines, machine_rank, url, args=args)
+    spawn(_work_in_group, num_gpus, num_machines, machine_rank, url, args=(main, args))
+
+
+def _work_in_group(main: Callable, args: tuple) -> None:
+    """What each process of Detectron2's launcher does; a single process has no group."""
+    main(*args)
+    if dist.is_initialized():
+        _leave_group()
+
+
+def _leave_group() -> None:
+    """End the process group and its threads.
+
+    `destroy_process_group` leaves gloo's threads running as long as anything refers to a group: Detectron2's global
+    variables, or the device mesh of a sharded model. A thread that drops the last tensors of its collective needs
+    Python's lock. If Python is ending by then, the thread ends the process by SIGABRT.
+    """
+    dist.destroy_process_group()
+    comm._LOCAL_PROCESS_GROUP = None
+    comm._get_global_gloo_group.cache_clear()
+    for mesh in [x for x in gc.get_objects() if type(x) is DeviceMesh]:  # caches of DTensor keep meshes forever
+        getattr(mesh, "_pg_registry", {}).clear()
+    gc.collect()  # the trainer, its hooks and the model refer to each other
 
 
 def _join_group(processes: Processes) -> None:

@@ -21,10 +21,12 @@ from torch import nn
 import dino
 from dino.d2.recipe import names_of
 from dino.data.coco import no_objects
+from dino.data.pseudo_labels import scores_ignored
 from dino.layers.ops.operator_report import operator_lines
 from dino.modeling import float32_precision
 from dino.training.progress import Objects
 from dino.utils.files import DataError
+from dino.utils.printable import printable
 
 logger = logging.getLogger("detectron2.dino")
 
@@ -47,10 +49,14 @@ def summarise_data(cfg: DictConfig, images: list[dict], val_images: list[dict]) 
     logger.info(
         f"{len(images)} training images, {empty} of them without objects; {objects} objects of {len(names)} classes"
     )
-    print_instances_class_histogram(images, names)
+    shown = [printable(name) for name in names]
+    print_instances_class_histogram(images, shown)
     unseen = sorted(set(range(len(names))) - {o["category_id"] for x in images for o in x["annotations"]})
     if unseen:
-        logger.warning(f"no training image shows {', '.join(names[label] for label in unseen[:10])}")
+        logger.warning(f"no training image shows {', '.join(shown[label] for label in unseen[:10])}")
+    data = MetadataCatalog.get(cfg.dataloader.train.dataset.name)
+    if note := scores_ignored(data.get("json_file", data.name), data.get("scores", 0)):
+        logger.warning(note)
     _warn_of_limits(cfg, images)
     sizes = _log_sizes(cfg, images)
     doubts = Objects(sizes, _shares(images), _count(names, images), _count(names, val_images)).doubts()
@@ -103,7 +109,8 @@ def _warn_of_limits(cfg: DictConfig, images: list[dict]) -> None:
     count = len(fullest["annotations"])
     for what, limit in limits.items():
         if limit and count > limit:
-            logger.warning(f"{fullest['file_name']} has {count} objects, more than the {limit} {what} per image")
+            name = printable(fullest["file_name"], 200)
+            logger.warning(f"{name} has {count} objects, more than the {limit} {what} per image")
 
 
 def _log_sizes(cfg: DictConfig, images: list[dict]) -> np.ndarray:

@@ -20,7 +20,7 @@ def match_names(images: list[Any], folder: str | Path) -> dict[int, str]:
     """The file that each image without one probably means: index in the list -> name relative to the folder.
 
     A name counts as a match if it is the only one of the folder that agrees: with other slashes, without the leading
-    folders, with %20 and the like decoded, in other letters (case, or combined accents), at last by its base name alone.
+    folders, with %20 and the like decoded, in other letters (case, or combined accents), at last by its base name.
 
     Args:
         images: entries of the file, sound or not.

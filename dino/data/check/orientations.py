@@ -1,4 +1,4 @@
-"""Which picture the boxes were drawn on, where a file has an EXIF orientation: decided over all images of a data set."""
+"""Which picture boxes were drawn on, where files have an EXIF orientation: decided over all images of a data set."""
 
 from __future__ import annotations
 

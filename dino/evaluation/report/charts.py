@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from dino.utils.printable import escaped
+
 from .error_analysis import THRESHOLDS, Analysis, f1_of, rates
 
 _INK, _SOFT, _ACCENT = "#010203", "#040506", "#070809"  # placeholders for the page's colours, light or dark
@@ -89,6 +91,6 @@ def over_threshold(analysis: Analysis) -> Markup:
 
 def _plain(name: str) -> str:
     """Escape a class name for matplotlib: no formulas, no hidden label."""
-    text = name.encode("utf-8", "replace").decode().replace("$", r"\$")
+    text = escaped(name).encode("utf-8", "replace").decode().replace("$", r"\$")
     text = text if len(text) <= 24 else text[:23] + "…"
     return f" {text}" if text.startswith("_") else text

@@ -24,6 +24,7 @@ _IOU, _LOOSE_IOU = 0.5, 0.1  # at least: right; badly placed
 ERROR_WORDS = {"false": "false", "duplicate": "double", "misplaced": "badly placed", "confused": "wrong class"}
 _KINDS = ("found", *ERROR_WORDS)
 _COUNTED_AT = (0.2, 0.3, 0.4, 0.5)  # scores at which the errors in metrics.json are counted
+_MOST_PAIRS = 10_000_000  # of detections and objects that are compared at once: 80 MB
 _CALIBRATED, _BINS = 0.05, 10  # least score that calibration looks at; bins of scores
 
 
@@ -207,11 +208,14 @@ def _explain(detections: list[dict], objects: list[dict], labels: dict[int, int]
     if not objects:
         yield from (_describe(d, labels, "false") for d in detections)
         return
-    overlaps = mask.iou([d["bbox"] for d in detections], [o["bbox"] for o in objects], [0] * len(objects))
-    classes = np.array([o["category_id"] for o in objects])
-    for detection, overlap in zip(detections, overlaps, strict=True):
-        kind, index = _classify(overlap, classes == detection["category_id"])
-        yield _describe(detection, labels, kind, 0 if index is None else objects[index]["id"])
+    boxes, classes = [o["bbox"] for o in objects], np.array([o["category_id"] for o in objects])
+    step = max(1, _MOST_PAIRS // len(objects))
+    for start in range(0, len(detections), step):
+        part = detections[start : start + step]
+        overlaps = mask.iou([d["bbox"] for d in part], boxes, [0] * len(objects))
+        for detection, overlap in zip(part, overlaps, strict=True):
+            kind, index = _classify(overlap, classes == detection["category_id"])
+            yield _describe(detection, labels, kind, 0 if index is None else objects[index]["id"])
 
 
 def _classify(overlaps: np.ndarray, same_class: np.ndarray) -> tuple[str, int | None]:

@@ -8,10 +8,13 @@ from typing import Any, NamedTuple
 
 from dino.data.coco import read_images
 from dino.utils.files import UserError, free_name, make_folder, write_whole
+from dino.utils.printable import columns_of, padded, printable
 
 from .error_analysis import COLUMNS, ERROR_WORDS, Analysis, show
 from .report import image_paths, write_report
 from .results import read_results
+
+_MOST_COLUMNS = 40  # of a class name in the table
 
 
 class Detected(NamedTuple):
@@ -80,11 +83,12 @@ def write_evaluation(folder: Path, detected: Detected, shown: int = 24) -> None:
 def _table(analysis: Analysis) -> str:
     """AP of all classes, a row for each class, a row for each kind of error."""
     lines = ["  ".join(f"{name} {show(name, value)}" for name, value in analysis.ap.items())]
-    width = max(len("class"), *(len(row.name) for row in analysis.rows))
+    names = [printable(row.name, _MOST_COLUMNS) for row in analysis.rows]
+    width = max(len("class"), *map(columns_of, names))
     lines.append(f"{'class':<{width}}  objects" + "".join(f"{heading:>11}" for heading in COLUMNS))
-    for row in analysis.rows:
+    for row, name in zip(analysis.rows, names, strict=True):
         figures = "".join(f"{show(heading, figure(row)):>11}" for heading, figure in COLUMNS.items())
-        lines.append(f"{row.name:<{width}}{row.objects:9}{figures}")
+        lines.append(f"{padded(name, width)}{row.objects:9}{figures}")
     return "\n".join([*lines, "", *_cost_lines(analysis)])
 
 

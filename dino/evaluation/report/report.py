@@ -17,7 +17,7 @@ from .error_analysis import COLUMNS, ERROR_WORDS, THRESHOLDS, Analysis, Found, O
 from .page import Figure, Mark, draw, write_page
 
 _LOWEST = float(THRESHOLDS[0])  # least score that is drawn; start of the slider
-_MOST_MARKS = 300  # detections drawn in one image
+_MOST_MARKS, _MOST_OBJECTS = 300, 1000  # detections and objects drawn in one image
 _MOST_CLASSES = 25  # rows of the confusion matrix
 _MOST_PAIRS = 8  # of confused classes, named above the matrix
 _WORDS = {"found": "right", "missed": "missed", **ERROR_WORDS}
@@ -127,10 +127,13 @@ def _draw_worst(analysis: Analysis, entries: dict[int, dict], files: dict[int, P
     found, objects = _by_image(analysis.found, chosen), _by_image(analysis.objects, chosen)
     figures = []
     for image in sorted(chosen, key=lambda i: -errors[i].total()):
-        marks = [_mark_object(o, analysis) for o in objects[image]]
+        marks = [_mark_object(o, analysis) for o in objects[image][-_MOST_OBJECTS:]]
         marks += [_mark_found(f, analysis) for f in found[image] if f.score >= _LOWEST][:_MOST_MARKS]
         groups = " ".join(group for group in _GROUPS if sums[image][group])
-        figures += _try_to_draw(files[image], _caption(entries[image]["file_name"], errors[image]), marks, groups)
+        caption = _caption(entries[image]["file_name"], errors[image])
+        if len(objects[image]) > _MOST_OBJECTS:
+            caption += f"; {_MOST_OBJECTS:,} of {len(objects[image]):,} objects drawn, the missed ones first"
+        figures += _try_to_draw(files[image], caption, marks, groups)
     return figures
 
 

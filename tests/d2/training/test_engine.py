@@ -89,6 +89,7 @@ def test_metrics_hold_every_loss(trained):
 def test_the_checkpoint_is_plain_data_with_the_names(trained):
     content = read_plain(run_folder(trained[0]) / "model_final.pth")
     assert content["names"] == NAMES
+    assert content["category_ids"] == [1, 2, 3]
     assert content["iteration"] == 1
     assert set(content) >= {"model", "trainer"}
     assert content["model"].keys() == instantiate(trained[0].model).state_dict().keys()

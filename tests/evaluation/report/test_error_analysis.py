@@ -3,6 +3,7 @@ import pytest
 
 from dino.data.coco import CocoImages
 from dino.evaluation.average_precision import evaluate
+from dino.evaluation.report import error_analysis
 from dino.evaluation.report.error_analysis import (
     _KINDS,
     ERROR_WORDS,
@@ -213,3 +214,22 @@ def test_calibration():
     # Errors of bins do not cancel: two bins, one too sure by 0.5, one too modest by 0.5
     assert _calibration_error([found(0.5, "false"), found(0.45, "found")]) == pytest.approx((0.5 + 0.55) / 2)
     assert _calibration_error([found(1e9, "found"), found(1.0, "found")]) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("most", [1, 60])
+def test_pairs_are_compared_in_parts_that_fit_into_memory(monkeypatch, tmp_path, most):
+    data = write_coco(tmp_path, counts=(5, 0, 7)).read()
+    results, _ = imperfect(data, seed=1)
+    numbered = [{**result, "id": number} for number, result in enumerate(results, 1)]
+    sizes, iou = [], error_analysis.mask.iou
+
+    def watched(found, objects, crowd):
+        sizes.append(len(found) * len(objects))
+        return iou(found, objects, crowd)
+
+    monkeypatch.setattr(error_analysis, "_MOST_PAIRS", most)
+    monkeypatch.setattr(error_analysis.mask, "iou", watched)
+    parts = list(error_analysis._explain(numbered, data["annotations"], {1: 0, 2: 1, 3: 2}))
+    assert max(sizes) <= max(most, len(data["annotations"]))
+    monkeypatch.undo()
+    assert parts == list(error_analysis._explain(numbered, data["annotations"], {1: 0, 2: 1, 3: 2}))

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from dino import cli
+from dino.evaluation.report import report
 from dino.evaluation.report.error_analysis import analyse, confusion
 from dino.evaluation.report.report import _cells_of, image_paths, write_report
+from dino.utils.printable import columns_of
 
 from ...coco_files import write_coco
 from ...tools.programs import contents
@@ -201,3 +203,30 @@ def test_absurd_boxes_and_scores_do_no_harm(files, tmp_path):
     path = tmp_path / "odd.json"
     path.write_text(json.dumps(odd))
     assert evaluate(files, path, tmp_path / "out") == 0
+
+
+def test_a_crowded_image_gets_a_part_of_its_objects(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "_MOST_OBJECTS", 3)
+    files = write_coco(tmp_path / "data", counts=(5, 2))
+    data = files.read()
+    paths = image_paths(data, files.images)
+    results = [{**perfect(data)[0], "score": 0.9}]
+    write_report(tmp_path / "report.html", data=data, results=results, files=paths, details={})
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("; 3 of 5 objects drawn, the missed ones first</figcaption>") == 1
+    assert page.count('class="mark missed') == 3 + 2
+
+
+def test_names_from_files_do_no_harm_to_a_terminal(files, results, tmp_path, capsys):
+    names = ["\x1b[2Jred\x07", "g" * 5000, "蓝色"]
+    files.change(lambda content: [c.update(name=name) for c, name in zip(content["categories"], names, strict=True)])
+    assert evaluate(files, results, tmp_path / "out") == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\x07" not in out
+    table = out[out.index("class ") : out.index("\n\nerror")].splitlines()
+    assert [row.split()[0] for row in table[1:]] == [r"\x1b[2Jred\x07", f"{'g' * 19}…{'g' * 20}", "蓝色"]
+    assert len({columns_of(row) for row in table}) == 1  # the columns stand below each other
+    assert columns_of(table[0]) < 160
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert [row["name"] for row in metrics["classes"]] == names
