@@ -113,8 +113,8 @@ FAULTS = {
     "crowd of a word": (change_entry("annotations", 1, iscrowd="no"), 'annotation 2 .* 0 or 1, but is "no"'),
     "negative area": (change_entry("annotations", 1, area=-1), r"annotation 2 .* area must be a number .*, but is -1"),
     "huge area": (change_entry("annotations", 1, area=10**400), "annotation 2 .* area must be a number"),
-    "infinite area": (change_entry("annotations", 1, area=float("nan")), "area must be .*, but is NaN"),
-    "area of a list": (change_entry("annotations", 1, area=[3]), r"area must be .*, but is \[3\]"),
+    "infinite area": (change_entry("annotations", 1, area=float("nan")), "annotation 2 .* area must be .*, but is NaN"),
+    "area of a list": (change_entry("annotations", 1, area=[3]), r"annotation 2 .* area must be .*, but is \[3\]"),
     "box of truths": (change_entry("annotations", 1, bbox=[True, False, True, True]), BOX),
     "image that is no dict": (replace_list("images", ["a.png"]), "image None: an id must be a whole number"),
 }

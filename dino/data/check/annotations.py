@@ -79,7 +79,7 @@ def _read_categories(entries: list, annotations: list) -> tuple[dict[int, dict],
         if type(number) is not int or not isinstance(name, str):
             problem = "has no whole number as its id, or no name"
         elif _is_parent_of_namesake(entry, entries, annotations):
-            issues.append(Issue("supercategory", "categories", index, f"class {name!r}, beside a class of that name"))
+            issues.append(Issue("namesake", "categories", index, f"class {name!r}, beside a class of that name"))
             continue
         elif number in sound:
             problem = f"has the id of {sound[number]['name']!r}"

@@ -68,7 +68,8 @@ def _check(
     images = [(i, entry) for i, entry in enumerate(data["images"]) if _is_sound(entry, contents)]
     opened = [files.get(i, ImageFile(problem="missing")) for i, _ in images] if open_images else None
     if opened is not None:
-        issues += check_files(images, opened)
+        settled = {issue.index for issue in issues if issue.kind.startswith("exif")}
+        issues += [i for i in check_files(images, opened) if i.kind != "rotated" or i.index not in settled]
     sizes = resized(contents.objects, resize)
     issues += check_sizes(contents.objects, sizes)
     return _Checked(path, original, data, Split(folder, contents, images, opened), issues, sizes)
@@ -136,11 +137,11 @@ def _table(checked: Sequence[_Checked]) -> Iterator[str]:
     counts = [Counter(issue.kind for issue in one.issues) for one in checked]
     kinds = {name: kind for name, kind in KINDS.items() if any(count[name] for count in counts)}
     width = max(len(kind.title) for kind in kinds.values())
-    names = [printable(one.path.name, 20) for one in checked]
-    yield f"{'level':<8} {'issue':<{width}} {' '.join(f'{name:>20}' for name in names)}  --fix"
+    names = ["training", "validation"] if len(checked) > 1 else ["number"]
+    yield f"{'level':<8} {'issue':<{width}} {' '.join(f'{name:>10}' for name in names)}  --fix"
     for name, kind in kinds.items():
-        numbers = " ".join(f"{count[name]:>20,}" for count in counts)
-        yield f"{kind.level:<8} {kind.title:<{width}} {numbers}  {CURES[kind.cure]}"
+        numbers = " ".join(f"{count[name]:>10,}" for count in counts)
+        yield f"{kind.level:<8} {kind.title:<{width}} {numbers}  {CURES[kind.cure]}".rstrip()
 
 
 def _verdict(errors: int, warnings: int, issues: list[Issue]) -> str:
@@ -191,7 +192,7 @@ def _list_issues(issues: list[Issue], show: int) -> list[str]:
         found = by_kind[name]
         if found:
             lines.append(f"{kind.level}: {kind.title} ({len(found):,}). {kind.advice}")
-            lines += [f"  {printable(text, 200)}" for text in found[:show]]
+            lines += [f"  {printable(text, 400)}" for text in found[:show]]
             lines += [f"  … and {len(found) - show:,} more"] if len(found) > show else []
     return lines
 

@@ -49,6 +49,12 @@ CURES = {  # of `--fix`, for the table
 
 KINDS = {
     "category": Kind("error", "categories without an id or a name of their own", "Give each class one id and one name"),
+    "namesake": Kind(
+        "error",
+        "super-categories with the name of a class, and no objects",
+        "Remove them; --fix leaves them out",
+        "drop",
+    ),
     "image": Kind("error", "images without id, file name or size", "Write id, file_name, width and height", "drop"),
     "image_id": Kind("error", "image ids that occur twice", "Number the images uniquely over the whole file", "drop"),
     "file_twice": Kind("error", "files listed twice", "List each file once; --fix merges the entries", "corrected"),
@@ -116,7 +122,9 @@ KINDS = {
     "outside": Kind("error", "boxes outside their image", "Remove them, or look for swapped x and y", "drop"),
     "no_objects": Kind("error", "no objects at all", "Annotate objects; a training has nothing to learn without them"),
     "no_val_objects": Kind("warning", "no objects at all in the validation data", "Annotate them, or expect no AP"),
-    "number": Kind("warning", "numbers written as text, or ids with a decimal point", "Read as numbers", "corrected"),
+    "number": Kind(
+        "warning", "numbers written as text, or whole ones with a decimal point", "Read as numbers", "corrected"
+    ),
     "outline": Kind("warning", "boxes that only an outline states", "Read from the outline", "corrected"),
     "no_size": Kind("warning", "sizes that only the files state", "Read from the files", "corrected"),
     "crowd": Kind("warning", "crowd regions, which training leaves out", "If each is one object, add --crowd objects"),

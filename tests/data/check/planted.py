@@ -4,6 +4,7 @@ Issues of images go to the second half of the images, issues of objects to the f
 """
 
 import copy
+import json
 from typing import NamedTuple
 
 import numpy as np
@@ -60,12 +61,72 @@ def change_image(kind, **values):
         image = field.image()
         name = image["file_name"]
         image.update(values)
-        return Planted(kind, str(values.get("file_name") or image["id"]) if "file_name" in values else name, REFERENCE)
+        if kind == "number":
+            name = f"image {image['id']}"
+        return Planted(kind, str(values.get("file_name") or image["id"]) if "file_name" in values else name)
 
     return plant
 
 
-REFERENCE = frozenset({"reference"})  # objects lose an image that can't be read
+def write_id_as_text(field):
+    """In the annotations that refer to it too."""
+    image = field.image()
+    for a in field.content["annotations"]:
+        if a["image_id"] == image["id"]:
+            a["image_id"] = f" {image['id']}.0"
+    image["id"] = str(image["id"])
+    return Planted("number", f"image {json.dumps(image['id'])}")
+
+
+def rename(change):
+    def plant(field):
+        image = field.image()
+        name = image["file_name"]
+        image["file_name"] = change(name)
+        return Planted("name", f"{image['file_name']} is {name}")
+
+    return plant
+
+
+def outline(segmentation, **values):
+    def plant(field):
+        a = field.object()
+        x, y, w, h = a["bbox"]
+        a["segmentation"] = segmentation(x, y, w, h)
+        a.update(values)
+        if "bbox" not in values:
+            del a["bbox"]
+        return Planted("outline", f"annotation {a['id']}")
+
+    return plant
+
+
+def polygon(x, y, w, h):
+    return [[x, y, x + w, y, x + w, y + h, x, y + h]]
+
+
+def runs(x, y, w, h):
+    """Run lengths down the columns."""
+    inside = [h, HEIGHT - h] * w
+    return {"size": [HEIGHT, WIDTH], "counts": [x * HEIGHT + y, *inside[:-1], HEIGHT * (WIDTH - x - w + 1) - y - h]}
+
+
+def namesake(field):
+    """Roboflow names the group of a single class like the class."""
+    for category in field.content["categories"]:
+        category["supercategory"] = "red"
+    field.content["categories"].insert(0, {"id": 0, "name": "red", "supercategory": "none"})
+    return Planted("namesake", "class 'red', beside a class of that name")
+
+
+def entry_for_each_object(field):
+    """As some converters write."""
+    image = field.image()
+    own = [a for a in field.content["annotations"] if a["image_id"] == image["id"]]
+    for a in own[1:]:
+        a["image_id"] = 1000 + a["id"]
+        field.content["images"].append({**image, "id": a["image_id"]})
+    return Planted("file_twice", f"image {own[-1]['image_id']}: {image['file_name']} is image {image['id']} already")
 
 
 def annotation_id_twice(field):
@@ -97,7 +158,7 @@ def object_twice(field):
 def image_id_twice(field):
     first, second = field.image(), field.image()
     second["id"] = first["id"]
-    return Planted("image_id", first["file_name"], REFERENCE)
+    return Planted("image_id", first["file_name"], frozenset({"reference"}))  # objects of an id that is gone
 
 
 def file_twice(field):
@@ -116,7 +177,7 @@ def truncated(field):
     image = field.image()
     path = field.folder / image["file_name"]
     path.write_bytes(path.read_bytes()[:-2000])
-    return Planted("unreadable", image["file_name"])
+    return Planted("truncated", image["file_name"])
 
 
 def no_picture(field):
@@ -132,7 +193,9 @@ def other_size(field):
     return Planted("size", image["file_name"])
 
 
-def turn(orientation, kind):
+def turn(orientation, kind, box=None):
+    """Give a file an orientation; `box`: of one of its objects, which fits the upright picture, or the stored one."""
+
     def plant(field):
         image = field.image()
         path = field.folder / image["file_name"]
@@ -140,6 +203,11 @@ def turn(orientation, kind):
         exif = picture.getexif()
         exif[0x0112] = orientation
         picture.save(path, exif=exif)
+        own = [a for a in field.content["annotations"] if a["image_id"] == image["id"]]
+        for number, a in enumerate(own):
+            a.update(bbox=[5 * number, 10, 20, 15], area=300)  # fits both pictures
+        if box:
+            own[0].update(bbox=box, area=box[2] * box[3])
         return Planted(kind, image["file_name"])
 
     return plant
@@ -162,7 +230,22 @@ PLANTERS = {
     "beyond the left": change_object("beyond", bbox=[-5, 10, 20, 20], area=400),
     "corners": change_object("xyxy", bbox=[40, 35, 62, 60], area=550),
     "corners of a small box": change_object("xyxy", bbox=[5, 5, 25, 20], area=300),
-    "text box": change_object("box", bbox=["1", 2, 3, 4]),
+    "text box": change_object("number", bbox=["1", 2, "3e1", 20]),
+    "word box": change_object("box", bbox=["one", 2, 3, 4]),
+    "polygon": outline(polygon),
+    "polygon beside an empty box": outline(polygon, bbox=[0, 0, 0, 0]),
+    "mask": outline(runs, bbox=None),
+    "text as crowd": change_object("number", iscrowd="0"),
+    "truth as crowd": change_object("number", iscrowd=False),
+    "crowd": change_object("crowd", iscrowd=1),
+    "list as crowd": change_object("iscrowd", iscrowd=[]),
+    "text as area": change_object("number", area="12.5"),
+    "list as area": change_object("area", area=[1]),
+    "negative area": change_object("area", area=-1),
+    "huge area": change_object("area", area=10**400),
+    "class as text": change_object("number", category_id="2"),
+    "class with a point": change_object("number", category_id=2.0),
+    "id as text": write_id_as_text,
     "short box": change_object("box", bbox=[1, 2, 3]),
     "infinite box": change_object("box", bbox=[1, 2, float("inf"), 4]),
     "huge number": change_object("box", bbox=[1, 2, 10**400, 4]),
@@ -175,7 +258,22 @@ PLANTERS = {
     "object twice": object_twice,
     "image id twice": image_id_twice,
     "file twice": file_twice,
-    "text as width": change_image("image", width="72"),
+    "entry for each object": entry_for_each_object,
+    "namesake": namesake,
+    "text as width": change_image("number", width="72"),
+    "float as width": change_image("number", width=72.0),
+    "no width": change_image("no_size", width=None),
+    "zero width of an image": change_image("no_size", width=0, height=0),
+    "negative width of an image": change_image("no_size", width=-1),
+    "word as width": change_image("no_size", width="wide"),
+    "backslash": rename(lambda name: f"images\\{name}"),
+    "folder before": rename(lambda name: f"data/train/{name}"),
+    "out of the folder": rename(lambda name: f"../../{name}"),
+    "absolute": rename(lambda name: f"/home/somebody/{name}"),
+    "address": rename(lambda name: f"https://example.org/files/{name}?size=large"),
+    "Label Studio's address": rename(lambda name: f"/data/local-files/?d=photos/{name}"),
+    "Label Studio's upload": rename(lambda name: f"/data/upload/1/0a1b2c3d-{name}"),
+    "capital letters": rename(str.upper),
     "no file name": change_image("image", file_name=None),
     "path": change_image("path", file_name="../../secret.png"),
     "missing": missing,
@@ -183,6 +281,8 @@ PLANTERS = {
     "no picture": no_picture,
     "other size": other_size,
     "sideways": turn(6, "exif"),
+    "sideways, boxes upright": turn(6, "exif_size", [5, 50, 10, 20]),
+    "sideways, boxes as stored": turn(8, "exif_boxes", [60, 5, 10, 20]),
     "upside down": turn(3, "rotated"),
     "same picture": same_picture,
 }

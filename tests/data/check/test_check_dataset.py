@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ from PIL import Image
 
 from dino import cli
 from dino.data.check.image_files import _read_file
+from dino.data.coco import CocoImages, read_annotations
+from dino.evaluation import average_precision
+from dino.utils.files import DataError
 
 from ...coco_files import write_coco
 from ...tools.programs import contents
@@ -31,7 +35,7 @@ def test_a_clean_set(files, capsys):
     assert check(*files) == 0
     out = capsys.readouterr().out
     assert "4 images (1 without objects), 9 objects, 3 classes" in out
-    assert "no issues" in out
+    assert out.endswith("verdict: ready to train, no issues\n")
     assert "images/s" in out
     assert "objects after resizing: median" in out
 
@@ -42,7 +46,8 @@ def test_first_offenders_are_listed_and_the_exit_code_is_1(files, capsys):
     out = capsys.readouterr().out
     assert "error: boxes without area (5). Remove them" in out
     assert "annotation 2 of image_1.png: [1, 1, 0, 0] in an image of 72x64\n  … and 3 more" in out
-    assert "5 errors, 0 warnings" in out
+    assert "\nlevel    issue                  number  --fix\nerror    boxes without area          5  drops\nverd" in out
+    assert "verdict: not ready to train (5 errors, 0 warnings): --fix OUT.json writes a cleaned copy" in out
 
 
 def make_crowd(content):
@@ -90,13 +95,15 @@ def test_fix_writes_a_cleaned_copy(files, capsys, tmp_path):
         content["annotations"][1]["area"] = 400
         content["annotations"][2]["id"] = 1
 
+    files = write_coco(tmp_path / "more", counts=(3, 3, 0, 3, 3))
     files.change(change)
     before = contents(tmp_path)
     assert check(*files, "--fix", tmp_path / "fixed.json") == 1
-    assert "1 object dropped, 1 box clipped" in capsys.readouterr().out
+    line = "11 of 12 objects kept, 11 of them changed; 1 object dropped: boxes without area"
+    assert f"cleaned copy written to {tmp_path / 'fixed.json'}: {line}" in capsys.readouterr().out
     fixed = json.loads((tmp_path / "fixed.json").read_text())
     assert fixed["annotations"][0]["bbox"] == [60, 1, 12, 20]
-    assert [a["id"] for a in fixed["annotations"]] == list(range(1, 9))
+    assert [a["id"] for a in fixed["annotations"]] == list(range(1, 12))
     assert check(tmp_path / "fixed.json", files.images) == 0
     (tmp_path / "fixed.json").unlink()
     assert contents(tmp_path) == before
@@ -295,8 +302,151 @@ def test_a_truncated_jpeg_is_noticed(tmp_path, cut):
     assert "truncated" in _read_file(path).problem
 
 
+def test_a_set_of_crowd_regions_is_learned_from_on_request(files, tmp_path, capsys):
+    """As CVAT writes masks: every object is a crowd region."""
+    files.change(make_crowd)
+    assert check(*files) == 1
+    out = capsys.readouterr().out
+    assert "warning: crowd regions, which training leaves out (9). If each is one object, add --crowd objects" in out
+    assert "9 of them crowd regions (iscrowd=1), 0 boxes without area in the image. If each crowd region is one" in out
+    assert check(*files, "--crowd", "objects", "--fix", tmp_path / "fixed.json") == 0
+    assert "9 of 9 objects kept, 9 of them changed" in capsys.readouterr().out
+    assert {a["iscrowd"] for a in json.loads((tmp_path / "fixed.json").read_text())["annotations"]} == {0}
+    assert check(tmp_path / "fixed.json", files.images) == 0
+
+
+def test_fix_refuses_to_lose_many_objects_or_a_class(files, tmp_path, capsys):
+    (Path(files.images) / "image_1.png").unlink()
+    assert check(*files, "--fix", tmp_path / "fixed.json") == 1
+    reason = (
+        "3 of 9 objects would go (3 objects dropped: missing files). Correct these, or permit the loss: --max-loss 1"
+    )
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "fixed.json").exists()
+    assert check(*files, "--fix", tmp_path / "fixed.json", "--max-loss", "0.4") == 1
+    assert "6 of 9 objects kept, 0 of them changed; 3 objects dropped: missing files" in capsys.readouterr().out
+
+    files = write_coco(tmp_path / "rare", counts=(5,) * 4)
+
+    def make_rare(content):
+        for number, a in enumerate(content["annotations"]):
+            a["category_id"] = 1 + (number > 9)
+        content["annotations"][0].update(category_id=3, bbox=[5, 5, 0, 0])
+
+    files.change(make_rare)
+    assert check(*files, "--fix", tmp_path / "rare.json") == 1
+    assert "all objects of 'blue' would go" in capsys.readouterr().err
+    assert check(*files, "--fix", tmp_path / "rare.json", "--max-loss", "1") == 1
+    assert (tmp_path / "rare.json").exists()
+
+
+def test_truncated_jpegs_can_be_kept(tmp_path, capsys):
+    """Cameras leave files without their last bytes."""
+    files = write_coco(tmp_path / "cut", counts=(3, 3), suffix=".jpg", width=300, height=200)
+    path = Path(files.images) / "image_1.jpg"
+    path.write_bytes(path.read_bytes()[:-20])
+    assert check(*files, "--fix", tmp_path / "fixed.json") == 1
+    out, error = capsys.readouterr()
+    assert "error: truncated files (1). Replace them; --truncated keep completes JPEG files\n  image_1.jpg" in out
+    assert "3 of 6 objects would go" in error
+    before = path.read_bytes()
+    assert check(*files, "--fix", tmp_path / "fixed.json", "--truncated", "keep") == 1
+    assert "1 truncated JPEG file completed with grey, in place" in capsys.readouterr().out
+    assert path.read_bytes()[: len(before)] == before
+    assert check(tmp_path / "fixed.json", files.images) == 0
+
+
+def test_undecided_orientations_are_decided_by_a_person(tmp_path, capsys):
+    """Boxes that fit both pictures."""
+    for choice, box in (("upright", [3, 5, 20, 10]), ("stored", [49, 3, 10, 20])):
+        files = write_coco(tmp_path / choice, counts=(1,), category_ids=(1,))
+        path = Path(files.images) / "image_1.png"
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.open(path).save(path, exif=exif)
+        files.change(lambda c: c["annotations"][0].update(bbox=[3, 5, 20, 10]))
+        fixed = tmp_path / f"{choice}.json"
+        assert check(*files, "--fix", fixed) == 1
+        out, error = capsys.readouterr()
+        assert "image_1.png is 64x72, stored as 72x64 (orientation 6)" in out
+        assert "can't fix without you: sizes before the EXIF rotation, and boxes that fit both pictures" in error
+        assert check(*files, "--fix", fixed, "--exif", choice) == 1
+        content = json.loads(fixed.read_text())
+        assert (content["images"][0]["width"], content["images"][0]["height"]) == (64, 72)
+        assert content["annotations"][0]["bbox"] == box
+        assert check(fixed, files.images) == 0
+
+
+def test_accents_in_names_match_in_both_forms(tmp_path, capsys):
+    """Apple's file systems store é as two characters."""
+    files = write_coco(tmp_path / "names", counts=(1, 1), category_ids=(1,))
+    (Path(files.images) / "image_1.png").rename(Path(files.images) / unicodedata.normalize("NFD", "café 1.png"))
+    files.change(lambda c: c["images"][0].update(file_name=unicodedata.normalize("NFC", "CAFÉ%201.png")))
+    assert check(*files, "--fix", tmp_path / "fixed.json") == 1
+    assert "error: file names that match a file only after a change (1)" in capsys.readouterr().out
+    assert check(tmp_path / "fixed.json", files.images) == 0
+
+
+def test_a_byte_order_mark_is_read(files):
+    content = Path(files.annotations).read_text()
+    for encoding in ("utf-8-sig", "utf-16"):
+        Path(files.annotations).write_bytes(content.encode(encoding))
+        assert check(*files) == 0
+
+
+def test_names_can_not_control_the_terminal(files, capsys):
+    def rename(content):
+        content["categories"][0]["name"] = "red\x1b[31m\n" + "x" * 500
+        content["images"][0]["file_name"] = "\x1b]0;gone\x07.png"
+
+    files.change(rename)
+    assert check(*files) == 1
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\x07" not in out
+    assert max(map(len, out.splitlines())) < 300
+
+
+CASES = Path(__file__).parents[4] / "shared/cases/annotations"
+FIXED_FIRST = {"one_image_entry_per_object", "rf_same", "label_studio_backslash", "rle_ann"}  # training refuses them
+
+
+@pytest.mark.skipif(not (CASES.is_dir() and BCCD.is_dir()), reason="the collected files are not there")
+@pytest.mark.parametrize("path", sorted(CASES.glob("*.json")), ids=lambda path: path.stem)
+def test_collected_files(path, tmp_path, capsys):
+    """Each ends with 109 objects on 6 images: as it is, or as a cleaned copy."""
+    content = json.loads(path.read_bytes())
+    names = {image["file_name"].rpartition("\\")[2] for image in content["images"]}
+    (tmp_path / "images").mkdir()
+    for name in names:
+        shutil.copy(BCCD / "images" / name, tmp_path / "images" / name)
+    fixed = tmp_path / "fixed.json"
+    crowd = ["--crowd", "objects"] if path.stem == "rle_ann" else []
+    code = check(path, tmp_path / "images")
+    out = capsys.readouterr().out
+    assert code == (path.stem in FIXED_FIRST)
+    assert ("numbers written as text" in out) == (
+        path.stem in ("iscrowd_str", "string_ref_only", "float_ids", "float_sizes")
+    )
+    assert check(path, tmp_path / "images", "--fix", fixed, *crowd) == (code and not crowd)
+    for source in [fixed] if code else [path, fixed]:
+        data = CocoImages(source, tmp_path / "images", lambda image, objects: (image, objects))
+        assert sum(map(len, data.objects.values())) == 109
+        assert len(data) == 6
+        assert data.problem is None
+        assert average_precision.evaluate(data.data, [])["AP"] == 0
+    if path.stem == "rle_ann":
+        data = CocoImages(path, tmp_path / "images", lambda image, objects: (image, objects))
+        assert "109 of them crowd regions" in data.problem
+        data = CocoImages(path, tmp_path / "images", lambda image, objects: (image, objects), crowd="objects")
+        assert sum(map(len, data.objects.values())) == 109
+    elif code and path.stem != "label_studio_backslash":
+        with pytest.raises(DataError, match="`dino check … --fix`"):
+            read_annotations(path, tmp_path / "images")
+
+
 @pytest.mark.skipif(not BCCD.is_dir(), reason="the blood cells are not there: set DINO_BCCD")
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_the_blood_cells_are_clean(capsys, split):
     assert check(BCCD / f"{split}.json", BCCD / "images", "--val", BCCD / "val.json") == 0
-    assert capsys.readouterr().out.count("no issues") == 2
+    assert "verdict: ready to train, no issues" in capsys.readouterr().out
