@@ -112,7 +112,7 @@ def _explain(error: Exception, path: str | Path) -> str:
         )
     if isinstance(error, UnidentifiedImageError):
         return _explain_unidentified(Path(path))
-    text = str(error) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
     if "truncated" in text:
         return f"{text}. {_REPLACE}: `dino check --fix OUT` with --truncated keep (completes JPEG files) or drop"
     return f"{text}. {_REPLACE}"
