@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from dino.utils.files import DataError, UserError
@@ -191,9 +191,11 @@ def _to_rgb(image: Image.Image, input_range: tuple[float, float] | None) -> np.n
     if bands > _BANDS.get(image.mode, 3):
         raise DataError(f"it has {bands} bands. {_select_bands()}")
     scale = _range_of(image, input_range)
-    image = ImageOps.exif_transpose(image)
+    image.load()  # the orientation of a PNG file may come after its pixels
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if scale is None:
-        return np.array(image.convert("RGB"))
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     return np.repeat(_to_bytes(np.asarray(image), *scale)[:, :, None], 3, 2)
 
 
