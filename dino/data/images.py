@@ -128,7 +128,7 @@ def _explain(error: Exception, path: str | Path) -> str:
         )
     if isinstance(error, UnidentifiedImageError):
         return _explain_unidentified(Path(path))
-    text = str(error) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
     if "truncated" in text:
         return f"{text}. {_REPLACE}: `dino check --fix OUT` with --truncated keep (completes JPEG files) or drop"
     return f"{text}. {_REPLACE}"
@@ -207,9 +207,11 @@ def _to_rgb(image: Image.Image, input_range: tuple[float, float] | None) -> np.n
     if bands > _BANDS.get(image.mode, 3):
         raise DataError(f"it has {bands} bands. {_select_bands()}")
     scale = _range_of(image, input_range)
-    image = ImageOps.exif_transpose(image)
+    image.load()  # the orientation of a PNG file may come after its pixels
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if scale is None:
-        return np.array(image.convert("RGB"))
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     return np.repeat(_to_bytes(np.asarray(image), *scale)[:, :, None], 3, 2)
 
 

@@ -9,12 +9,13 @@ import pytest
 from PIL import Image
 
 from dino.data.check.image_files import ImageFile, _read_file
-from dino.data.images import IMAGE_SUFFIXES, list_images, read_image
+from dino.data.images import IMAGE_SUFFIXES, _register_heif, list_images, read_image
 from dino.utils.files import DataError
 
 MODES = {
     "BMP": ("1", "L", "P", "RGB"),
     "GIF": ("1", "L", "P"),
+    "HEIF": ("L", "RGB", "RGBA"),  # with its plug-in
     "JPEG": ("L", "RGB", "CMYK"),
     "JPEG2000": ("L", "LA", "RGB", "RGBA", "I;16"),
     "MPO": ("L", "RGB"),
@@ -24,13 +25,20 @@ MODES = {
     "WEBP": ("RGB", "RGBA"),
     "AVIF": ("RGB", "RGBA"),
 }
-SUFFIXES = {"BMP": ".bmp", "JPEG": ".jpg", "JPEG2000": ".jp2", "TIFF": ".tif"}  # of the others: .format
+SUFFIXES = {
+    "HEIF": ".heic",
+    "BMP": ".bmp",
+    "JPEG": ".jpg",
+    "JPEG2000": ".jp2",
+    "TIFF": ".tif",
+}  # of the others: .format
 COMPRESSIONS = (None, "tiff_lzw", "tiff_adobe_deflate", "packbits")
 SLOWEST = 5  # seconds
 
 
 def formats():
     Image.init()
+    _register_heif()
     return sorted(form for form in MODES if form in Image.SAVE)
 
 
