@@ -32,6 +32,8 @@ _FULL_12_BITS = (0.0, 4095.0)
 _UNSAFE_FORMATS = {"EPS"}  # Pillow reads these with another program, Ghostscript
 _BANDS = {"RGBA": 4, "RGBa": 4, "CMYK": 4}  # of a TIFF file of a mode; 3 at most for any other mode
 _WIDE = {"I": "whole numbers of 16 or 32 bits with a sign", "F": "floats"}
+_GREY_16_BITS = ("PNG", "PPM")  # formats whose mode I has 16 bits: 32 do not exist
+_PLAIN = ("1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr")  # modes of 8 bits
 _BLOCK = 1 << 22  # pixels that are scaled at a time
 _REPLACE = "Replace the file or remove it from the data set"
 _LIMIT_LOCK = threading.RLock()  # Pillow's limit holds for the whole process
@@ -70,7 +72,7 @@ def read_image(
     try:
         if is_open:
             return _to_rgb(source, scale)
-        with _pixel_limit(max_pixels), _open(Path(source), truncated) as image:
+        with _pixel_limit(max_pixels), open_image(source, truncated) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
                 size = f"{image.width}x{image.height} = {image.width * image.height:,} pixels"
                 raise Image.DecompressionBombError(f"it has {size}, more than the limit of {max_pixels:,}")
@@ -90,13 +92,26 @@ def image_size(path: str | Path) -> tuple[int, int]:
         DataError: the file is missing, or no image.
     """
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
             return image.size[::-1] if turned else image.size
     except FileNotFoundError:
         raise DataError(f"image not found: {path}") from None
     except Exception as error:  # see `read_image`
         raise DataError(f"can't read image {path}: {_explain(error, path)}") from error
+
+
+def needs_range(image: Image.Image) -> bool:
+    """Whether the values of an open image have no range of their own, so that `read_image` needs an `input_range`.
+
+    Raises:
+        DataError: the image has too many bands, or NaN or infinite pixels.
+    """
+    if image.mode in _PLAIN and not hasattr(image, "tag_v2"):
+        return False
+    wide = image.mode in _WIDE and not (image.mode == "I" and image.format in _GREY_16_BITS)
+    _to_rgb(image, (0.0, 1.0) if wide else None)
+    return wide
 
 
 def check_input_range(value: Any) -> tuple[float, float] | None:
@@ -179,8 +194,9 @@ def _pixel_limit(number: int | None) -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = before
 
 
-def _open(path: Path, truncated: str) -> Image.Image:
-    """Open a file with Pillow."""
+def open_image(path: str | Path, truncated: str = "refuse") -> Image.Image:
+    """Open a file with Pillow, in the formats that Pillow decodes itself; `truncated`: see `read_image`."""
+    path = Path(path)
     if path.suffix.lower() in _HEIF_SUFFIXES:
         _register_heif()
     Image.init()
@@ -229,7 +245,7 @@ def _range_of_type(image: Image.Image) -> tuple[float, float]:
     if image.mode.startswith("I;16"):
         bits = getattr(image, "tag_v2", {}).get(TiffImagePlugin.BITSPERSAMPLE, (16,))
         return _FULL_12_BITS if bits == (12,) else _FULL_16_BITS
-    if image.mode == "I" and image.format in ("PNG", "PPM"):  # of 16 bits: 32 do not exist
+    if image.mode == "I" and image.format in _GREY_16_BITS:
         return _FULL_16_BITS
     raise DataError(
         f"its mode {image.mode} has no range of its own: {_WIDE[image.mode]}. Set input_range=[low, high], the values "

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
-from dino.data.images import END_OF_JPEG, IMAGE_SUFFIXES
+from dino.data.images import END_OF_JPEG, IMAGE_SUFFIXES, needs_range, open_image
 from dino.utils.files import resolve_inside
 
 from .issues import Issue
@@ -29,12 +29,14 @@ class ImageFile(NamedTuple):
         orientation: EXIF's number; 1 is upright, 5 to 8 exchange width and height.
         digest: of size and pixels; independent of name and metadata.
         problem: why the file can't be used, "missing" if it does not exist; None if it is sound.
+        wide: whether reading it needs an `input_range`.
     """
 
     size: tuple[int, int] = (0, 0)
     orientation: int = 1
     digest: bytes = b""
     problem: str | None = None
+    wide: bool = False
 
     @property
     def upright(self) -> tuple[int, int]:
@@ -47,16 +49,17 @@ def _read_file(path: Path) -> ImageFile:
     if not path.is_file():
         return ImageFile(problem="missing")
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             size = image.size
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
             # JPEG is decoded at an eighth of its size, which still reads the whole file and is several times as fast.
             image.draft(None, (max(size[0] // 8, 1), max(size[1] // 8, 1)))
             image.load()
+            wide = needs_range(image)
             digest = hashlib.blake2b(repr((size, image.mode)).encode() + image.tobytes(), digest_size=16).digest()
     except Exception as error:  # Pillow's decoders raise all sorts of errors on broken files
         return ImageFile(problem=str(error) or type(error).__name__)
-    return ImageFile(size, orientation if orientation in range(1, 9) else 1, digest)
+    return ImageFile(size, orientation if orientation in range(1, 9) else 1, digest, wide=wide)
 
 
 def completed_jpeg(path: Path) -> tuple[Path, bytes] | None:
@@ -101,6 +104,8 @@ def check_files(images: list[tuple[int, dict]], files: list[ImageFile]) -> Itera
             yield Issue("rotated", "images", index, f"{name}: orientation {file.orientation}")
         elif stated not in (file.upright, file.size):  # the stored size: see `corrections.py`
             yield Issue("size", "images", index, sizes)
+        if file.wide:
+            yield Issue("wide", "images", index, name)
         others = by_digest[file.digest]
         if others:
             yield Issue("same_image", "images", index, f"{name} has the same pixels as {others[0]}")
@@ -118,6 +123,10 @@ def unlisted(folder: str | Path, known: set[str]) -> list[str]:
     for directory, _, names in os.walk(folder):
         for name in names:
             path = Path(directory, name)
-            if path.suffix.lower() in IMAGE_SUFFIXES and str(path.relative_to(folder)) not in known:
+            if (
+                path.suffix.lower() in IMAGE_SUFFIXES
+                and not name.startswith(".")
+                and str(path.relative_to(folder)) not in known
+            ):
                 found.append(str(path.relative_to(folder)))
     return sorted(found)

@@ -141,6 +141,11 @@ KINDS = {
     ),
     "unused": Kind("warning", "classes without objects", "Remove them, or expect no AP for them"),
     "rotated": Kind("warning", "images with an EXIF orientation", "DINO rotates them: make sure that the boxes fit"),
+    "wide": Kind(
+        "warning",
+        "images without a range of values",
+        "Set model.input_range=[low, high], the values of black and white",
+    ),
     "same_image": Kind("warning", "images that the set has twice", "Keep one of them"),
     "ids_differ": Kind(
         "warning", "class ids that differ from the validation data", "Harmless: labels follow the order of the ids"

@@ -221,6 +221,21 @@ def same_picture(field):
     return Planted("same_image", second["file_name"])
 
 
+def floats(field):
+    """Pixels of floats, whose black and white nobody knows."""
+    image = field.image()
+    image["file_name"] = f"{image['id']}.tif"
+    Image.fromarray(np.full((HEIGHT, WIDTH), image["id"] / 7, np.float32)).save(field.folder / image["file_name"])
+    return Planted("wide", image["file_name"])
+
+
+def not_a_number(field):
+    image = field.image()
+    image["file_name"] = f"{image['id']}.tif"
+    Image.fromarray(np.full((HEIGHT, WIDTH), np.nan, np.float32)).save(field.folder / image["file_name"])
+    return Planted("unreadable", f"{image['file_name']}: it has NaN or infinite pixels")
+
+
 PLANTERS = {
     "zero width": change_object("zero", bbox=[5, 5, 0, 10], area=0),
     "negative height": change_object("zero", bbox=[5, 5, 10, -3], area=30),
@@ -279,6 +294,8 @@ PLANTERS = {
     "missing": missing,
     "truncated": truncated,
     "no picture": no_picture,
+    "floats": floats,
+    "NaN": not_a_number,
     "other size": other_size,
     "sideways": turn(6, "exif"),
     "sideways, boxes upright": turn(6, "exif_size", [5, 50, 10, 20]),
