@@ -15,8 +15,6 @@ from dino.inference.predict_files import plan, predict
 from dino.inference.predictor import Predictor
 from dino.modeling.detector import Detector, Preprocessing
 from dino.utils.files import UserError
-from dino.weights import read_content
-from dino.weights.description import read_category_ids
 
 EXAMPLE = """
 example:
@@ -43,15 +41,14 @@ def make_predictor(args):
     if not Path(args.config_file).is_file():
         raise UserError(f"recipe not found: {args.config_file}")
     names = read_names(str(args.weights))
-    ids = read_category_ids(read_content(args.weights), args.weights)
     cfg = LazyConfig.load(args.config_file)
     recipe.check_overrides(cfg, args.opts)
     cfg = LazyConfig.apply_overrides(cfg, args.opts)
     cfg.model.num_classes = len(names)
     model = instantiate(cfg.model).to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    Checkpointer(model, names=names).load_whole(str(args.weights))
+    content = Checkpointer(model, names=names).load_whole(str(args.weights))
     preprocessing = Preprocessing(**describe(cfg)["preprocessing"])
-    detector = Detector(model.network, preprocessing, names, category_ids=ids).eval()
+    detector = Detector(model.network, preprocessing, names, category_ids=content.get("category_ids", ())).eval()
     return Predictor(detector, score_thresh=args.threshold)
 
 

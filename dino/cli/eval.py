@@ -16,6 +16,7 @@ examples:
   dino eval --weights model.pth --dataset coco_2017_val --num-gpus 2
   dino eval --weights checkpoint0011_4scale.pth --config-file dino_r50_4scale_12ep   (a file of another program)
   dino eval --results detections.json --val-json val.json --val-images images     (of any program, no model)
+  dino eval --results output/predictions/predictions.json --val-json val.json --val-images images
 Data without annotations gives a page of predictions. A recipe is a program: run only recipes that you trust.
 """
 
@@ -26,7 +27,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config-file", default="", help="recipe, by name or file (default: the checkpoint's own)")
     parser.add_argument("--weights", help="checkpoint")
     parser.add_argument(
-        "--results", type=Path, help="detections in COCO's results format, instead of recipe and weights"
+        "--results",
+        type=Path,
+        help="detections in COCO's results format, or a predictions.json, instead of recipe and weights",
     )
     parser.add_argument("--val-json", help="annotations in COCO format, instead of the recipe's data")
     parser.add_argument("--val-images", help="folder of their images")

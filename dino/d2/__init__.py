@@ -2,7 +2,7 @@
 
 import logging
 
-from dino.utils.printable import escaped
+from dino.utils.printable import printable
 
 try:
     import detectron2  # noqa: F401
@@ -20,7 +20,7 @@ from .meta_arch import DINODetector
 
 def _escape(record: logging.LogRecord) -> bool:
     """A filter: names from files send no control characters to a terminal."""
-    record.msg, record.args = escaped(record.getMessage(), kept="\n\t"), ()
+    record.msg, record.args = printable(record.getMessage(), None, kept="\n\t"), ()
     return True
 
 

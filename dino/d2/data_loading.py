@@ -23,11 +23,10 @@ from dino.data.coco import classes_of, clean_objects, load_json, read_annotation
 from dino.data.coco_values import to_crowd, to_plain
 from dino.data.images import read_image
 from dino.data.mixing import Picture
-from dino.data.pseudo_labels import count_scores
 from dino.evaluation.average_precision import complete_annotations
 from dino.modeling.detector import resized_size
 from dino.utils.files import DataError
-from dino.utils.printable import escaped
+from dino.utils.printable import printable
 
 logger = logging.getLogger("detectron2.dino")
 
@@ -85,7 +84,7 @@ def _register(name: str, annotations: str, images: str, crowd: str) -> None:
         evaluator_type="coco",
         thing_classes=classes.names,
         thing_dataset_id_to_contiguous_id=classes.labels,
-        scores=count_scores(data["annotations"]),
+        scores=sum("score" in a for a in data["annotations"]),
     )
 
 
@@ -306,5 +305,5 @@ class Evaluator(COCOEvaluator):
 
     def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
         """Detectron2's, with names that can be printed."""
-        names = class_names and [escaped(name) for name in class_names]
+        names = class_names and [printable(name, None) for name in class_names]
         return super()._derive_coco_results(coco_eval, iou_type, names)

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from detectron2.config import LazyCall, LazyConfig, instantiate
-from detectron2.data import MetadataCatalog
 from omegaconf import DictConfig, OmegaConf
 
 from dino.d2.training.parallel import from_main, restarted, started_by_same
@@ -214,15 +213,6 @@ def names_of(node: DictConfig) -> list[str]:
     if "name" not in node:
         raise UserError("the recipe's data sets must be written as L(dino.d2.data_loading.dataset)(name=…)")
     return class_names(node.name, node.get("annotations"), node.get("images"))
-
-
-def category_ids_of(node: DictConfig) -> list[int]:
-    """Category ids of the data set in a recipe's `L(dataset)(…)`, by label; 1, 2, … where it knows none."""
-    names = names_of(node)
-    labels = MetadataCatalog.get(node.name).get("thing_dataset_id_to_contiguous_id", {})
-    ids = {label: number for number, label in labels.items()}
-    known = sorted(ids) == list(range(len(names)))
-    return [ids[label] for label in range(len(names))] if known else list(range(1, len(names) + 1))
 
 
 def use_epochs(cfg: DictConfig, num_images: int) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-from collections.abc import Set
+from collections.abc import Sequence, Set
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -70,31 +71,30 @@ class _FastEval(COCOeval):
         objects, found = self._gts[imgId, catId], self._dts[imgId, catId]
         if not objects and not found:
             return None
-        ignored = np.array([bool(o["ignore"]) or not aRng[0] <= o["area"] <= aRng[1] for o in objects], dtype=bool)
+        ignored = _outside(objects, aRng) | _field(objects, "ignore").astype(bool)
         order = np.argsort(ignored, kind="stable")  # objects that count come first
-        ranked = np.argsort([-d["score"] for d in found], kind="stable")[:maxDet]
+        ranked = np.argsort(-_field(found, "score"), kind="stable")[:maxDet]
         objects, found = [objects[k] for k in order], [found[k] for k in ranked]
         known = self.ious[imgId, catId]  # an empty list where one of both is missing
         overlaps = known[: len(found), order] if len(known) else np.zeros((len(found), len(objects)))
-        match = self._match(overlaps, ignored[order], np.array([bool(o["iscrowd"]) for o in objects], dtype=bool))
-        object_ids, found_ids = (np.array([e["id"] for e in entries], dtype=np.float64) for entries in (objects, found))
+        match = self._match(overlaps, ignored[order], _field(objects, "iscrowd").astype(bool))
+        object_ids, found_ids = _field(objects, "id"), _field(found, "id")
         taken = np.zeros((len(match), len(objects)))
-        for t, row in enumerate(match):  # of equals, as crowd regions, the last one stays
-            taken[t, row[row >= 0]] = found_ids[row >= 0]
-        outside = np.array([not aRng[0] <= d["area"] <= aRng[1] for d in found], dtype=bool)
         hit = match >= 0
+        for t, row in enumerate(match):  # of several in a crowd region, the last one stays
+            taken[t, row[hit[t]]] = found_ids[hit[t]]
         return {
             "image_id": imgId,
             "category_id": catId,
             "aRng": aRng,
             "maxDet": maxDet,
-            "dtIds": [d["id"] for d in found],
-            "gtIds": [o["id"] for o in objects],
+            "dtIds": list(map(itemgetter("id"), found)),
+            "gtIds": list(map(itemgetter("id"), objects)),
             "dtMatches": np.where(hit, _at(object_ids, match), 0.0),
             "gtMatches": taken,
-            "dtScores": [d["score"] for d in found],
+            "dtScores": list(map(itemgetter("score"), found)),
             "gtIgnore": ignored[order].astype(int),
-            "dtIgnore": np.where(hit, _at(ignored[order], match), outside),
+            "dtIgnore": np.where(hit, _at(ignored[order], match), _outside(found, aRng)),
         }
 
     def _match(self, overlaps: np.ndarray, ignored: np.ndarray, crowd: np.ndarray) -> np.ndarray:
@@ -119,6 +119,17 @@ class _FastEval(COCOeval):
             match[hit, d] = chosen = near[best[hit]]
             free[hit, chosen] = crowd[chosen]
         return match
+
+
+def _field(entries: list[dict], key: str) -> np.ndarray:
+    """(N,) float64, a number of each entry."""
+    return np.fromiter(map(itemgetter(key), entries), dtype=np.float64, count=len(entries))
+
+
+def _outside(entries: list[dict], areas: Sequence[float]) -> np.ndarray:
+    """(N,) bool, whether the area of an entry is outside a range, whose ends belong to it."""
+    values = _field(entries, "area")
+    return (values < areas[0]) | (values > areas[1])
 
 
 def _at(values: np.ndarray, places: np.ndarray) -> np.ndarray:

@@ -208,7 +208,7 @@ def _predict_video(predictor: Predictor, job: _Job, issues: list[DataError]) -> 
         issues.append(error)
         return
     make_folder(job.target.parent)
-    interrupted, name = False, job.source.name if isinstance(job.source, Path) else video.name
+    interrupted, name = False, Path(video.name).name
     writer, start = None, time.monotonic()
     with (
         _open_coco(job.target.with_suffix(".json"), predictor) as coco,

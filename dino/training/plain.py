@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from dino.data.coco import CocoImages, ResizeShortSide, collate
 from dino.data.images import check_input_range
-from dino.data.pseudo_labels import count_scores, scores_ignored
 from dino.evaluation import average_precision
 from dino.inference.cpu import keep_freed_memory
 from dino.layers import LossScaling, SetCriterion, SquaredIoULoss
@@ -30,7 +29,7 @@ from dino.modeling import TorchvisionBackbone, compile_network, use_float32_prec
 from dino.modeling.detector import Detector, Preprocessing, resized_size
 from dino.modeling.variants import PositionModulatedMatcher
 from dino.utils.files import DataError, UserError, free_name, write_whole
-from dino.utils.printable import escaped, printable
+from dino.utils.printable import printable
 from dino.weights import load_weights, locate, read_content, recognise, weights_of
 from dino.weights.description import build_network, read_description
 
@@ -140,15 +139,15 @@ def train(
     val = _open(val_json, val_images, settings, "none")
     detector = _start(settings, val.names, weights, content)
     data = _open(train_json, train_images, settings, settings.flips)
-    detector.category_ids = data.category_ids
     _check_data(data, val)
     output.mkdir(parents=True, exist_ok=True)
-    _print_summary(data, str(train_json))
+    _print_summary(data)
     start = time.perf_counter()
-    objects = Objects(*_sizes(data, settings), *map(_count_classes, (data, val)))
+    scores = sum("score" in a for a in data.data["annotations"])
+    objects = Objects(*_sizes(data, settings), *map(_count_classes, (data, val)), scores)
     progress = _fit(detector, data, settings, objects.doubts())
     seconds = time.perf_counter() - start
-    save(output / "model.pth", detector, settings)
+    save(output / "model.pth", detector, settings, data.category_ids)
     metrics = _write_results(detector, val, settings, output, seconds)
     _warn(progress.zero_ap(progress.length, metrics["AP"], metrics["AP50"]))
     return metrics
@@ -201,12 +200,12 @@ def _criterion() -> nn.Module:
     return LossScaling(criterion=losses, factors={"loss_ce_dn": 1 / _CLASS_WEIGHT})
 
 
-def save(path: Path, detector: Detector, settings: Settings) -> None:
-    """Write a checkpoint with its description, see `dino.weights.description`."""
+def save(path: Path, detector: Detector, settings: Settings, category_ids: Sequence[int] = ()) -> None:
+    """Write a checkpoint with its description, see `dino.weights.description`; the detector's ids by default."""
     config = json.dumps(_describe(settings, len(detector.names)))
     about = {"config": config, "preprocessing": detector.preprocessing._asdict()}
-    described = {"names": detector.names, "category_ids": detector.category_ids, "about": about}
-    content = {"model": detector.network.state_dict(), **described}
+    described = {"names": detector.names, "category_ids": list(category_ids) or detector.category_ids}
+    content = {"model": detector.network.state_dict(), **described, "about": about}
     write_whole(path, lambda part: torch.save(content, part))
 
 
@@ -341,13 +340,11 @@ def _check_data(data: CocoImages, val: CocoImages) -> None:
         _warn(f"AP will be undefined: {val.problem}")
 
 
-def _print_summary(data: CocoImages, name: str) -> None:
+def _print_summary(data: CocoImages) -> None:
     """Print what the training data holds."""
     empty = sum(not objects for objects in data.objects.values())
     names = [printable(name) for name in data.names]
     print(f"{len(data)} images, {empty} without objects, {data.dropped} boxes of no size dropped; {names}")
-    if note := scores_ignored(name, count_scores(data.data["annotations"])):
-        _warn(note)
 
 
 def _sizes(data: CocoImages, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
@@ -370,7 +367,7 @@ def _count_classes(data: CocoImages) -> Counter[str]:
 def _warn(message: str | None) -> None:
     """Print a warning, if there is one."""
     if message:
-        tqdm.write(f"warning: {escaped(message)}")
+        tqdm.write(f"warning: {printable(message, None)}")
 
 
 def _fit(detector: Detector, data: CocoImages, settings: Settings, doubts: Sequence[str] = ()) -> Progress:

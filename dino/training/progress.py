@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dino.utils.files import counted
+
 _TINY = 8  # pixels, below which few detectors find anything
 _WHOLE = 0.9  # share of the image, above which a box hardly places anything
 _NO_AP = 0.001  # of AP and AP50
@@ -22,16 +24,18 @@ class Objects(NamedTuple):
         sizes: (N,) square roots of the areas of training objects after the evaluation's resize, in pixels.
         shares: (N,) areas of training objects, as shares of their image in [0, 1].
         train, val: number of objects of each class, by its name.
+        scores: number of training annotations with a score: predictions, as pseudo labels or by mistake.
     """
 
     sizes: np.ndarray
     shares: np.ndarray
     train: Counter[str]
     val: Counter[str]
+    scores: int = 0
 
     def doubts(self) -> list[str]:
         """What looks wrong, a line each."""
-        found = [self._tiny(), self._whole_image(), self._never_trained()]
+        found = [self._tiny(), self._whole_image(), self._never_trained(), self._scored()]
         return [line for line in found if line]
 
     def _tiny(self) -> str:
@@ -52,6 +56,12 @@ class Objects(NamedTuple):
             f"{sum(unseen.values())} of {self.val.total()} validation objects are of classes that no training object "
             f"has: {', '.join(list(unseen)[:10])}"
         )
+
+    def _scored(self) -> str:
+        if not self.scores:
+            return ""
+        number = counted(self.scores, "training annotation has a score", "training annotations have a score")
+        return f"{number}, as predictions have: scores are ignored, each box counts as an object"
 
 
 class Progress(NamedTuple):

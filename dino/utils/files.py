@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from .printable import escaped
+from .printable import printable
 
 
 class UserError(ValueError):
@@ -22,7 +22,7 @@ def message_of(error: BaseException) -> str:
     text = str(error)
     if "Original Traceback" in text:
         text = text.rstrip().rpartition(f"{type(error).__name__}: ")[2]
-    return escaped(text, kept="\n\t")  # names from files can hold control characters
+    return printable(text, None, kept="\n\t")  # names from files can hold control characters
 
 
 def counted(number: int, thing: str, things: str = "") -> str:

@@ -9,37 +9,27 @@ _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # Unicode's categories of 
 _JOINERS = "\u200c\u200d"  # parts of words in Persian and Hindi, and of emoji
 
 
-def printable(text: object, limit: int = 60) -> str:
-    r"""A name from a file, in one line of at most `limit` columns; a control character becomes an escape such as \x1b.
+def printable(text: object, limit: int | None = 60, *, columns: int = 0, kept: str = "") -> str:
+    r"""A name from a file in one line of a terminal; a control character becomes an escape such as \x1b.
 
     A longer text keeps its start and its end around "…".
 
     Args:
         text: anything; its `str`.
-        limit: most columns of a terminal, at least 3; a wide letter, as in Chinese, takes two.
+        limit: most columns, at least 3; a wide letter, as in Chinese, takes two. None for any length.
+        columns: shorter texts are filled with spaces to so many.
+        kept: control characters that stay.
     """
     whole = str(text)
+    if limit is None:
+        return "".join(letter if letter in kept else _visible(letter) for letter in whole)
     shown = _take(map(_visible, whole), limit)
-    if len(shown) == len(whole):
-        return "".join(shown)
-    start = _take(shown, (limit - 1) // 2)
-    end = _take(map(_visible, reversed(whole[-limit:])), limit - 1 - (limit - 1) // 2)
-    return "".join([*start, "…", *reversed(end)])
-
-
-def escaped(text: object, kept: str = "") -> str:
-    r"""A text of any length; control characters, but for those in `kept`, become escapes such as \x1b."""
-    return "".join(letter if letter in kept else _visible(letter) for letter in str(text))
-
-
-def columns_of(text: str) -> int:
-    """How many columns of a terminal a text of visible letters takes."""
-    return sum(map(_columns_of_letter, text))
-
-
-def padded(text: str, columns: int) -> str:
-    """A text of visible letters, filled with spaces to a number of columns."""
-    return text + " " * (columns - columns_of(text))
+    if len(shown) < len(whole):
+        start = _take(shown, (limit - 1) // 2)
+        end = _take(map(_visible, reversed(whole[-limit:])), limit - 1 - (limit - 1) // 2)
+        shown = [*start, "…", *reversed(end)]
+    line = "".join(shown)
+    return line + " " * (columns - _columns(line))
 
 
 def _take(letters: Iterable[str], limit: int) -> list[str]:
@@ -47,7 +37,7 @@ def _take(letters: Iterable[str], limit: int) -> list[str]:
     taken: list[str] = []
     columns = marks = 0
     for letter in letters:
-        width = columns_of(letter)
+        width = _columns(letter)
         columns, marks = columns + width, marks + (not width)
         if max(columns, marks) > limit:
             break
@@ -60,6 +50,11 @@ def _visible(letter: str) -> str:
     if unicodedata.category(letter) not in _HIDDEN or letter in _JOINERS:
         return letter
     return letter.encode("unicode_escape").decode("ascii")
+
+
+def _columns(text: str) -> int:
+    """How many columns of a terminal a text of visible letters takes."""
+    return sum(map(_columns_of_letter, text))
 
 
 def _columns_of_letter(letter: str) -> int:

@@ -105,7 +105,7 @@ def _describe(
     extra = {}
     names = _coco_names(len(own["decoder.class_heads.0.bias"]))
     if names:
-        extra |= {"names": names, "category_ids": list(COCO_IDS if len(names) == len(COCO_IDS) else range(len(names)))}
+        extra |= {"names": names, "category_ids": _coco_ids(len(names))}
         print(f"names: those of COCO, because the model has {len(names)} classes")
     if format_ == "detrex" and None in (temperature, offset):
         print("no description: give --temperature and --offset (10000 -0.5 for detrex' 12 epochs, 20 0 for its 24)")
@@ -122,6 +122,11 @@ def _coco_names(classes: int) -> list[str] | None:
     """COCO's class names for a model of its 80 classes or 91 raw ids; None for another number."""
     raw = torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
     return {RAW_COCO_CLASSES: list(raw), len(COCO_IDS): [raw[i] for i in COCO_IDS]}.get(classes)
+
+
+def _coco_ids(classes: int) -> list[int]:
+    """The category ids of `_coco_names`: label -> COCO's id."""
+    return list(COCO_IDS) if classes == len(COCO_IDS) else list(range(classes))
 
 
 def _write_safetensors(path: Path, state: StateDict, extra: dict[str, Any]) -> None:

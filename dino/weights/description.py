@@ -45,7 +45,7 @@ def detector_from_checkpoint(path: str | Path, copy: str = "auto") -> Detector:
     """
     content = read_content(path)
     network, names, preprocessing = _build_model(content, path, copy)
-    return Detector(network, preprocessing, names, category_ids=read_category_ids(content, path)).eval()
+    return Detector(network, preprocessing, names, category_ids=_read_category_ids(content, path)).eval()
 
 
 def model_from_checkpoint(path: str | Path, *, copy: str = "auto") -> _ModelFromCheckpoint:
@@ -100,7 +100,7 @@ def read_description(content: Mapping, path: str | Path) -> tuple[dict, list[str
     return config, list(names), preprocessing
 
 
-def read_category_ids(content: Mapping, path: str | Path) -> list[int]:
+def _read_category_ids(content: Mapping, path: str | Path) -> list[int]:
     """Read the ids of the classes in the data set, by label: 1, 2, … in files from before they were stored.
 
     Raises:

@@ -90,3 +90,10 @@ def test_doubts():
     assert doubt == "4 of 5 validation objects are of classes that no training object has: b, c"
     assert objects(train="a", val="aab").doubts() == []
     assert len(objects((1.0,), (1.0,), "a", "b").doubts()) == 3
+
+
+def test_predictions_given_as_annotations_are_named():
+    (doubt,) = objects()._replace(scores=3).doubts()
+    assert doubt.startswith("3 training annotations have a score, as predictions have: scores are ignored")
+    (doubt,) = objects()._replace(scores=1).doubts()
+    assert doubt.startswith("1 training annotation has a score")

@@ -2,7 +2,8 @@ import unicodedata
 
 import pytest
 
-from dino.utils.printable import columns_of, padded, printable
+from dino.utils.printable import _columns as columns_of
+from dino.utils.printable import printable
 
 
 @pytest.mark.parametrize("name", ["cat", "Größe", "图 1", "تصویر", "می\u200cروم", "a" * 60, "", "two words"])
@@ -47,5 +48,9 @@ def test_accents_without_end_are_cut():
 
 
 def test_padding_counts_columns():
-    assert padded("图", 4) + "|" == "图  |"
-    assert padded("long", 2) == "long"
+    assert printable("图", columns=4) + "|" == "图  |"
+    assert printable("long", columns=2) == "long"
+
+
+def test_texts_of_any_length():
+    assert printable("a\x1b\nb" * 100, None, kept="\n") == "a\\x1b\nb" * 100

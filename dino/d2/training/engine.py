@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from detectron2.config import LazyConfig, instantiate
+from detectron2.data import MetadataCatalog
 from detectron2.engine import hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
@@ -22,7 +23,7 @@ from torch import nn
 from dino.d2.checkpoint import Checkpointer
 from dino.d2.combining_mapper import CombiningMapper
 from dino.d2.data_loading import load_dataset
-from dino.d2.recipe import category_ids_of, names_of, use_epochs
+from dino.d2.recipe import names_of, use_epochs
 from dino.d2.recipe_description import describe
 from dino.layers.cpu_feed_forward import use_cpu_feed_forward
 from dino.training.progress import Progress
@@ -61,12 +62,11 @@ def train(cfg: DictConfig, resume: bool) -> dict:
     del images
     seed_random(cfg.train.seed)  # the same weights on all processes
     model = _build_model(cfg)
-    names = names_of(cfg.dataloader.train.dataset)
     checkpointer = Checkpointer(
         model,
         cfg.train.output_dir,
-        names=names,
-        category_ids=category_ids_of(cfg.dataloader.train.dataset),
+        names=names_of(cfg.dataloader.train.dataset),
+        category_ids=_category_ids_of(cfg.dataloader.train.dataset),
         about={**about, **describe(cfg)},
         min_backbone=cfg.train.min_backbone,
     )
@@ -93,6 +93,15 @@ def train(cfg: DictConfig, resume: bool) -> dict:
         if comm.is_main_process():
             draw_curves(cfg.train.output_dir)
     return results
+
+
+def _category_ids_of(node: DictConfig) -> list[int]:
+    """Category ids of the data set in a recipe's `L(dataset)(…)`, by label; 1, 2, … where it knows none."""
+    names = names_of(node)
+    labels = MetadataCatalog.get(node.name).get("thing_dataset_id_to_contiguous_id", {})
+    ids = {label: number for number, label in labels.items()}
+    known = sorted(ids) == list(range(len(names)))
+    return [ids[label] for label in range(len(names))] if known else list(range(1, len(names) + 1))
 
 
 def _start_progress(cfg: DictConfig, trainer: Trainer, start: int, doubts: list[str]) -> Progress:

@@ -21,7 +21,6 @@ from torch import nn
 import dino
 from dino.d2.recipe import names_of
 from dino.data.coco import no_objects
-from dino.data.pseudo_labels import scores_ignored
 from dino.layers.ops.operator_report import operator_lines
 from dino.modeling import float32_precision
 from dino.training.progress import Objects
@@ -49,17 +48,15 @@ def summarise_data(cfg: DictConfig, images: list[dict], val_images: list[dict]) 
     logger.info(
         f"{len(images)} training images, {empty} of them without objects; {objects} objects of {len(names)} classes"
     )
-    shown = [printable(name) for name in names]
+    shown = list(map(printable, names))
     print_instances_class_histogram(images, shown)
     unseen = sorted(set(range(len(names))) - {o["category_id"] for x in images for o in x["annotations"]})
     if unseen:
         logger.warning(f"no training image shows {', '.join(shown[label] for label in unseen[:10])}")
-    data = MetadataCatalog.get(cfg.dataloader.train.dataset.name)
-    if note := scores_ignored(data.get("json_file", data.name), data.get("scores", 0)):
-        logger.warning(note)
     _warn_of_limits(cfg, images)
     sizes = _log_sizes(cfg, images)
-    doubts = Objects(sizes, _shares(images), _count(names, images), _count(names, val_images)).doubts()
+    scores = MetadataCatalog.get(cfg.dataloader.train.dataset.name).get("scores", 0)
+    doubts = Objects(sizes, _shares(images), _count(names, images), _count(names, val_images), scores).doubts()
     for doubt in doubts:
         logger.warning(doubt)
     return doubts

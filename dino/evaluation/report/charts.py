@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from dino.utils.printable import escaped
+from dino.utils.printable import printable
 
 from .error_analysis import THRESHOLDS, Analysis, f1_of, rates
 
@@ -56,7 +56,15 @@ def _add_legend(axes: Axes) -> None:
     axes.legend(frameon=False, labelcolor=_INK, fontsize=9, loc="best")
 
 
-def precision_recall(analysis: Analysis) -> Markup:
+def draw_charts(analysis: Analysis) -> list[tuple[str, Markup]]:
+    """Titles and SVG pictures of the curves."""
+    return [
+        ("Precision and recall", _precision_recall(analysis)),
+        ("Choosing a threshold", _over_threshold(analysis)),
+    ]
+
+
+def _precision_recall(analysis: Analysis) -> Markup:
     """Draw precision over recall: each class at IoU 0.5, the mean of all at 0.5 and 0.75."""
     figure, axes = _new_chart("recall", "precision")
     at_half = analysis.precision[0]
@@ -77,7 +85,7 @@ def precision_recall(analysis: Analysis) -> Markup:
     return _to_svg(figure)
 
 
-def over_threshold(analysis: Analysis) -> Markup:
+def _over_threshold(analysis: Analysis) -> Markup:
     """Draw precision, recall and F1 of all classes together over the score threshold."""
     figure, axes = _new_chart("score threshold", "precision, recall, F1")
     precision, recall = rates(analysis.tally)
@@ -91,6 +99,6 @@ def over_threshold(analysis: Analysis) -> Markup:
 
 def _plain(name: str) -> str:
     """Escape a class name for matplotlib: no formulas, no hidden label."""
-    text = escaped(name).encode("utf-8", "replace").decode().replace("$", r"\$")
+    text = printable(name, None).encode("utf-8", "replace").decode().replace("$", r"\$")
     text = text if len(text) <= 24 else text[:23] + "…"
     return f" {text}" if text.startswith("_") else text

@@ -208,14 +208,17 @@ def _explain(detections: list[dict], objects: list[dict], labels: dict[int, int]
     if not objects:
         yield from (_describe(d, labels, "false") for d in detections)
         return
-    boxes, classes = [o["bbox"] for o in objects], np.array([o["category_id"] for o in objects])
-    step = max(1, _MOST_PAIRS // len(objects))
+    classes = np.array([o["category_id"] for o in objects])
+    for detection, overlap in zip(detections, _overlaps(detections, objects), strict=True):
+        kind, index = _classify(overlap, classes == detection["category_id"])
+        yield _describe(detection, labels, kind, 0 if index is None else objects[index]["id"])
+
+
+def _overlaps(detections: list[dict], objects: list[dict]) -> Iterator[np.ndarray]:
+    """(N,) IoU of each detection with the objects, computed for as many detections as fit into `_MOST_PAIRS`."""
+    boxes, step = [o["bbox"] for o in objects], max(1, _MOST_PAIRS // len(objects))
     for start in range(0, len(detections), step):
-        part = detections[start : start + step]
-        overlaps = mask.iou([d["bbox"] for d in part], boxes, [0] * len(objects))
-        for detection, overlap in zip(part, overlaps, strict=True):
-            kind, index = _classify(overlap, classes == detection["category_id"])
-            yield _describe(detection, labels, kind, 0 if index is None else objects[index]["id"])
+        yield from mask.iou([d["bbox"] for d in detections[start : start + step]], boxes, [0] * len(objects))
 
 
 def _classify(overlaps: np.ndarray, same_class: np.ndarray) -> tuple[str, int | None]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from dino.data.coco import read_images
 from dino.utils.files import UserError, free_name, make_folder, write_whole
-from dino.utils.printable import columns_of, padded, printable
+from dino.utils.printable import printable
 
 from .error_analysis import COLUMNS, ERROR_WORDS, Analysis, show
 from .report import image_paths, write_report
@@ -70,7 +70,8 @@ def write_evaluation(folder: Path, detected: Detected, shown: int = 24) -> None:
     found = read_results(results, data)
     make_folder(folder)
     page = folder / "report.html"
-    print(f"comparing {len(found):,} detections on {len(data['images']):,} images", flush=True)
+    shown_in = f"{len({entry['image_id'] for entry in found}):,} of {len(data['images']):,} images"
+    print(f"comparing {len(found):,} detections in {shown_in}", flush=True)
     analysis = write_report(page, data=data, results=found, files=files, details=details, shown=shown)
     if analysis:
         _write_metrics(folder / "metrics.json", analysis)
@@ -83,12 +84,12 @@ def write_evaluation(folder: Path, detected: Detected, shown: int = 24) -> None:
 def _table(analysis: Analysis) -> str:
     """AP of all classes, a row for each class, a row for each kind of error."""
     lines = ["  ".join(f"{name} {show(name, value)}" for name, value in analysis.ap.items())]
-    names = [printable(row.name, _MOST_COLUMNS) for row in analysis.rows]
-    width = max(len("class"), *map(columns_of, names))
+    longest = max(len(row.name) if row.name.isascii() else 2 * len(row.name) for row in analysis.rows)
+    width = min(max(len("class"), longest), _MOST_COLUMNS)
     lines.append(f"{'class':<{width}}  objects" + "".join(f"{heading:>11}" for heading in COLUMNS))
-    for row, name in zip(analysis.rows, names, strict=True):
+    for row in analysis.rows:
         figures = "".join(f"{show(heading, figure(row)):>11}" for heading, figure in COLUMNS.items())
-        lines.append(f"{padded(name, width)}{row.objects:9}{figures}")
+        lines.append(f"{printable(row.name, _MOST_COLUMNS, columns=width)}{row.objects:9}{figures}")
     return "\n".join([*lines, "", *_cost_lines(analysis)])
 
 

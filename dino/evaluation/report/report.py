@@ -12,7 +12,7 @@ import numpy as np
 from dino.data.coco import classes_of
 from dino.utils.files import DataError, resolve_inside
 
-from .charts import over_threshold, precision_recall
+from .charts import draw_charts
 from .error_analysis import COLUMNS, ERROR_WORDS, THRESHOLDS, Analysis, Found, Object, analyse, confusion, show
 from .page import Figure, Mark, draw, write_page
 
@@ -80,10 +80,7 @@ def write_report(
         analysis=analysis,
         columns=COLUMNS,
         show=show,
-        charts=[
-            ("Precision and recall", precision_recall(analysis)),
-            ("Choosing a threshold", over_threshold(analysis)),
-        ],
+        charts=draw_charts(analysis),
         figures=_draw_worst(analysis, entries, files, shown),
         tally={kind: [int(n) for n in counts] for kind, counts in analysis.tally.items()},
         **_confused_classes(confusion(analysis), analysis.names),
@@ -127,14 +124,17 @@ def _draw_worst(analysis: Analysis, entries: dict[int, dict], files: dict[int, P
     found, objects = _by_image(analysis.found, chosen), _by_image(analysis.objects, chosen)
     figures = []
     for image in sorted(chosen, key=lambda i: -errors[i].total()):
-        marks = [_mark_object(o, analysis) for o in objects[image][-_MOST_OBJECTS:]]
-        marks += [_mark_found(f, analysis) for f in found[image] if f.score >= _LOWEST][:_MOST_MARKS]
+        marks = _marks_of(analysis, objects[image], found[image])
         groups = " ".join(group for group in _GROUPS if sums[image][group])
-        caption = _caption(entries[image]["file_name"], errors[image])
-        if len(objects[image]) > _MOST_OBJECTS:
-            caption += f"; {_MOST_OBJECTS:,} of {len(objects[image]):,} objects drawn, the missed ones first"
+        caption = _caption(entries[image]["file_name"], errors[image], len(objects[image]))
         figures += _try_to_draw(files[image], caption, marks, groups)
     return figures
+
+
+def _marks_of(analysis: Analysis, objects: list[Object], found: list[Found]) -> list[Mark]:
+    """Marks of an image's objects, the missed ones first, and detections, both highest scores first in the list."""
+    marks = [_mark_object(o, analysis) for o in objects[-_MOST_OBJECTS:]]
+    return marks + [_mark_found(f, analysis) for f in found if f.score >= _LOWEST][:_MOST_MARKS]
 
 
 def _choose_worst(sums: dict[int, dict[str, int]], shown: int) -> dict[int, None]:
@@ -190,9 +190,12 @@ def _label_of(name: str, score: float) -> str:
     return f"{name} {score:.2f}"
 
 
-def _caption(name: str, errors: Counter) -> str:
-    """File name and numbers of errors."""
-    return f"{name}: " + ", ".join(f"{errors[kind]} {word}" for kind, word in _WORDS.items() if errors[kind])
+def _caption(name: str, errors: Counter, objects: int) -> str:
+    """File name, numbers of errors, and how many of the objects are drawn if not all are."""
+    drawn = (
+        f"; {_MOST_OBJECTS:,} of {objects:,} objects drawn, the missed ones first" if objects > _MOST_OBJECTS else ""
+    )
+    return f"{name}: " + ", ".join(f"{errors[kind]} {word}" for kind, word in _WORDS.items() if errors[kind]) + drawn
 
 
 def _try_to_draw(path: Path, text: str, marks: list[Mark], groups: str) -> list[Figure]:

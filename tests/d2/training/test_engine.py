@@ -9,19 +9,22 @@ import pytest
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import torch
+from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import SimpleTrainer
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 from dino.d2.checkpoint import Checkpointer
-from dino.d2.data_loading import load_dataset
+from dino.d2.data_loading import dataset, load_dataset
 from dino.d2.training import engine
 from dino.layers.cpu_feed_forward import CpuFeedForward
 from dino.layers.feed_forward import FeedForward
 from dino.training.progress import Progress
 from dino.utils.files import DataError, UserError
 
+from ...coco_files import write_coco
 from ..recipes import tiny_recipe
 from ..tiny import random_input, tiny_detector
 
@@ -501,3 +504,20 @@ def test_a_model_that_its_parts_refuse_is_told_in_one_sentence(tmp_path):
     cfg.model.network.neck.num_levels = 1
     with pytest.raises(DataError, match="the recipe's model can't be built: num_levels 1"):
         engine._build_model(cfg)
+
+
+@pytest.mark.parametrize("ids", [(7, 40, 900), (0, 1, 2)])
+def test_category_ids_of_the_data(tmp_path, ids):
+    cfg = tiny_recipe(tmp_path)
+    cfg.dataloader.train.dataset.name = f"ids_{ids[0]}"
+    files = write_coco(tmp_path / "ids", category_ids=ids)
+    cfg.dataloader.train.dataset.update(annotations=files.annotations, images=files.images)
+    assert engine._category_ids_of(cfg.dataloader.train.dataset) == list(ids)
+
+
+def test_a_data_set_without_category_ids(tmp_path):
+    cfg = tiny_recipe(tmp_path)
+    DatasetCatalog.register("no_ids", list)
+    MetadataCatalog.get("no_ids").thing_classes = ["a", "b"]
+    cfg.dataloader.train.dataset = L(dataset)(name="no_ids")
+    assert engine._category_ids_of(cfg.dataloader.train.dataset) == [1, 2]

@@ -12,7 +12,7 @@ from dino import cli
 from dino.evaluation.report import report
 from dino.evaluation.report.error_analysis import analyse, confusion
 from dino.evaluation.report.report import _cells_of, image_paths, write_report
-from dino.utils.printable import columns_of
+from dino.utils.printable import _columns as columns_of
 
 from ...coco_files import write_coco
 from ...tools.programs import contents
