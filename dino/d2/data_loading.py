@@ -73,10 +73,14 @@ def _register(name: str, annotations: str, images: str, crowd: str) -> None:
         if known.get("crowd", "ignore") != crowd:
             raise DataError(f"{name!r} is registered with crowd={known.get('crowd', 'ignore')}, not {crowd}")
         return
-    classes = classes_of(data)
-    DatasetCatalog.register(
-        name, lambda: _to_dicts(read_annotations(annotations, images, crowd), images, classes.labels)
-    )
+    classes, scores = classes_of(data), sum("score" in a for a in data["annotations"])
+    unused = [data]  # once: a file of millions takes seconds to read
+
+    def load() -> list[dict]:
+        content = unused.pop() if unused else read_annotations(annotations, images, crowd)
+        return _to_dicts(content, images, classes.labels)
+
+    DatasetCatalog.register(name, load)
     MetadataCatalog.get(name).set(
         json_file=annotations,
         image_root=images,
@@ -84,7 +88,7 @@ def _register(name: str, annotations: str, images: str, crowd: str) -> None:
         evaluator_type="coco",
         thing_classes=classes.names,
         thing_dataset_id_to_contiguous_id=classes.labels,
-        scores=sum("score" in a for a in data["annotations"]),
+        scores=scores,
     )
 
 
@@ -163,8 +167,10 @@ def _objects_of(entry: dict, num_classes: int) -> Iterator[tuple[int, list[float
         label = annotation["category_id"]
         if num_classes and not 0 <= label < num_classes:
             raise DataError(f"{entry['file_name']}: label {label} is not in [0, {num_classes})")
-        x0, y0, x1, y1 = BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS)
-        yield label, [x0, y0, x1 - x0, y1 - y0], bool(to_crowd(annotation.get("iscrowd")))
+        box = list(annotation["bbox"])
+        if annotation["bbox_mode"] != BoxMode.XYWH_ABS:
+            box = BoxMode.convert(box, annotation["bbox_mode"], BoxMode.XYWH_ABS)
+        yield label, box, bool(to_crowd(annotation.get("iscrowd")))
 
 
 class ShortSide(T.Augmentation):

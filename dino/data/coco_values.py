@@ -18,6 +18,7 @@ LARGEST_AREA = 1e10  # square pixels; COCO's evaluation ignores objects beyond
 _WHOLE = re.compile(r"\s*[+-]?\d{1,18}(\.0*)?\s*")
 _NUMBER = re.compile(r"\s*[+-]?(\d{1,300}\.?\d{0,300}|\.\d{1,300})([eE][+-]?\d{1,3})?\s*")
 _TRUTHS = {None: 0, "": 0, "0": 0, "1": 1, "false": 0, "true": 1}  # of `iscrowd`, in small letters
+_NUMBERS = {int, float}
 _IDS = ("id", "image_id", "category_id")
 
 
@@ -151,18 +152,15 @@ def _plain_annotation(entry: dict, part: str, index: int, changes: list[Change])
 
 
 def _is_plain(a: dict) -> bool:
-    """Whether an annotation, as most are, needs no conversion: in one expression, for files of millions."""
+    """Whether an annotation, as most are, needs no conversion; written for files of millions."""
     box = a.get("bbox")
+    if type(box) is not list or len(box) != 4 or not _NUMBERS.issuperset(map(type, box)):
+        return False
     return (
-        type(a.get("id")) is int
-        and type(a.get("image_id")) is int
-        and type(a.get("category_id")) is int
-        and type(box) is list
-        and len(box) == 4
-        and all([type(n) is float or type(n) is int for n in box])
+        type(a.get("id")) is type(a.get("image_id")) is type(a.get("category_id")) is int
         and (not a.get("segmentation") or (box[2] > 0 and box[3] > 0))
         and type(a.get("iscrowd", 0)) is int
-        and type(a.get("area", 0)) in (float, int)
+        and type(a.get("area", 0)) in _NUMBERS
     )
 
 

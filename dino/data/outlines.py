@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -28,27 +29,31 @@ def _around_polygons(polygons: list) -> list[float] | None:
     """As `box_around`; a single polygon may stand without the outer list."""
     if polygons and not any(isinstance(polygon, list) for polygon in polygons):
         polygons = [polygons]
-    numbers = []
-    for polygon in polygons:
-        if not isinstance(polygon, list) or len(polygon) % 2:
-            return None
-        numbers += polygon
-    if not numbers or not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
+    if not all(map(_is_even, polygons)):
+        return None
+    numbers = list(chain(*polygons))
+    if not numbers or not all(map(_is_finite, numbers)):
         return None
     x0, y0, x1, y1 = min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2])
     return [x0, y0, x1 - x0, y1 - y0] if x1 > x0 and y1 > y0 else None
 
 
+def _is_even(polygon: Any) -> bool:
+    return isinstance(polygon, list) and len(polygon) % 2 == 0
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
 def _around_runs(mask: dict) -> list[float] | None:
     """As `box_around`. Runs go down the columns and alternate between outside and inside."""
     size, counts = mask.get("size"), mask.get("counts")
-    if not isinstance(size, list) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
+    if not _are_whole(size) or len(size) != 2 or min(size) == 0:
         return None
     height, width = size
     runs = _decode(counts) if isinstance(counts, str) else counts
-    if not isinstance(runs, list) or not all(type(n) is int and 0 <= n <= _LARGEST for n in runs):
-        return None
-    if height * width > _LARGEST or sum(runs) != height * width:
+    if not _are_whole(runs) or height * width > _LARGEST or sum(runs) != height * width:
         return None
     ends = np.cumsum(np.array(runs, dtype=np.int64))
     starts, ends = ends[0::2][: len(ends[1::2])], ends[1::2]  # of the runs inside
@@ -61,6 +66,11 @@ def _around_runs(mask: dict) -> list[float] | None:
     bottom = np.where(whole, height - 1, lasts % height).max()
     left, right = columns[0].min(), columns[1].max()
     return [int(left), int(top), int(right - left) + 1, int(bottom - top) + 1]
+
+
+def _are_whole(value: Any) -> bool:
+    """Whether a value from a file is a list of whole numbers from 0 to `_LARGEST`."""
+    return isinstance(value, list) and all(type(n) is int and 0 <= n <= _LARGEST for n in value)
 
 
 def _decode(text: str) -> list[int] | None:

@@ -165,7 +165,7 @@ def read_data(
     Raises:
         DataError: see `read_annotations`; its classes are not those of the model, or it has no image.
     """
-    data = CocoImages(annotations, folder, lambda image, objects: (image, objects), limit, input_range)
+    data = CocoImages(annotations, folder, lambda image, objects: (image, objects), limit, input_range=input_range)
     if data.names != list(names):
         raise DataError(f"{annotations} has the classes {data.names}, the model {list(names)}")
     if not len(data):

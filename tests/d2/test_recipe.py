@@ -278,6 +278,7 @@ def test_data_of_the_command_line_is_in_the_saved_recipe(tmp_path):
         "name": "custom_train",
         "annotations": str(tmp_path / "train/annotations.json"),
         "images": str(tmp_path / "train"),
+        "crowd": "ignore",
     }
     assert again.model.num_classes == 3
 

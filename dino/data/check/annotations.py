@@ -152,7 +152,7 @@ def _image_issue(entry: Any, folder: str | Path, times: Counter) -> tuple[str, s
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except ValueError:  # no name that a file can have
+    except (OSError, ValueError):  # no name that a file can have
         return False
 
 
@@ -163,28 +163,34 @@ def _read_objects(
 
     Objects of an image that has an issue of its own have none because of it.
     """
-    listed = {e["id"] for e in data["images"] if isinstance(e, dict) and type(e.get("id")) is int}
+    listed = {e["id"]: e for e in data["images"] if isinstance(e, dict) and type(e.get("id")) is int}
     objects, issues, seen = [], [], set()
     for index, entry in enumerate(data["annotations"]):
         if not isinstance(entry, dict):
             issues.append(Issue("reference", "annotations", index, f"annotation {short(entry)} is no entry of COCO"))
             continue
-        number, in_image = entry.get("id"), f"image {short(entry.get('image_id'))}"
-        if type(number) is not int or number in seen:
-            issues.append(Issue("annotation_id", "annotations", index, f"annotation id {short(number)}, {in_image}"))
-        elif number == 0:
-            issues.append(Issue("zero_id", "annotations", index, f"annotation id 0, {in_image}"))
-        if type(number) is int:
-            seen.add(number)
-        image_id = entry.get("image_id")
-        if type(image_id) is int and image_id in listed and image_id not in images:
+        issues += _id_issues(entry, index, seen)
+        if find(listed, entry.get("image_id")) and not find(images, entry["image_id"]):
             continue
         kind, text = _object_issue(entry, images, categories)
         if kind:
-            issues.append(Issue(kind, "annotations", index, f"annotation {short(number)}{text}"))
+            issues.append(Issue(kind, "annotations", index, f"annotation {short(entry.get('id'))}{text}"))
         else:
             objects.append(Object(index, entry, images[entry["image_id"]]))
     return objects, issues
+
+
+def _id_issues(entry: dict, index: int, seen: set[int]) -> Iterator[Issue]:
+    """The issue of an annotation's id; `seen` holds the ids before it, and receives its own."""
+    number = entry.get("id")
+    if type(number) is int and number not in seen and number != 0:
+        seen.add(number)
+        return
+    in_image = f"image {short(entry.get('image_id'))}"
+    kind = "zero_id" if type(number) is int and number not in seen else "annotation_id"
+    yield Issue(kind, "annotations", index, f"annotation id {short(number)}, {in_image}")
+    if type(number) is int:
+        seen.add(number)
 
 
 def _object_issue(entry: dict, images: dict[int, dict], categories: dict[int, dict]) -> tuple[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -57,22 +56,22 @@ def _check(
         raise DataError(f"{path}: {error}") from None
     if not folder.is_dir():
         raise DataError(f"image folder not found: {folder}")
-    start = time.perf_counter()
-    label = f"open the images of {path.name}" if open_images else None
-    data, issues, files = correct(original, folder, choices, label)
-    if open_images:
-        seconds = time.perf_counter() - start
-        print(f"{path.name}: {len(files)} images opened in {seconds:.1f} s, {len(files) / seconds:.0f} images/s")
+    data, issues, files = correct(original, folder, choices, f"open the images of {path.name}" if open_images else None)
     found, contents = find_issues(data, folder)
     issues += found
     images = [(i, entry) for i, entry in enumerate(data["images"]) if _is_sound(entry, contents)]
     opened = [files.get(i, ImageFile(problem="missing")) for i, _ in images] if open_images else None
-    if opened is not None:
-        settled = {issue.index for issue in issues if issue.kind.startswith("exif")}
-        issues += [i for i in check_files(images, opened) if i.kind != "rotated" or i.index not in settled]
+    issues += _check_opened(images, opened or [], issues)
     sizes = resized(contents.objects, resize)
     issues += check_sizes(contents.objects, sizes)
     return _Checked(path, original, data, Split(folder, contents, images, opened), issues, sizes)
+
+
+def _check_opened(images: list[tuple[int, dict]], opened: list[ImageFile], issues: list[Issue]) -> list[Issue]:
+    """The issues of opened files, without the warning of an orientation that was decided."""
+    settled = {issue.index for issue in issues if issue.kind.startswith("exif")}
+    found = check_files(images, opened) if opened else ()
+    return [issue for issue in found if issue.kind != "rotated" or issue.index not in settled]
 
 
 def _is_sound(entry: Any, contents: Contents) -> bool:
@@ -135,10 +134,11 @@ def print_report(checked: Sequence[_Checked], show: int) -> int:
 def _table(checked: Sequence[_Checked]) -> Iterator[str]:
     """A line for each kind of issue, with its number in each data set."""
     counts = [Counter(issue.kind for issue in one.issues) for one in checked]
-    kinds = {name: kind for name, kind in KINDS.items() if any(count[name] for count in counts)}
+    found = sum(counts, Counter())
+    kinds = {name: kind for name, kind in KINDS.items() if found[name]}
     width = max(len(kind.title) for kind in kinds.values())
-    names = ["training", "validation"] if len(checked) > 1 else ["number"]
-    yield f"{'level':<8} {'issue':<{width}} {' '.join(f'{name:>10}' for name in names)}  --fix"
+    heads = " ".join(f"{name:>10}" for name in (("training", "validation") if len(checked) > 1 else ("number",)))
+    yield f"{'level':<8} {'issue':<{width}} {heads}  --fix"
     for name, kind in kinds.items():
         numbers = " ".join(f"{count[name]:>10,}" for count in counts)
         yield f"{kind.level:<8} {kind.title:<{width}} {numbers}  {CURES[kind.cure]}".rstrip()
@@ -226,17 +226,20 @@ def write_fixed(path: Path, checked: _Checked, *, max_loss: float = MAX_LOSS, tr
         DataError: see `repair`.
         UserError: the copy can't be written.
     """
-    issues = checked.issues
-    kept = {}
-    if truncated == "keep":
-        images, folder = checked.data["images"], checked.split.folder
-        kept = {i.index: resolve_inside(folder, images[i.index]["file_name"]) for i in issues if i.kind == "truncated"}
-        kept = {index: jpeg for index, path_ in kept.items() if (jpeg := completed_jpeg(path_)) is not None}
-        issues = [issue for issue in issues if issue.kind != "truncated" or issue.index not in kept]
+    completed = _complete_files(checked) if truncated == "keep" else {}
+    issues = [issue for issue in checked.issues if issue.kind != "truncated" or issue.index not in completed]
     result = repair(checked.original, checked.data, checked.split.contents, issues, max_loss)
-    for file, content in kept.values():
+    for file, content in completed.values():
         write_whole(file, lambda part, content=content: part.write_bytes(content))
     write_whole(path, lambda part: part.write_text(json.dumps(result.data), encoding="utf-8"))
     print(f"cleaned copy written to {path}: {'; '.join(result.describe())}")
-    if kept:
-        print(f"{counted(len(kept), 'truncated JPEG file')} completed with grey, in place")
+    if completed:
+        print(f"{counted(len(completed), 'truncated JPEG file')} completed with grey, in place")
+
+
+def _complete_files(checked: _Checked) -> dict[int, tuple[Path, bytes]]:
+    """Truncated JPEG files and their completed contents, by index of their image."""
+    images, folder = checked.data["images"], checked.split.folder
+    indices = [issue.index for issue in checked.issues if issue.kind == "truncated"]
+    found = {index: completed_jpeg(resolve_inside(folder, images[index]["file_name"])) for index in indices}
+    return {index: file for index, file in found.items() if file is not None}

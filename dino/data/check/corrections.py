@@ -6,6 +6,7 @@ correction is an issue of its own, so that the report shows it; `--fix` writes t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -94,29 +95,27 @@ def _correct_names(images: list[Any], folder: Path) -> Iterator[Issue]:
 def _merge_entries(data: dict[str, Any]) -> Iterator[Issue]:
     """Give the objects of a file that is listed several times to its first entry."""
     images = data["images"]
-    numbers = [e["id"] if isinstance(e, dict) and type(e.get("id")) is int else None for e in images]
-    names = [
-        str(PurePosixPath(e["file_name"])) if isinstance(e, dict) and isinstance(e.get("file_name"), str) else None
-        for e in images
-    ]
-    owners: dict[int, set[str | None]] = {}
-    for number, name in zip(numbers, names, strict=True):
-        if number is not None:
-            owners.setdefault(number, set()).add(name)
-    first: dict[str, int] = {}
+    first: dict[PurePosixPath, int] = {}
     moved: dict[int, int] = {}
-    for index, (number, name) in enumerate(zip(numbers, names, strict=True)):
-        if number is None or name is None or len(owners[number]) > 1:
-            continue
-        kept = first.setdefault(name, index)
-        if kept != index:
-            moved[number] = numbers[kept]
-            yield Issue("file_twice", "images", index, f"image {number}: {name} is image {numbers[kept]} already")
-    if moved:
-        for index, entry in enumerate(data["annotations"]):
-            number = entry.get("image_id") if isinstance(entry, dict) else None
-            if type(number) is int and moved.get(number, number) != number:
-                data["annotations"][index] = {**entry, "image_id": moved[number]}
+    for index, (number, name) in _clear_entries(images):
+        kept = images[first.setdefault(name, index)]
+        if kept is not images[index]:
+            moved[number] = kept["id"]
+            yield Issue("file_twice", "images", index, f"image {number}: {name} is image {kept['id']} already")
+    for index, entry in enumerate(data["annotations"] if moved else ()):
+        if isinstance(entry, dict) and type(entry.get("image_id")) is int and entry["image_id"] in moved:
+            data["annotations"][index] = {**entry, "image_id": moved[entry["image_id"]]}
+
+
+def _clear_entries(images: list[Any]) -> list[tuple[int, tuple[int, PurePosixPath]]]:
+    """Index, id and file of the images with both, without those whose id stands for several files."""
+    found = [(index, (e["id"], PurePosixPath(e["file_name"]))) for index, e in enumerate(images) if _has_both(e)]
+    times = Counter(number for number, _ in {pair for _, pair in found})
+    return [(index, pair) for index, pair in found if times[pair[0]] == 1]
+
+
+def _has_both(entry: Any) -> bool:
+    return isinstance(entry, dict) and type(entry.get("id")) is int and isinstance(entry.get("file_name"), str)
 
 
 def _has_file_name(entry: Any, folder: Path) -> bool:
@@ -147,15 +146,22 @@ def _correct_orientations(data: dict[str, Any], files: dict[int, ImageFile], cho
     Images that state their stored size, and those that state the upright one, are decided apart: they come from
     different programs.
     """
-    images, by_image = data["images"], _boxes_by_image(data["annotations"])
-    turned = [i for i, file in files.items() if file.problem is None and file.size != file.upright]
-    for states_stored in (True, False):
-        group = [i for i in turned if _size(images[i]) == (files[i].size if states_stored else files[i].upright)]
-        boxes = [(box, files[i].size) for i in group for _, box in by_image.get(images[i].get("id"), ())]
-        found = drawn_on([box for box, _ in boxes], [size for _, size in boxes])
-        drawn = choice or found or (None if states_stored else UPRIGHT)
+    by_image = _boxes_by_image(data["annotations"])
+    groups: dict[bool, list[int]] = {True: [], False: []}
+    for index, file in files.items():
+        stated = _size(data["images"][index])
+        if file.problem is None and file.size != file.upright and stated in (file.size, file.upright):
+            groups[stated == file.upright].append(index)
+    for states_upright, group in groups.items():
+        drawn = choice or _drawn_on(data["images"], files, group, by_image) or (UPRIGHT if states_upright else None)
         for index in group:
             yield from _correct_one(data, index, files[index], by_image, drawn)
+
+
+def _drawn_on(images: list, files: dict[int, ImageFile], group: list[int], by_image: dict[Any, list]) -> str | None:
+    """`drawn_on` of all boxes of a group of images."""
+    boxes = [(box, files[i].size) for i in group for _, box in by_image.get(images[i].get("id"), ())]
+    return drawn_on([box for box, _ in boxes], [size for _, size in boxes])
 
 
 def _correct_one(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ class ImageFile(NamedTuple):
 
 def _read_file(path: Path) -> ImageFile:
     """Decode one file to its end."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         return ImageFile(problem="missing")
     try:
         with open_image(path) as image:
@@ -79,7 +80,11 @@ def read_files(images: list[dict], folder: str | Path, label: str) -> list[Image
     with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about metadata and large images; failures become issues
         progress = tqdm(pool.map(_read_file, paths), desc=label, total=len(paths), unit=" images", disable=None)
-        return list(progress)
+        start = time.perf_counter()
+        files = list(progress)
+    seconds = time.perf_counter() - start
+    print(f"{label}: {len(files)} in {seconds:.1f} s, {len(files) / seconds:.0f} images/s")
+    return files
 
 
 def check_files(images: list[tuple[int, dict]], files: list[ImageFile]) -> Iterator[Issue]:

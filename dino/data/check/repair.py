@@ -61,25 +61,39 @@ def repair(
             would go.
     """
     _refuse_undecided(issues)
-    dropped = _indices(issues, "drop")
-    sound = {id(entry) for entry in contents.images.values()}
-    images = [e for i, e in enumerate(data["images"]) if id(e) in sound and i not in dropped["images"]]
-    categories = [entry for i, entry in enumerate(data["categories"]) if i not in dropped["categories"]]
-    if not images:
+    kept_parts = _kept_parts(data, contents, issues)
+    if not kept_parts["images"]:
         raise DataError("can't fix: no image would remain")
-    kept_images = {entry["id"] for entry in images}
-    objects = [o for o in contents.objects if o.index not in dropped["annotations"] and o.image["id"] in kept_images]
-    annotations = _fix_boxes(objects, issues)
-    kept = {index: entry for index, entry in annotations.items() if entry is not None}
+    objects = _kept_objects(kept_parts["images"], contents, issues)
+    kept = {index: entry for index, entry in _fix_boxes(objects, issues).items() if entry is not None}
     if _indices(issues, "renumber")["annotations"]:
         kept = {index: {**entry, "id": number} for number, (index, entry) in enumerate(kept.items(), 1)}
-    fixed = {**data, "images": images, "annotations": list(kept.values()), "categories": categories}
-    changed = sum(original["annotations"][index] != entry for index, entry in kept.items())
-    causes = _causes(data, issues, kept)
-    num_classes = len(data["categories"]) - len(categories)
-    result = Repaired(fixed, len(data["annotations"]), len(kept), changed, causes, num_classes)
+    result = Repaired(
+        data={**data, **kept_parts, "annotations": list(kept.values())},
+        total=len(data["annotations"]),
+        kept=len(kept),
+        changed=sum(original["annotations"][index] != entry for index, entry in kept.items()),
+        dropped=_causes(data, issues, kept),
+        categories=len(data["categories"]) - len(kept_parts["categories"]),
+    )
     _refuse_loss(result, contents, kept, max_loss)
     return result
+
+
+def _kept_parts(data: dict[str, Any], contents: Contents, issues: list[Issue]) -> dict[str, list[dict]]:
+    """The images and the categories that stay."""
+    dropped, sound = _indices(issues, "drop"), {id(entry) for entry in contents.images.values()}
+    images = [e for i, e in enumerate(data["images"]) if id(e) in sound and i not in dropped["images"]]
+    return {
+        "images": images,
+        "categories": [e for i, e in enumerate(data["categories"]) if i not in dropped["categories"]],
+    }
+
+
+def _kept_objects(images: list[dict], contents: Contents, issues: list[Issue]) -> list[Object]:
+    """The objects of these images that stay."""
+    kept, dropped = {entry["id"] for entry in images}, _indices(issues, "drop")["annotations"]
+    return [o for o in contents.objects if o.index not in dropped and o.image["id"] in kept]
 
 
 def _refuse_undecided(issues: list[Issue]) -> None:
@@ -115,23 +129,21 @@ def _cause(kind: str) -> str:
 
 def _causes(data: dict[str, Any], issues: list[Issue], kept: dict[int, dict]) -> Counter[str]:
     """Number of objects that are dropped, by the kind of the issue that drops them: their own, or their image's."""
-    by_index = {issue.index: issue.kind for issue in issues if issue.part == "annotations" and _is_loss(issue)}
-    by_image = {}
-    for issue in issues:
-        if issue.part == "images" and _is_loss(issue) and isinstance(data["images"][issue.index], dict):
-            number = data["images"][issue.index].get("id")
-            by_image[number if type(number) is int else None] = issue.kind
+    lost = [issue for issue in issues if KINDS[issue.kind].cure == "drop"]
+    by_index = {issue.index: issue.kind for issue in lost if issue.part == "annotations"}
+    by_image = {_id_of(data["images"][issue.index], "id"): issue.kind for issue in lost if issue.part == "images"}
+    by_image[None] = "reference"
     causes: Counter[str] = Counter()
     for index, entry in enumerate(data["annotations"]):
         if index not in kept:
-            number = entry.get("image_id") if isinstance(entry, dict) else None
-            of_image = by_image.get(number) if type(number) is int else None
-            causes[by_index.get(index) or of_image or "outside"] += 1
+            causes[by_index.get(index) or by_image.get(_id_of(entry, "image_id"), "outside")] += 1
     return causes
 
 
-def _is_loss(issue: Issue) -> bool:
-    return KINDS[issue.kind].cure == "drop"
+def _id_of(entry: Any, key: str) -> int | None:
+    """A whole number of an entry; None where there is none."""
+    number = entry.get(key) if isinstance(entry, dict) else None
+    return number if type(number) is int else None
 
 
 def _fix_boxes(objects: list[Object], issues: list[Issue]) -> dict[int, dict | None]:
