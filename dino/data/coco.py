@@ -19,6 +19,7 @@ from dino.structures import Target
 from dino.utils.files import DataError, UserError, counted, resolve_inside
 
 from .coco_values import LARGEST_AREA, crowds_as_objects, is_area, is_box, short, to_plain
+from .file_names import match_names
 from .images import image_size, read_image, resize_tensor
 
 CROWDS = ("ignore", "objects")  # what crowd regions are: regions that training leaves out, or objects
@@ -37,9 +38,10 @@ def read_annotations(path: str | Path, folder: str | Path, crowd: str = "ignore"
     Raises:
         DataError: the file or the folder is missing; the JSON is broken or lacks a list; an id occurs twice or refers
             to nothing; a category has no name of its own; a file is listed twice, or its name leaves the folder; a box
-            is not four numbers; a size is missing, and the image can't be read.
+            is not four numbers; a size is missing, and the image can't be read; names need a change to match a file.
     """
     data = _check_file(load_json(path, "annotations"), path, folder)
+    _check_first_name(data["images"], path, folder)
     if crowd not in CROWDS:
         raise UserError(f"crowd={crowd!r}: write {' or '.join(CROWDS)}")
     return crowds_as_objects(data) if crowd == "objects" else data
@@ -63,6 +65,15 @@ def _check_file(data: Any, path: str | Path, folder: str | Path) -> dict[str, An
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     return data
+
+
+def _check_first_name(images: list[dict], path: str | Path, folder: str | Path) -> None:
+    """Raise a DataError if the first image has no file, but probably means another one: so do most of the rest."""
+    for name in match_names(images[:1], folder).values():
+        raise DataError(
+            f"{path}: no file {images[0]['file_name']!r} in {folder}, but {name!r}: `dino check … --fix` writes "
+            "the names that match"
+        )
 
 
 def _with_size(image: Any, folder: str | Path) -> Any:

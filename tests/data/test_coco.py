@@ -229,6 +229,14 @@ def test_deep_folders(tmp_path):
     assert CocoImages(*CocoFiles(files.annotations, files.images), unchanged)[0][0].shape == (3, 64, 72)
 
 
+def test_a_name_that_means_another_file_is_shown_before_training(tmp_path):
+    files = write_coco(tmp_path)
+    files.change(lambda content: [i.update(file_name="images\\" + i["file_name"].upper()) for i in content["images"]])
+    message = r"no file 'images\\\\IMAGE_1\.PNG' in .*, but 'image_1\.png': `dino check … --fix` writes"
+    with pytest.raises(DataError, match=message):
+        read_annotations(*files)
+
+
 def test_a_limit_keeps_the_first_images(tmp_path):
     files = write_coco(tmp_path, counts=(2, 0, 3, 1))
     data = CocoImages(*files, unchanged, limit=2)

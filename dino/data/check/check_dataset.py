@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dino.data.coco import check_lists, load_json, no_objects
+from dino.data.coco_values import short
 from dino.utils.files import DataError, UserError, counted, resolve_inside, write_whole
 from dino.utils.printable import printable
 
@@ -64,6 +65,7 @@ def _check(
     issues += _check_opened(images, opened or [], issues)
     sizes = resized(contents.objects, resize)
     issues += check_sizes(contents.objects, sizes)
+    issues += _check_scores(data["annotations"])
     return _Checked(path, original, data, Split(folder, contents, images, opened), issues, sizes)
 
 
@@ -72,6 +74,13 @@ def _check_opened(images: list[tuple[int, dict]], opened: list[ImageFile], issue
     settled = {issue.index for issue in issues if issue.kind.startswith("exif")}
     found = check_files(images, opened) if opened else ()
     return [issue for issue in found if issue.kind != "rotated" or issue.index not in settled]
+
+
+def _check_scores(annotations: list) -> Iterator[Issue]:
+    """Scores, as predictions have."""
+    for index, entry in enumerate(annotations):
+        if isinstance(entry, dict) and "score" in entry:
+            yield Issue("score", "annotations", index, f"annotation {short(entry.get('id'))}: {short(entry['score'])}")
 
 
 def _is_sound(entry: Any, contents: Contents) -> bool:

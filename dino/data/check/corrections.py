@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from dino.data.coco import has_size
 from dino.data.coco_values import crowds_as_objects, is_area, is_box, short, to_plain
+from dino.data.file_names import match_names
 from dino.utils.files import DataError, resolve_inside
 
-from .file_names import match_names
 from .image_files import ImageFile, read_files
 from .issues import Issue
 from .orientations import STORED, UPRIGHT, drawn_on, turn

@@ -146,6 +146,9 @@ KINDS = {
         "images without a range of values",
         "Set model.input_range=[low, high], the values of black and white",
     ),
+    "score": Kind(
+        "warning", "annotations with a score, as predictions have", "Training ignores scores: each box is an object"
+    ),
     "same_image": Kind("warning", "images that the set has twice", "Keep one of them"),
     "ids_differ": Kind(
         "warning", "class ids that differ from the validation data", "Harmless: labels follow the order of the ids"

@@ -252,6 +252,7 @@ PLANTERS = {
     "mask": outline(runs, bbox=None),
     "text as crowd": change_object("number", iscrowd="0"),
     "truth as crowd": change_object("number", iscrowd=False),
+    "score": change_object("score", score=0.5),
     "crowd": change_object("crowd", iscrowd=1),
     "list as crowd": change_object("iscrowd", iscrowd=[]),
     "text as area": change_object("number", area="12.5"),
