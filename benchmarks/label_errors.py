@@ -52,7 +52,9 @@ def plant(data, seed, shares=SHARES):
     number = max(a["id"] for a in data["annotations"])
     sizes = [a["bbox"][2:] for a in data["annotations"]]
     planted["spurious"] = []
-    while len(planted["spurious"]) < counts["spurious"]:
+    for _ in range(100 * counts["spurious"]):
+        if len(planted["spurious"]) == counts["spurious"]:
+            break
         number += 1
         image = draw.choice(data["images"])
         box = on_background(image, draw.choice(sizes), data["annotations"], draw)
@@ -126,7 +128,7 @@ def is_found(kind, wanted, errors):
     if kind != "missing":
         return any(e.annotation is not None and e.annotation["id"] == wanted["id"] for e in errors)
     boxes = [e.box for e in errors if e.image_id == wanted["image_id"] and e.annotation is None]
-    return bool(boxes) and mask.iou(boxes, [wanted["bbox"]], [0]).max() >= 0.5
+    return bool(boxes) and bool(mask.iou(boxes, [wanted["bbox"]], [0]).max() >= 0.5)
 
 
 def run(folder, seed, images, epochs):

@@ -258,7 +258,7 @@ def _usual_values(labels: list[_Label], values: np.ndarray, valid: np.ndarray) -
         if number is not None and len(basis) < _WINDOW:
             continue
         order = basis[np.argsort(areas[basis], kind="stable")]
-        medians = median_filter(values[order], size=_WINDOW, mode="nearest")
-        nearest = np.searchsorted(areas[order], areas[group]).clip(max=len(order) - 1)
-        usual[group] = medians[nearest]
+        medians = median_filter(values[order], size=_WINDOW, mode="reflect")
+        first, last = (np.searchsorted(areas[order], areas[group], side) for side in ("left", "right"))
+        usual[group] = medians[((first + last) // 2).clip(max=len(order) - 1)]  # the middle one of equal sizes
     return usual
