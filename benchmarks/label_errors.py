@@ -15,6 +15,7 @@ import random
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 from pycocotools import mask
@@ -43,26 +44,32 @@ def plant(data, seed, shares=SHARES):
     draw.shuffle(labels)
     counts = {kind: round(share * len(labels)) for kind, share in shares.items()}
     images = {image["id"]: image for image in data["images"]}
-    ids = [category["id"] for category in data["categories"]]
     planted = {kind: [labels.pop() for _ in range(counts[kind])] for kind in ("missing", "box", "class")}
     for a in planted["box"]:
         a["bbox"] = shifted(a["bbox"], images[a["image_id"]], draw)
     for a in planted["class"]:
-        a["category_id"] = draw.choice([number for number in ids if number != a["category_id"]])
-    number = max(a["id"] for a in data["annotations"])
+        a["category_id"] = another_class(a, data["categories"], draw)
+    planted["spurious"] = list(islice(boxes_of_nothing(data, draw), counts["spurious"]))
+    kept = [*labels, *planted["box"], *planted["class"], *planted["spurious"]]
+    return {**data, "annotations": sorted(kept, key=lambda a: a["id"])}, planted
+
+
+def another_class(annotation, categories, draw):
+    """The id of a class that is not the annotation's."""
+    return draw.choice([c["id"] for c in categories if c["id"] != annotation["category_id"]])
+
+
+def boxes_of_nothing(data, draw):
+    """Annotations on the background, of the sizes of objects, with new ids; ends after 10,000 tries."""
+    first = max(a["id"] for a in data["annotations"]) + 1
+    ids = [category["id"] for category in data["categories"]]
     sizes = [a["bbox"][2:] for a in data["annotations"]]
-    planted["spurious"] = []
-    for _ in range(100 * counts["spurious"]):
-        if len(planted["spurious"]) == counts["spurious"]:
-            break
-        number += 1
+    for number in range(first, first + 10_000):
         image = draw.choice(data["images"])
         box = on_background(image, draw.choice(sizes), data["annotations"], draw)
         if box:
             entry = {"id": number, "image_id": image["id"], "category_id": draw.choice(ids), "bbox": box}
-            planted["spurious"].append({**entry, "area": box[2] * box[3], "iscrowd": 0})
-    kept = [*labels, *planted["box"], *planted["class"], *planted["spurious"]]
-    return {**data, "annotations": sorted(kept, key=lambda a: a["id"])}, planted
+            yield {**entry, "area": box[2] * box[3], "iscrowd": 0}
 
 
 def shifted(box, image, draw):

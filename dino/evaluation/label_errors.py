@@ -7,8 +7,8 @@ Four kinds, each with a score in [0, 1] that ranks it:
   model gives to the annotated class there.
 - box: the detection of an annotation fits worse than the model usually fits; its score, times the share by which the
   IoU falls short of the usual one.
-- spurious: no detection where the model usually finds objects of this class and size; the usual score, less the best
-  score there.
+- spurious: no detection where the model usually finds objects of this class and size; the usual score, less twice
+  the best score there: a weak detection speaks for another kind.
 
 "Usual" is the median over the annotations of the same class that are nearest in size: a model finds small objects with
 lower scores and places them less exactly. A model confirms what it learned: use detections by a model that was not
@@ -230,7 +230,7 @@ def _doubts(labels: list[_Label]) -> Iterator[LabelError]:
         box = [float(value) for value in a["bbox"]]
         place = {"image_id": a["image_id"], "annotation": a}
         spurious = LabelError(
-            "spurious", min(expected - label.best, 1.0), category_id=a["category_id"], box=box, **place
+            "spurious", min(expected - 2 * label.best, 1.0), category_id=a["category_id"], box=box, **place
         )
         if label.other > 0:
             score = min(label.other - label.there, 1.0)

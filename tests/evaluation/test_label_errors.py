@@ -100,7 +100,7 @@ def test_an_annotation_of_nothing():
     results[20]["score"] = 0.3
     first, second = find_label_errors(data, results)
     assert (first.kind, first.annotation["id"], first.score) == ("spurious", 9, pytest.approx(0.9))
-    assert (second.kind, second.annotation["id"], second.score) == ("spurious", 22, pytest.approx(0.6))
+    assert (second.kind, second.annotation["id"], second.score) == ("spurious", 22, pytest.approx(0.3))
 
 
 def test_small_objects_that_the_model_seldom_finds_are_not_doubted():

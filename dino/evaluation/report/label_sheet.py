@@ -91,16 +91,18 @@ def _try_to_draw(
 
 def _window(error: LabelError, image: dict) -> list[int]:
     """xyxy in whole pixels: the boxes of a proposal with their surroundings, inside the image."""
-    boxes = [error.box, *([error.annotation["bbox"]] if error.annotation else [])]
-    corners = []
-    for axis, limit in enumerate((image["width"], image["height"])):
-        low, high = min(b[axis] for b in boxes), max(b[axis] + b[axis + 2] for b in boxes)
-        side = max(max(b[2:]) for b in boxes)
-        margin = max(_SURROUNDINGS * side, (_LEAST_SIDE - (high - low)) / 2)
-        start = max(min(int(low - margin), limit - 1), 0)
-        corners.append((start, max(min(int(high + margin) + 1, limit), start + 1)))
-    (x0, x1), (y0, y1) = corners
+    boxes = [error.box, error.annotation["bbox"] if error.annotation else error.box]
+    side = max(max(box[2:]) for box in boxes)
+    (x0, x1), (y0, y1) = (_range_of(boxes, axis, image[size], side) for axis, size in enumerate(("width", "height")))
     return [x0, y0, x1, y1]
+
+
+def _range_of(boxes: list[list[float]], axis: int, limit: int, side: float) -> tuple[int, int]:
+    """First pixel, and the one after the last, of boxes with their surroundings along an axis of `limit` pixels."""
+    low, high = min(b[axis] for b in boxes), max(b[axis] + b[axis + 2] for b in boxes)
+    margin = max(_SURROUNDINGS * side, (_LEAST_SIDE - (high - low)) / 2)
+    start = max(min(int(low - margin), limit - 1), 0)
+    return start, max(min(int(high + margin) + 1, limit), start + 1)
 
 
 def _describe(error: LabelError, names: Mapping[int, str]) -> str:
@@ -119,12 +121,15 @@ def _list(data: dict[str, Any], errors: Sequence[LabelError], show: int) -> str:
     for kind, title in KINDS.items():
         own = [error for error in errors if error.kind == kind]
         lines += [f"{kind}: {title} ({len(own):,})"] if own else []
-        for error in own[:show]:
-            box = [round(value, 1) for value in error.box]
-            number = f", annotation {error.annotation['id']}" if error.annotation else ""
-            lines.append(f"  {_describe(error, names)}: {files[error.image_id]}{number}, {box}"[:300])
+        lines += [f"  {_describe(error, names)}: {files[error.image_id]}{_where(error)}"[:300] for error in own[:show]]
         lines += [f"  … and {len(own) - show:,} more"] if len(own) > show else []
     return "\n".join(lines)
+
+
+def _where(error: LabelError) -> str:
+    """The annotation in doubt, if there is one, and the box."""
+    number = f", annotation {error.annotation['id']}" if error.annotation else ""
+    return f"{number}, {[round(value, 1) for value in error.box]}"
 
 
 def write_proposals(path: Path, data: dict[str, Any], errors: Sequence[LabelError]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 
 from dino.data.coco import classes_of
 from dino.evaluation.label_errors import find_label_errors
@@ -78,24 +79,26 @@ def write_report(
         return None
     analysis = analyse(data, results)
     label_errors = find_label_errors(data, results)
-    write_proposals(Path(path).with_name("label_errors.json"), data, label_errors)
     write_page(
         path,
         "report.html.j2",
         analysis=analysis,
         columns=COLUMNS,
         show=show,
-        charts=[
-            ("Precision and recall", precision_recall(analysis)),
-            ("Choosing a threshold", over_threshold(analysis)),
-        ],
+        charts=_draw_charts(analysis),
         figures=_draw_worst(analysis, entries, files, shown),
         label_errors=draw_label_errors(data, label_errors, files, min(shown, _DOUBTS_SHOWN)),
         tally={kind: [int(n) for n in counts] for kind, counts in analysis.tally.items()},
         **_confused_classes(confusion(analysis), analysis.names),
         **values,
     )
+    write_proposals(Path(path).with_name("label_errors.json"), data, label_errors)
     return analysis
+
+
+def _draw_charts(analysis: Analysis) -> list[tuple[str, Markup]]:
+    """Titles and curves."""
+    return [("Precision and recall", precision_recall(analysis)), ("Choosing a threshold", over_threshold(analysis))]
 
 
 def _count_classes(data: dict[str, Any], results: list[dict]) -> list[tuple[str, list[int]]]:
