@@ -78,9 +78,10 @@ def _try_to_draw(
     others = [a for a in neighbours if a is not error.annotation]
     marks = [Mark(a["bbox"], names[a["category_id"]], "class-1") for a in others]
     if error.annotation:
-        text = f"annotated: {names[error.annotation['category_id']]}"
+        rather = f", rather {names[error.category_id]}" if error.kind == "class" else ""
+        text = f"annotated: {names[error.annotation['category_id']]}{rather}"
         marks.append(Mark(error.annotation["bbox"], text, "bad named"))
-    if error.kind != "spurious":
+    if error.kind in ("missing", "box"):
         marks.append(Mark(error.box, f"proposed: {names[error.category_id]}", "prediction named"))
     caption = f"{rank}. {_describe(error, names)}, {image['file_name']}"
     try:
