@@ -12,6 +12,8 @@ _EXAMPLES = """
 examples:
   dino check train.json images
   dino check train.json images --val val.json --preview preview.html --fix cleaned.json
+  dino check train.json images --weights model_final.pth --label-errors errors.json     (what a model doubts)
+  dino check train.json images --halves halves     (prints how to train two models that each judge the other half)
   dino check instances_train2017.json train2017 --no-images     (annotations only: seconds instead of minutes)
 Errors make the exit code 1. Warnings leave it 0, but deserve a look.
 """
@@ -57,6 +59,25 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--preview", type=Path, metavar="OUT.html", help="write a page of images with their boxes")
     parser.add_argument("--sheet", type=Path, dest="preview", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        type=Path,
+        metavar="MODEL",
+        help="list likely label errors: one checkpoint, or with --halves those trained on half_a.json and half_b.json",
+    )
+    parser.add_argument(
+        "--halves",
+        type=Path,
+        metavar="FOLDER",
+        help="write half_a.json and half_b.json to train on; with --weights, each model judges the other half",
+    )
+    parser.add_argument(
+        "--label-errors",
+        type=Path,
+        metavar="OUT.json",
+        help="write the likely label errors in COCO format, and drawn to OUT.html",
+    )
     parser.add_argument("--show", type=int, default=20, help="how many issues of a kind to list (default %(default)s)")
     parser.add_argument("--size", type=int, default=800, help="short side in training, pixels (default %(default)s)")
     parser.add_argument("--max-size", type=int, default=1333, help="bound of the long side (default %(default)s)")
@@ -70,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dino.data.check import check_dataset
     from dino.evaluation.report.preview import write_preview
 
-    check_dataset.refuse_existing(args.fix, args.preview)
+    drawn = args.label_errors and args.label_errors.with_suffix(".html")
+    check_dataset.refuse_existing(args.fix, args.preview, args.label_errors, drawn)
     resize = check_dataset.Resize(args.size, args.max_size)
     files = [(args.annotations, args.images)]
     if args.val:
@@ -84,7 +106,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"preview written to {args.preview}")
     if args.fix:
         check_dataset.write_fixed(args.fix, train, max_loss=args.max_loss, truncated=args.truncated)
+    if args.weights or args.halves:
+        _look_for_label_errors(args, errors)
     return int(errors > 0)
+
+
+def _look_for_label_errors(args: argparse.Namespace, errors: int) -> None:
+    """Write halves, or list, draw and export likely label errors; neither where the annotations have errors."""
+    if errors:
+        print("no label errors were looked for: correct the errors above first, for example with --fix")
+        return
+    from dino.evaluation import held_out
+    from dino.evaluation.report.label_sheet import write_label_errors
+
+    if args.weights:
+        data, found = held_out.find_by_models(args.annotations, args.images, args.weights, args.halves)
+        write_label_errors(args.label_errors, args.annotations.name, data, found, args.images, args.show)
+    else:
+        held_out.write_halves(args.annotations, args.images, args.halves)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -93,6 +132,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     problems = {
         "--val takes one JSON file and at most one folder": args.val and len(args.val) > 2,
         "--max-loss must be in [0, 1]": not 0 <= args.max_loss <= 1,
+        "--weights takes one model, or two with --halves": args.weights and len(args.weights) != 1 + bool(args.halves),
+        "--label-errors needs --weights": args.label_errors and not args.weights,
+        "--label-errors names a JSON file, such as errors.json": args.label_errors
+        and args.label_errors.suffix != ".json",
         "--size, --max-size and --show must be positive": min(args.size, args.max_size, args.show) < 1,
     }
     check_arguments(parser, problems)

@@ -57,13 +57,17 @@ class Figure(NamedTuple):
         return ";".join(f"{side}:{100 * part:.2f}%" for side, part in sides.items())
 
 
-def draw(path: Path, caption: str, marks: list[Mark], groups: str = "") -> Figure:
-    """A figure of an image file.
+def draw(path: Path, caption: str, marks: list[Mark], groups: str = "", window: Sequence[int] | None = None) -> Figure:
+    """A figure of an image file, or of its part inside `window` (xyxy in whole pixels); marks lie in the image.
 
     Raises:
         DataError: see `read_image`.
     """
     pixels = read_image(path)
+    if window:
+        x0, y0, x1, y1 = window
+        pixels = pixels[y0:y1, x0:x1]
+        marks = [mark._replace(box=[mark.box[0] - x0, mark.box[1] - y0, *mark.box[2:]]) for mark in marks]
     image = Image.fromarray(pixels)
     image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
     buffer = io.BytesIO()

@@ -8,17 +8,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 
 from dino.data.coco import classes_of
+from dino.evaluation.label_errors import find_label_errors
 from dino.utils.files import DataError, resolve_inside
 
 from .charts import draw_charts
 from .error_analysis import COLUMNS, ERROR_WORDS, THRESHOLDS, Analysis, Found, Object, analyse, confusion, show
+from .label_sheet import draw_label_errors, write_proposals
 from .page import Figure, Mark, draw, write_page
 
 _LOWEST = float(THRESHOLDS[0])  # least score that is drawn; start of the slider
 _MOST_MARKS, _MOST_OBJECTS = 300, 1000  # detections and objects drawn in one image
 _MOST_CLASSES = 25  # rows of the confusion matrix
+_DOUBTS_SHOWN = 6  # label errors of a kind
 _MOST_PAIRS = 8  # of confused classes, named above the matrix
 _WORDS = {"found": "right", "missed": "missed", **ERROR_WORDS}
 _GROUPS = {"missed": ("missed",), "false": ("false", "duplicate"), "misplaced": ("misplaced", "confused")}
@@ -51,7 +55,7 @@ def write_report(
     details: dict[str, str],
     shown: int = 24,
 ) -> Analysis | None:
-    """Write the page. It needs no other file and no network.
+    """Write the page, which needs no other file and no network, and label_errors.json next to it.
 
     Args:
         path: of the page.
@@ -74,6 +78,7 @@ def write_report(
         write_page(path, "predictions.html.j2", figures=figures, classes=_count_classes(data, results), **values)
         return None
     analysis = analyse(data, results)
+    label_errors = find_label_errors(data, results)
     write_page(
         path,
         "report.html.j2",
@@ -82,11 +87,18 @@ def write_report(
         show=show,
         charts=draw_charts(analysis),
         figures=_draw_worst(analysis, entries, files, shown),
+        label_errors=draw_label_errors(data, label_errors, files, min(shown, _DOUBTS_SHOWN)),
         tally={kind: [int(n) for n in counts] for kind, counts in analysis.tally.items()},
         **_confused_classes(confusion(analysis), analysis.names),
         **values,
     )
+    write_proposals(Path(path).with_name("label_errors.json"), data, label_errors)
     return analysis
+
+
+def _draw_charts(analysis: Analysis) -> list[tuple[str, Markup]]:
+    """Titles and curves."""
+    return [("Precision and recall", precision_recall(analysis)), ("Choosing a threshold", over_threshold(analysis))]
 
 
 def _count_classes(data: dict[str, Any], results: list[dict]) -> list[tuple[str, list[int]]]:

@@ -1,5 +1,5 @@
 const slider = document.getElementById("threshold");
-const figures = [...document.querySelectorAll(".gallery figure")];
+const figures = [...(document.querySelector(".tabs + .gallery")?.querySelectorAll("figure") ?? [])];
 const tallies = document.getElementById("tallies");
 const counts = tallies ? JSON.parse(tallies.textContent) : null;
 
