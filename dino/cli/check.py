@@ -32,56 +32,68 @@ def build_parser() -> argparse.ArgumentParser:
         help="validation data, checked too and compared; the folder may be left out if both share it",
     )
     parser.add_argument("--no-images", action="store_true", help="don't open the image files")
-    parser.add_argument("--fix", type=Path, metavar="OUT.json", help="write a cleaned copy of the annotations")
-    parser.add_argument(
+    parser.add_argument("--preview", type=Path, metavar="OUT.html", help="write a page of images with their boxes")
+    parser.add_argument("--sheet", type=Path, dest="preview", help=argparse.SUPPRESS)
+    parser.add_argument("--show", type=int, default=20, help="how many issues of a kind to list (default %(default)s)")
+    parser.add_argument("--size", type=int, default=800, help="short side in training, pixels (default %(default)s)")
+    parser.add_argument("--max-size", type=int, default=1333, help="bound of the long side (default %(default)s)")
+    _add_fixing(parser)
+    _add_label_errors(parser)
+    return parser
+
+
+def _add_fixing(parser: argparse.ArgumentParser) -> None:
+    """The arguments of a cleaned copy."""
+    group = parser.add_argument_group("a cleaned copy")
+    group.add_argument("--fix", type=Path, metavar="OUT.json", help="write a cleaned copy of the annotations")
+    group.add_argument(
         "--max-loss",
         type=float,
         default=0.1,
         metavar="FRACTION",
         help="fraction of the objects that --fix may drop; 1 for any (default %(default)s)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--crowd",
         choices=("ignore", "objects"),
         default="ignore",
         help="`objects`: crowd regions (iscrowd=1) are objects, as CVAT means its masks; --fix writes iscrowd 0",
     )
-    parser.add_argument(
+    group.add_argument(
         "--exif",
         choices=("upright", "stored"),
         help="the picture that boxes were drawn on, of files with an EXIF rotation (default: where they fit)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--truncated",
         choices=("drop", "keep"),
         default="drop",
         help="`keep`: --fix completes truncated JPEG files, in place, with grey (default %(default)s)",
     )
-    parser.add_argument("--preview", type=Path, metavar="OUT.html", help="write a page of images with their boxes")
-    parser.add_argument("--sheet", type=Path, dest="preview", help=argparse.SUPPRESS)
-    parser.add_argument(
+
+
+def _add_label_errors(parser: argparse.ArgumentParser) -> None:
+    """The arguments of label errors that a model finds."""
+    group = parser.add_argument_group("likely label errors")
+    group.add_argument(
         "--weights",
         nargs="+",
         type=Path,
         metavar="MODEL",
         help="list likely label errors: one checkpoint, or with --halves those trained on half_a.json and half_b.json",
     )
-    parser.add_argument(
+    group.add_argument(
         "--halves",
         type=Path,
         metavar="FOLDER",
         help="write half_a.json and half_b.json to train on; with --weights, each model judges the other half",
     )
-    parser.add_argument(
+    group.add_argument(
         "--label-errors",
         type=Path,
         metavar="OUT.json",
         help="write the likely label errors in COCO format, and drawn to OUT.html",
     )
-    parser.add_argument("--show", type=int, default=20, help="how many issues of a kind to list (default %(default)s)")
-    parser.add_argument("--size", type=int, default=800, help="short side in training, pixels (default %(default)s)")
-    parser.add_argument("--max-size", type=int, default=1333, help="bound of the long side (default %(default)s)")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -60,7 +60,7 @@ def crowds_as_objects(data: dict[str, Any]) -> dict[str, Any]:
     return {**data, "annotations": entries}
 
 
-def to_whole(value: Any) -> int | None:
+def _to_whole(value: Any) -> int | None:
     """A whole number, also as text or with a decimal point -> int; None for anything else."""
     if type(value) is int:
         return value
@@ -69,11 +69,11 @@ def to_whole(value: Any) -> int | None:
     return int(value.strip().partition(".")[0]) if isinstance(value, str) and _WHOLE.fullmatch(value) else None
 
 
-def to_number(value: Any) -> float | int | None:
+def _to_number(value: Any) -> float | int | None:
     """A number, also as text -> a number, which may be infinite or NaN; None for anything else."""
     if type(value) in (int, float):
         return value
-    whole = to_whole(value)
+    whole = _to_whole(value)
     if whole is not None:
         return whole
     return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else None
@@ -115,7 +115,7 @@ def _plain_ids(entry: dict, part: str, index: int, changes: list[Change], keys: 
     for key in keys:
         value = entry.get(key)
         if value is not None and type(value) is not int:
-            number = to_whole(value)
+            number = _to_whole(value)
             if number is not None:
                 values[key] = number
                 changes.append(Change("number", part, index, f"{_name(entry, part)}: {key} {short(value)}"))
@@ -175,7 +175,7 @@ def _plain_box(entry: dict) -> tuple[Any, str]:
         if found is not None:
             return found, "outline"
     if isinstance(box, list) and len(box) == 4 and any(isinstance(n, str) for n in box):
-        numbers = [to_number(n) for n in box]
+        numbers = [_to_number(n) for n in box]
         if None not in numbers:
             return numbers, "number"
     return box, ""
@@ -189,7 +189,7 @@ def _is_empty(box: Any) -> bool:
 def _plain_area(value: Any, box: Any) -> float | None:
     """An area that is text, or null, as a number."""
     if isinstance(value, str):
-        number = to_number(value)
+        number = _to_number(value)
     elif value is None and is_box(box):
         number = area_of(box)
     else:

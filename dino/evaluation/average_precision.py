@@ -18,6 +18,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from dino.data.coco import classes_of
+from dino.data.coco_values import area_of
 from dino.layers import Detections
 
 _METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six of COCO's twelve
@@ -190,11 +191,16 @@ def summarise(precision: np.ndarray) -> dict[str, float]:
 
 
 def complete_annotations(annotations: list[dict]) -> list[dict]:
-    """Copies with `area` and `iscrowd`, and with ids from 1 on: COCO's evaluation takes 0 for "not found"."""
-    return [
-        {"area": a["bbox"][2] * a["bbox"][3], "iscrowd": 0, **a, "id": number}
-        for number, a in enumerate(annotations, 1)
-    ]
+    """Copies with `area` and `iscrowd`, and with ids from 1 on: COCO's evaluation takes 0 for "not found".
+
+    Scores are left out: Detectron2's evaluation would read those of predictions that serve as annotations.
+    """
+    complete = []
+    for number, a in enumerate(annotations, 1):
+        entry = {"area": area_of(a["bbox"]), "iscrowd": 0, **a, "id": number}
+        entry.pop("score", None)
+        complete.append(entry)
+    return complete
 
 
 def _index(data: dict[str, Any]) -> COCO:

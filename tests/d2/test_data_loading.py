@@ -28,9 +28,10 @@ from dino.d2.data_loading import (
 )
 from dino.data.coco import CocoImages
 from dino.evaluation.average_precision import evaluate
-from dino.utils.files import DataError
+from dino.utils.files import DataError, UserError
 
-from ..coco_files import COLOURS, write_coco
+from ..coco_files import COLOURS, CocoFiles, write_coco
+from ..data.test_fuzzed_annotations import attempt, fuzzed
 from .tiny import tiny_detector
 
 
@@ -113,6 +114,59 @@ def test_one_name_for_two_data_sets_is_refused(tmp_path):
     assert len(dataset("mine", str(tmp_path / "a/annotations.json"), str(tmp_path / "a"))) == 4
     with pytest.raises(DataError, match="'mine' is registered for other files"):
         dataset("mine", *write_coco(tmp_path / "b"))
+
+
+def write_as_tools_do(content):
+    """Numbers as text, null fields, a polygon without a box, no size."""
+    for image in content["images"]:
+        image.update(id=str(image["id"]), width=None, height=0)
+    for a in content["annotations"]:
+        x, y, w, h = a.pop("bbox")
+        outline = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+        a.update(image_id=f"{a['image_id']}.0", iscrowd="0", area=None, segmentation=outline)
+
+
+def test_values_as_tools_write_them_are_learned_and_evaluated(tmp_path):
+    files = write_coco(tmp_path)
+    clean = dataset("clean_values", *files)
+    files.change(write_as_tools_do)
+    load_dataset.cache_clear()
+    dicts = dataset("values_of_tools", *files)
+    assert dicts == clean
+    result = run_evaluation(TruthTeller(dicts), "values_of_tools", tmp_path / "results")
+    assert result["AP"] == pytest.approx(100)
+
+
+def test_crowd_regions_as_objects(tmp_path):
+    """As CVAT writes masks: one setting makes them objects of training and evaluation."""
+    files = write_coco(tmp_path)
+    files.change(lambda content: [a.update(iscrowd=1) for a in content["annotations"]])
+    assert sum(len(d["annotations"]) for d in dataset("crowds_ignored", *files)) == 0
+    dicts = dataset("crowds_learned", *files, crowd="objects")
+    assert sum(len(d["annotations"]) for d in dicts) == 6
+    result = run_evaluation(TruthTeller(dicts), "crowds_learned", tmp_path / "results")
+    assert result["AP"] == pytest.approx(100)
+    load_dataset.cache_clear()
+    with pytest.raises(DataError, match="'crowds_learned' is registered with crowd=objects, not ignore"):
+        dataset("crowds_learned", *files)
+    with pytest.raises(UserError, match="crowd='all': write ignore or objects"):
+        dataset("crowds_of_another_kind", *files, crowd="all")
+
+
+def test_what_the_reader_accepts_is_evaluated(tmp_path):
+    """Files changed at random, see tests/data/test_fuzzed_annotations.py."""
+    clean, accepted = write_coco(tmp_path, counts=(4, 3, 0, 3)).read(), 0
+    files = CocoFiles(str(tmp_path / "annotations.json"), str(tmp_path))
+    for seed in range(60):
+        files.write(fuzzed(clean, seed))
+        dicts, refusal = attempt(lambda seed=seed: dataset(f"fuzzed_{seed}", *files))
+        if refusal is None:
+            accepted += 1
+            evaluator = Evaluator(f"fuzzed_{seed}", output_dir=str(tmp_path / "results"), max_dets_per_image=100)
+            evaluator.reset()
+            evaluator.process(dicts, TruthTeller(dicts)(dicts))
+            evaluator.evaluate()
+    assert accepted > 5
 
 
 def test_faulty_annotations_are_refused(tmp_path):

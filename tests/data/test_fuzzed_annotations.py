@@ -114,6 +114,14 @@ def change_entry(entries, index, key, choose):
             entry[key] = copy.deepcopy(value)
 
 
+def fuzzed(clean, seed):
+    """A copy of parsed annotations with one to four changes."""
+    choose, content = random.Random(seed), copy.deepcopy(clean)
+    for _ in range(choose.randint(1, 4)):
+        mutate(content, choose)
+    return content
+
+
 def unchanged(image, objects):
     return image, objects
 
@@ -173,11 +181,7 @@ def fuzz(tmp_path, seeds, report_each=25):
     files, counts = Files(tmp_path), {"accepted": 0, "repaired": 0, "refused": 0}
     for seed in seeds:
         start = time.perf_counter()
-        choose = random.Random(seed)
-        content = copy.deepcopy(clean)
-        for _ in range(choose.randint(1, 4)):
-            mutate(content, choose)
-        files.path.write_text(json.dumps(content))
+        files.path.write_text(json.dumps(fuzzed(clean, seed)))
         used, refusal = attempt(lambda: use(files))
         if refusal is not None:
             assert str(files.path) in refusal, (seed, refusal)

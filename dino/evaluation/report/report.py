@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from markupsafe import Markup
 
 from dino.data.coco import classes_of
 from dino.evaluation.label_errors import find_label_errors
@@ -94,11 +93,6 @@ def write_report(
     )
     write_proposals(Path(path).with_name("label_errors.json"), data, label_errors)
     return analysis
-
-
-def _draw_charts(analysis: Analysis) -> list[tuple[str, Markup]]:
-    """Titles and curves."""
-    return [("Precision and recall", precision_recall(analysis)), ("Choosing a threshold", over_threshold(analysis))]
 
 
 def _count_classes(data: dict[str, Any], results: list[dict]) -> list[tuple[str, list[int]]]:
