@@ -11,7 +11,8 @@ from dino.cli import check_arguments, new_parser
 _EXAMPLES = """
 examples:
   dino check train.json images
-  dino check train.json images --val val.json --preview preview.html --fix cleaned.json
+  dino check train.json images --val val.json --preview preview.html
+  dino check train.json images --val val.json --fix train_clean.json val_clean.json
   dino check train.json images --weights model_final.pth --label-errors errors.json     (what a model doubts)
   dino check train.json images --halves halves     (prints how to train two models that each judge the other half)
   dino check instances_train2017.json train2017 --no-images     (annotations only: seconds instead of minutes)
@@ -45,7 +46,13 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_fixing(parser: argparse.ArgumentParser) -> None:
     """The arguments of a cleaned copy."""
     group = parser.add_argument_group("a cleaned copy")
-    group.add_argument("--fix", type=Path, metavar="OUT.json", help="write a cleaned copy of the annotations")
+    group.add_argument(
+        "--fix",
+        nargs="+",
+        type=Path,
+        metavar=("OUT.json", "OUT_VAL.json"),
+        help="write a cleaned copy of the annotations, and of those of --val",
+    )
     group.add_argument(
         "--max-loss",
         type=float,
@@ -104,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dino.evaluation.report.preview import write_preview
 
     drawn = args.label_errors and args.label_errors.with_suffix(".html")
-    check_dataset.refuse_existing(args.fix, args.preview, args.label_errors, drawn)
+    check_dataset.refuse_existing(*(args.fix or ()), args.preview, args.label_errors, drawn)
     resize = check_dataset.Resize(args.size, args.max_size)
     files = [(args.annotations, args.images)]
     if args.val:
@@ -117,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_preview(args.preview, train.path.name, train.split, train.issues)
         print(f"preview written to {args.preview}")
     if args.fix:
-        check_dataset.write_fixed(args.fix, train, max_loss=args.max_loss, truncated=args.truncated)
+        check_dataset.write_fixed(args.fix, checked, max_loss=args.max_loss, truncated=args.truncated)
     if args.weights or args.halves:
         _look_for_label_errors(args, errors)
     return int(errors > 0)
@@ -143,6 +150,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     problems = {
         "--val takes one JSON file and at most one folder": args.val and len(args.val) > 2,
+        "--fix takes one file, or two with --val": args.fix and len(args.fix) > 1 + bool(args.val),
         "--max-loss must be in [0, 1]": not 0 <= args.max_loss <= 1,
         "--weights takes one model, or two with --halves": args.weights and len(args.weights) != 1 + bool(args.halves),
         "--label-errors needs --weights": args.label_errors and not args.weights,

@@ -136,7 +136,7 @@ def print_report(checked: Sequence[_Checked], show: int) -> int:
     warnings = sum(len(one.issues) for one in checked) - errors
     if errors or warnings:
         print("\n".join(_table(checked)))
-    print(_verdict(errors, warnings, checked[0].issues))
+    print(_verdict(errors, warnings, [issue for one in checked for issue in one.issues]))
     return errors
 
 
@@ -158,9 +158,11 @@ def _verdict(errors: int, warnings: int, issues: list[Issue]) -> str:
     numbers = f"{counted(errors, 'error')}, {counted(warnings, 'warning')}"
     if not errors:
         return f"verdict: ready to train ({numbers})" if warnings else "verdict: ready to train, no issues"
-    undecided = any(KINDS[issue.kind].level == "error" and KINDS[issue.kind].cure is None for issue in issues)
-    fixable = any(KINDS[issue.kind].level == "error" for issue in issues) and not undecided
-    how = "--fix OUT.json writes a cleaned copy" if fixable else "correct the files, then check again"
+    found = {issue.kind for issue in issues if KINDS[issue.kind].level == "error"}
+    undecided = any(KINDS[kind].cure is None for kind in found)
+    how = "correct the files, then check again" if undecided else "--fix writes cleaned copies"
+    if found == {"no_objects"} and any(issue.kind == "crowd" for issue in issues):
+        how = "if each crowd region is one object, --crowd objects --fix"
     return f"verdict: not ready to train ({numbers}): {how}"
 
 
@@ -224,26 +226,33 @@ def refuse_existing(*paths: Path | None) -> None:
             raise UserError(f"{path} exists: choose another name")
 
 
-def write_fixed(path: Path, checked: _Checked, *, max_loss: float = MAX_LOSS, truncated: str = "drop") -> None:
-    """Write a cleaned copy of the annotations.
+def write_fixed(
+    paths: Sequence[Path], checked: Sequence[_Checked], *, max_loss: float = MAX_LOSS, truncated: str = "drop"
+) -> None:
+    """Write cleaned copies of the annotations: all, or none.
 
     Args:
+        paths: one for each of the first data sets.
         max_loss: fraction of the objects that may be dropped.
         truncated: "drop" the images of truncated files, or "keep" them: JPEG files are completed, in place.
 
     Raises:
         DataError: see `repair`.
-        UserError: the copy can't be written.
+        UserError: a copy can't be written.
     """
-    completed = _complete_files(checked) if truncated == "keep" else {}
-    issues = [issue for issue in checked.issues if issue.kind != "truncated" or issue.index not in completed]
-    result = repair(checked.original, checked.data, checked.split.contents, issues, max_loss)
-    for file, content in completed.values():
-        write_whole(file, lambda part, content=content: part.write_bytes(content))
-    write_whole(path, lambda part: part.write_text(json.dumps(result.data), encoding="utf-8"))
-    print(f"cleaned copy written to {path}: {'; '.join(result.describe())}")
-    if completed:
-        print(f"{counted(len(completed), 'truncated JPEG file')} completed with grey, in place")
+    copies = []
+    for path, one in zip(paths, checked, strict=False):
+        completed = _complete_files(one) if truncated == "keep" else {}
+        issues = [issue for issue in one.issues if issue.kind != "truncated" or issue.index not in completed]
+        copies.append((path, completed, repair(one.original, one.data, one.split.contents, issues, max_loss)))
+    for path, completed, result in copies:
+        for file, content in completed.values():
+            write_whole(file, lambda part, content=content: part.write_bytes(content))
+        text = json.dumps(result.data)
+        write_whole(path, lambda part, text=text: part.write_text(text, encoding="utf-8"))
+        print(f"cleaned copy written to {path}: {'; '.join(result.describe())}")
+        if completed:
+            print(f"{counted(len(completed), 'truncated JPEG file')} completed with grey, in place")
 
 
 def _complete_files(checked: _Checked) -> dict[int, tuple[Path, bytes]]:

@@ -24,6 +24,7 @@ class Repaired(NamedTuple):
     Args:
         data: the copy.
         total, kept, changed: numbers of objects: of the file, of the copy, and of the copy with other values.
+        images: number of images with other values.
         dropped: number of dropped objects, by kind of issue.
         categories: number of dropped classes.
     """
@@ -32,6 +33,7 @@ class Repaired(NamedTuple):
     total: int
     kept: int
     changed: int
+    images: int
     dropped: Counter[str]
     categories: int
 
@@ -39,8 +41,9 @@ class Repaired(NamedTuple):
         """Lines of text about the objects, and each cause of a loss."""
         head = f"{self.kept:,} of {counted(self.total, 'object')} kept, {self.changed:,} of them changed"
         causes = [f"{counted(number, 'object')} dropped: {_cause(kind)}" for kind, number in self.dropped.most_common()]
+        images = [f"{counted(self.images, 'image')} changed"] * bool(self.images)
         classes = [f"{counted(self.categories, 'class', 'classes')} dropped: no objects of their own"]
-        return [head, *causes, *classes * bool(self.categories)]
+        return [head, *images, *causes, *classes * bool(self.categories)]
 
 
 def repair(
@@ -73,6 +76,7 @@ def repair(
         total=len(data["annotations"]),
         kept=len(kept),
         changed=sum(original["annotations"][index] != entry for index, entry in kept.items()),
+        images=sum(a != b for a, b in zip(original["images"], data["images"], strict=True)),
         dropped=_causes(data, issues, kept),
         categories=len(data["categories"]) - len(kept_parts["categories"]),
     )
@@ -116,7 +120,7 @@ def _refuse_loss(result: Repaired, contents: Contents, kept: dict[int, dict], ma
     )
     reasons += [f"all objects of {', '.join(map(repr, gone))} would go"] * bool(gone and max_loss < 1)
     if reasons:
-        causes = "; ".join(result.describe()[1:])
+        causes = "; ".join(line for line in result.describe() if "dropped" in line)
         raise DataError(
             f"can't fix without losing labels: {', and '.join(reasons)} ({causes}). Correct these, or permit the loss: "
             "--max-loss 1"

@@ -47,7 +47,7 @@ def test_first_offenders_are_listed_and_the_exit_code_is_1(files, capsys):
     assert "error: boxes without area (5). Remove them" in out
     assert "annotation 2 of image_1.png: [1, 1, 0, 0] in an image of 72x64\n  … and 3 more" in out
     assert "\nlevel    issue                  number  --fix\nerror    boxes without area          5  drops\nverd" in out
-    assert "verdict: not ready to train (5 errors, 0 warnings): --fix OUT.json writes a cleaned copy" in out
+    assert "verdict: not ready to train (5 errors, 0 warnings): --fix writes cleaned copies" in out
 
 
 def make_crowd(content):
@@ -107,6 +107,28 @@ def test_fix_writes_a_cleaned_copy(files, capsys, tmp_path):
     assert check(tmp_path / "fixed.json", files.images) == 0
     (tmp_path / "fixed.json").unlink()
     assert contents(tmp_path) == before
+
+
+def test_fix_writes_copies_of_both_files_or_none(files, tmp_path, capsys):
+    """Roboflow lists a group of classes as a class, in training and validation data."""
+    val = write_coco(tmp_path / "val", counts=(2, 2), seed=3)
+    for one in (files, val):
+        one.change(lambda c: c["categories"].insert(0, {"id": 0, "name": "things", "supercategory": "none"}))
+        one.change(lambda c: [category.update(supercategory="things") for category in c["categories"][1:]])
+    copies = tmp_path / "train_clean.json", tmp_path / "val_clean.json"
+    assert check(*files, "--fix", *copies, "--val", *val) == 0
+    assert capsys.readouterr().out.count("cleaned copy written to") == 2
+    assert check(copies[0], files.images, "--val", copies[1], val.images) == 0
+    assert "verdict: ready to train" in capsys.readouterr().out
+    for path in copies:
+        assert [c["name"] for c in json.loads(path.read_text())["categories"]] == ["red", "green", "blue"]
+        path.unlink()
+    val.change(lambda c: c["categories"][1].update(name="green"))
+    assert check(*files, "--fix", *copies, "--val", *val) == 1
+    assert not any(path.exists() for path in copies)
+    with pytest.raises(SystemExit):
+        check(*files, "--fix", *copies)
+    assert "--fix takes one file, or two with --val" in capsys.readouterr().err
 
 
 def test_fix_refuses_what_it_can_not_decide(files, capsys, tmp_path):
@@ -309,6 +331,7 @@ def test_a_set_of_crowd_regions_is_learned_from_on_request(files, tmp_path, caps
     out = capsys.readouterr().out
     assert "warning: crowd regions, which training leaves out (9). If each is one object, add --crowd objects" in out
     assert "9 of them crowd regions (iscrowd=1), 0 boxes without area in the image. If each crowd region is one" in out
+    assert out.endswith("(1 error, 9 warnings): if each crowd region is one object, --crowd objects --fix\n")
     assert check(*files, "--crowd", "objects", "--fix", tmp_path / "fixed.json") == 0
     assert "9 of 9 objects kept, 9 of them changed" in capsys.readouterr().out
     assert {a["iscrowd"] for a in json.loads((tmp_path / "fixed.json").read_text())["annotations"]} == {0}
