@@ -21,6 +21,7 @@ VERBS = {
     "train": "train or evaluate a recipe, on COCO-format files or a registered data set",
     "eval": "write AP, curves, confusions and the worst images to one report.html",
     "predict": "draw a checkpoint's detections in images, folders, videos or a webcam",
+    "data": "convert annotations of other programs to COCO's format, merge or split data sets",
     "check": "check a data set before training",
     "export": "write a checkpoint as ONNX, TorchScript or a program of torch.export",
     "explain": "draw what a checkpoint computes for a training batch",

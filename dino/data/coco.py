@@ -21,6 +21,7 @@ from dino.utils.files import DataError, UserError, counted, resolve_inside
 from .coco_values import LARGEST_AREA, crowds_as_objects, is_area, is_box, short, to_plain
 from .file_names import match_names
 from .images import image_size, read_image, resize_tensor
+from .importers.recognition import explain
 
 CROWDS = ("ignore", "objects")  # what crowd regions are: regions that training leaves out, or objects
 
@@ -58,7 +59,7 @@ def _check_file(data: Any, path: str | Path, folder: str | Path) -> dict[str, An
     if not Path(folder).is_dir():
         raise DataError(f"image folder not found: {folder}")
     try:
-        check_lists(data)
+        check_lists(data, path)
         data, _ = to_plain(data)
         data["images"] = [_with_size(image, folder) for image in data["images"]]
         _check_annotations(data, folder)
@@ -103,14 +104,17 @@ def load_json(path: str | Path, what: str) -> Any:
     except FileNotFoundError:
         raise DataError(f"{what} not found: {path}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"can't read {what} {path}: {error}. It must be a JSON file in COCO format") from error
+        reason = explain(Path(path)) or error
+        raise DataError(f"can't read {what} {path}: {reason}. It must be a JSON file in COCO format") from error
 
 
-def check_lists(data: Any) -> None:
-    """Raise a DataError unless parsed annotations have the three lists of COCO's format."""
+def check_lists(data: Any, path: str | Path = "SOURCE") -> None:
+    """Raise a DataError unless parsed annotations have the three lists of COCO's format; it names other formats."""
+    other = explain(Path(path), data)
     for key in ("images", "annotations", "categories"):
-        if not isinstance(data, dict) or not isinstance(data.get(key), list):
-            raise DataError(f"the list {key!r} is missing. It must be a JSON file in COCO format")
+        if other or not isinstance(data, dict) or not isinstance(data.get(key), list):
+            reason = other or f"the list {key!r} is missing"
+            raise DataError(f"{reason}. It must be a JSON file in COCO format")
 
 
 def _check_annotations(data: Any, folder: str | Path) -> None:

@@ -52,7 +52,7 @@ def _check(
     """
     original = load_json(path, "annotations")
     try:
-        check_lists(original)
+        check_lists(original, path)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     if not folder.is_dir():

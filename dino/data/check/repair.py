@@ -112,19 +112,24 @@ def _refuse_undecided(issues: list[Issue]) -> None:
 def _refuse_loss(result: Repaired, contents: Contents, kept: dict[int, dict], max_loss: float) -> None:
     """Raise a DataError if too many objects, or all of a class, would go."""
     lost = sum(number for kind, number in result.dropped.items() if kind not in _NO_LOSS)
-    names = {number: entry["name"] for number, entry in contents.categories.items()}
-    left = {entry["category_id"] for entry in kept.values()}
-    gone = [names[n] for n in sorted({o.entry["category_id"] for o in contents.objects} - left)]
-    reasons = [f"{lost:,} of {counted(result.total, 'object')} would go"] * (
-        lost > 0 and lost >= max_loss * result.total
-    )
-    reasons += [f"all objects of {', '.join(map(repr, gone))} would go"] * bool(gone and max_loss < 1)
+    reasons = []
+    if lost and lost >= max_loss * result.total:
+        reasons.append(f"{lost:,} of {counted(result.total, 'object')} would go")
+    gone = _lost_classes(contents, kept)
+    if gone and max_loss < 1:
+        reasons.append(f"all objects of {', '.join(map(repr, gone))} would go")
     if reasons:
         causes = "; ".join(line for line in result.describe() if "dropped" in line)
         raise DataError(
             f"can't fix without losing labels: {', and '.join(reasons)} ({causes}). Correct these, or permit the loss: "
             "--max-loss 1"
         )
+
+
+def _lost_classes(contents: Contents, kept: dict[int, dict]) -> list[str]:
+    """Names of the classes whose objects all go."""
+    left = {entry["category_id"] for entry in kept.values()}
+    return [contents.categories[n]["name"] for n in sorted({o.entry["category_id"] for o in contents.objects} - left)]
 
 
 def _cause(kind: str) -> str:

@@ -1,0 +1,55 @@
+"""One entrance to all readers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dino.data.coco import load_json
+from dino.utils.files import DataError
+
+from .json_formats import read_create_ml, read_label_studio, read_labelme
+from .recognition import FORMATS, IMPORTED, recognise
+from .source import Source
+from .xml_formats import read_cvat, read_voc
+from .yolo import read_yolo
+
+_READERS = {
+    "cvat": read_cvat,
+    "voc": read_voc,
+    "labelme": read_labelme,
+    "label_studio": read_label_studio,
+    "create_ml": read_create_ml,
+}
+
+
+def read_source(path: Path, images: Path | None = None) -> dict[str, Source]:
+    """Read annotations of another program -> its data sets: "train", and "val" and "test" where the source has them.
+
+    Args:
+        path: a file or folder; its format is recognised.
+        images: folder of the images; None for where the program puts them.
+
+    Raises:
+        DataError: the format is unknown, or the files are broken.
+    """
+    if not path.exists():
+        raise DataError(f"source not found: {path}")
+    if path.is_file() and path.suffix.lower() == ".xml" and recognise(path) == "voc":
+        path = path.parent
+    found = recognise(path, _content(path))
+    if found is None:
+        raise DataError(f"{path}: unknown format. These can be imported: {', '.join(IMPORTED)}")
+    if found not in IMPORTED:
+        raise DataError(f"{path} holds {FORMATS[found]}")
+    if found == "yolo":
+        return read_yolo(path)
+    if found == "cvat" and path.is_dir():
+        path = path / "annotations.xml"
+    return {"train": _READERS[found](path, images)}
+
+
+def _content(path: Path) -> Any:
+    """A JSON file, parsed; None for others."""
+    is_json = path.suffix.lower() == ".json" and path.is_file()
+    return load_json(path, "annotations") if is_json else None
