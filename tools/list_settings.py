@@ -115,7 +115,13 @@ def tools() -> list[Path]:
 def programs() -> Iterator[tuple[str, str, argparse.ArgumentParser]]:
     """(command, what it does, parser) of every verb and tool."""
     for name, does in cli.VERBS.items():
-        yield f"dino {name}", does, importlib.import_module(f"dino.cli.{name}").build_parser()
+        parser = importlib.import_module(f"dino.cli.{name}").build_parser()
+        verbs = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+        if verbs:
+            helps = {choice.dest: choice.help for choice in verbs[0]._choices_actions}
+            yield from ((f"dino {name} {verb}", helps[verb], part) for verb, part in verbs[0].choices.items())
+        else:
+            yield f"dino {name}", does, parser
     for path in tools():
         spec = importlib.util.spec_from_file_location(path.stem, path)
         module = importlib.util.module_from_spec(spec)

@@ -159,7 +159,11 @@ def test_commands_of_the_pages_exist():
     settings = (ROOT / "docs/settings.md").read_text()
     wrong = []
     for page, (_, verb, *words) in commands():
-        section = settings.partition(f"### `dino {verb}`")[2].partition("###")[0]
+        headings = (
+            f"### `dino {verb}`",
+            f"### `dino {verb} {words[0] if words else ''}`",
+        )  # of verbs, and parts of one
+        section = next(settings.partition(h)[2].partition("###")[0] for h in headings if h in settings)
         options = [word for word in words if word.startswith("--")]
         keys = [word.strip('"').partition("=")[0] for word in words if re.match(r'"?[a-z_.0-9]+=', word)]
         missing = [option for option in options if f"`{option}`" not in section]
