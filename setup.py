@@ -111,6 +111,7 @@ setup(
     ],
     extras_require={
         "onnx": ["onnx", "onnxruntime", "onnxscript"],  # `dino export --format onnx`
+        "data": ["pyyaml"],  # data.yaml in `dino data import`
         "demo": ["opencv-python-headless"],  # video in `dino predict`, and Detectron2's Visualizer
         "heic": ["pillow-heif"],  # photographs of phones
         "large": ["pyvips[binary]"],  # `dino predict --tile` on files that do not fit into memory
@@ -125,6 +126,7 @@ setup(
             "pillow-heif",
             "pytest",
             "pytest-timeout",
+            "pyyaml",
             "pyvips[binary]",
             "radon",
             "ruff",

@@ -73,8 +73,10 @@ def _import(args: argparse.Namespace) -> int:
     """Convert, write, check."""
     from dino.data.importers.read_source import read_source
     from dino.data.importers.source import to_coco
+    from dino.utils.files import printable
 
     sources = read_source(args.source, args.images)
+    print("".join(f"note: {printable(note, None)}\n" for source in sources.values() for note in source.notes), end="")
     train = sources.get("train") or next(iter(sources.values()))
     written = [(args.output, train.folder, to_coco(train))]
     if args.val and "val" in sources:

@@ -42,11 +42,10 @@ def read_source(path: Path, images: Path | None = None) -> dict[str, Source]:
         raise DataError(f"{path}: unknown format. These can be imported: {', '.join(IMPORTED)}")
     if found not in IMPORTED:
         raise DataError(f"{path} holds {FORMATS[found]}")
-    if found == "yolo":
-        return read_yolo(path)
-    if found == "cvat" and path.is_dir():
-        path = path / "annotations.xml"
-    return {"train": _READERS[found](path, images)}
+    sources = read_yolo(path) if found == "yolo" else _READERS[found](path, images)
+    if not any(source.images for source in sources.values()):
+        raise DataError(f"{path}: no annotated images")
+    return sources
 
 
 def _content(path: Path) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,17 @@ FORMATS = {
     "create_ml": "annotations in CreateML's format",
     "panoptic": "COCO's panoptic annotations, whose segments are in PNG files: use instances_*.json",
     "captions": "COCO's captions, which have no boxes: use instances_*.json",
+    "key_points": "COCO's key points without boxes: use instances_*.json",
+    "coco_folder": "files in COCO's format: name the JSON file, and the folder of its images",
+    "open_images": "a table of Open Images: convert it to COCO first",
+    "archive": "a ZIP archive: unpack it first",
     "results": "detections in COCO's results format: `dino eval --results` compares them with annotations",
 }
 IMPORTED = ("yolo", "voc", "cvat", "labelme", "label_studio", "create_ml")
+
+_HEAD = 1 << 14  # bytes of a file that decide
+_LARGEST = 1 << 28  # bytes of a JSON file in a folder that is looked at
+_MOST = 2000  # entries of a folder that are looked at
 
 
 def recognise(path: Path, content: Any = None) -> str | None:
@@ -31,8 +42,8 @@ def recognise(path: Path, content: Any = None) -> str | None:
         return _recognise_folder(path)
     if path.suffix.lower() in (".yaml", ".yml"):
         return "yolo"
-    if path.suffix.lower() == ".xml":
-        return "cvat" if b"<annotations" in _start(path) else "voc"
+    if content is None:
+        return _recognise_start(path, _start(path))
     return _recognise_list(content) if isinstance(content, list) else _recognise_dict(content)
 
 
@@ -46,20 +57,51 @@ def explain(path: Path, content: Any = None) -> str:
 
 
 def _recognise_folder(path: Path) -> str | None:
-    if any(path.glob("*.y*ml")) or (path / "classes.txt").is_file() or (path / "obj.names").is_file():
+    """By the first files that decide, those in sub-folders too."""
+    names = {entry.name for entry in itertools.islice(path.iterdir(), _MOST)}
+    if names & {"classes.txt", "obj.names", "labels"} or any(name.endswith((".yaml", ".yml")) for name in names):
         return "yolo"
-    if (path / "annotations.xml").is_file():
-        return "cvat"
-    if any(path.glob("*.xml")) or any(path.glob("Annotations/*.xml")):
-        return "voc"
-    return "labelme" if any(path.glob("*.json")) else None
+    found = None
+    for directory, folders, files in itertools.islice(os.walk(path), _MOST):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
+        if "labels" in folders and "images" in folders:
+            return "yolo"
+        for name in sorted(files)[:_MOST]:
+            if name.endswith((".xml", ".json")) and not name.startswith("."):
+                form = _recognise_inside(Path(directory, name))
+                if form in IMPORTED:
+                    return form
+                found = found or form
+    return found
+
+
+def _recognise_inside(path: Path) -> str | None:
+    """The format of a file in a folder; a file in COCO's format counts as one there."""
+    if path.suffix == ".xml":
+        return recognise(path)
+    try:
+        content = json.loads(path.read_bytes()) if path.stat().st_size < _LARGEST else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    if isinstance(content, dict) and {"images", "annotations", "categories"} <= content.keys():
+        return _recognise_dict(content) or "coco_folder"
+    return recognise(path, content) if isinstance(content, dict | list) else None
+
+
+def _recognise_start(path: Path, start: bytes) -> str | None:
+    """The format of a file that is no JSON."""
+    if path.suffix.lower() == ".xml":
+        return "cvat" if b"<annotations" in start else "voc" if b"<annotation" in start else None
+    if start.startswith(b"PK\x03\x04"):
+        return "archive"
+    return "open_images" if start.startswith(b"ImageID,") else None
 
 
 def _start(path: Path) -> bytes:
     """The first bytes of a file."""
     try:
         with open(path, "rb") as file:
-            return file.read(1000)
+            return file.read(_HEAD)
     except OSError:
         return b""
 
@@ -70,7 +112,13 @@ def _recognise_list(content: list) -> str | None:
         return "results"
     if isinstance(first.get("data"), dict):
         return "label_studio"
-    return "create_ml" if "annotations" in first and ("image" in first or "imagefilename" in first) else None
+    if "image" not in first and "imagefilename" not in first:
+        return None
+    if isinstance(first.get("annotations", first.get("annotation")), list):
+        return "create_ml"
+    regions = [value[0] for value in first.values() if isinstance(value, list) and value]
+    minimal = any(isinstance(r, dict) and ("original_width" in r or "rectanglelabels" in r) for r in regions)
+    return "label_studio" if minimal else None
 
 
 def _recognise_dict(content: Any) -> str | None:
@@ -80,6 +128,7 @@ def _recognise_dict(content: Any) -> str | None:
         return "labelme"
     annotations = content.get("annotations")
     first = annotations[0] if isinstance(annotations, list) and annotations else None
-    if not isinstance(first, dict) or "bbox" in first:
+    if not isinstance(first, dict) or first.get("bbox") or first.get("segmentation"):
         return None
-    return "panoptic" if "segments_info" in first else "captions" if "caption" in first else None
+    keys = {"segments_info": "panoptic", "caption": "captions", "keypoints": "key_points"}
+    return next((form for key, form in keys.items() if key in first), None)

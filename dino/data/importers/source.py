@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections import Counter
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dino.data.file_names import match_names
 from dino.data.images import image_size
-from dino.utils.files import DataError, resolve_inside
+from dino.utils.files import DataError, counted, resolve_inside
 
+_DIGITS = 6  # of a coordinate after the point: removes the noise of fractions
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 PIXELS, FRACTIONS = "pixels", "fractions"  # units of a box; fractions are of the image's width and height
 
 
@@ -30,11 +38,22 @@ class SourceObject(NamedTuple):
 
 
 class SourceImage(NamedTuple):
-    """An image: the name that the source gives it, where the source names it, and its objects."""
+    """An image.
+
+    Args:
+        name: that the source gives it.
+        where: the source names it, for messages.
+        size: width and height in pixels that the source states, if its boxes are in pixels of them.
+        others: more names that its file may have, if `name` matches none.
+        split: "train", "val" or "test".
+    """
 
     name: str
     where: str
     objects: list[SourceObject]
+    size: tuple[int, int] | None = None
+    others: tuple[str, ...] = ()
+    split: str = "train"
 
 
 class Source(NamedTuple):
@@ -44,11 +63,46 @@ class Source(NamedTuple):
         folder: of the images.
         names: of the classes, in order; those that only objects have follow, sorted.
         images: all images, also those without objects.
+        notes: lines about what was left out.
     """
 
     folder: Path
     names: list[str]
     images: list[SourceImage]
+    notes: tuple[str, ...] = ()
+
+
+def split_of(*words: str) -> str:
+    """The split that the first known word means, such as the folder "valid"; else "train"."""
+    return next((_SPLITS[word.lower()] for word in words if word.lower() in _SPLITS), "train")
+
+
+def by_split(source: Source) -> dict[str, Source]:
+    """A data set for each split of the images, with the classes of all; the first one has the notes."""
+    found = sorted({o.name for image in source.images for o in image.objects} - set(source.names))
+    whole = source._replace(names=[*source.names, *found])
+    splits = [s for s in ("train", "val", "test") if any(image.split == s for image in source.images)]
+    return {
+        split: whole._replace(
+            images=[image for image in source.images if image.split == split],
+            notes=source.notes if split == splits[0] else (),
+        )
+        for split in splits
+    }
+
+
+def walk(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """Files of a folder and its sub-folders by their endings, in small letters; hidden ones are left out."""
+    found = []
+    for directory, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
+        found += [Path(directory, n) for n in names if not n.startswith(".") and Path(n).suffix.lower() in suffixes]
+    return sorted(found)
+
+
+def left_out(kinds: Counter[str]) -> tuple[str, ...]:
+    """A note for each kind of shape that has no box."""
+    return tuple(f"{counted(n, 'shape')} of the kind {kind!r} left out: no box" for kind, n in sorted(kinds.items()))
 
 
 def to_coco(source: Source) -> dict[str, Any]:
@@ -66,6 +120,7 @@ def to_coco(source: Source) -> dict[str, Any]:
     images, annotations = [], []
     for image, file_name in zip(source.images, _file_names(source), strict=True):
         width, height = image_size(resolve_inside(source.folder, file_name))
+        _check_size(image, file_name, (width, height))
         images.append({"id": len(images) + 1, "file_name": file_name, "width": width, "height": height})
         for o in image.objects:
             box = _box_in_pixels(o, width, height)
@@ -83,31 +138,54 @@ def to_coco(source: Source) -> dict[str, Any]:
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
+def _check_size(image: SourceImage, file_name: str, size: tuple[int, int]) -> None:
+    """Raise a DataError if boxes in pixels belong to an image of another size; turned by EXIF, it may be the same."""
+    if image.size and sorted(image.size) != sorted(size):
+        raise DataError(
+            f"{image.where}: annotated at {image.size[0]}x{image.size[1]} pixels, but {file_name} has "
+            f"{size[0]}x{size[1]}. Use the images that were annotated"
+        )
+
+
 def _file_names(source: Source) -> list[str]:
     """The file of each image, relative to the folder."""
-    names = [image.name.replace("\\", "/") for image in source.images]
-    matched = match_names([{"file_name": name} for name in names], source.folder)
+    found: dict[int, str] = {}
+    choices = [[name.replace("\\", "/") for name in (image.name, *image.others)] for image in source.images]
+    for rank in range(max(map(len, choices), default=0)):
+        left = {i: names[rank] for i, names in enumerate(choices) if i not in found and rank < len(names)}
+        matched = match_names([{"file_name": name} for name in left.values()], source.folder)
+        for position, (index, name) in enumerate(left.items()):
+            name = matched.get(position, name)
+            if _is_file(source.folder, name):
+                found[index] = Path(name).as_posix()
     files: dict[str, str] = {}
     for index, image in enumerate(source.images):
-        name = matched.get(index, names[index])
-        try:
-            exists = resolve_inside(source.folder, name).is_file()
-        except (DataError, OSError, ValueError):
-            exists = False
-        if not exists:
-            raise DataError(f"{image.where}: no image {image.name!r} in {source.folder}. --images names another folder")
+        if index not in found:
+            missing = f"{len(source.images) - len(found):,} of {counted(len(source.images), 'image')}"
+            raise DataError(
+                f"{image.where}: no image {image.name!r} in {source.folder}, or several ({missing}). --images names "
+                "another folder"
+            )
+        name = found[index]
         if name in files:
             raise DataError(f"{image.where}: {name} is listed already, in {files[name]}")
         files[name] = image.where
     return list(files)
 
 
+def _is_file(folder: Path, name: str) -> bool:
+    try:
+        return resolve_inside(folder, name).is_file()
+    except (DataError, OSError, ValueError):  # it leaves the folder, or can be no name of a file
+        return False
+
+
 def _box_in_pixels(o: SourceObject, width: int, height: int) -> list[float]:
     """The box of an object, xywh in pixels."""
     if len(o.box) != 4 or not all(type(n) in (int, float) and math.isfinite(n) for n in o.box):
         raise DataError(f"{o.where}: a box must be four finite numbers, but is {list(o.box)!r}"[:300])
-    x, y, w, h = o.box
-    return [x * width, y * height, w * width, h * height] if o.unit == FRACTIONS else [x, y, w, h]
+    across, down = (width, height) if o.unit == FRACTIONS else (1, 1)
+    return [round(n * by, _DIGITS) for n, by in zip(o.box, (across, down, across, down), strict=True)]
 
 
 def around(points: Sequence[Sequence[float]], where: str) -> list[float]:
@@ -121,6 +199,13 @@ def around(points: Sequence[Sequence[float]], where: str) -> list[float]:
         raise DataError(f"{where}: an outline must be a list of points (x, y), finite numbers")
     xs, ys = zip(*points, strict=True)
     return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+
+
+def around_ellipse(x: float, y: float, rx: float, ry: float, angle: float) -> list[float]:
+    """The box xywh around an ellipse by its centre and half axes, turned by `angle` radians."""
+    cos, sin = math.cos(angle), math.sin(angle)
+    half_width, half_height = math.hypot(rx * cos, ry * sin), math.hypot(rx * sin, ry * cos)
+    return [x - half_width, y - half_height, 2 * half_width, 2 * half_height]
 
 
 def _is_point(value: Any) -> bool:

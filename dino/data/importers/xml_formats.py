@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from pathlib import Path
+from collections import Counter
+from pathlib import Path, PureWindowsPath
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 from dino.utils.files import DataError
 
-from .source import Source, SourceImage, SourceObject, around, number
+from .source import (
+    Source,
+    SourceImage,
+    SourceObject,
+    around,
+    around_ellipse,
+    by_split,
+    left_out,
+    number,
+    split_of,
+    walk,
+)
 
 _LARGEST = 500_000_000  # bytes
+_SUFFIXES = (".jpg", ".png", ".jpeg", ".JPG")  # of images that a file names wrongly
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _CVAT_CORNERS = ("xtl", "ytl", "xbr", "ybr")
 
@@ -36,8 +48,11 @@ def parse_xml(path: Path) -> Element:
         raise DataError(f"{path}: no XML: {error}") from error
 
 
-def read_voc(folder: Path, images: Path | None = None) -> Source:
-    """Read a folder of Pascal VOC files. Corners are used as they are written, as labelImg means them.
+def read_voc(folder: Path, images: Path | None = None) -> dict[str, Source]:
+    """Read a folder of Pascal VOC files, with its sub-folders -> its splits.
+
+    Folders such as `valid`, or texts in ImageSets/Main, are splits. Corners are used as they are written, as labelImg
+    means them. Only where the file says that it is of the original data set, pixels count from 1 on.
 
     Args:
         folder: of the XML files, or one that has them in `Annotations`.
@@ -46,26 +61,56 @@ def read_voc(folder: Path, images: Path | None = None) -> Source:
     Raises:
         DataError: a file is broken or names no image.
     """
-    files = sorted(folder.glob("*.xml")) or sorted(folder.glob("Annotations/*.xml"))
+    files = walk(folder, {".xml"})
     if not files:
         raise DataError(f"{folder}: no XML files")
-    beside = files[0].parent.parent / "JPEGImages"
-    found = [_read_voc_file(file) for file in files]
-    return Source(images or (beside if beside.is_dir() else folder), [], found)
+    root = folder.parent if folder.name == "Annotations" else folder
+    beside = root / "JPEGImages"
+    place = images or (beside if beside.is_dir() else folder)
+    sets = _read_sets(root)
+    found = [_read_voc_file(file, folder, place, sets) for file in files]
+    return by_split(Source(place, [], found))
 
 
-def _read_voc_file(path: Path) -> SourceImage:
+def _read_sets(root: Path) -> dict[str, str]:
+    """Split of each image, by its name without ending, from the texts of Pascal VOC."""
+    texts = {split: root / "ImageSets/Main" / f"{split}.txt" for split in ("train", "val", "test")}
+    return {
+        line.split()[0]: split
+        for split, path in texts.items()
+        if path.is_file()
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
+        if line.split()
+    }
+
+
+def _read_voc_file(path: Path, folder: Path, images: Path, sets: dict[str, str]) -> SourceImage:
     """One image and its objects."""
     root = parse_xml(path)
     name = root.findtext("filename")
     if root.tag != "annotation" or not name:
         raise DataError(f"{path}: no Pascal VOC file: <annotation> with a <filename>")
+    first = 1 if "VOC" in (root.findtext("source/database") or "") else 0  # number of the first pixel
     objects = []
     for index, entry in enumerate(root.iter("object"), 1):
         where = f"{path}, object {index}"
         x0, y0, x1, y1 = (number(entry.findtext(f"bndbox/{key}"), f"{where}, {key}") for key in _CORNERS)
-        objects.append(SourceObject(where, _named(entry.findtext("name"), where), [x0, y0, x1 - x0, y1 - y0]))
-    return SourceImage(name, str(path), objects)
+        box = [x0 - first, y0 - first, x1 - x0 + first, y1 - y0 + first]
+        objects.append(SourceObject(where, _named(entry.findtext("name"), where), box))
+    inside = path.parent.relative_to(folder)
+    others = (name, *(path.relative_to(folder).with_suffix(suffix).as_posix() for suffix in _SUFFIXES))
+    others = () if ".." in name else others
+    split = sets.get(path.stem) or split_of(*inside.parts)
+    beside = (inside / PureWindowsPath(name).name).as_posix() if (images / inside).is_dir() else name
+    return SourceImage(beside, str(path), objects, _size_of(root.find("size"), path), others, split)
+
+
+def _size_of(entry: Element | None, path: Path) -> tuple[int, int] | None:
+    """Width and height in pixels, if they are stated."""
+    if entry is None:
+        return None
+    width, height = (number(entry.findtext(key) or 0, f"{path}, {key}") for key in ("width", "height"))
+    return (int(width), int(height)) if min(width, height) > 0 else None
 
 
 def _named(name: str | None, where: str) -> str:
@@ -75,34 +120,55 @@ def _named(name: str | None, where: str) -> str:
     return name.strip()
 
 
-def read_cvat(path: Path, images: Path | None = None) -> Source:
-    """Read the annotations.xml of "CVAT for images 1.1": boxes, rotated ones too, outlines, ellipses and masks.
+def read_cvat(path: Path, images: Path | None = None) -> dict[str, Source]:
+    """Read "CVAT for images 1.1" -> its splits: boxes, rotated ones too, outlines, ellipses and masks.
 
     Args:
-        images: folder of the images; None for `images` beside the file, or the file's folder.
+        path: annotations.xml, or a folder with such files, as of a project's tasks; its subsets are splits.
+        images: folder of the images; None for `images` beside the file, or its folder.
 
     Raises:
-        DataError: the file is broken, or of a video.
+        DataError: a file is broken, or of a video.
     """
-    root = parse_xml(path)
-    if root.tag != "annotations" or root.find("image") is None:
-        video = " of a video: export it as COCO, or as CVAT for images" if root.find("track") is not None else ""
-        raise DataError(f"{path}: no annotations of images{video}")
-    beside = path.parent / "images"
-    names = [text for text in (label.findtext("name") for label in root.iterfind("meta//labels/label")) if text]
-    found = [
-        SourceImage(image.get("name", ""), f"{path}, image {image.get('name')!r}", list(_read_cvat_image(path, image)))
-        for image in root.iterfind("image")
-    ]
-    return Source(images or (beside if beside.is_dir() else path.parent), names, found)
+    files = [path] if path.is_file() else walk(path, {".xml"})
+    folder = path.parent if path.is_file() else path
+    place = images or (folder / "images" if files == [folder / "annotations.xml"] and _has(folder) else folder)
+    names: dict[str, None] = {}
+    found, kinds = [], Counter()
+    for file in files:
+        root = parse_xml(file)
+        if root.tag != "annotations" or root.find("image") is None:
+            video = " of a video: export it as COCO, or as CVAT for images" if root.find("track") is not None else ""
+            raise DataError(f"{file}: no annotations of images{video}")
+        labels = (label for label in root.iterfind("meta/*/labels/label") if label.find("parent") is None)
+        names |= dict.fromkeys(filter(None, (label.findtext("name") for label in labels)))
+        found += [_read_cvat_image(file, image, file.parent.relative_to(folder), kinds) for image in root.iter("image")]
+    return by_split(Source(place, list(names), found, left_out(kinds)))
 
 
-def _read_cvat_image(path: Path, image: Element) -> Iterator[SourceObject]:
-    """The objects of an image; points and lines have no box."""
+def _has(folder: Path) -> bool:
+    return (folder / "images").is_dir()
+
+
+def _read_cvat_image(path: Path, image: Element, inside: Path, kinds: Counter[str]) -> SourceImage:
+    """An image and its objects; points and lines have no box."""
+    name = image.get("name", "")
+    where = f"{path}, image {name!r}"
+    objects = []
     for index, shape in enumerate(image, 1):
-        where = f"{path}, image {image.get('name')!r}, shape {index}"
+        place = f"{where}, shape {index}"
         if shape.tag in _CVAT_SHAPES:
-            yield SourceObject(where, _named(shape.get("label"), where), _CVAT_SHAPES[shape.tag](shape, where))
+            objects.append(
+                SourceObject(place, _named(shape.get("label"), place), _CVAT_SHAPES[shape.tag](shape, place))
+            )
+        else:
+            kinds[shape.tag[:40]] += 1
+    others = tuple((inside / folder / name).as_posix() for folder in ("images", "."))
+    width, height = (number(image.get(key, 0), f"{where}, {key}") for key in ("width", "height"))
+    size = (int(width), int(height)) if min(width, height) > 0 else None
+    split = split_of(image.get("subset") or "", *inside.parts)
+    names = (name, *others) if inside == Path() else (*others, name)
+    return SourceImage(names[0], where, objects, size, names[1:], split)
 
 
 def _from_box(shape: Element, where: str) -> list[float]:
@@ -122,7 +188,8 @@ def _from_outline(shape: Element, where: str) -> list[float]:
 
 def _from_ellipse(shape: Element, where: str) -> list[float]:
     x, y, rx, ry = (number(shape.get(key), f"{where}, {key}") for key in ("cx", "cy", "rx", "ry"))
-    return [x - rx, y - ry, 2 * rx, 2 * ry]
+    angle = math.radians(number(shape.get("rotation", "0"), f"{where}, rotation"))
+    return around_ellipse(x, y, rx, ry, angle)
 
 
 def _from_mask(shape: Element, where: str) -> list[float]:
