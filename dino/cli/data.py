@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     fraction = getattr(args, "val_fraction", _FRACTION)
-    check_arguments(parser, {"--val-fraction must be between 0 and 1": not 0 < fraction < 1})
+    val = getattr(args, "val", None)
+    problems = {
+        "--val-fraction must be between 0 and 1": not 0 < fraction < 1,
+        "--seed must not be negative": getattr(args, "seed", 0) < 0,
+        "training and validation data need files of their own": val is not None
+        and val.absolute() == args.output.absolute(),
+    }
+    check_arguments(parser, problems)
 
     from dino.data.check.check_dataset import refuse_existing
 
-    refuse_existing(args.output, getattr(args, "val", None))
+    refuse_existing(args.output, val)
     return {"import": _import, "merge": _merge, "split": _split}[args.verb](args)
 
 
@@ -86,7 +94,7 @@ def _import(args: argparse.Namespace) -> int:
     _write(written)
     left = sorted(set(sources) - {"train", *(["val"] if args.val else [])})
     if left:
-        print(f"not imported: {', '.join(left)}")
+        print(f"not imported: {', '.join(left)}{' (--val VAL.json writes val)' if 'val' in left else ''}")
     return _check(written)
 
 
@@ -101,7 +109,7 @@ def _divide(data: dict[str, Any], folder: Path, args: argparse.Namespace) -> lis
     chosen = choose_validation(data, groups, args.val_fraction, args.seed)
     rest = {image["id"] for image in data["images"]} - chosen
     if not chosen or not rest:
-        raise DataError("the images are too alike to be split: all would come to one side")
+        raise DataError("can't split: the images are too alike, or each has the only objects of a class")
     twins = len(groups) - len(set(groups))
     print(
         f"{len(rest):,} images to train on, {len(chosen):,} for validation; "
@@ -125,13 +133,20 @@ def _check(written: Sequence[tuple[Path, Path, dict]]) -> int:
 
     checked = check_dataset.check_all([(path, folder) for path, folder, _ in written], check_dataset.Resize())
     errors = check_dataset.print_report(checked, 5)
-    if len(written) == 2:
-        (train, train_images, _), (val, val_images, _) = written
-        print(
-            f"next: dino train --config-file dino_r18_small_data --train-json {train} --train-images {train_images} "
-            f"--val-json {val} --val-images {val_images}"
-        )
+    print(f"next: {_next_command(written)}")
     return int(errors > 0)
+
+
+def _next_command(written: Sequence[tuple[Path, Path, dict]]) -> str:
+    """The command that trains, or that splits validation data off."""
+    words = [(shlex.quote(str(path)), shlex.quote(str(folder))) for path, folder, _ in written]
+    if len(words) == 1:
+        return f"dino data split {' '.join(words[0])} TRAIN.json VAL.json"
+    (train, train_images), (val, val_images) = words
+    return (
+        f"dino train --config-file dino_r18_small_data --train-json {train} --train-images {train_images} "
+        f"--val-json {val} --val-images {val_images}"
+    )
 
 
 def _merge(args: argparse.Namespace) -> int:

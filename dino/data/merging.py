@@ -21,7 +21,7 @@ def merge_annotations(sets: Sequence[tuple[dict[str, Any], Path]]) -> tuple[dict
     Raises:
         DataError: two data sets list the same file.
     """
-    root = Path(os.path.commonpath([folder.resolve() for _, folder in sets]))
+    root = Path(os.path.commonpath([os.path.abspath(folder) for _, folder in sets]))
     names = dict.fromkeys(c["name"] for data, _ in sets for c in sorted(data["categories"], key=lambda c: c["id"]))
     ids = {name: number for number, name in enumerate(names, 1)}
     images: dict[str, dict] = {}
@@ -40,7 +40,7 @@ def _add_images(images: dict[str, dict], entries: list[dict], folder: Path, root
     """Add the entries of a data set to `images`, by name relative to `root` -> old id, new id."""
     numbers = {}
     for entry in entries:
-        name = Path(os.path.relpath(resolve_inside(folder, entry["file_name"]).resolve(), root)).as_posix()
+        name = Path(os.path.relpath(resolve_inside(folder, entry["file_name"]), root)).as_posix()
         if name in images:
             raise DataError(f"both data sets list {name}: keep it in one of them")
         numbers[entry["id"]] = len(images) + 1

@@ -92,6 +92,30 @@ def test_split(tmp_path, capsys):
     assert "one image can't be split" in capsys.readouterr().err
 
 
+def test_merge_of_links_to_images(tmp_path, capsys):
+    """Images that are links to files elsewhere keep the names of the links."""
+    first, second = write_coco(tmp_path / "a", counts=(1,)), write_coco(tmp_path / "b", counts=(1,))
+    for files, name in ((first, "x.png"), (second, "y.png")):
+        image = Path(files.images, "image_1.png")
+        image.rename(tmp_path / name)
+        image.symlink_to(tmp_path / name)
+    assert data("merge", *first, *second, tmp_path / "all.json") == 0
+    names = [image["file_name"] for image in json.loads((tmp_path / "all.json").read_text())["images"]]
+    assert names == ["a/image_1.png", "b/image_1.png"]
+
+
+def test_hints(tmp_path, capsys):
+    """Paths with spaces are quoted; validation data that were not asked for are named."""
+    yolo(tmp_path / "my export")
+    assert data("import", tmp_path / "my export", tmp_path / "train.json") == 0
+    out = capsys.readouterr().out
+    assert "not imported: val (--val VAL.json writes val)" in out
+    assert f"next: dino data split {tmp_path}/train.json '{tmp_path}/my export/train/images' TRAIN.json" in out
+    with pytest.raises(SystemExit):
+        data("import", tmp_path / "my export", tmp_path / "a.json", "--val", tmp_path / "a.json")
+    assert "training and validation data need files of their own" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["yolo", "cvat", "label_studio"])
 def test_two_commands_from_an_export_to_a_trained_model(tmp_path, form):
