@@ -28,6 +28,7 @@ from .source import (
 )
 
 _AROUND = ("rectangle", "polygon", "rotation", "mask")  # shapes of labelme whose box lies around their points
+_PLAIN = ("rectangle", "polygon", "ellipse")  # shapes of Label Studio whose class stands in another result
 _NO_BOX = ("brushlabels", "keypointlabels", "rle")  # of Label Studio
 _SUFFIXES = (".jpg", ".png", ".jpeg", ".JPG")  # of images that a file names wrongly
 
@@ -75,10 +76,14 @@ def _read_labelme_file(path: Path, inside: Path, content: Any, kinds: Counter[st
             box = _around_both(objects[key].box, box)
         objects[key] = SourceObject(where, label, box)
     others = (name, *((inside / path.stem).with_suffix(suffix).as_posix() for suffix in _SUFFIXES))
-    size = content.get("imageWidth"), content.get("imageHeight")
-    stated = size if all(type(n) is int and n > 0 for n in size) else None
     beside = (inside / name).as_posix()
-    return SourceImage(beside, str(path), list(objects.values()), stated, others, split_of(*inside.parts))
+    return SourceImage(beside, str(path), list(objects.values()), _stated(content), others, split_of(*inside.parts))
+
+
+def _stated(content: dict) -> tuple[int, int] | None:
+    """The size that labelme states."""
+    size = content.get("imageWidth"), content.get("imageHeight")
+    return size if all(type(n) is int and n > 0 for n in size) else None
 
 
 def _labelme_box(kind: Any, points: Any, where: str) -> list[float] | None:
@@ -152,18 +157,33 @@ def _image_of(data: Any, where: str) -> str:
 
 def _read_answers(results: list, where: str, kinds: Counter[str]) -> Iterator[SourceObject]:
     """The boxes and outlines of an annotation; lengths are percent of the image."""
+    named, bare = set(), []
     for index, result in enumerate(results, 1):
         place = f"{where}, result {index}"
         value = _get(result, "value", place)
         box = _percents(value, result, place) if isinstance(value, dict) else None
         if box is None:
-            shape = next((key for key in value if key in _NO_BOX), None) if isinstance(value, dict) else None
-            kinds.update([shape] if shape else [])
+            kinds.update(_without_box(value))
             continue
-        labels = next((v for key, v in value.items() if key.endswith("labels") and isinstance(v, list) and v), None)
-        if labels is None:
+        labels = _labels_of(value)
+        if labels:
+            named.add(str(result.get("id")))
+            yield SourceObject(place, _text(labels[0], place), [n / 100 for n in box], FRACTIONS)
+        elif result.get("type") in _PLAIN:
+            bare.append(result)
+        else:
             raise DataError(f"{place}: it has no class")
-        yield SourceObject(place, _text(labels[0], place), [n / 100 for n in box], FRACTIONS)
+    kinds.update(f"{result['type']} without a class" for result in bare if str(result.get("id")) not in named)
+
+
+def _without_box(value: Any) -> list[str]:
+    """The kind of a region that has no box, as brushes and key points have none; empty for choices and texts."""
+    return [key for key in _NO_BOX if isinstance(value, dict) and key in value][:1]
+
+
+def _labels_of(value: dict) -> list | None:
+    """The classes of a region."""
+    return next((v for key, v in value.items() if key.endswith("labels") and isinstance(v, list) and v), None)
 
 
 def _percents(value: dict, result: dict, where: str) -> list[float] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +63,22 @@ def _recognise_folder(path: Path) -> str | None:
     if names & {"classes.txt", "obj.names", "labels"} or any(name.endswith((".yaml", ".yml")) for name in names):
         return "yolo"
     found = None
+    for file in itertools.islice(_first_files(path), _MOST):
+        form = "yolo" if file.name == "labels" else _recognise_inside(file)
+        if form in IMPORTED:
+            return form
+        found = found or form
+    return found
+
+
+def _first_files(path: Path) -> Iterator[Path]:
+    """XML and JSON files of a folder and its sub-folders, and folders called `labels` beside `images`."""
     for directory, folders, files in itertools.islice(os.walk(path), _MOST):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
-        if "labels" in folders and "images" in folders:
-            return "yolo"
-        for name in sorted(files)[:_MOST]:
-            if name.endswith((".xml", ".json")) and not name.startswith("."):
-                form = _recognise_inside(Path(directory, name))
-                if form in IMPORTED:
-                    return form
-                found = found or form
-    return found
+        if {"labels", "images"} <= set(folders):
+            yield Path(directory, "labels")
+        names = (name for name in sorted(files) if name.endswith((".xml", ".json")) and not name.startswith("."))
+        yield from (Path(directory, name) for name in names)
 
 
 def _recognise_inside(path: Path) -> str | None:
@@ -112,13 +118,17 @@ def _recognise_list(content: list) -> str | None:
         return "results"
     if isinstance(first.get("data"), dict):
         return "label_studio"
-    if "image" not in first and "imagefilename" not in first:
+    if not {"image", "imagefilename"} & first.keys():
         return None
     if isinstance(first.get("annotations", first.get("annotation")), list):
         return "create_ml"
-    regions = [value[0] for value in first.values() if isinstance(value, list) and value]
-    minimal = any(isinstance(r, dict) and ("original_width" in r or "rectanglelabels" in r) for r in regions)
-    return "label_studio" if minimal else None
+    return "label_studio" if any(map(_is_minimal, first.values())) else None
+
+
+def _is_minimal(value: Any) -> bool:
+    """Whether a value is a list of regions, as in Label Studio's JSON-MIN."""
+    region = value[0] if isinstance(value, list) and value else None
+    return isinstance(region, dict) and bool({"original_width", "rectanglelabels"} & region.keys())
 
 
 def _recognise_dict(content: Any) -> str | None:
@@ -128,7 +138,12 @@ def _recognise_dict(content: Any) -> str | None:
         return "labelme"
     annotations = content.get("annotations")
     first = annotations[0] if isinstance(annotations, list) and annotations else None
-    if not isinstance(first, dict) or first.get("bbox") or first.get("segmentation"):
+    return _recognise_annotation(first) if isinstance(first, dict) else None
+
+
+def _recognise_annotation(first: dict) -> str | None:
+    """One of COCO's other formats, from its first annotation."""
+    if first.get("bbox") or first.get("segmentation"):
         return None
     keys = {"segments_info": "panoptic", "caption": "captions", "keypoints": "key_points"}
     return next((form for key, form in keys.items() if key in first), None)

@@ -102,7 +102,7 @@ def walk(folder: Path, suffixes: Collection[str]) -> list[Path]:
 
 def left_out(kinds: Counter[str]) -> tuple[str, ...]:
     """A note for each kind of shape that has no box."""
-    return tuple(f"{counted(n, 'shape')} of the kind {kind!r} left out: no box" for kind, n in sorted(kinds.items()))
+    return tuple(f"{counted(n, 'shape')} of the kind {kind!r} left out" for kind, n in sorted(kinds.items()))
 
 
 def to_coco(source: Source) -> dict[str, Any]:
@@ -149,15 +149,7 @@ def _check_size(image: SourceImage, file_name: str, size: tuple[int, int]) -> No
 
 def _file_names(source: Source) -> list[str]:
     """The file of each image, relative to the folder."""
-    found: dict[int, str] = {}
-    choices = [[name.replace("\\", "/") for name in (image.name, *image.others)] for image in source.images]
-    for rank in range(max(map(len, choices), default=0)):
-        left = {i: names[rank] for i, names in enumerate(choices) if i not in found and rank < len(names)}
-        matched = match_names([{"file_name": name} for name in left.values()], source.folder)
-        for position, (index, name) in enumerate(left.items()):
-            name = matched.get(position, name)
-            if _is_file(source.folder, name):
-                found[index] = Path(name).as_posix()
+    found = _find_files(source)
     files: dict[str, str] = {}
     for index, image in enumerate(source.images):
         if index not in found:
@@ -171,6 +163,20 @@ def _file_names(source: Source) -> list[str]:
             raise DataError(f"{image.where}: {name} is listed already, in {files[name]}")
         files[name] = image.where
     return list(files)
+
+
+def _find_files(source: Source) -> dict[int, str]:
+    """Index of each image whose file is found, and its name relative to the folder."""
+    found: dict[int, str] = {}
+    choices = [[name.replace("\\", "/") for name in (image.name, *image.others)] for image in source.images]
+    for rank in range(max(map(len, choices), default=0)):
+        left = {i: names[rank] for i, names in enumerate(choices) if i not in found and rank < len(names)}
+        matched = match_names([{"file_name": name} for name in left.values()], source.folder)
+        for position, (index, name) in enumerate(left.items()):
+            name = matched.get(position, name)
+            if _is_file(source.folder, name):
+                found[index] = Path(name).as_posix()
+    return found
 
 
 def _is_file(folder: Path, name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
@@ -97,12 +98,19 @@ def _read_voc_file(path: Path, folder: Path, images: Path, sets: dict[str, str])
         x0, y0, x1, y1 = (number(entry.findtext(f"bndbox/{key}"), f"{where}, {key}") for key in _CORNERS)
         box = [x0 - first, y0 - first, x1 - x0 + first, y1 - y0 + first]
         objects.append(SourceObject(where, _named(entry.findtext("name"), where), box))
-    inside = path.parent.relative_to(folder)
-    others = (name, *(path.relative_to(folder).with_suffix(suffix).as_posix() for suffix in _SUFFIXES))
-    others = () if ".." in name else others
-    split = sets.get(path.stem) or split_of(*inside.parts)
-    beside = (inside / PureWindowsPath(name).name).as_posix() if (images / inside).is_dir() else name
-    return SourceImage(beside, str(path), objects, _size_of(root.find("size"), path), others, split)
+    inside = path.relative_to(folder)
+    split = sets.get(path.stem) or split_of(*inside.parts[:-1])
+    first_name, *others = _names_of(name, inside, images)
+    return SourceImage(first_name, str(path), objects, _size_of(root.find("size"), path), tuple(others), split)
+
+
+def _names_of(name: str, inside: Path, images: Path) -> Iterator[str]:
+    """Names that an image may have: beside its file, as the file says, as the file is called."""
+    if (images / inside.parent).is_dir():
+        yield (inside.parent / PureWindowsPath(name).name).as_posix()
+    yield name
+    if ".." not in name:
+        yield from (inside.with_suffix(suffix).as_posix() for suffix in _SUFFIXES)
 
 
 def _size_of(entry: Element | None, path: Path) -> tuple[int, int] | None:
@@ -132,22 +140,30 @@ def read_cvat(path: Path, images: Path | None = None) -> dict[str, Source]:
     """
     files = [path] if path.is_file() else walk(path, {".xml"})
     folder = path.parent if path.is_file() else path
-    place = images or (folder / "images" if files == [folder / "annotations.xml"] and _has(folder) else folder)
     names: dict[str, None] = {}
     found, kinds = [], Counter()
     for file in files:
-        root = parse_xml(file)
-        if root.tag != "annotations" or root.find("image") is None:
-            video = " of a video: export it as COCO, or as CVAT for images" if root.find("track") is not None else ""
-            raise DataError(f"{file}: no annotations of images{video}")
+        root = _parse_cvat(file)
         labels = (label for label in root.iterfind("meta/*/labels/label") if label.find("parent") is None)
         names |= dict.fromkeys(filter(None, (label.findtext("name") for label in labels)))
-        found += [_read_cvat_image(file, image, file.parent.relative_to(folder), kinds) for image in root.iter("image")]
-    return by_split(Source(place, list(names), found, left_out(kinds)))
+        inside = file.parent.relative_to(folder)
+        found += [_read_cvat_image(file, image, inside, kinds) for image in root.iterfind("image")]
+    return by_split(Source(images or _images_of(files, folder), list(names), found, left_out(kinds)))
 
 
-def _has(folder: Path) -> bool:
-    return (folder / "images").is_dir()
+def _parse_cvat(path: Path) -> Element:
+    """The root of a file."""
+    root = parse_xml(path)
+    if root.tag != "annotations" or root.find("image") is None:
+        video = " of a video: export it as COCO, or as CVAT for images" if root.find("track") is not None else ""
+        raise DataError(f"{path}: no annotations of images{video}")
+    return root
+
+
+def _images_of(files: list[Path], folder: Path) -> Path:
+    """The folder of the images."""
+    alone = len(files) == 1 and files[0].parent == folder and (folder / "images").is_dir()
+    return folder / "images" if alone else folder
 
 
 def _read_cvat_image(path: Path, image: Element, inside: Path, kinds: Counter[str]) -> SourceImage:

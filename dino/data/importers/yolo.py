@@ -31,19 +31,21 @@ def read_yolo(path: Path) -> dict[str, Source]:
     root = path if path.is_dir() else path.parent
     names = _class_names(settings, root)
     key_points = _count_key_points(settings, root)
-    stated = {split: settings[key] for key, split in _SPLITS.items() if settings.get(key)}
-    found = {split: _find_split(root, value) for split, value in stated.items()}
-    absent = [
-        f"{root}: {stated[split]!r}, the {split} split of data.yaml, is not in it"
-        for split in found
-        if not found[split]
-    ]
-    if absent and not found.get("train"):
-        raise DataError(f"{absent[0]}. Correct its paths: they are relative to data.yaml")
-    splits = {split: part for split, part in found.items() if part} or _splits_of_folders(root)
+    splits, absent = _find_splits(settings, root)
     sources = {split: _read_split(folder, files, names, key_points) for split, (folder, files) in splits.items()}
     first = next(iter(sources))
     return sources | {first: sources[first]._replace(notes=(*absent, *sources[first].notes))}
+
+
+def _find_splits(settings: dict, root: Path) -> tuple[dict[str, tuple[Path, list[Path]]], list[str]]:
+    """Image folder and images of each split, and a note for each that is absent."""
+    stated = {split: settings[key] for key, split in _SPLITS.items() if settings.get(key)}
+    found = {split: _find_split(root, value) for split, value in stated.items()}
+    absent = [f"{root}: {stated[s]!r}, the {s} split of data.yaml, is not in it" for s in found if found[s] is None]
+    parts = {split: part for split, part in found.items() if part}
+    if absent and "train" not in parts:
+        raise DataError(f"{absent[0]}. Correct its paths: they are relative to data.yaml")
+    return parts or _splits_of_folders(root), absent
 
 
 def _settings(path: Path) -> dict:
@@ -112,13 +114,18 @@ def _find_split(root: Path, stated: Any) -> tuple[Path, list[Path]] | None:
         return None
     if place.is_dir():
         return place, walk(place, IMAGE_SUFFIXES)
-    lines = [line.strip() for line in _text(place).splitlines() if line.strip()]
+    return root, _list_images(place, root)
+
+
+def _list_images(text: Path, root: Path) -> list[Path]:
+    """The images that a text lists."""
+    lines = [line.strip() for line in _text(text).splitlines() if line.strip()]
     matched = match_names([{"file_name": line} for line in lines], root)
     found = [root / matched.get(index, _inside(line)) for index, line in enumerate(lines)]
-    missing = [line for line, file in zip(lines, found, strict=True) if not file.is_file()]
-    if missing:
-        raise DataError(f"{place}: no image {missing[0]!r} in {root}")
-    return root, list(dict.fromkeys(found))
+    missing = next((line for line, file in zip(lines, found, strict=True) if not file.is_file()), None)
+    if missing is not None:
+        raise DataError(f"{text}: no image {missing!r} in {root}")
+    return list(dict.fromkeys(found))
 
 
 def _inside(stated: str) -> PurePosixPath:

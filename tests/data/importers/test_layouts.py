@@ -235,7 +235,7 @@ def test_groups_of_labelme_are_one_object(tmp_path):
         part | {"points": [[1, 1], [2, 2]], "shape_type": "line"},
     )
     assert contents(imported(source)) == {"a.png": [("a", [1, 1, 2, 1]), ("a", [10, 20, 50, 50])]}
-    assert notes_of(source) == ["1 shape of the kind 'line' left out: no box"]
+    assert notes_of(source) == ["1 shape of the kind 'line' left out"]
 
 
 def cvat_file(folder, shapes, meta=""):
@@ -258,7 +258,7 @@ def test_labels_of_cvat_keep_their_order_without_parts_of_skeletons(tmp_path):
     shapes = '<box label="m" xtl="1" ytl="2" xbr="3" ybr="4"/><polyline label="a" points="1,2;3,4"/>'
     source = cvat_file(tmp_path / "data", shapes, meta)
     assert [c["name"] for c in imported(source)["categories"]] == ["z", "a", "m"]
-    assert notes_of(source) == ["1 shape of the kind 'polyline' left out: no box"]
+    assert notes_of(source) == ["1 shape of the kind 'polyline' left out"]
 
 
 def test_subsets_of_cvat(tmp_path, files):
@@ -339,11 +339,21 @@ def test_tasks_without_annotation_and_brushes_are_left_out(tmp_path):
     source.write_text(json.dumps(tasks))
     assert contents(imported(source)) == {"a.jpg": [("a", [20, 20, 40, 40])]}
     brushes, unseen = notes_of(source)
-    assert brushes == "1 shape of the kind 'rle' left out: no box" or "brushlabels" in brushes
+    assert brushes == "1 shape of the kind 'rle' left out" or "brushlabels" in brushes
     assert unseen.startswith("1 task without an annotation left out")
     source.write_text(json.dumps(tasks[1:]))
     with pytest.raises(DataError, match="no annotated images"):
         read_source(source)
+
+
+def test_classes_in_another_result(tmp_path):
+    """<Rectangle> and <Labels> write two results with one id."""
+    bare = {key: value for key, value in RECTANGLE.items() if key != "rectanglelabels"}
+    both = [{"id": "r", "type": kind, "value": bare} for kind in ("rectangle", "labels")]
+    both[1]["value"] = bare | {"labels": ["a"]}
+    source = label_studio_file(tmp_path / "data", *both, {"id": "s", "type": "rectangle", "value": bare})
+    assert contents(imported(source)) == {"a.jpg": [("a", [20, 20, 40, 40])]}
+    assert notes_of(source) == ["1 shape of the kind 'rectangle without a class' left out"]
 
 
 def test_json_min_of_label_studio(tmp_path):
