@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from dino.cli import check_arguments, new_parser
@@ -73,6 +74,7 @@ def _import(args: argparse.Namespace) -> int:
     """Convert, write, check."""
     from dino.data.importers.read_source import read_source
     from dino.data.importers.source import to_coco
+    from dino.utils.files import counted
 
     sources = read_source(args.source, args.images)
     train = sources.get("train") or next(iter(sources.values()))
@@ -85,6 +87,9 @@ def _import(args: argparse.Namespace) -> int:
     left = sorted(set(sources) - {"train", *(["val"] if args.val else [])})
     if left:
         print(f"not imported: {', '.join(left)}")
+    shapes = sum(image.left_out for source in sources.values() for image in source.images)
+    if shapes:
+        print(f"left out: {counted(shapes, 'shape')} without a box, such as points and lines")
     return _check(written)
 
 
@@ -124,7 +129,7 @@ def _check(written: Sequence[tuple[Path, Path, dict]]) -> int:
     checked = check_dataset.check_all([(path, folder) for path, folder, _ in written], check_dataset.Resize())
     errors = check_dataset.print_report(checked, 5)
     if len(written) == 2:
-        (train, train_images, _), (val, val_images, _) = written
+        (train, train_images), (val, val_images) = (map(quote, map(str, pair[:2])) for pair in written)
         print(
             f"next: dino train --config-file dino_r18_small_data --train-json {train} --train-images {train_images} "
             f"--val-json {val} --val-images {val_images}"

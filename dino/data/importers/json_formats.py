@@ -13,6 +13,7 @@ from dino.utils.files import DataError
 
 from .source import FRACTIONS, Source, SourceImage, SourceObject, around, number
 
+_LABELS = ("rectanglelabels", "polygonlabels")  # of Label Studio
 _AROUND = ("rectangle", "polygon", "rotation", "mask")  # shapes of labelme whose box lies around their points
 
 
@@ -44,7 +45,7 @@ def _read_labelme_file(path: Path) -> SourceImage:
             radius = math.hypot(edge_x - x, edge_y - y)
             box = [x - radius, y - radius, 2 * radius, 2 * radius]
             objects.append(SourceObject(where, _text(_get(shape, "label", where), where), box))
-    return SourceImage(name, str(path), objects)
+    return SourceImage(name, str(path), objects, len(content["shapes"]) - len(objects))
 
 
 def read_label_studio(path: Path, images: Path | None = None) -> Source:
@@ -62,9 +63,21 @@ def read_label_studio(path: Path, images: Path | None = None) -> Source:
 
 
 def _read_task(task: Any, where: str) -> SourceImage:
-    answers = [a for a in _list(task, "annotations", where) if not _get(a, "was_cancelled", where)]
-    objects = list(_read_answers(_list(answers[0], "result", where), where)) if answers else []
-    return SourceImage(_image_of(_get(task, "data", where), where), where, objects)
+    """An image and its objects."""
+    if not isinstance(task, dict):
+        raise DataError(f"{where}: no JSON object")
+    if "data" not in task:  # "JSON-MIN": the values of the labels, without their frame
+        results = [{"type": _kind_of(value), "value": value, **value} for value in _list(task, "label", where)]
+        data = task
+    else:
+        answers = [a for a in _list(task, "annotations", where) if not _get(a, "was_cancelled", where)]
+        results, data = _list(answers[0], "result", where) if answers else [], task["data"]
+    objects = list(_read_answers(results, where))
+    return SourceImage(_image_of(data, where), where, objects, len(results) - len(objects))
+
+
+def _kind_of(value: Any) -> str | None:
+    return next((kind for kind in _LABELS if isinstance(value, dict) and kind in value), None)
 
 
 def _image_of(data: Any, where: str) -> str:
@@ -82,7 +95,7 @@ def _read_answers(results: list, where: str) -> Iterator[SourceObject]:
     for index, result in enumerate(results, 1):
         place = f"{where}, result {index}"
         kind = _get(result, "type", place)
-        if kind not in ("rectanglelabels", "polygonlabels"):
+        if kind not in _LABELS:
             continue
         value = _get(result, "value", place)
         labels = _list(value, kind, place)

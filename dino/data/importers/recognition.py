@@ -48,6 +48,8 @@ def explain(path: Path, content: Any = None) -> str:
 def _recognise_folder(path: Path) -> str | None:
     if any(path.glob("*.y*ml")) or (path / "classes.txt").is_file() or (path / "obj.names").is_file():
         return "yolo"
+    if (path / "labels").is_dir() and (path / "images").is_dir():
+        return "yolo"
     if (path / "annotations.xml").is_file():
         return "cvat"
     if any(path.glob("*.xml")) or any(path.glob("Annotations/*.xml")):
@@ -65,12 +67,12 @@ def _start(path: Path) -> bytes:
 
 
 def _recognise_list(content: list) -> str | None:
-    first = content[0] if content and isinstance(content[0], dict) else {}
-    if "score" in first and "image_id" in first:
+    keys = set(content[0]) if content and isinstance(content[0], dict) else set()
+    if {"score", "image_id"} <= keys:
         return "results"
-    if isinstance(first.get("data"), dict):
+    if "data" in keys or {"image", "annotator"} <= keys or {"image", "label"} <= keys:
         return "label_studio"
-    return "create_ml" if "annotations" in first and ("image" in first or "imagefilename" in first) else None
+    return "create_ml" if "annotations" in keys and keys & {"image", "imagefilename"} else None
 
 
 def _recognise_dict(content: Any) -> str | None:

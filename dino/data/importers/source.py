@@ -11,6 +11,7 @@ from dino.data.file_names import match_names
 from dino.data.images import image_size
 from dino.utils.files import DataError, resolve_inside
 
+_LOWEST = -0.5  # fraction of the image: a box that leaves it by more is in another unit
 PIXELS, FRACTIONS = "pixels", "fractions"  # units of a box; fractions are of the image's width and height
 
 
@@ -30,11 +31,15 @@ class SourceObject(NamedTuple):
 
 
 class SourceImage(NamedTuple):
-    """An image: the name that the source gives it, where the source names it, and its objects."""
+    """An image: the name that the source gives it, where the source names it, and its objects.
+
+    `left_out` counts the shapes that have no box, such as points.
+    """
 
     name: str
     where: str
     objects: list[SourceObject]
+    left_out: int = 0
 
 
 class Source(NamedTuple):
@@ -107,6 +112,8 @@ def _box_in_pixels(o: SourceObject, width: int, height: int) -> list[float]:
     if len(o.box) != 4 or not all(type(n) in (int, float) and math.isfinite(n) for n in o.box):
         raise DataError(f"{o.where}: a box must be four finite numbers, but is {list(o.box)!r}"[:300])
     x, y, w, h = o.box
+    if o.unit == FRACTIONS and not (min(x, y) >= _LOWEST and max(x + w, y + h) <= 1 - _LOWEST):
+        raise DataError(f"{o.where}: a box must be in fractions of the image, but reaches {max(x + w, y + h):.4g}")
     return [x * width, y * height, w * width, h * height] if o.unit == FRACTIONS else [x, y, w, h]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
@@ -90,19 +89,20 @@ def read_cvat(path: Path, images: Path | None = None) -> Source:
         raise DataError(f"{path}: no annotations of images{video}")
     beside = path.parent / "images"
     names = [text for text in (label.findtext("name") for label in root.iterfind("meta//labels/label")) if text]
-    found = [
-        SourceImage(image.get("name", ""), f"{path}, image {image.get('name')!r}", list(_read_cvat_image(path, image)))
-        for image in root.iterfind("image")
-    ]
+    found = [_read_cvat_image(path, image) for image in root.iterfind("image")]
     return Source(images or (beside if beside.is_dir() else path.parent), names, found)
 
 
-def _read_cvat_image(path: Path, image: Element) -> Iterator[SourceObject]:
-    """The objects of an image; points and lines have no box."""
+def _read_cvat_image(path: Path, image: Element) -> SourceImage:
+    """An image and its objects; points and lines have no box."""
+    where = f"{path}, image {image.get('name')!r}"
+    objects = []
     for index, shape in enumerate(image, 1):
-        where = f"{path}, image {image.get('name')!r}, shape {index}"
         if shape.tag in _CVAT_SHAPES:
-            yield SourceObject(where, _named(shape.get("label"), where), _CVAT_SHAPES[shape.tag](shape, where))
+            place = f"{where}, shape {index}"
+            box = _CVAT_SHAPES[shape.tag](shape, place)
+            objects.append(SourceObject(place, _named(shape.get("label"), place), box))
+    return SourceImage(image.get("name", ""), where, objects, len(image) - len(objects))
 
 
 def _from_box(shape: Element, where: str) -> list[float]:
