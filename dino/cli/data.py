@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dino.cli import check_arguments, new_parser
+
+if TYPE_CHECKING:
+    from dino.data.importers.source import Source
 
 _EXAMPLES = """
 examples:
@@ -81,10 +85,8 @@ def _import(args: argparse.Namespace) -> int:
     """Convert, write, check."""
     from dino.data.importers.read_source import read_source
     from dino.data.importers.source import to_coco
-    from dino.utils.files import printable
 
     sources = read_source(args.source, args.images)
-    print("".join(f"note: {printable(note, None)}\n" for source in sources.values() for note in source.notes), end="")
     train = sources.get("train") or next(iter(sources.values()))
     written = [(args.output, train.folder, to_coco(train))]
     if args.val and "val" in sources:
@@ -95,7 +97,19 @@ def _import(args: argparse.Namespace) -> int:
     left = sorted(set(sources) - {"train", *(["val"] if args.val else [])})
     if left:
         print(f"not imported: {', '.join(left)}{' (--val VAL.json writes val)' if 'val' in left else ''}")
+    _print_notes(sources.values())
     return _check(written)
+
+
+def _print_notes(sources: Iterable[Source]) -> None:
+    """Print what was left out."""
+    from dino.utils.files import counted, printable
+
+    for note in chain.from_iterable(source.notes for source in sources):
+        print(f"note: {printable(note, None)}")
+    shapes = sum(image.left_out for source in sources for image in source.images)
+    if shapes:
+        print(f"left out: {counted(shapes, 'shape')} without a box, such as points and lines")
 
 
 def _divide(data: dict[str, Any], folder: Path, args: argparse.Namespace) -> list[tuple[Path, Path, dict]]:

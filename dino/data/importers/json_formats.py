@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from .source import (
     around,
     around_ellipse,
     by_split,
-    left_out,
     number,
     split_of,
     walk,
@@ -29,7 +27,6 @@ from .source import (
 
 _AROUND = ("rectangle", "polygon", "rotation", "mask")  # shapes of labelme whose box lies around their points
 _PLAIN = ("rectangle", "polygon", "ellipse")  # shapes of Label Studio whose class stands in another result
-_NO_BOX = ("brushlabels", "keypointlabels", "rle")  # of Label Studio
 _SUFFIXES = (".jpg", ".png", ".jpeg", ".JPG")  # of images that a file names wrongly
 
 
@@ -53,22 +50,22 @@ def read_labelme(path: Path, images: Path | None = None) -> dict[str, Source]:
     Raises:
         DataError: a file is broken or names no image.
     """
-    kinds = Counter()
     folder = path if path.is_dir() else path.parent
-    found = [_read_labelme_file(file, inside, content, kinds) for file, inside, content in _files(path, "labelme")]
-    return by_split(Source(images or folder, [], found, left_out(kinds)))
+    found = [_read_labelme_file(file, inside, content) for file, inside, content in _files(path, "labelme")]
+    return by_split(Source(images or folder, [], found))
 
 
-def _read_labelme_file(path: Path, inside: Path, content: Any, kinds: Counter[str]) -> SourceImage:
+def _read_labelme_file(path: Path, inside: Path, content: Any) -> SourceImage:
     if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
         raise DataError(f"{path}: no file of labelme: the list shapes is missing")
     name = _text(content.get("imagePath"), f"{path}, imagePath").replace("\\", "/")
     objects: dict[Any, SourceObject] = {}
+    without_box = 0
     for index, shape in enumerate(content["shapes"], 1):
         where = f"{path}, shape {index}"
         box = _labelme_box(_get(shape, "shape_type", where), _get(shape, "points", where), where)
         if box is None:
-            kinds[str(shape["shape_type"])[:40]] += 1
+            without_box += 1
             continue
         label, group = _text(_get(shape, "label", where), where), shape.get("group_id")
         key = (label, group) if isinstance(group, int | str) else index
@@ -77,7 +74,8 @@ def _read_labelme_file(path: Path, inside: Path, content: Any, kinds: Counter[st
         objects[key] = SourceObject(where, label, box)
     others = (name, *((inside / path.stem).with_suffix(suffix).as_posix() for suffix in _SUFFIXES))
     beside = (inside / name).as_posix()
-    return SourceImage(beside, str(path), list(objects.values()), _stated(content), others, split_of(*inside.parts))
+    split = split_of(*inside.parts)
+    return SourceImage(beside, str(path), list(objects.values()), without_box, _stated(content), others, split)
 
 
 def _stated(content: dict) -> tuple[int, int] | None:
@@ -116,33 +114,34 @@ def read_label_studio(path: Path, images: Path | None = None) -> dict[str, Sourc
     """
     folder = path if path.is_dir() else path.parent
     beside = folder / "images"
-    kinds, found, unseen = Counter(), [], 0
+    found, unseen = [], 0
     for file, inside, tasks in _files(path, "label_studio"):
         if not isinstance(tasks, list):
             raise DataError(f"{file}: no list of tasks")
         for index, task in enumerate(tasks, 1):
-            image = _read_task(task, f"{file}, task {index}", split_of(*inside.parts), kinds)
+            image = _read_task(task, f"{file}, task {index}", split_of(*inside.parts))
             found += [image] if image else []
             unseen += image is None
-    notes = left_out(kinds)
-    if unseen:
-        notes += (f"{counted(unseen, 'task')} without an annotation left out; submit empty ones to keep their images",)
-    return by_split(Source(images or (beside if beside.is_dir() else folder), [], found, notes))
+    note = f"{counted(unseen, 'task')} without an annotation left out; submit empty ones to keep their images"
+    return by_split(Source(images or (beside if beside.is_dir() else folder), [], found, (note,) if unseen else ()))
 
 
-def _read_task(task: Any, where: str, split: str, kinds: Counter[str]) -> SourceImage | None:
+def _read_task(task: Any, where: str, split: str) -> SourceImage | None:
     """The image of a task, with its objects; None if nobody annotated it."""
     data = _get(task, "data", where)
     if data is None:  # JSON-MIN has all in one
         regions = [region for value in task.values() if isinstance(value, list) for region in value]
         results = [{"value": region, **region} for region in regions if isinstance(region, dict)]
-        return SourceImage(_image_of(task, where), where, list(_read_answers(results, where, kinds)), split=split)
-    name = _image_of(data, where)
-    answers = [a for a in _list(task, "annotations", where) if not _get(a, "was_cancelled", where)]
-    if not answers:
-        return None
-    chosen = max(answers, key=lambda answer: answer.get("ground_truth") is True)
-    return SourceImage(name, where, list(_read_answers(_list(chosen, "result", where), where, kinds)), split=split)
+        data = task
+    else:
+        answers = [a for a in _list(task, "annotations", where) if not _get(a, "was_cancelled", where)]
+        if not answers:
+            _image_of(data, where)
+            return None
+        chosen = max(answers, key=lambda answer: answer.get("ground_truth") is True)
+        results = _list(chosen, "result", where)
+    objects, without_box = _read_answers(results, where)
+    return SourceImage(_image_of(data, where), where, objects, without_box, split=split)
 
 
 def _image_of(data: Any, where: str) -> str:
@@ -155,30 +154,22 @@ def _image_of(data: Any, where: str) -> str:
     raise DataError(f"{where}: its data names no image")
 
 
-def _read_answers(results: list, where: str, kinds: Counter[str]) -> Iterator[SourceObject]:
-    """The boxes and outlines of an annotation; lengths are percent of the image."""
-    named, bare = set(), []
+def _read_answers(results: list, where: str) -> tuple[list[SourceObject], int]:
+    """The boxes and outlines of an annotation, and how many results have none; lengths are percent of the image."""
+    objects, named, left_out = [], set(), []
     for index, result in enumerate(results, 1):
         place = f"{where}, result {index}"
         value = _get(result, "value", place)
         box = _percents(value, result, place) if isinstance(value, dict) else None
-        if box is None:
-            kinds.update(_without_box(value))
-            continue
-        labels = _labels_of(value)
+        labels = _labels_of(value) if box else None
         if labels:
             named.add(str(result.get("id")))
-            yield SourceObject(place, _text(labels[0], place), [n / 100 for n in box], FRACTIONS)
-        elif result.get("type") in _PLAIN:
-            bare.append(result)
-        else:
+            objects.append(SourceObject(place, _text(labels[0], place), [n / 100 for n in box], FRACTIONS))
+        elif box and result.get("type") not in _PLAIN:
             raise DataError(f"{place}: it has no class")
-    kinds.update(f"{result['type']} without a class" for result in bare if str(result.get("id")) not in named)
-
-
-def _without_box(value: Any) -> list[str]:
-    """The kind of a region that has no box, as brushes and key points have none; empty for choices and texts."""
-    return [key for key in _NO_BOX if isinstance(value, dict) and key in value][:1]
+        else:
+            left_out.append(str(result.get("id")) if box else None)
+    return objects, sum(name not in named for name in left_out)
 
 
 def _labels_of(value: dict) -> list | None:

@@ -122,7 +122,7 @@ def _recognise_list(content: list) -> str | None:
         return None
     if isinstance(first.get("annotations", first.get("annotation")), list):
         return "create_ml"
-    return "label_studio" if any(map(_is_minimal, first.values())) else None
+    return "label_studio" if "annotator" in first or any(map(_is_minimal, first.values())) else None
 
 
 def _is_minimal(value: Any) -> bool:

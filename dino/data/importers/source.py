@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from dino.data.file_names import match_names
 from dino.data.images import image_size
 from dino.utils.files import DataError, counted, resolve_inside
 
+_LOWEST = -0.5  # fraction of the image: a box that leaves it by more is in another unit
 _DIGITS = 6  # of a coordinate after the point: removes the noise of fractions
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -44,6 +44,7 @@ class SourceImage(NamedTuple):
         name: that the source gives it.
         where: the source names it, for messages.
         size: width and height in pixels that the source states, if its boxes are in pixels of them.
+        left_out: number of shapes that have no box, such as points.
         others: more names that its file may have, if `name` matches none.
         split: "train", "val" or "test".
     """
@@ -51,6 +52,7 @@ class SourceImage(NamedTuple):
     name: str
     where: str
     objects: list[SourceObject]
+    left_out: int = 0
     size: tuple[int, int] | None = None
     others: tuple[str, ...] = ()
     split: str = "train"
@@ -98,11 +100,6 @@ def walk(folder: Path, suffixes: Collection[str]) -> list[Path]:
         folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
         found += [Path(directory, n) for n in names if not n.startswith(".") and Path(n).suffix.lower() in suffixes]
     return sorted(found)
-
-
-def left_out(kinds: Counter[str]) -> tuple[str, ...]:
-    """A note for each kind of shape that has no box."""
-    return tuple(f"{counted(n, 'shape')} of the kind {kind!r} left out" for kind, n in sorted(kinds.items()))
 
 
 def to_coco(source: Source) -> dict[str, Any]:
@@ -190,6 +187,9 @@ def _box_in_pixels(o: SourceObject, width: int, height: int) -> list[float]:
     """The box of an object, xywh in pixels."""
     if len(o.box) != 4 or not all(type(n) in (int, float) and math.isfinite(n) for n in o.box):
         raise DataError(f"{o.where}: a box must be four finite numbers, but is {list(o.box)!r}"[:300])
+    x, y, w, h = o.box
+    if o.unit == FRACTIONS and not (min(x, y) >= _LOWEST and max(x + w, y + h) <= 1 - _LOWEST):
+        raise DataError(f"{o.where}: a box must be in fractions of the image, but reaches {max(x + w, y + h):.4g}")
     across, down = (width, height) if o.unit == FRACTIONS else (1, 1)
     return [round(n * by, _DIGITS) for n, by in zip(o.box, (across, down, across, down), strict=True)]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 from xml.etree import ElementTree
@@ -18,7 +17,6 @@ from .source import (
     around,
     around_ellipse,
     by_split,
-    left_out,
     number,
     split_of,
     walk,
@@ -101,7 +99,7 @@ def _read_voc_file(path: Path, folder: Path, images: Path, sets: dict[str, str])
     inside = path.relative_to(folder)
     split = sets.get(path.stem) or split_of(*inside.parts[:-1])
     first_name, *others = _names_of(name, inside, images)
-    return SourceImage(first_name, str(path), objects, _size_of(root.find("size"), path), tuple(others), split)
+    return SourceImage(first_name, str(path), objects, 0, _size_of(root.find("size"), path), tuple(others), split)
 
 
 def _names_of(name: str, inside: Path, images: Path) -> Iterator[str]:
@@ -141,14 +139,14 @@ def read_cvat(path: Path, images: Path | None = None) -> dict[str, Source]:
     files = [path] if path.is_file() else walk(path, {".xml"})
     folder = path.parent if path.is_file() else path
     names: dict[str, None] = {}
-    found, kinds = [], Counter()
+    found: list[SourceImage] = []
     for file in files:
         root = _parse_cvat(file)
         labels = (label for label in root.iterfind("meta/*/labels/label") if label.find("parent") is None)
         names |= dict.fromkeys(filter(None, (label.findtext("name") for label in labels)))
         inside = file.parent.relative_to(folder)
-        found += [_read_cvat_image(file, image, inside, kinds) for image in root.iterfind("image")]
-    return by_split(Source(images or _images_of(files, folder), list(names), found, left_out(kinds)))
+        found += [_read_cvat_image(file, image, inside) for image in root.iterfind("image")]
+    return by_split(Source(images or _images_of(files, folder), list(names), found))
 
 
 def _parse_cvat(path: Path) -> Element:
@@ -166,7 +164,7 @@ def _images_of(files: list[Path], folder: Path) -> Path:
     return folder / "images" if alone else folder
 
 
-def _read_cvat_image(path: Path, image: Element, inside: Path, kinds: Counter[str]) -> SourceImage:
+def _read_cvat_image(path: Path, image: Element, inside: Path) -> SourceImage:
     """An image and its objects; points and lines have no box."""
     name = image.get("name", "")
     where = f"{path}, image {name!r}"
@@ -177,14 +175,12 @@ def _read_cvat_image(path: Path, image: Element, inside: Path, kinds: Counter[st
             objects.append(
                 SourceObject(place, _named(shape.get("label"), place), _CVAT_SHAPES[shape.tag](shape, place))
             )
-        else:
-            kinds[shape.tag[:40]] += 1
     others = tuple((inside / folder / name).as_posix() for folder in ("images", "."))
     width, height = (number(image.get(key, 0), f"{where}, {key}") for key in ("width", "height"))
     size = (int(width), int(height)) if min(width, height) > 0 else None
     split = split_of(image.get("subset") or "", *inside.parts)
     names = (name, *others) if inside == Path() else (*others, name)
-    return SourceImage(names[0], where, objects, size, names[1:], split)
+    return SourceImage(names[0], where, objects, len(image) - len(objects), size, names[1:], split)
 
 
 def _from_box(shape: Element, where: str) -> list[float]:

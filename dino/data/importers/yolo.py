@@ -14,14 +14,13 @@ from .source import FRACTIONS, Source, SourceImage, SourceObject, around, number
 
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "test": "test"}
 _NAMES = ("classes.txt", "obj.names", "labels/classes.txt")  # beside the images, where there is no data.yaml
-_SLACK = 0.01  # how far a fraction may leave [0, 1]
 
 
 def read_yolo(path: Path) -> dict[str, Source]:
     """Read a YOLO folder, or its data.yaml -> the data sets "train", "val" and "test" that exist.
 
-    Lines are boxes (class, centre, size; then a confidence, or the key points of a pose) or outlines (class, points),
-    as of segmentation and rotated boxes. Images without a text have no objects.
+    Lines are boxes (class, centre, size; where data.yaml has kpt_shape, also the key points of a pose) or outlines
+    (class, points), as of segmentation and rotated boxes. Images without a text have no objects.
 
     Raises:
         DataError: no classes are named, a folder is missing, a line is broken, or no image has a text.
@@ -39,10 +38,12 @@ def read_yolo(path: Path) -> dict[str, Source]:
 
 def _find_splits(settings: dict, root: Path) -> tuple[dict[str, tuple[Path, list[Path]]], list[str]]:
     """Image folder and images of each split, and a note for each that is absent."""
-    stated = {split: settings[key] for key, split in _SPLITS.items() if settings.get(key)}
-    found = {split: _find_split(root, value) for split, value in stated.items()}
-    absent = [f"{root}: {stated[s]!r}, the {s} split of data.yaml, is not in it" for s in found if found[s] is None]
-    parts = {split: part for split, part in found.items() if part}
+    parts, absent = {}, []
+    for key, split in _SPLITS.items():
+        if settings.get(key):
+            part = _find_split(root, settings[key])
+            parts |= {split: part} if part else {}
+            absent += [] if part else [f"{root}: {settings[key]!r}, the {split} split of data.yaml, is not in it"]
     if absent and "train" not in parts:
         raise DataError(f"{absent[0]}. Correct its paths: they are relative to data.yaml")
     return parts or _splits_of_folders(root), absent
@@ -208,13 +209,9 @@ def _read_lines(labels: Path, names: list[str], key_points: int) -> Iterator[Sou
 
 def _to_box(values: list[float], key_points: int, where: str) -> list[float]:
     """The numbers after a class -> xywh in fractions."""
-    if len(values) in (4, 5, 4 + key_points):
+    if len(values) in (4, 4 + key_points):
         x, y, w, h = values[:4]
-        if not all(-_SLACK <= n <= 1 + _SLACK for n in values[:4]):
-            raise DataError(f"{where}: a box must be four fractions from 0 to 1, not {values[:4]}")
         return [x - w / 2, y - h / 2, w, h]
     if len(values) < 6 or len(values) % 2:
         raise DataError(f"{where}: a class and 4 numbers, or the points of an outline, not {len(values)} numbers")
-    if not all(-1 <= n <= 2 for n in values):
-        raise DataError(f"{where}: an outline must have fractions from 0 to 1, not {max(values, key=abs)}")
     return around(list(zip(values[::2], values[1::2], strict=True)), where)

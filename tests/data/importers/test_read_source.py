@@ -92,7 +92,9 @@ def test_rotated_boxes_and_other_shapes(tmp_path):
         {"type": "choices", "value": {"choices": ["night"]}},
     ]
     path.write_text(json.dumps(tasks))
-    found = to_coco(read_source(path)["train"])
+    source = read_source(path)["train"]
+    assert [image.left_out for image in source.images] == [0, 1, 0, 0]
+    found = to_coco(source)
     boxes = [a["bbox"] for a in found["annotations"] if a["image_id"] == 2]
     assert boxes == [pytest.approx([36 - 8, 16, 8, 18]), pytest.approx([7.2, 6.4, 7.2, 12.8])]
 
@@ -104,6 +106,19 @@ def test_rotated_boxes_and_other_shapes(tmp_path):
     path.write_text(json.dumps(entry))
     found = to_coco(read_source(tmp_path / "labelme")["train"])
     assert [a["bbox"] for a in found["annotations"] if a["image_id"] == 2] == [[15, 15, 10, 10]]
+
+
+def test_label_studio_without_frames(tmp_path):
+    """Its format "JSON-MIN"."""
+    content = EXPORTS["label_studio"][0](tmp_path)
+    path = tmp_path / "export.json"
+    tasks = []
+    for task in json.loads(path.read_text()):
+        results = task["annotations"][1]["result"]
+        labels = [{**r["value"], "original_width": WIDTH, "original_height": HEIGHT} for r in results]
+        tasks.append({"id": task["id"], "image": task["data"]["image"], "label": labels, "annotator": 1})
+    path.write_text(json.dumps(tasks))
+    assert_same(to_coco(read_source(path)["train"]), content)
 
 
 BOMB = '<!DOCTYPE a [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;&a;">]>'
@@ -136,6 +151,10 @@ BROKEN = {
         "export.json",
         lambda t: t.replace('"x": ', '"x": "a", "z": '),
         "result 1, x: a finite number",
+    ),
+    "pixels": (
+        *("label_studio", "export.json", lambda t: t.replace('"x": ', '"x": 4')),
+        "result 1: a box must be in fractions of the image, but reaches",
     ),
     "no image": (
         "label_studio",
@@ -187,6 +206,8 @@ BROKEN_YOLO = {
     "half a class": ("train/labels/image_1.txt", "0.5 0.5 0.5 0.1 0.1", "line 1: class 0.5"),
     "short": ("train/labels/image_1.txt", "0 0.5 0.5 0.1", "line 1: a class and 4 numbers"),
     "word": ("train/labels/image_1.txt", "\n0 a 0.5 0.1 0.1", "line 2: a finite number was expected, not 'a'"),
+    "pixels": ("train/labels/image_1.txt", "0 30 20 10 10", "line 1: a box must be in fractions of the image, but rea"),
+    "score": ("train/labels/image_1.txt", "0 0.5 0.5 0.1 0.1 0.9", "line 1: a class and 4 numbers, or the points"),
     "NaN": ("train/labels/image_1.txt", "0 nan 0.5 0.1 0.1", "line 1: a finite number"),
     "no names": ("data.yaml", "train: train/images", "no list of class names"),
     "twice": ("data.yaml", "train: train/images\nnames: [a, a]", "two classes have one name"),
