@@ -100,9 +100,10 @@ setup(
     install_requires=[
         "jinja2",
         "matplotlib",
-        "numpy",
+        "numpy>=2",
         "pillow",
         "pycocotools",
+        "pyyaml",
         "safetensors",
         "scipy",
         "torch>=2.10",

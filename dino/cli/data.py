@@ -87,6 +87,9 @@ def _import(args: argparse.Namespace) -> int:
     left = sorted(set(sources) - {"train", *(["val"] if args.val else [])})
     if left:
         print(f"not imported: {', '.join(left)}")
+    unlabelled = sum(source.unlabelled for source in sources.values())
+    if unlabelled:
+        print(f"left out: {counted(unlabelled, 'image')} that nobody has annotated")
     shapes = sum(image.left_out for source in sources.values() for image in source.images)
     if shapes:
         print(f"left out: {counted(shapes, 'shape')} without a box, such as points and lines")
@@ -104,7 +107,7 @@ def _divide(data: dict[str, Any], folder: Path, args: argparse.Namespace) -> lis
     chosen = choose_validation(data, groups, args.val_fraction, args.seed)
     rest = {image["id"] for image in data["images"]} - chosen
     if not chosen or not rest:
-        raise DataError("the images are too alike to be split: all would come to one side")
+        raise DataError("the images are too alike to be split: all would come to one side. Split the file by hand")
     twins = len(groups) - len(set(groups))
     print(
         f"{len(rest):,} images to train on, {len(chosen):,} for validation; "

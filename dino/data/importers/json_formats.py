@@ -51,6 +51,8 @@ def _read_labelme_file(path: Path) -> SourceImage:
 def read_label_studio(path: Path, images: Path | None = None) -> Source:
     """Read Label Studio's JSON: boxes, rotated ones too, and outlines, of the first annotation that nobody cancelled.
 
+    Tasks without an annotation are left out: nobody said that their images have no objects.
+
     Raises:
         DataError: the file is broken, or a task has no image.
     """
@@ -59,11 +61,13 @@ def read_label_studio(path: Path, images: Path | None = None) -> Source:
         raise DataError(f"{path}: no list of tasks")
     beside = path.parent / "images"
     found = [_read_task(task, f"{path}, task {index}") for index, task in enumerate(tasks, 1)]
-    return Source(images or (beside if beside.is_dir() else path.parent), [], found)
+    done = [image for image in found if image is not None]
+    folder = images or (beside if beside.is_dir() else path.parent)
+    return Source(folder, [], done, unlabelled=len(found) - len(done))
 
 
-def _read_task(task: Any, where: str) -> SourceImage:
-    """An image and its objects."""
+def _read_task(task: Any, where: str) -> SourceImage | None:
+    """An image and its objects; None if nobody has annotated it."""
     if not isinstance(task, dict):
         raise DataError(f"{where}: no JSON object")
     if "data" not in task:  # "JSON-MIN": the values of the labels, without their frame
@@ -71,7 +75,9 @@ def _read_task(task: Any, where: str) -> SourceImage:
         data = task
     else:
         answers = [a for a in _list(task, "annotations", where) if not _get(a, "was_cancelled", where)]
-        results, data = _list(answers[0], "result", where) if answers else [], task["data"]
+        if not answers:
+            return None
+        results, data = _list(answers[0], "result", where), task["data"]
     objects = list(_read_answers(results, where))
     return SourceImage(_image_of(data, where), where, objects, len(results) - len(objects))
 

@@ -49,11 +49,13 @@ class Source(NamedTuple):
         folder: of the images.
         names: of the classes, in order; those that only objects have follow, sorted.
         images: all images, also those without objects.
+        unlabelled: number of images that nobody has annotated; they are not among the images.
     """
 
     folder: Path
     names: list[str]
     images: list[SourceImage]
+    unlabelled: int = 0
 
 
 def to_coco(source: Source) -> dict[str, Any]:
