@@ -74,7 +74,6 @@ def _import(args: argparse.Namespace) -> int:
     """Convert, write, check."""
     from dino.data.importers.read_source import read_source
     from dino.data.importers.source import to_coco
-    from dino.utils.files import counted
 
     sources = read_source(args.source, args.images)
     train = sources.get("train") or next(iter(sources.values()))
@@ -84,7 +83,15 @@ def _import(args: argparse.Namespace) -> int:
     elif args.val:
         written = _divide(written[0][2], train.folder, args)
     _write(written)
-    left = sorted(set(sources) - {"train", *(["val"] if args.val else [])})
+    _print_left_out(sources, {"train", *(["val"] if args.val else [])})
+    return _check(written)
+
+
+def _print_left_out(sources: dict[str, Any], imported: set[str]) -> None:
+    """Lines about the parts of a source that were not imported."""
+    from dino.utils.files import counted
+
+    left = sorted(set(sources) - imported)
     if left:
         print(f"not imported: {', '.join(left)}")
     unlabelled = sum(source.unlabelled for source in sources.values())
@@ -93,7 +100,6 @@ def _import(args: argparse.Namespace) -> int:
     shapes = sum(image.left_out for source in sources.values() for image in source.images)
     if shapes:
         print(f"left out: {counted(shapes, 'shape')} without a box, such as points and lines")
-    return _check(written)
 
 
 def _divide(data: dict[str, Any], folder: Path, args: argparse.Namespace) -> list[tuple[Path, Path, dict]]:
