@@ -15,6 +15,7 @@ FORMATS = {
     "create_ml": "annotations in CreateML's format",
     "panoptic": "COCO's panoptic annotations, whose segments are in PNG files: use instances_*.json",
     "captions": "COCO's captions, which have no boxes: use instances_*.json",
+    "keypoints": "keypoints without boxes: add a bbox to each annotation, or use instances_*.json",
     "results": "detections in COCO's results format: `dino eval --results` compares them with annotations",
 }
 IMPORTED = ("yolo", "voc", "cvat", "labelme", "label_studio", "create_ml")
@@ -84,4 +85,5 @@ def _recognise_dict(content: Any) -> str | None:
     first = annotations[0] if isinstance(annotations, list) and annotations else None
     if not isinstance(first, dict) or "bbox" in first:
         return None
-    return "panoptic" if "segments_info" in first else "captions" if "caption" in first else None
+    kinds = {"segments_info": "panoptic", "caption": "captions", "keypoints": "keypoints"}
+    return next((kind for key, kind in kinds.items() if key in first), None)

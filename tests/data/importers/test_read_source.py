@@ -253,6 +253,7 @@ def test_other_formats_given_as_annotations_are_recognised(tmp_path, form):
 OTHERS = {
     "panoptic": {"images": [], "categories": [], "annotations": [{"segments_info": [], "image_id": 1}]},
     "captions": {"images": [], "annotations": [{"caption": "a cat", "image_id": 1, "id": 2}]},
+    "keypoints": {"images": [], "categories": [], "annotations": [{"keypoints": [1, 2, 2], "image_id": 1, "id": 2}]},
     "results": [{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}],
 }
 
