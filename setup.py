@@ -100,9 +100,10 @@ setup(
     install_requires=[
         "jinja2",
         "matplotlib",
-        "numpy",
+        "numpy>=2",
         "pillow",
         "pycocotools",
+        "pyyaml",
         "safetensors",
         "scipy",
         "torch>=2.10",
@@ -111,7 +112,6 @@ setup(
     ],
     extras_require={
         "onnx": ["onnx", "onnxruntime", "onnxscript"],  # `dino export --format onnx`
-        "data": ["pyyaml"],  # data.yaml in `dino data import`
         "demo": ["opencv-python-headless"],  # video in `dino predict`, and Detectron2's Visualizer
         "heic": ["pillow-heif"],  # photographs of phones
         "large": ["pyvips[binary]"],  # `dino predict --tile` on files that do not fit into memory
@@ -126,7 +126,6 @@ setup(
             "pillow-heif",
             "pytest",
             "pytest-timeout",
-            "pyyaml",
             "pyvips[binary]",
             "radon",
             "ruff",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,20 +94,23 @@ def _import(args: argparse.Namespace) -> int:
     elif args.val:
         written = _divide(written[0][2], train.folder, args)
     _write(written)
-    left = sorted(set(sources) - {"train", *(["val"] if args.val else [])})
-    if left:
-        print(f"not imported: {', '.join(left)}{' (--val VAL.json writes val)' if 'val' in left else ''}")
-    _print_notes(sources.values())
+    _print_left_out(sources, {"train", *(["val"] if args.val else [])})
     return _check(written)
 
 
-def _print_notes(sources: Iterable[Source]) -> None:
-    """Print what was left out."""
+def _print_left_out(sources: dict[str, Source], imported: set[str]) -> None:
+    """Lines about the parts of a source that were not imported, or are missing."""
     from dino.utils.files import counted, printable
 
-    for note in chain.from_iterable(source.notes for source in sources):
+    left = sorted(set(sources) - imported)
+    if left:
+        print(f"not imported: {', '.join(left)}{' (--val VAL.json writes val)' if 'val' in left else ''}")
+    for note in chain.from_iterable(source.notes for source in sources.values()):
         print(f"note: {printable(note, None)}")
-    shapes = sum(image.left_out for source in sources for image in source.images)
+    unlabelled = sum(source.unlabelled for source in sources.values())
+    if unlabelled:
+        print(f"left out: {counted(unlabelled, 'image')} that nobody has annotated")
+    shapes = sum(image.left_out for source in sources.values() for image in source.images)
     if shapes:
         print(f"left out: {counted(shapes, 'shape')} without a box, such as points and lines")
 
@@ -123,7 +126,9 @@ def _divide(data: dict[str, Any], folder: Path, args: argparse.Namespace) -> lis
     chosen = choose_validation(data, groups, args.val_fraction, args.seed)
     rest = {image["id"] for image in data["images"]} - chosen
     if not chosen or not rest:
-        raise DataError("can't split: the images are too alike, or each has the only objects of a class")
+        raise DataError(
+            "can't split: the images are too alike, or each has the only objects of a class. Split the file by hand"
+        )
     twins = len(groups) - len(set(groups))
     print(
         f"{len(rest):,} images to train on, {len(chosen):,} for validation; "

@@ -84,11 +84,16 @@ def _variants(name: str) -> Iterator[str]:
     """A name with slashes, then as the path of an address, each as it is and decoded."""
     text = name.replace("\\", "/")
     yield text
-    yield unquote(text)
+    yield _decoded(text)
     try:
         address = urlsplit(text)
     except ValueError:
         return
     for path in [*parse_qs(address.query).get("d", []), address.path]:  # ?d=… is an address of Label Studio
         yield path
-        yield unquote(path)
+        yield _decoded(path)
+
+
+def _decoded(path: str) -> str:
+    """A path with %20 and the like decoded; Windows writes its backslashes as %5C."""
+    return unquote(path).replace("\\", "/")

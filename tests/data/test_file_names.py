@@ -39,6 +39,7 @@ MEANT = {
     "C:\\data\\photo_2.png": "val/deep/photo_2.png",
     "https://example.org/store/photo_1.png?token=a%2Fb": "val/photo_1.png",
     "/data/local-files/?d=x/val/photo_1.png": "val/photo_1.png",
+    "/data/local-files/?d=x%5Cval%5Cphoto_1.png": "val/photo_1.png",
     "s3://bucket/val/PHOTO_1.PNG": "val/photo_1.png",
     "./train/../train/e\u0301.jpg": "train/é.JPG",
     "/data/upload/3/99999999-photo_2.png": "val/deep/photo_2.png",

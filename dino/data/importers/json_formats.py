@@ -9,7 +9,7 @@ from typing import Any
 
 from dino.data.coco import load_json
 from dino.data.images import IMAGE_SUFFIXES
-from dino.utils.files import DataError, counted
+from dino.utils.files import DataError
 
 from .recognition import recognise
 from .source import (
@@ -122,8 +122,7 @@ def read_label_studio(path: Path, images: Path | None = None) -> dict[str, Sourc
             image = _read_task(task, f"{file}, task {index}", split_of(*inside.parts))
             found += [image] if image else []
             unseen += image is None
-    note = f"{counted(unseen, 'task')} without an annotation left out; submit empty ones to keep their images"
-    return by_split(Source(images or (beside if beside.is_dir() else folder), [], found, (note,) if unseen else ()))
+    return by_split(Source(images or (beside if beside.is_dir() else folder), [], found, unlabelled=unseen))
 
 
 def _read_task(task: Any, where: str, split: str) -> SourceImage | None:

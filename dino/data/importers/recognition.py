@@ -19,7 +19,7 @@ FORMATS = {
     "create_ml": "annotations in CreateML's format",
     "panoptic": "COCO's panoptic annotations, whose segments are in PNG files: use instances_*.json",
     "captions": "COCO's captions, which have no boxes: use instances_*.json",
-    "key_points": "COCO's key points without boxes: use instances_*.json",
+    "keypoints": "keypoints without boxes: add a bbox to each annotation, or use instances_*.json",
     "coco_folder": "files in COCO's format: name the JSON file, and the folder of its images",
     "open_images": "a table of Open Images: convert it to COCO first",
     "archive": "a ZIP archive: unpack it first",
@@ -145,5 +145,5 @@ def _recognise_annotation(first: dict) -> str | None:
     """One of COCO's other formats, from its first annotation."""
     if first.get("bbox") or first.get("segmentation"):
         return None
-    keys = {"segments_info": "panoptic", "caption": "captions", "keypoints": "key_points"}
+    keys = {"segments_info": "panoptic", "caption": "captions", "keypoints": "keypoints"}
     return next((form for key, form in keys.items() if key in first), None)

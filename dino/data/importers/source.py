@@ -65,13 +65,15 @@ class Source(NamedTuple):
         folder: of the images.
         names: of the classes, in order; those that only objects have follow, sorted.
         images: all images, also those without objects.
-        notes: lines about what was left out.
+        notes: lines about what is missing.
+        unlabelled: number of images that nobody has annotated; they are not among the images.
     """
 
     folder: Path
     names: list[str]
     images: list[SourceImage]
     notes: tuple[str, ...] = ()
+    unlabelled: int = 0
 
 
 def split_of(*words: str) -> str:
@@ -82,15 +84,12 @@ def split_of(*words: str) -> str:
 def by_split(source: Source) -> dict[str, Source]:
     """A data set for each split of the images, with the classes of all; the first one has the notes."""
     found = sorted({o.name for image in source.images for o in image.objects} - set(source.names))
-    whole = source._replace(names=[*source.names, *found])
-    splits = [s for s in ("train", "val", "test") if any(image.split == s for image in source.images)]
-    return {
-        split: whole._replace(
-            images=[image for image in source.images if image.split == split],
-            notes=source.notes if split == splits[0] else (),
-        )
-        for split in splits
-    }
+    rest = source._replace(names=[*source.names, *found], notes=(), unlabelled=0)
+    splits = {s: [image for image in source.images if image.split == s] for s in ("train", "val", "test")}
+    parts = {split: rest._replace(images=images) for split, images in splits.items() if images}
+    first = next(iter(parts), "train")
+    whole = parts.get(first, rest)._replace(notes=source.notes, unlabelled=source.unlabelled)
+    return parts | {first: whole}
 
 
 def walk(folder: Path, suffixes: Collection[str]) -> list[Path]:

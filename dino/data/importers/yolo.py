@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import yaml
+
 from dino.data.file_names import match_names
 from dino.data.images import IMAGE_SUFFIXES
 from dino.utils.files import DataError, counted
@@ -24,7 +26,6 @@ def read_yolo(path: Path) -> dict[str, Source]:
 
     Raises:
         DataError: no classes are named, a folder is missing, a line is broken, or no image has a text.
-        ImportError: PyYAML is missing.
     """
     settings = _settings(path)
     root = path if path.is_dir() else path.parent
@@ -56,10 +57,6 @@ def _settings(path: Path) -> dict:
         return {}
     if files[0].stat().st_size > 1_000_000:
         raise DataError(f"{files[0]}: too large for the description of a data set")
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError(f"{files[0].name} needs PyYAML: pip install 'dino-detectron2[data]' ({error})") from error
     try:
         text = files[0].read_text(encoding="utf-8-sig")
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):

@@ -121,6 +121,18 @@ def test_label_studio_without_frames(tmp_path):
     assert_same(to_coco(read_source(path)["train"]), content)
 
 
+def test_tasks_that_nobody_annotated_are_no_empty_images(tmp_path):
+    EXPORTS["label_studio"][0](tmp_path)
+    path = tmp_path / "export.json"
+    tasks = json.loads(path.read_text())
+    tasks[0]["annotations"] = []
+    del tasks[2]["annotations"][1]  # the other one was cancelled
+    path.write_text(json.dumps(tasks))
+    source = read_source(path)["train"]
+    assert source.unlabelled == 2
+    assert [image.name[-11:] for image in source.images] == ["image_2.png", "image_4.png"]
+
+
 BOMB = '<!DOCTYPE a [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;&a;">]>'
 BROKEN = {
     "truncated XML": ("cvat", "annotations.xml", lambda t: t[:-40], "no XML"),
@@ -241,6 +253,7 @@ def test_other_formats_given_as_annotations_are_recognised(tmp_path, form):
 OTHERS = {
     "panoptic": {"images": [], "categories": [], "annotations": [{"segments_info": [], "image_id": 1}]},
     "captions": {"images": [], "annotations": [{"caption": "a cat", "image_id": 1, "id": 2}]},
+    "keypoints": {"images": [], "categories": [], "annotations": [{"keypoints": [1, 2, 2], "image_id": 1, "id": 2}]},
     "results": [{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}],
 }
 
