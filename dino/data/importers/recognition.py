@@ -83,7 +83,7 @@ def _recognise_dict(content: Any) -> str | None:
         return "labelme"
     annotations = content.get("annotations")
     first = annotations[0] if isinstance(annotations, list) and annotations else None
-    if not isinstance(first, dict) or "bbox" in first:
+    if not isinstance(first, dict) or "bbox" in first or "segmentation" in first:
         return None
     kinds = {"segments_info": "panoptic", "caption": "captions", "keypoints": "keypoints"}
     return next((kind for key, kind in kinds.items() if key in first), None)
