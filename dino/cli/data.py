@@ -117,7 +117,8 @@ def _print_left_out(sources: dict[str, Source], imported: set[str]) -> None:
 
 def _divide(data: dict[str, Any], folder: Path, args: argparse.Namespace) -> list[tuple[Path, Path, dict]]:
     """Training and validation data: path, image folder and content of each."""
-    from dino.data.near_duplicates import choose_validation, group_near_duplicates, take_images
+    from dino.data.coco import take_images
+    from dino.data.near_duplicates import choose_validation, group_near_duplicates
     from dino.utils.files import DataError, counted
 
     if len(data["images"]) < 2:

@@ -388,6 +388,13 @@ def _first_images(data: dict[str, Any], limit: int | None) -> dict[str, Any]:
     """The content of a file, cut to its first images."""
     if limit is None:
         return data
-    images = data["images"][:limit]
-    kept = {image["id"] for image in images}
-    return {**data, "images": images, "annotations": [a for a in data["annotations"] if a["image_id"] in kept]}
+    return take_images(data, {image["id"] for image in data["images"][:limit]})
+
+
+def take_images(data: dict[str, Any], ids: set[int]) -> dict[str, Any]:
+    """The annotations of some images."""
+    return {
+        **data,
+        "images": [image for image in data["images"] if image["id"] in ids],
+        "annotations": [a for a in data["annotations"] if a["image_id"] in ids],
+    }

@@ -22,8 +22,8 @@ _NUMBERS = {int, float}
 _IDS = ("id", "image_id", "category_id")
 
 
-class Change(NamedTuple):
-    """A converted value.
+class Issue(NamedTuple):
+    """An issue of one entry; here, a converted value.
 
     Args:
         kind: key of `dino.data.check.KINDS`.
@@ -38,13 +38,13 @@ class Change(NamedTuple):
     text: str
 
 
-def to_plain(data: dict[str, Any]) -> tuple[dict[str, Any], list[Change]]:
+def to_plain(data: dict[str, Any]) -> tuple[dict[str, Any], list[Issue]]:
     """Convert the values of parsed annotations. The given ones stay as they are; sound entries are not copied.
 
     Args:
         data: lists under "images", "annotations" and "categories".
     """
-    changes: list[Change] = []
+    changes: list[Issue] = []
     parts = {}
     for part, convert in (("images", _plain_image), ("annotations", _plain_annotation), ("categories", _plain_ids)):
         parts[part] = [
@@ -109,7 +109,7 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
 
-def _plain_ids(entry: dict, part: str, index: int, changes: list[Change], keys: tuple = ("id",)) -> dict:
+def _plain_ids(entry: dict, part: str, index: int, changes: list[Issue], keys: tuple = ("id",)) -> dict:
     """An entry whose ids, or other whole numbers, are written as such."""
     values = {}
     for key in keys:
@@ -118,16 +118,16 @@ def _plain_ids(entry: dict, part: str, index: int, changes: list[Change], keys: 
             number = _to_whole(value)
             if number is not None:
                 values[key] = number
-                changes.append(Change("number", part, index, f"{_name(entry, part)}: {key} {short(value)}"))
+                changes.append(Issue("number", part, index, f"{_name(entry, part)}: {key} {short(value)}"))
     return {**entry, **values} if values else entry
 
 
-def _plain_image(entry: dict, part: str, index: int, changes: list[Change]) -> dict:
+def _plain_image(entry: dict, part: str, index: int, changes: list[Issue]) -> dict:
     """An image with whole numbers as its id and size."""
     return _plain_ids(entry, part, index, changes, ("id", "width", "height"))
 
 
-def _plain_annotation(entry: dict, part: str, index: int, changes: list[Change]) -> dict:
+def _plain_annotation(entry: dict, part: str, index: int, changes: list[Issue]) -> dict:
     """An annotation with whole ids, a box of numbers, an `iscrowd` of 0 or 1 and an area."""
     if _is_plain(entry):
         return entry
@@ -136,7 +136,7 @@ def _plain_annotation(entry: dict, part: str, index: int, changes: list[Change])
     box, change = _plain_box(entry)
     if change:
         values["bbox"] = box
-        changes.append(Change(change, part, index, f"{_name(entry, part)}: bbox {short(entry.get('bbox'))}"))
+        changes.append(Issue(change, part, index, f"{_name(entry, part)}: bbox {short(entry.get('bbox'))}"))
     for key, convert, types in (
         ("iscrowd", to_crowd, (int,)),
         ("area", lambda value: _plain_area(value, box), (int, float)),
@@ -147,7 +147,7 @@ def _plain_annotation(entry: dict, part: str, index: int, changes: list[Change])
                 values[key] = value
             if value is not None and entry[key] is not None:
                 text = f"{_name(entry, part)}: {key} {short(entry[key])}"
-                changes.append(Change("number", part, index, text))
+                changes.append(Issue("number", part, index, text))
     return {**entry, **values} if values else entry
 
 

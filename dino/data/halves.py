@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .coco import take_images
+
 _BLOCKS = 20  # runs of images, in the order of their file names, that go to the halves in turn
 
 
@@ -19,13 +21,4 @@ def split_halves(data: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     images = sorted(data["images"], key=lambda image: (image["file_name"], image["id"]))
     blocks = min(_BLOCKS, len(images))
     second = {image["id"] for number, image in enumerate(images) if number * blocks // len(images) % 2}
-    return _part_of(data, second, wanted=False), _part_of(data, second, wanted=True)
-
-
-def _part_of(data: dict[str, Any], second: set[int], wanted: bool) -> dict[str, Any]:
-    """The content with the images that are, or are not, in `second`, and with their annotations."""
-    return {
-        **data,
-        "images": [image for image in data["images"] if (image["id"] in second) == wanted],
-        "annotations": [a for a in data["annotations"] if (a["image_id"] in second) == wanted],
-    }
+    return take_images(data, {image["id"] for image in images} - second), take_images(data, second)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import importlib
-import io
 import math
 import threading
 from collections.abc import Collection, Iterator, Sequence
@@ -26,7 +25,6 @@ IMAGE_SUFFIXES = {
     *_HEIF_SUFFIXES,
 }
 END_OF_JPEG = b"\xff\xd9"  # appended to a truncated JPEG file, makes Pillow fill the missing lines with grey
-TRUNCATED = ("refuse", "keep")
 _FULL_16_BITS = (0.0, 65535.0)
 _FULL_12_BITS = (0.0, 4095.0)
 _UNSAFE_FORMATS = {"EPS"}  # Pillow reads these with another program, Ghostscript
@@ -44,7 +42,6 @@ def read_image(
     input_range: Sequence[float] | None = None,
     *,
     max_pixels: int | None = None,
-    truncated: str = "refuse",
 ) -> np.ndarray:
     """Read an image as (H, W, 3) uint8 RGB and apply its EXIF orientation.
 
@@ -57,22 +54,19 @@ def read_image(
         input_range: the values (low, high) that become 0 and 255 in grey images of 16 bits, 32 bits and floats;
             values outside are clipped. None for the rule by type. 8-bit images are read as they are.
         max_pixels: most pixels that an image may have; None for Pillow's limit of 179 million.
-        truncated: "refuse" a JPEG file that ends early, or "keep" it, its missing lines grey.
 
     Raises:
         DataError: the file is missing, no image, truncated or too large; it has more than three bands (except RGBA and
             CMYK), NaN or infinite pixels; or its mode has no range of its own and `input_range` is None.
-        UserError: `input_range` is not two rising numbers, or `truncated` is another word.
+        UserError: `input_range` is not two rising numbers.
     """
     scale = check_input_range(input_range)
-    if truncated not in TRUNCATED:
-        raise UserError(f"truncated must be one of {', '.join(TRUNCATED)}, not {truncated!r}")
     is_open = isinstance(source, Image.Image)
     path = getattr(source, "filename", "") or "in memory" if is_open else source
     try:
         if is_open:
             return _to_rgb(source, scale)
-        with _pixel_limit(max_pixels), open_image(source, truncated) as image:
+        with _pixel_limit(max_pixels), open_image(source) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
                 size = f"{image.width}x{image.height} = {image.width * image.height:,} pixels"
                 raise Image.DecompressionBombError(f"it has {size}, more than the limit of {max_pixels:,}")
@@ -194,17 +188,13 @@ def _pixel_limit(number: int | None) -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = before
 
 
-def open_image(path: str | Path, truncated: str = "refuse") -> Image.Image:
-    """Open a file with Pillow, in the formats that Pillow decodes itself; `truncated`: see `read_image`."""
+def open_image(path: str | Path) -> Image.Image:
+    """Open a file with Pillow, in the formats that Pillow decodes itself."""
     path = Path(path)
     if path.suffix.lower() in _HEIF_SUFFIXES:
         _register_heif()
     Image.init()
     formats = [name for name in Image.ID if name not in _UNSAFE_FORMATS]
-    if truncated == "keep":
-        content = path.read_bytes()
-        if content.startswith(b"\xff\xd8\xff"):
-            return Image.open(io.BytesIO(content + END_OF_JPEG), formats=formats)
     return Image.open(path, formats=formats)
 
 

@@ -142,12 +142,3 @@ def _deal(counts: np.ndarray, sizes: np.ndarray, room: float, order: Sequence[in
             taken[used], images = after, images + sizes[group]
             chosen.append(group)
     return chosen
-
-
-def take_images(data: dict[str, Any], ids: set[int]) -> dict[str, Any]:
-    """The annotations of some images."""
-    return {
-        **data,
-        "images": [image for image in data["images"] if image["id"] in ids],
-        "annotations": [a for a in data["annotations"] if a["image_id"] in ids],
-    }

@@ -77,7 +77,7 @@ def _decode(text: str) -> list[int] | None:
     """COCO's text of run lengths -> the lengths; None if the text is broken.
 
     A character holds five bits of a number, the lowest first, and whether more follow; from the fourth number on, the
-    text holds differences to the number before the last. (pycocotools reads beyond the end of a text that breaks off.)
+    text holds differences to the number before the last.
     """
     values = np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.int64) - 48
     if not values.size or values.min() < 0 or values.max() > 63 or values[-1] & 32:

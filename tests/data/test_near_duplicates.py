@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from dino.data.near_duplicates import choose_validation, group_near_duplicates, take_images
+from dino.data.coco import take_images
+from dino.data.near_duplicates import choose_validation, group_near_duplicates
 from dino.utils.files import DataError
 
 from ..coco_files import write_coco

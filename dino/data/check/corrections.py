@@ -56,8 +56,7 @@ def correct(data: dict[str, Any], folder: Path, choices: Choices, label: str | N
         data: lists under "images", "annotations" and "categories".
         label: of the progress bar; None opens no file, so that names, sizes and orientations stay.
     """
-    data, changes = to_plain(data)
-    issues = [Issue(*change) for change in changes]
+    data, issues = to_plain(data)
     if choices.crowd == "objects":
         issues += _list_crowds(data, "crowd_objects")
         data = crowds_as_objects(data)

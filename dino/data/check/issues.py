@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from dino.data.coco_values import Issue
+
 
 class Kind(NamedTuple):
     """A kind of issue.
@@ -20,22 +22,6 @@ class Kind(NamedTuple):
     title: str
     advice: str
     cure: str | None = None
-
-
-class Issue(NamedTuple):
-    """An issue of one entry.
-
-    Args:
-        kind: key of KINDS.
-        part: list of the file: "images", "annotations" or "categories".
-        index: of the entry in that list.
-        text: one line about it.
-    """
-
-    kind: str
-    part: str
-    index: int
-    text: str
 
 
 CURES = {  # of `--fix`, for the table
