@@ -358,10 +358,10 @@ def _is_range(value: Any) -> bool:
 
 # Field of `Preprocessing` -> what a message calls its values, and the test of a value.
 _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "pixel_mean": ("three numbers from -10,000 to 10,000", lambda value: _are_colors(value, -1e4, 1e4)),
-    "pixel_std": ("three numbers from 0.001 to 10,000", lambda value: _are_colors(value, 1e-3, 1e4)),
+    "pixel_mean": ("a list of three numbers from -10,000 to 10,000", lambda value: _are_colors(value, -1e4, 1e4)),
+    "pixel_std": ("a list of three numbers from 0.001 to 10,000", lambda value: _are_colors(value, 1e-3, 1e4)),
     "short_side": ("an integer from 1 to 10,000", lambda value: _is_count(value, 10_000)),
-    "max_size": ("an integer from 1 to 20,000, or null,", lambda value: value is None or _is_count(value, 20_000)),
+    "max_size": ("an integer from 1 to 20,000, or null", lambda value: value is None or _is_count(value, 20_000)),
     "max_detections": ("an integer from 1 to 100,000", lambda value: _is_count(value, 100_000)),
     "input_range": ("two rising numbers or null", lambda value: value is None or _is_range(value)),
 }

@@ -20,7 +20,7 @@ class _PlainUnpickler(pickle.Unpickler):
         """The stand-in of a class."""
         full = f"{module}.{name}"
         if full not in STAND_INS:
-            raise pickle.UnpicklingError(f"the file contains {full[:100]}, which is not plain data")
+            raise DataError(f"the file contains {full[:100]}, which is not plain data")
         return STAND_INS[full]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import pickle
 import re
 import zipfile
 from collections import Counter, OrderedDict
@@ -23,7 +22,7 @@ from dino.utils.files import DataError
 from .names import StateDict
 from .pickle_check import BoundedFile, PickleCheck
 from .pickles import read_pickle
-from .stand_ins import MORE_STAND_INS, STAND_INS, Skipped
+from .stand_ins import PYTORCH_NAMES, PYTORCH_STAND_INS, Skipped
 
 DESCRIPTION = ("names", "category_ids", "about")  # what a file of this project has besides tensors
 _STATE_KEYS = ("model", "state_dict", "model_state", "blobs")  # under which programs keep the weights
@@ -32,29 +31,6 @@ _MOST_AT_ONCE = 2**26  # bytes of a zip file's list of contents, of a pickle, an
 _MOST_HEADER = 2**24  # bytes of a safetensors file's list of tensors, and texts
 _MOST_INFLATED = 4  # times the file's size: weights hardly compress, and PyTorch stores them as they are
 _MOST_SHARED, _SLACK = 16, 2**26  # times the file's size, and bytes: numbers that several tensors share
-# Full names of all that PyTorch's files may contain.
-_NAMES = frozenset(
-    [
-        *(f"torch._utils._rebuild_{name}" for name in ("tensor", "tensor_v2", "tensor_v3", "parameter")),
-        *(f"torch.{kind}Storage" for kind in "Double Float Half BFloat16 Long Int Short Char Byte Bool".split()),
-        *(f"torch.Complex{kind}Storage" for kind in ("Float", "Double")),
-        *(str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)),
-        "torch._utils._rebuild_parameter_with_state",
-        "torch._tensor._rebuild_from_type_v2",
-        "torch.nn.parameter.Parameter",
-        "torch.storage.UntypedStorage",
-        "torch.storage.TypedStorage",
-        "torch.Size",
-        "torch.Tensor",
-        "torch.device",
-        "collections.Counter",
-        "builtins.set",
-        "builtins.complex",
-        "argparse.Namespace",
-        *STAND_INS,
-        *MORE_STAND_INS,
-    ]
-)
 
 
 def read_content(path: str | Path) -> dict[str, Any]:
@@ -95,8 +71,8 @@ def _reason(error: Exception) -> str:
     refused = re.search(r"GLOBAL (\S+) ", str(error))
     if refused:
         return f"the file contains {refused[1]}, which is not plain data"
-    if isinstance(error, DataError) or type(error) is pickle.UnpicklingError and "eights" not in str(error):
-        return str(error)[:300]  # PyTorch's own messages of this type mention "Weights only"
+    if isinstance(error, DataError):
+        return str(error)[:300]
     return f"the file is cut short, or no weight file ({type(error).__name__})"
 
 
@@ -111,7 +87,7 @@ def _read_torch(path: Path) -> Any:
             _check_legacy(file)
         else:
             raise ValueError("no pickle")
-    given = [argparse.Namespace, *((made, name) for name, made in (STAND_INS | MORE_STAND_INS).items())]
+    given = [argparse.Namespace, *((made, name) for name, made in PYTORCH_STAND_INS.items())]
     with torch.serialization.safe_globals(given):
         content = torch.load(path, map_location="cpu", weights_only=True)
     check_content(content, path.stat().st_size)
@@ -125,7 +101,7 @@ def _check_zip(file: BinaryIO, size: int) -> None:
         inflated = sum(part.file_size for part in parts)
         if inflated > _MOST_INFLATED * size:
             raise DataError(f"the file of {size:,} bytes inflates to {inflated:,}")
-        check = PickleCheck(_NAMES)
+        check = PickleCheck(PYTORCH_NAMES)
         for part in parts:
             if part.filename.lower().endswith(".pkl"):
                 if part.file_size > _MOST_AT_ONCE:
@@ -138,7 +114,7 @@ def _check_zip(file: BinaryIO, size: int) -> None:
 
 def _check_legacy(file: BinaryIO) -> None:
     """Check the pickles at the start of a file of `torch.save` before PyTorch 1.6. The numbers follow them."""
-    check = PickleCheck(_NAMES)
+    check = PickleCheck(PYTORCH_NAMES)
     for _ in range(5):  # magic number, version, machine, content, keys of the numbers
         check.run(file)
 
