@@ -14,7 +14,7 @@ from dino.data.images import check_input_range
 from dino.modeling.detector import Preprocessing
 from dino.utils.recipes import find_recipe
 from dino.weights import read_content
-from dino.weights.description import read_description
+from dino.weights.description import check_network_size, read_description
 
 from .data_loading import ShortSide
 from .meta_arch import DINODetector
@@ -39,9 +39,11 @@ def recipe_of(path: str | Path) -> DictConfig:
     """Make a recipe to evaluate a checkpoint: COCO's, with the model and the preprocessing of the file.
 
     Raises:
-        DataError: the file is missing, broken or unsafe, or does not describe its model.
+        DataError: the file is missing, broken or unsafe, does not describe its model, or describes a larger one.
     """
-    config, names, preprocessing = read_description(read_content(path), path)
+    content = read_content(path)
+    config, names, preprocessing = read_description(content, path)
+    check_network_size(config, content, path)
     cfg = LazyConfig.load(str(find_recipe("dino_r50_4scale_12ep")))
     cfg.model = LazyCall(DINODetector)(
         network=config["network"],

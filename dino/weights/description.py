@@ -79,10 +79,9 @@ def model_from_checkpoint(path: str | Path, *, copy: str = "auto") -> _ModelFrom
 def _build_model(content: Mapping, path: str | Path, copy: str) -> _ModelFromCheckpoint:
     """`model_from_checkpoint` for the content of a file."""
     config, names, preprocessing = read_description(content, path)
-    weights = _all_weights(content, copy)
+    compared = check_network_size(config, content, path, copy)
     try:
-        compared = check_size(lambda: build_network(config), weights)
-        with nullcontext() if compared else SizeGuard(weights):
+        with nullcontext() if compared else SizeGuard(_all_weights(content, copy)):
             network = build_network(config)
     except Exception as error:  # wrong arguments can raise anything
         raise _cannot_build(path, error) from error
@@ -94,15 +93,23 @@ def _build_model(content: Mapping, path: str | Path, copy: str) -> _ModelFromChe
     return _ModelFromCheckpoint(network.eval(), names, preprocessing)
 
 
-def check_description(content: Mapping, path: str | Path) -> None:
-    """Check that the described network is not larger than the weights of its file, before memory is taken for it.
+def check_network_size(config: Mapping, content: Mapping, path: str | Path, copy: str = "auto") -> bool:
+    """Check that a described network is not larger than the weights of its file, before memory is taken for it.
+
+    Args:
+        config: of `read_description`.
+        content: of `read_content`.
+        path: the file, for messages.
+        copy: "model", "ema" or "auto", as of `load_weights`.
+
+    Returns:
+        as of `check_size`.
 
     Raises:
-        DataError: it is, or there is no description, or it can't be built.
+        DataError: it is larger, or can't be built.
     """
-    config = read_description(content, path)[0]
     try:
-        check_size(lambda: build_network(config), _all_weights(content, "auto"))
+        return check_size(lambda: build_network(config), _all_weights(content, copy))
     except Exception as error:  # wrong arguments can raise anything
         raise _cannot_build(path, error) from error
 
