@@ -84,7 +84,9 @@ def _from_buffer(data: Any, dtype: _DType, shape: Any, order: str = "C") -> np.n
 
 def _scalar(dtype: _DType, data: Any = b"") -> Any:
     """NumPy's numbers."""
-    return dtype.read(data)[0]
+    numbers = dtype.read(data)
+    _check_shape((1,), len(numbers))
+    return numbers[0]
 
 
 def _dict(*args: Any) -> collections.OrderedDict:

@@ -15,6 +15,7 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -147,9 +148,17 @@ def wide_claim(path, state):
 
 
 def hidden_methods(attribute):
-    """An ordered dict whose instance has an attribute in place of a method."""
-    made = call("collections.OrderedDict", b")")
-    return pickled(made + pack({attribute: 5}) + b"b")
+    """A file whose content is an ordered dict with an attribute in place of a method."""
+    made = call("collections.OrderedDict", b")") + pack({attribute: 5}) + b"b"
+    data = b"\x80\x02" + made + b"."
+
+    def write(path, state):
+        if path.suffix == ".pkl":
+            path.write_bytes(data)
+        else:
+            rewrite(path, {"w": torch.ones(3)}, lambda old: data)
+
+    return write
 
 
 def safetensors(metadata=None, header=None):
@@ -176,6 +185,20 @@ def tuples(count):
 def laughs(count):
     """A tuple of two equal tuples of two equal tuples …"""
     return b")" + b"".join(b"q%c" % i + b"h%c\x86" % i for i in range(count))
+
+
+def shared_array(count):
+    """A dict with one array of 80 kB under many keys."""
+    array = pickle.dumps(np.zeros(10_000), 2)[2:-1]
+    return b"}(" + pack("a") + array + b"q\xff" + b"".join(pack(str(i)) + b"h\xff" for i in range(count)) + b"u"
+
+
+def long_chain(count):
+    """Dicts of which each is put into the one before after that is made, under a key of 100 kB."""
+    number = [struct.pack("<I", i) for i in range(count + 1)]
+    made = b"".join(b"}r" + number[i] for i in range(count))
+    linked = b"".join(b"j%bj%bj%bs" % (number[i], number[count], number[i + 1]) for i in range(count - 1))
+    return b"](" + b"X" + struct.pack("<I", 10**5) + b"k" * 10**5 + b"r" + number[count] + made + linked + b"e"
 
 
 DESCRIPTIONS = {
@@ -270,6 +293,9 @@ PICKLES = {  # of both kinds of files
     "array_record": pickled(call("numpy.dtype", pack(("V2000000000", False, True)))),
     "array_objects": pickled(call("numpy.dtype", pack(("O8", False, True)))),
     "scalar": pickled(call("numpy.core.multiarray.scalar", call("numpy.dtype", pack(("U99999", 0, 1))) + b"\x85")),
+    "shared_array": pickled(shared_array(10_000)),
+    "long_chain": pickled(long_chain(20_000)),
+    "hidden_methods": hidden_methods("items"),
     "class_state": pickled(b"ccollections\nOrderedDict\n" + pack((None, {"__init__": 1})) + b"b"),
     "getattr": pickled(call("builtins.getattr", b"ccollections\nOrderedDict\nX\x08\x00\x00\x00__init__\x86")),
     **{

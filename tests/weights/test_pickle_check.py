@@ -91,7 +91,7 @@ def test_instructions_that_data_do_not_need(data, message):
     "data", [b"", b"\x80\x02", b"no pickle", b"\x80\x02h\x05.", b"\x80\x02s.", b"\x80\x02t.", b"q\x00"]
 )
 def test_no_pickles(data):
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"."):
         check(data)
 
 
