@@ -1,6 +1,6 @@
 """Weights of this and other programs: read without running code, format detected from the keys, converted, loaded."""
 
-from .addresses import SCHEMES, cannot_fetch, locate
+from .addresses import SCHEMES, locate
 from .checkpoint_formats import convert, recognise
 from .load_report import Report
 from .loading import MIN_BACKBONE, load_weights, same_names
@@ -11,7 +11,6 @@ __all__ = [
     "MIN_BACKBONE",
     "SCHEMES",
     "Report",
-    "cannot_fetch",
     "convert",
     "load_weights",
     "locate",
