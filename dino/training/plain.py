@@ -162,7 +162,7 @@ def evaluate(
     """
     settings = Settings(**settings)
     _prepare_process(settings)
-    content = read_content(weights)
+    content = read_content(locate(str(weights)))
     if _is_backbone(weights, content):
         raise DataError(
             f"{weights} has the weights of a backbone at most: train a detector from them, then evaluate it"
