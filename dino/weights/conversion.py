@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from safetensors.torch import save_file
 
 from dino.modeling.detector import Preprocessing
@@ -15,13 +14,12 @@ from dino.utils.files import DataError, UserError, write_whole
 
 from .checkpoint_formats import (
     BRANCHES,
-    COCO_IDS,
-    RAW_COCO_CLASSES,
     UNUSED_LABELS,
     coco_to_contiguous,
     convert,
     recognise,
 )
+from .coco_classes import RAW_COCO_CLASSES, coco_ids, coco_names
 from .inferred_description import describe_network
 from .names import StateDict
 from .reading import DESCRIPTION, average_of, read_content, weights_of
@@ -103,9 +101,9 @@ def _describe(
     if format_ == "own":
         return {key: content[key] for key in DESCRIPTION if key in content}
     extra = {}
-    names = _coco_names(len(own["decoder.class_heads.0.bias"]))
+    names = coco_names(len(own["decoder.class_heads.0.bias"]))
     if names:
-        extra |= {"names": names, "category_ids": _coco_ids(len(names))}
+        extra |= {"names": names, "category_ids": coco_ids(len(names))}
         print(f"names: those of COCO, because the model has {len(names)} classes")
     if format_ == "detrex" and None in (temperature, offset):
         print("no description: give --temperature and --offset (10000 -0.5 for detrex' 12 epochs, 20 0 for its 24)")
@@ -116,17 +114,6 @@ def _describe(
         return extra
     about = {"config": json.dumps({"network": network}), "preprocessing": Preprocessing()._asdict()}
     return extra | {"about": about}
-
-
-def _coco_names(classes: int) -> list[str] | None:
-    """COCO's class names for a model of its 80 classes or 91 raw ids; None for another number."""
-    raw = torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
-    return {RAW_COCO_CLASSES: list(raw), len(COCO_IDS): [raw[i] for i in COCO_IDS]}.get(classes)
-
-
-def _coco_ids(classes: int) -> list[int]:
-    """The category ids of `_coco_names`: label -> COCO's id."""
-    return list(COCO_IDS) if classes == len(COCO_IDS) else list(range(classes))
 
 
 def _write_safetensors(path: Path, state: StateDict, extra: dict[str, Any]) -> None:
