@@ -17,7 +17,7 @@ COCO_IDS = (
 )
 RAW_COCO_CLASSES = 91  # of a model whose labels are these ids themselves
 NO_CLASS = "N/A"  # what torchvision calls an id that COCO does not use
-_BACKGROUND = "__background__"  # and id 0
+BACKGROUND = "__background__"  # and id 0
 _ALL_NAMES = (
     "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, "
     "parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, "
@@ -40,7 +40,7 @@ def coco_names(classes: int) -> list[str] | None:
     if classes != RAW_COCO_CLASSES:
         return None
     by_id = dict(zip(COCO_IDS, _NAMES, strict=True))
-    return [_BACKGROUND, *(by_id.get(number, NO_CLASS) for number in range(1, RAW_COCO_CLASSES))]
+    return [BACKGROUND, *(by_id.get(number, NO_CLASS) for number in range(1, RAW_COCO_CLASSES))]
 
 
 def coco_ids(classes: int) -> list[int]:
