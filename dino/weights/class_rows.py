@@ -43,7 +43,7 @@ class _Rows(NamedTuple):
 def fit_classes(
     own: StateDict,
     target: StateDict,
-    names: list[str] | None,
+    content: Mapping,
     ours: Sequence[str] | None,
     by_name: bool,
     report: Report,

@@ -8,14 +8,14 @@ from torch import nn
 
 from .imagenet import fit_backbone
 from .names import StateDict
+from .other_detectors import name_detector
 
 # Words in the names of parts that only detectors have.
-_WORDS = (
-    "bbox|roi_heads?|rpn|rpn_head|proposal_generator|box_(head|heads|predictor|net|embed|subnet)|class_embed|class_heads"
-    "|cls_(score|subnet|preds)|reg_preds|regression_head|class_labels_classifier|anchors|anchor_generator|mask_head"
+_OF_DETECTORS = re.compile(
+    r"(?:^|[._])(?:bbox|roi_heads?|rpn|proposal_generator|box_heads?|class_heads|class_embed|cls_(?:score|subnet|preds)"
+    r"|regression_head|anchors)(?:[._]|$)"
 )
-_OF_DETECTORS = re.compile(rf"(?:^|[._])(?:{_WORDS})(?:[._]|$)")
-# Where detectors keep their backbone: Detectron2's, DETR and its descendants, torchvision's, transformers', mmdetection's.
+# Where detectors keep their backbone: of Detectron2, DETR and its descendants, torchvision, transformers, mmdetection.
 _FRONTS = (
     "backbone.bottom_up.",
     "backbone.0.body.",
@@ -29,7 +29,7 @@ _FRONTS = (
 
 def name_any_detector(state: StateDict) -> str | None:
     """Say which detector wrote a state dict, as far as its names show it; None for a backbone or a classifier."""
-    return "another detector" if any(map(_OF_DETECTORS.search, state)) else None
+    return name_detector(state) or ("a detector" if any(map(_OF_DETECTORS.search, state)) else None)
 
 
 def cut_backbone(state: StateDict, backbone: nn.Module) -> tuple[StateDict, list[str]]:

@@ -28,9 +28,8 @@ MIN_BACKBONE = 0.95
 _BACKBONE = "neck.backbone."
 _PROJECTION_KEYS = re.compile(r"neck\.(lateral|extra_levels)\.\d+\.0\.weight")
 _QUERY_KEYS = re.compile(r"(query_selection|branches\.[^.]+)\.content\.weight")
-_NUMBERED = re.compile(
-    r"((?:encoder|decoder)\.(?:layers|class_heads|box_heads)\.|neck\.(?:lateral|extra_levels)\.)\d+\."
-)
+_LAYER_KEYS = re.compile(r"((?:encoder|decoder)\.(?:layers|class_heads|box_heads)\.)\d+(\..+)")
+_LEVEL_KEYS = re.compile(r"neck\.(lateral|extra_levels)\.\d+\..+")
 _ATTENTION_KEYS = re.compile(r".+\.(sampling_offsets|attention_weights)\.(weight|bias)")
 _DETREX_NOTE = (
     "the file does not name the position encoding that it was trained with: detrex' 12-epoch models need "
@@ -303,12 +302,12 @@ def _compare(
 
 def _why_missing(name: str, own: StateDict, target: StateDict) -> str | None:
     """Why a file may lack this tensor; None for no reason."""
-    match = _NUMBERED.match(name)
+    if _LEVEL_KEYS.fullmatch(name):
+        return "a level that the file lacks"
+    match = _LAYER_KEYS.fullmatch(name)
     if not match:
         return None
     theirs, ours = ({n for n in state if n.startswith(match[1]) and n.endswith(match[2])} for state in (own, target))
-    if name.startswith("neck."):
-        return "a level that the file lacks"
     return f"{len(ours)} {name.partition('.')[0]} layers instead of {len(theirs)}" if len(theirs) < len(ours) else None
 
 
