@@ -14,13 +14,12 @@ from dino.utils.files import DataError, UserError, write_whole
 from .addresses import locate
 from .checkpoint_formats import (
     BRANCHES,
-    COCO_IDS,
-    RAW_COCO_CLASSES,
     UNUSED_LABELS,
     coco_to_contiguous,
     convert,
     recognise,
 )
+from .coco_classes import RAW_COCO_CLASSES, coco_names
 from .inferred_description import Unshown, classes_of, find_unshown, with_description
 from .names import StateDict
 from .reading import DESCRIPTION, average_of, read_content, weights_of
@@ -112,7 +111,7 @@ def _describe(
     except DataError as error:
         print(f"no description: {error}")
         described = classes_of(content, len(own["decoder.class_heads.0.bias"]))
-    if len(described["names"]) in (RAW_COCO_CLASSES, len(COCO_IDS)):
+    if described["names"] == coco_names(len(described["names"])):
         print(f"names: those of COCO, because the model has {len(described['names'])} classes")
     return {key: described[key] for key in DESCRIPTION if key in described}
 

@@ -73,9 +73,9 @@ def _build_model(content: Mapping, path: str | Path, copy: str) -> _ModelFromChe
         network = build_network(config)
     except Exception as error:  # wrong arguments can raise anything
         raise _cannot_build(path, error) from error
-    problems = load_weights(network, content, copy=copy, name=str(path)).problems
-    if problems:
-        raise DataError(f"{path} lacks weights of its own model: {', '.join(problems[:3])}")
+    fresh = load_weights(network, content, copy=copy, name=str(path)).fresh
+    if fresh:
+        raise DataError(f"{path} lacks weights of its own model: {', '.join(list(fresh)[:3])}")
     if len(names) != len(network.decoder.class_heads[0].bias):
         raise DataError(f"{path} has {len(names)} names for {len(network.decoder.class_heads[0].bias)} classes")
     return _ModelFromCheckpoint(network.eval(), names, preprocessing)
