@@ -40,11 +40,12 @@ class _Job(NamedTuple):
 
 
 def make_predictor(
-    checkpoint: Path, *, dtype: str = "fp32", one_label: bool = False, compile: bool = False, **options: Any
+    checkpoint: str, *, dtype: str = "fp32", one_label: bool = False, compile: bool = False, **options: Any
 ) -> Predictor:
     """A predictor of a checkpoint.
 
     Args:
+        checkpoint: a file, an address or the name of published weights.
         dtype: of the network, a key of `_DTYPES`.
         one_label: give no box two labels.
         compile: compile the network.
