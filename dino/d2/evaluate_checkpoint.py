@@ -18,7 +18,7 @@ from dino.inference.cpu import keep_freed_memory
 from dino.utils.files import DataError, UserError, make_folder, write_whole
 from dino.utils.recipes import find_recipe
 
-from . import recipe, recipe_description
+from . import follow_file, recipe, recipe_description
 from .data_loading import annotations_of
 from .training import engine
 from .training.launch import launch
@@ -97,7 +97,9 @@ def _work(job: _Job) -> None:
     """One process."""
     keep_freed_memory()
     cfg = _load(job)
+    messages = follow_file.follow(cfg, job.overrides) if job.config_file else []  # else the recipe is the file's
     default_setup(cfg, job)
+    follow_file.log(messages)
     engine.evaluate_checkpoint(cfg)
 
 
