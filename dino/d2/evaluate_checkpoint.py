@@ -20,7 +20,7 @@ from dino.utils.recipes import find_recipe
 from dino.weights.class_rows import match_classes
 from dino.weights.inferred_description import open_checkpoint
 
-from . import recipe, recipe_description
+from . import follow_file, recipe, recipe_description
 from .data_loading import annotations_of
 from .sources import local_file
 from .training import engine
@@ -99,7 +99,9 @@ def _work(job: _Job) -> None:
     """One process."""
     keep_freed_memory()
     cfg = _load(job)
+    messages = follow_file.follow(cfg, job.overrides) if job.config_file else []  # else the recipe is the file's
     default_setup(cfg, job)
+    follow_file.log(messages)
     engine.evaluate_checkpoint(cfg)
 
 
