@@ -59,7 +59,7 @@ VARIABLES = {
     "HF_TOKEN_PATH": "the file of that token (default `token` in `HF_HOME`)",
     "LOCALAPPDATA": "Windows: in its folder `dino-detectron2` is the cache, unless `DINO_CACHE` is set",
     "TORCH_CUDA_ARCH_LIST": "`python -m dino.layers.ops.build`: the GPUs to compile for, for example `8.0;9.0+PTX`",
-    "XDG_CACHE_HOME": "Linux: in its folder `dino-detectron2` is the cache (default `~/.cache`), unless `DINO_CACHE` is set",
+    "XDG_CACHE_HOME": "Linux: the same (default `~/.cache`)",
 }
 OF_THE_MACHINE = {"device": "a GPU where there is one", "dist_url": "a port of this machine"}  # defaults
 OF_THE_BASE = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)

@@ -21,7 +21,6 @@ from dino.data.images import IMAGE_SUFFIXES, list_images
 from dino.layers import detections, one_label_detections
 from dino.utils.files import DataError, UserError, counted, make_folder, write_whole
 from dino.utils.printable import printable
-from dino.weights import locate
 
 from .cpu import keep_freed_memory
 from .predictor import Prediction, Predictor
@@ -42,12 +41,12 @@ class _Job(NamedTuple):
 
 
 def make_predictor(
-    checkpoint: str | Path, *, dtype: str = "fp32", one_label: bool = False, compile: bool = False, **options: Any
+    checkpoint: str, *, dtype: str = "fp32", one_label: bool = False, compile: bool = False, **options: Any
 ) -> Predictor:
     """A predictor of a checkpoint.
 
     Args:
-        checkpoint: a file, a name or an address, see `dino.weights.locate`.
+        checkpoint: a file, an address or the name of published weights.
         dtype: of the network, a key of `_DTYPES`.
         one_label: give no box two labels.
         compile: compile the network.
@@ -59,8 +58,7 @@ def make_predictor(
     """
     select = one_label_detections if one_label else detections
     try:
-        path = locate(str(checkpoint))
-        predictor = Predictor.from_checkpoint(path, dtype=_DTYPES[dtype], select=select, **options)
+        predictor = Predictor.from_checkpoint(checkpoint, dtype=_DTYPES[dtype], select=select, **options)
     except UserError:
         raise
     except (ValueError, RuntimeError, AssertionError) as error:  # a number out of its range, a device that is not there

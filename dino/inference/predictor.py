@@ -181,9 +181,10 @@ class Predictor:
         copy: str = "auto",
         **options: Any,
     ) -> Predictor:
-        """Build one from a checkpoint of this project, its batch norms folded into the convolutions.
+        """Build one from a checkpoint of this or another program, its batch norms folded into the convolutions.
 
         Args:
+            path: a file, an address or the name of published weights, see `dino.weights.locate`.
             device: a GPU where there is one, by default.
             dtype: torch.bfloat16 and torch.float16 halve the memory; boxes and scores stay float32.
             float32_precision: "highest", "high" (TensorFloat-32 on a GPU: faster), or "" for the setting of the
@@ -193,6 +194,7 @@ class Predictor:
 
         Raises:
             DataError: the file can't be used, see `dino.weights.description.detector_from_checkpoint`.
+            UserError: it can't be fetched.
         """
         use_float32_precision(float32_precision)
         detector = detector_from_checkpoint(path, copy)
@@ -201,6 +203,14 @@ class Predictor:
         detector.network.to(dtype)  # pixel statistics stay float32
         prepare_for_cpu(detector.network)
         return cls(detector, **options)
+
+    @classmethod
+    def from_pretrained(cls, name: str, **options: Any) -> Predictor:
+        """Build one from published weights by name, such as "dino_r50_4scale_12ep", downloaded once.
+
+        `dino weights` lists the names. Options and errors as of `from_checkpoint`.
+        """
+        return cls.from_checkpoint(name, **options)
 
     def compile(self, **options: Any) -> Predictor:
         """Let PyTorch compile the network when it first runs, for any size; `options` of `torch.compile`.

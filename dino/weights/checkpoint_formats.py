@@ -9,6 +9,7 @@ import torch
 
 from dino.utils.files import DataError
 
+from .coco_classes import COCO_IDS, RAW_COCO_CLASSES  # noqa: F401 (RAW_COCO_CLASSES for others)
 from .names import (
     DINO_NAMES,
     HUGGING_FACE_NAMES,
@@ -37,20 +38,6 @@ CLASS_KEYS = re.compile(
     r"|denoising\.label_embed\.weight"
 )
 BRANCHES = "branches."  # front of the names of what only training uses
-# The category ids that COCO uses, in order: 80 of 1 to 90.
-COCO_IDS = (
-    *range(1, 12),
-    *range(13, 26),
-    27,
-    28,
-    *range(31, 45),
-    *range(46, 66),
-    67,
-    70,
-    *range(72, 83),
-    *range(84, 91),
-)
-RAW_COCO_CLASSES = 91  # of a model whose labels are these ids themselves
 
 _FROM_OFFICIAL = rules((official, own) for own, official, _ in DINO_NAMES)
 _TO_OFFICIAL = rules((own, official) for own, official, _ in DINO_NAMES)

@@ -159,12 +159,10 @@ def _start_weights(cfg: DictConfig, checkpointer: Checkpointer, resume: bool) ->
     last = checkpointer.last_whole() if resume else ""
     if resume and not last:
         logger.warning(f"nothing to resume in {cfg.train.output_dir}: starting at iteration 0")
-    content = checkpointer.load(last or cfg.train.init_checkpoint, checkpointables=[])
-    fresh = checkpointer.problems
-    if last or cfg.train.init_checkpoint:
-        total = len(checkpointer.model.state_dict())
-        logger.info(f"{total - len(fresh)} of {total} tensors loaded; as initialised: {', '.join(fresh) or 'none'}")
-    return content if last else {}
+    if last:
+        return checkpointer.load(last, checkpointables=[])
+    checkpointer.load_start(cfg.train.init_checkpoint, cfg.train.get("init_parts", "all"))
+    return {}
 
 
 def _build_trainer(cfg: DictConfig, model: nn.Module, about: dict) -> tuple[Trainer, Ema | None]:
