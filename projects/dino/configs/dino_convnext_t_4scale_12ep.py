@@ -19,7 +19,5 @@ from dino.modeling import Decoder, TorchvisionBackbone
 from ....configs.dino_r50_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train
 
 model.network.decoder._target_ = Decoder  # a pair of heads for each layer
-model.network.neck.backbone = L(TorchvisionBackbone)(
-    name="convnext_tiny", out_features=["res3", "res4", "res5"], map_norm="LN"
-)
+model.network.neck.backbone = L(TorchvisionBackbone)(name="convnext_tiny", out_features=["res3", "res4", "res5"], map_norm="LN")
 train.init_checkpoint = ""
