@@ -122,7 +122,10 @@ def test_what_the_checkpoint_says_must_fit(trained, tmp_path, capsys, monkeypatc
     files.change(lambda content: content["categories"].append({"id": 4, "name": "black"}))
     data = file_arguments(val=files)
     (tmp_path / "bare.pth").write_bytes(b"")
-    for path, message in ((tmp_path / "bare.pth", "bare.pth"), (weights, "has 3 classes, the data has 4, and the model does not know black")):
+    for path, message in (
+        (tmp_path / "bare.pth", "bare.pth"),
+        (weights, "has 3 classes, the data has 4, and the model does not know black"),
+    ):
         assert cli.main(["eval", "--weights", str(path), "--output", str(tmp_path / "out"), *data]) == 1
         assert message in capsys.readouterr().err
     monkeypatch.setenv("LOCAL_RANK", "0")
