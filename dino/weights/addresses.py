@@ -145,7 +145,8 @@ def _locate_hub(rest: str) -> str:
     if there:
         return str(there)
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
-    url = f"{endpoint}/{org}/{repo}/resolve/{quote(revision, safe='')}/{quote(file)}"
+    version, name = quote(revision, "", errors="surrogatepass"), quote(file, errors="surrogatepass")
+    url = f"{endpoint}/{org}/{repo}/resolve/{version}/{name}"
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in _TRUE:
         raise cannot_fetch(url, "HF_HUB_OFFLINE is set", f"Unset it, or put the file into {cache} with another program")
     return str(fetch(url, token=_token()))
