@@ -328,14 +328,19 @@ def _check_content(wanted: _Wanted, response: HTTPResponse, total: int | None) -
         problem = f"the server sends {printable(kind)}, {' or '.join(wanted.accept)} was expected"
     elif coding not in ("", "identity"):
         problem = f"the server sends it compressed ({printable(coding)}), which was not asked for"
-    elif total == 0:
-        problem = "the server sends an empty file"
-    elif total is not None and wanted.size not in (None, total):
-        problem = f"the server has a file of {total:,} bytes, {wanted.size:,} were expected"
-    elif total is not None and total > wanted.limit:
-        problem = _too_large(wanted)
+    elif total is not None:
+        problem = _problem_of_size(wanted, total)
     if problem:
         raise UserError(f"can't fetch {wanted.url}: {problem}")
+
+
+def _problem_of_size(wanted: _Wanted, total: int) -> str:
+    """What is wrong with the stated length of a file; "" for nothing."""
+    if not total:
+        return "the server sends an empty file"
+    if wanted.size not in (None, total):
+        return f"the server has a file of {total:,} bytes, {wanted.size:,} were expected"
+    return _too_large(wanted) if total > wanted.limit else ""
 
 
 def _too_large(wanted: _Wanted) -> str:

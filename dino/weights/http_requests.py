@@ -60,6 +60,19 @@ def check_address(url: str) -> str:
     Raises:
         UserError: it is no https:// address. http:// is allowed for this machine and for the host of DINO_MIRROR.
     """
+    split, netloc = _split(url)
+    if not (split.scheme == "https" or (split.scheme == "http" and _is_plain_allowed(split))):
+        raise UserError(f"can't use the address {printable(url, 200)}: only https:// is allowed")
+    path, query = (quote(part, _SAFE, errors="surrogatepass") for part in (split.path or "/", split.query))
+    return urlunsplit((split.scheme, netloc, path, query, ""))
+
+
+def _split(url: str) -> tuple[SplitResult, str]:
+    """The parts of an address; host and port as they are to be written.
+
+    Raises:
+        UserError: it is no address of a host, or has a user name in it.
+    """
     shown = printable(url, 200)
     try:
         split = urlsplit(url.strip())
@@ -70,11 +83,7 @@ def check_address(url: str) -> str:
         raise UserError(f"can't use the address {shown}: https://HOST/PATH was expected")
     if "@" in split.netloc:
         raise UserError(f"can't use an address with a user name or a password in it, of the host {host}")
-    if not (split.scheme == "https" or (split.scheme == "http" and _is_plain_allowed(split))):
-        raise UserError(f"can't use the address {shown}: only https:// is allowed")
-    netloc = (f"[{host}]" if ":" in host else host) + (f":{port}" if port else "")
-    path, query = (quote(part, _SAFE, errors="surrogatepass") for part in (split.path or "/", split.query))
-    return urlunsplit((split.scheme, netloc, path, query, ""))
+    return split, (f"[{host}]" if ":" in host else host) + (f":{port}" if port else "")
 
 
 def _is_plain_allowed(split: SplitResult) -> bool:
