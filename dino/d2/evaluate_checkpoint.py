@@ -17,9 +17,10 @@ from dino.evaluation.report.evaluate import Detected
 from dino.inference.cpu import keep_freed_memory
 from dino.utils.files import DataError, UserError, make_folder, write_whole
 from dino.utils.recipes import find_recipe
+from dino.weights.class_rows import match_classes
 from dino.weights.inferred_description import open_checkpoint
 
-from . import recipe, recipe_description
+from . import follow_file, recipe, recipe_description
 from .data_loading import annotations_of
 from .sources import local_file
 from .training import engine
@@ -98,7 +99,9 @@ def _work(job: _Job) -> None:
     """One process."""
     keep_freed_memory()
     cfg = _load(job)
+    messages = follow_file.follow(cfg, job.overrides) if job.config_file else []  # else the recipe is the file's
     default_setup(cfg, job)
+    follow_file.log(messages)
     engine.evaluate_checkpoint(cfg)
 
 
@@ -126,7 +129,8 @@ def _load_described(job: _Job) -> DictConfig:
     cfg = recipe_description.describe_evaluation(path, content)
     cfg = recipe.complete(cfg, job.overrides, job.files, eval_only=True)
     known, wanted = content["names"], recipe.names_of(cfg.dataloader.test.dataset)
-    unknown = [name for name in wanted if name not in known]
+    matched = match_classes(known, wanted)
+    unknown = [name for label, name in enumerate(wanted) if label not in matched]
     if unknown and len(wanted) != len(known):
         raise DataError(
             f"{job.weights} has {len(known)} classes, the data has {len(wanted)}, and the model does not know "

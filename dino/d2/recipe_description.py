@@ -93,10 +93,10 @@ def _plain(node: Any) -> Any:
         return {str(key): _plain(value) for key, value in node.items()}
     if isinstance(node, list | tuple):
         return [_plain(value) for value in node]
-    return node if node is None or isinstance(node, str | int | float) else _full_name(node)
+    return node if node is None or isinstance(node, str | int | float) else full_name(node)
 
 
-def _full_name(part: Any) -> str:
+def full_name(part: Any) -> str:
     """The dotted path of a class or function; the `repr` of anything else."""
     named = hasattr(part, "__qualname__") and hasattr(part, "__module__")
     return name_of(part) if named and "<" not in part.__qualname__ else repr(part)

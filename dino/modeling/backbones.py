@@ -164,8 +164,22 @@ class TimmBackbone(nn.Module):
     @property
     def pixel_statistics(self) -> dict[str, tuple[float, ...]]:
         """`pixel_mean` and `pixel_std` (values 0 to 255) that timm's weights of this model expect, as far as stated."""
-        stated = getattr(self.body, "pretrained_cfg", None) or {}
-        return {f"pixel_{k}": tuple(round(255 * x, 3) for x in stated[k]) for k in ("mean", "std") if k in stated}
+        return _pixel_statistics(getattr(self.body, "pretrained_cfg", None) or {})
+
+
+def timm_pixel_statistics(name: str) -> dict[str, tuple[float, ...]]:
+    """`TimmBackbone.pixel_statistics` of a name alone; {} where timm is missing or does not know it."""
+    try:
+        from timm.models import get_pretrained_cfg
+    except ImportError:
+        return {}
+    stated = get_pretrained_cfg(name) if isinstance(name, str) else None
+    return _pixel_statistics(stated.to_dict() if stated else {})
+
+
+def _pixel_statistics(stated: Mapping) -> dict[str, tuple[float, ...]]:
+    """From timm's description of weights."""
+    return {f"pixel_{k}": tuple(round(255 * x, 3) for x in stated[k]) for k in ("mean", "std") if k in stated}
 
 
 def _create_timm(name: str, options: dict) -> nn.Module:

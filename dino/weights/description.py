@@ -216,7 +216,7 @@ def _resnet_stem(*, in_channels: int = 3, out_channels: int = 64, norm: str = "B
     return norm
 
 
-_NETWORK = "DINO ChannelMapper Decoder Encoder QuerySelection build_dino share_heads"
+_NETWORK = "DINO ChannelMapper Decoder Encoder QuerySelection SharedHeadsDecoder build_dino share_heads"
 _OF_MODELING = [*_NETWORK.split(), "TimmBackbone", "TorchvisionBackbone"]
 # All that a checkpoint may ask for. To add a part of the network, name it here, or export it from `modeling.variants`.
 PARTS: dict[str, Callable] = {

@@ -28,7 +28,7 @@ MIN_BACKBONE = 0.95
 _BACKBONE = "neck.backbone."
 _PROJECTION_KEYS = re.compile(r"neck\.(lateral|extra_levels)\.\d+\.0\.weight")
 _QUERY_KEYS = re.compile(r"(query_selection|branches\.[^.]+)\.content\.weight")
-_LAYER_KEYS = re.compile(r"((?:encoder|decoder)\.(?:layers|class_heads|box_heads)\.)\d+(\..+)")
+_LAYER_KEYS = re.compile(r"((?:encoder|decoder)\.(?:layers|class_heads|box_heads)\.)(\d+)\.")
 _LEVEL_KEYS = re.compile(r"neck\.(lateral|extra_levels)\.\d+\..+")
 _ATTENTION_KEYS = re.compile(r".+\.(sampling_offsets|attention_weights)\.(weight|bias)")
 _DETREX_NOTE = (
@@ -304,11 +304,11 @@ def _why_missing(name: str, own: StateDict, target: StateDict) -> str | None:
     """Why a file may lack this tensor; None for no reason."""
     if _LEVEL_KEYS.fullmatch(name):
         return "a level that the file lacks"
-    match = _LAYER_KEYS.fullmatch(name)
+    match = _LAYER_KEYS.match(name)
     if not match:
         return None
-    theirs, ours = ({n for n in state if n.startswith(match[1]) and n.endswith(match[2])} for state in (own, target))
-    return f"{len(ours)} {name.partition('.')[0]} layers instead of {len(theirs)}" if len(theirs) < len(ours) else None
+    theirs, ours = ({n.split(".")[2] for n in state if n.startswith(match[1])} for state in (own, target))
+    return None if match[2] in theirs else f"{len(ours)} {match[1].split('.')[0]} layers instead of {len(theirs)}"
 
 
 def _counts(name: str) -> bool:
@@ -364,9 +364,12 @@ def _check_pixels(model: nn.Module, report: Report) -> None:
         return
     ours = {name: _round(getattr(detector, name)) for name in expected}
     if any(abs(a - b) > 0.1 for name in expected for a, b in zip(ours[name], expected[name], strict=True)):
+        words = " ".join(f"'model.{text}'" for text in stated)  # quoted, since shells expand brackets
+        lines = "; ".join(f"model.{text}" for text in stated)
         raise DataError(
             f"the backbone's weights expect other pixel statistics than the model's {ours}, so its features would be "
-            f"wrong: write model.{' model.'.join(stated)} (without a recipe: Preprocessing({', '.join(stated)}))"
+            f"wrong. On the command line, write {words}; in a recipe, {lines}; without a recipe, "
+            f"Preprocessing({', '.join(stated)})"
         )
 
 

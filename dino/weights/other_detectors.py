@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable
 
 _DINO = ""  # stands for DINO itself in the table
+_MOST, _LONGEST = 100_000, 500  # keys and characters that are looked at: files are not trusted
 # Name of a detector, and groups of fragments. Keys that have all fragments of one group are the detector's. A fragment
 # begins with a word of a key, and `{i}` stands for a number. The first row that fits counts: families come last.
 _DETECTORS: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = (
@@ -38,8 +40,8 @@ _DETECTORS: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = (
     (
         _DINO,
         (
-            ("level_embed", "tgt_embed.", "enc_out_bbox_embed."),
-            ("level_embed", "content_query_embeddings.", "enc_out_bbox_embed."),
+            ("level_embed", "tgt_embed.", "enc_output."),
+            ("level_embed", "content_query_embeddings.", "enc_output."),
             ("level_embeds", "tgt_embed."),
             ("level_embed", "memory_trans_fc.", "dn_query_generator."),
         ),
@@ -71,6 +73,6 @@ def name_detector(keys: Iterable[str]) -> str | None:
         such as "Deformable DETR" or "a detector of torchvision"; None for a DINO in any known format, for a backbone
         alone and for anything else.
     """
-    text = "\n".join(keys)
+    text = "\n".join(key[:_LONGEST] for key in itertools.islice(keys, _MOST))
     found = (name for name, groups in _PATTERNS if any(all(p.search(text) for p in group) for group in groups))
     return next(found, _DINO) or None

@@ -1,5 +1,11 @@
 """Weights of EfficientNets under the names of efficientnet_pytorch; they pad as TensorFlow does."""
 
+import re
+import shlex
+import shutil
+import subprocess
+import types
+
 import pytest
 import torch
 
@@ -128,12 +134,25 @@ def test_other_pixel_statistics_are_refused(lite0_file):
     before = {key: value.clone() for key, value in detector.state_dict().items()}
     with pytest.raises(
         DataError,
-        match=r"other pixel statistics than the model's \{'pixel_mean': \[123\.675, .*: write "
-        r"model\.pixel_mean=\[127\.5,127\.5,127\.5\] model\.pixel_std=\[127\.5,127\.5,127\.5\] ",
-    ):
+        match=r"other pixel statistics than the model's \{'pixel_mean': \[123\.675, .*\. On the command line, ",
+    ) as error:
         load_weights(detector, lite0_file)
     assert equal(detector.state_dict(), before)
     assert load_weights(Detector(lite0(), LITE_PIXELS), lite0_file).problems == []
+
+    # What it says can be pasted: into a shell, where brackets are patterns; into a recipe; into a program.
+    shell, recipe, program = re.search(
+        r"command line, write (.+); in a recipe, (.+); without a recipe, (.+)$", str(error.value)
+    ).groups()
+    expected = ["model.pixel_mean=[127.5,127.5,127.5]", "model.pixel_std=[127.5,127.5,127.5]"]
+    assert shlex.split(shell) == expected
+    for words in (["bash", "-O", "failglob", "-c"], ["zsh", "-c"]):
+        if shutil.which(words[0]):
+            assert subprocess.check_output([*words, f"printf '%s\\n' {shell}"], text=True).splitlines() == expected
+    model = types.SimpleNamespace()
+    exec(recipe, {"model": model})
+    assert model.pixel_mean == model.pixel_std == [127.5] * 3
+    assert eval(program, {"Preprocessing": Preprocessing}).pixel_std == [127.5] * 3
 
 
 def test_without_a_detector_a_note_states_the_pixel_statistics(lite0_file):

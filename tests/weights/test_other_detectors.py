@@ -13,7 +13,7 @@ from .test_checkpoint_formats import shared_network
 KEYS = {
     "Grounding DINO": [
         "transformer.level_embed transformer.tgt_embed.weight transformer.encoder.fusion_layers.0.gamma_v bert.x "
-        "transformer.enc_out_bbox_embed.layers.0.weight",
+        "transformer.enc_output.weight",
         "level_embed memory_trans_fc.weight dn_query_generator.label_embedding.weight bbox_head.cls_branches.0.bias "
         "encoder.fusion_layers.5.attn.v_proj.weight",
         "model.level_embed model.encoder.layers.0.fusion_layer.vision_param bbox_embed.0.layers.0.weight",

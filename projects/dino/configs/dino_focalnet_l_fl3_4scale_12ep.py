@@ -13,9 +13,12 @@ each map as there. The file is timm's. Not trained here.
 
 from detectron2.config import LazyCall as L
 
-from dino.modeling import TimmBackbone
+from dino.modeling import Decoder, TimmBackbone
 
 from ....configs.dino_r50_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train
 
-model.network.neck.backbone = L(TimmBackbone)(name="focalnet_large_fl3", out_features=["res3", "res4", "res5"], map_norm="LN")
+model.network.decoder._target_ = Decoder  # a pair of heads for each layer
+model.network.neck.backbone = L(TimmBackbone)(
+    name="focalnet_large_fl3", out_features=["res3", "res4", "res5"], map_norm="LN"
+)
 train.init_checkpoint = ""
