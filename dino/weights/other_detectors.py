@@ -15,7 +15,7 @@ _DETECTORS: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = (
     (_DINO, (("query_selection.box_head.",),)),  # in own format, where parts can have any names
     ("Grounding DINO", (("encoder.fusion_layers.{i}.",), ("encoder.layers.{i}.fusion_layer.",))),
     ("Mask DINO", (("pixel_decoder.", "predictor.label_enc."),)),
-    ("Mask2Former", (("pixel_decoder.", "predictor.query_feat."),)),
+    ("Mask2Former", (("pixel_decoder.", "query_feat."),)),
     ("Co-DETR", (("query_head.",),)),
     ("DDQ DETR", (("query_map.", "bbox_head."),)),
     ("RT-DETR, D-FINE or DEIM", (("enc_score_head.",),)),
@@ -27,7 +27,10 @@ _DETECTORS: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = (
     ),
     ("Focus-DETR", (("enc_mask_predictor.", "level_embeds"),)),
     ("DN-DETR", (("refpoint_embed.", "label_enc."), ("denoising_generator.label_encoder.",))),
-    ("DAB-DETR", (("refpoint_embed.",), ("query_refpoint_embeddings.",), ("anchor_box_embed.",))),
+    (
+        "DAB-DETR",
+        (("refpoint_embed.",), ("query_refpoint_embeddings.",), ("anchor_box_embed.",), ("ref_anchor_head.",)),
+    ),
     ("Conditional DETR", (("ca_qcontent_proj.",), ("cross_attn.qcontent_proj.",))),
     (
         "DETR",
