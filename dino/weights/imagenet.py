@@ -93,6 +93,8 @@ _FOCALNET_TO_TIMM = rules(
 _BLOCK_NORM = re.compile(r"(layers\.\d+\.blocks\.\d+\.norm\d)\.")
 _TIMM_BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.(\d+)\.")
 _EFFICIENTNET = {"_conv_stem.weight", "_blocks.0._depthwise_conv.weight", "_blocks.1._expand_conv.weight"}
+_TIMM_EFFICIENTNETS = re.compile(r"(?<![a-z0-9])(?:tf_)?(?:efficientnet|mixnet|mobilenetv3)\w*")
+_ADVPROP = re.compile(r"(?<![a-z])(adv|advprop|ap)(?![a-z])")
 _PYCLS = {"stem.conv.weight", "s1.b1.f.a.weight", "head.fc.weight"}  # keys of a RegNet classifier in pycls' own files
 _FRONTS = ("", "body.", "body.model.", "net.", "net.body.", "bottom_up.", "bottom_up.net.body.")  # of our models' keys
 _MAP_NORM = re.compile(r"((?:.+\.)?)body\.(norms\.res\d\..+)")  # these lie beside the body
@@ -178,6 +180,40 @@ def check_network(state: StateDict, fitted: StateDict, backbone: nn.Module) -> N
             f"the file has squeeze-and-excitation in {shorten(lacking, 3)}, and the model's backbone has none there: "
             "the file is of another network, such as an EfficientNet instead of an EfficientNet-Lite. Name its backbone"
         )
+
+
+def doubts_of_name(path: str, backbone: nn.Module) -> list[str]:
+    """What the names of a file and its folders say against loading it into a timm backbone, as sentences.
+
+    timm's networks with and without `tf_` have the same tensors, but another padding and another eps of BatchNorm.
+    """
+    ours = (getattr(getattr(backbone, "body", None), "pretrained_cfg", None) or {}).get("architecture", "")
+    names = _TIMM_EFFICIENTNETS.findall(path.lower())
+    doubts = [
+        f"the file's path names {theirs}, the model's backbone is {ours}: the tensors are the same, padding and eps of "
+        f"BatchNorm are not. If the path is right, the features are wrong: name the backbone "
+        f"{'' if ours.startswith('tf_') else 'tf_'}{ours.removeprefix('tf_')}"
+        for theirs in dict.fromkeys(names)
+        if _differs_in_padding(theirs, ours)
+    ]
+    if _ADVPROP.search(path.lower()) and ours.startswith("tf_efficientnet") and _expects_imagenet_pixels(backbone):
+        doubts.append(
+            "the file's path names AdvProp, whose weights expect pixels of mean 127.5 and deviation 127.5: name the "
+            f"backbone {ours}.ap_in1k, which states them"
+        )
+    return doubts
+
+
+def _differs_in_padding(theirs: str, ours: str) -> bool:
+    """Whether two of timm's names differ in `tf_` and are else the same, but for further words of `theirs`."""
+    plain, other = ours.removeprefix("tf_"), theirs.removeprefix("tf_")
+    same = bool(ours) and (other == plain or other.startswith(f"{plain}_"))
+    return same and theirs.startswith("tf_") != ours.startswith("tf_")
+
+
+def _expects_imagenet_pixels(backbone: nn.Module) -> bool:
+    """Whether the weights that timm itself has for this name expect ImageNet's statistics."""
+    return max(map(abs, (x - 127.5 for x in backbone.pixel_statistics.get("pixel_mean", (127.5,))))) > 1
 
 
 def _has_without_squeezing(backbone: nn.Module, block: str) -> bool:

@@ -17,7 +17,7 @@ from dino.utils.files import DataError
 from .checkpoint_formats import CLASS_KEYS, convert, recognise, strip_wrappers
 from .class_rows import fit_classes
 from .detector_backbones import cut_backbone, name_any_detector
-from .imagenet import ADDED, check_network, fit_backbone
+from .imagenet import ADDED, check_network, doubts_of_name, fit_backbone
 from .levels import fit_levels
 from .load_report import Report, shorten
 from .names import StateDict
@@ -203,6 +203,7 @@ def _read_backbone(state: StateDict, network: DINO, report: Report, wishes: _Wis
     if not kind:
         own = fit_backbone(state, backbone)
         check_network(state, own, backbone)
+        report.notes += doubts_of_name(report.source, backbone)
         return _with_front(own)
     own, others = cut_backbone(state, backbone)
     own = _with_front(own)

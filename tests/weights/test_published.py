@@ -127,8 +127,9 @@ def test_a_file_of_its_names_and_shapes_loads_whole(entry):
     assert report.format == entry.format
     assert report.problems == []
     assert (report.missing, report.unexpected, report.reinitialised) == ([], [], {})
-    assert sorted(report.loaded) == sorted(network.state_dict())
-    values = {float(tensor.flatten()[0]) for tensor in network.state_dict().values()}
+    tensors = network.state_dict().values()
+    assert len(report.loaded) == len({tensor.data_ptr() for tensor in tensors})
+    values = {float(tensor.flatten()[0]) for tensor in tensors}
     assert values == set(map(float, range(1, different + 1)))
 
 
