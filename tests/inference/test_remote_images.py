@@ -53,7 +53,7 @@ def test_a_picture_lives_as_long_as_its_prediction(server, predictor, temporary)
 
 def test_addresses_that_pathlib_broke_and_lists_of_them(server, predictor):
     server.files |= {f"/{n}": Reply(encoded(n)) for n in range(2)}
-    found = tiny(score_thresh=0)([Path(f"{server.url}/0"), f"{server.url}/1", picture(seed=1)])
+    found = predictor([Path(f"{server.url}/0"), f"{server.url}/1", picture(seed=1)])
     assert [len(f) for f in found] == [10] * 3
     assert found[1].boxes.equal(found[2].boxes)
     assert not found[0].boxes.equal(found[1].boxes)
