@@ -108,10 +108,13 @@ def _names(sources: Sequence[Path | int]) -> dict[Path | int, str]:
     equal = [source for source in sources if isinstance(source, Path) and count[_target_name(source)] > 1]
     names = {source: source.name if isinstance(source, Path) else str(source) for source in sources}
     names |= {source: remote_name(source) for source in equal}
-    if local := [source for source in equal if not names[source]]:
-        base = os.path.commonpath([os.path.abspath(source.parent) for source in local])
-        names |= {s: (Path(os.path.abspath(s)).relative_to(base)).as_posix() for s in local}
-    return names
+    return names | _below_common_folder([source for source in equal if not names[source]])
+
+
+def _below_common_folder(paths: Sequence[Path]) -> dict[Path, str]:
+    """The path of each file below the folder that all have in common."""
+    base = os.path.commonpath([os.path.abspath(path.parent) for path in paths]) if paths else ""
+    return {path: Path(os.path.abspath(path)).relative_to(base).as_posix() for path in paths}
 
 
 def _make_job(source: Path | int, name: str, folder: Path) -> _Job:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+)://(.*)", re.I | re.S)  # one letter is a drive of Windows
 _OTHER_ADDRESS = re.compile(r"(data|file):", re.I)
 _DETECTRON2 = "https://dl.fbaipublicfiles.com/detectron2/"
-_HASHED = re.compile(r"-([0-9a-f]{8})\.pth$")  # digits of the file's SHA-256 in its name
-_HASHING_HOSTS = ("download.pytorch.org", "download.openmmlab.com")  # that keep to this
+_PYTORCH = "https://download.pytorch.org/"
+_HASHED = re.compile(rf"(?:{_PYTORCH}|https://download\.openmmlab\.com/).*-([0-9a-f]{{8}})\.pth")  # digits of SHA-256
 _HUB_FILE = re.compile(r"([\w.-]+)/([\w.-]+?)(?:@([^@/]+))?/([^@]+)(?:@([^@]+))?", re.ASCII)
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 _TRUE = {"1", "on", "yes", "true"}
@@ -104,19 +104,22 @@ def _locate_https(rest: str, scheme: str = "https") -> str:
     digits = fragment.removeprefix("sha256=")
     if fragment and not (digits != fragment and re.fullmatch(r"[0-9a-fA-F]{8,64}", digits)):
         raise UserError(f"#sha256=DIGITS, 8 to 64 of them, was expected in the address, not #{printable(fragment)}")
-    parts = urlsplit(plain)
-    name = parts.path.rpartition("/")[2]
-    there = None
-    if scheme == "https" and parts.netloc == "download.pytorch.org":
-        there = _in_torch_hub(name)
-    elif plain.startswith(_DETECTRON2):
-        cache = Path(os.environ.get("FVCORE_CACHE", "~/.torch/iopath_cache")).expanduser()
-        there = _inside(cache, parts.path.lstrip("/"))
+    there = _of_another_program(plain)
     if there:
         check_file(there, digits)
         return str(there)
-    found = _HASHED.search(name) if parts.netloc in _HASHING_HOSTS else None
+    found = _HASHED.fullmatch(plain)
     return str(fetch(plain, sha256=digits or (found[1] if found else "")))
+
+
+def _of_another_program(url: str) -> Path | None:
+    """The file of an address in the cache of torchvision or Detectron2; None where it is in neither."""
+    if url.startswith(_PYTORCH):
+        return _in_torch_hub(url.rpartition("/")[2])
+    if url.startswith(_DETECTRON2):
+        cache = Path(os.environ.get("FVCORE_CACHE", "~/.torch/iopath_cache")).expanduser()
+        return _inside(cache, urlsplit(url).path.lstrip("/"))
+    return None
 
 
 def _inside(folder: Path, name: str) -> Path | None:
@@ -133,22 +136,33 @@ def _in_torch_hub(name: str) -> Path | None:
 
 def _locate_hub(rest: str) -> str:
     """`ORG/REPO/FILE[@REVISION]` on Hugging Face's hub -> the local file, of its own cache or of ours."""
-    found = _HUB_FILE.fullmatch(rest)
-    org, repo, before, file, after = found.groups() if found else ("", "", "", "", "")
-    words = {org, repo, before or "", *file.split("/"), *(after or "").split("/")}
-    if not found or words & {".", ".."} or "" in file.split("/"):
-        raise UserError(f"hf://ORG/REPO/FILE[@REVISION] was expected, not hf://{printable(rest, 200)}")
-    revision = before or after or "main"
+    org, repo, file, revision = _split_hub(rest)
     cache = Path(os.environ.get("HF_HUB_CACHE") or _hub_home() / "hub").expanduser()
     snapshots = cache / f"models--{org}--{repo}"
     there = _inside(snapshots, f"snapshots/{_commit(snapshots, revision)}/{file}")
     if there:
         return str(there)
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
-    url = f"{endpoint}/{org}/{repo}/resolve/{quote(revision, safe='')}/{quote(file)}"
+    version, name = quote(revision, "", errors="surrogatepass"), quote(file, errors="surrogatepass")
+    url = f"{endpoint}/{org}/{repo}/resolve/{version}/{name}"
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in _TRUE:
         raise cannot_fetch(url, "HF_HUB_OFFLINE is set", f"Unset it, or put the file into {cache} with another program")
     return str(fetch(url, token=_token()))
+
+
+def _split_hub(rest: str) -> tuple[str, str, str, str]:
+    """`ORG/REPO/FILE[@REVISION]` or `ORG/REPO[@REVISION]/FILE` -> its parts.
+
+    Raises:
+        UserError: it is neither.
+    """
+    found = _HUB_FILE.fullmatch(rest)
+    org, repo, before, file, after = (text or "" for text in found.groups()) if found else [""] * 5
+    revision = before or after or "main"
+    words = [org, repo, *file.split("/"), *revision.split("/")]
+    if {"", ".", ".."} & set(words) or (before and after):
+        raise UserError(f"hf://ORG/REPO/FILE[@REVISION] was expected, not hf://{printable(rest, 200)}")
+    return org, repo, file, revision
 
 
 def _hub_home() -> Path:

@@ -75,11 +75,11 @@ def cached_path(url: str) -> Path:
     split = urlsplit(address)
     parts = [part for part in split.path.split("/") if part][-_DEEPEST:] or ["index"]
     *folders, name = map(safe_name, parts)
-    changed = [*folders, name] != split.path.split("/")[1:] or split.query or not Path(name).suffix
-    if changed:
+    host = safe_name(split.netloc.replace(":", "_"))
+    plain = split.netloc.replace(":", "-") == host.replace("_", "-") and "_" not in split.netloc
+    if not plain or [*folders, name] != split.path.split("/")[1:] or split.query or not Path(name).suffix:
         digest = hashlib.sha256(address.encode()).hexdigest()
         name = f"{Path(name).stem}-{digest[:10]}{Path(name).suffix}"
-    host = safe_name(split.netloc.replace(":", "_"))
     return cache_folder().joinpath(host if "." in host else f"{host}_", *folders, name)
 
 
@@ -104,7 +104,8 @@ class _Wanted(NamedTuple):
     limit: int
     token: str
     timeout: float
-    advice: str
+    advice: str  # what to do without a network
+    variable: str  # of the environment, that names another disk
 
     @property
     def part(self) -> Path:
@@ -140,7 +141,7 @@ def fetch(
         url: https://; http:// for this machine and for DINO_MIRROR, which replaces https:// of all addresses.
         sha256: of the file, or its first digits; "" if unknown. A file that is there is checked, too.
         size: of the file in bytes, None if unknown.
-        place: the file to write; by default that of `cached_path`.
+        place: the temporary file to write; by default that of `cached_path`.
         accept: beginnings of the content types to accept; all but web pages by default.
         limit: most bytes.
         token: for the host of `url` and no other one.
@@ -150,10 +151,11 @@ def fetch(
     Raises:
         UserError: it can't be fetched or written, is too large, or is not the expected file.
     """
-    address, target = check_address(url), place or cached_path(url)
+    address, target, variable = check_address(url), place or cached_path(url), "TMPDIR" if place else "DINO_CACHE"
     advice = f"Fetch it on another machine and put it into {target}, or anywhere and give the path of the file (for a "
     advice = "Give a file instead" if place else f"{advice}recipe, write train.init_checkpoint=FILE)"
-    wanted = _Wanted(address, target, sha256.lower(), size, accept, min(limit, size or limit), token, timeout, advice)
+    most = min(limit, size or limit)
+    wanted = _Wanted(address, target, sha256.lower(), size, accept, most, token, timeout, advice, variable)
     if not target.is_file():
         make_folder(target.parent)
         with _locked(wanted):
@@ -210,7 +212,7 @@ def _locked(wanted: _Wanted) -> Iterator[None]:
             _say(f"waiting for another process that fetches {wanted.place.name}")
             lock.acquire()
     except (OSError, NotImplementedError) as error:
-        raise UserError(f"can't write {wanted.place}: {error}. Set DINO_CACHE to another folder") from error
+        raise UserError(f"can't write {wanted.place}: {error}. Set {wanted.variable} to another folder") from error
     try:
         yield
     finally:
@@ -326,14 +328,19 @@ def _check_content(wanted: _Wanted, response: HTTPResponse, total: int | None) -
         problem = f"the server sends {printable(kind)}, {' or '.join(wanted.accept)} was expected"
     elif coding not in ("", "identity"):
         problem = f"the server sends it compressed ({printable(coding)}), which was not asked for"
-    elif total == 0:
-        problem = "the server sends an empty file"
-    elif total is not None and wanted.size not in (None, total):
-        problem = f"the server has a file of {total:,} bytes, {wanted.size:,} were expected"
-    elif total is not None and total > wanted.limit:
-        problem = _too_large(wanted)
+    elif total is not None:
+        problem = _problem_of_size(wanted, total)
     if problem:
         raise UserError(f"can't fetch {wanted.url}: {problem}")
+
+
+def _problem_of_size(wanted: _Wanted, total: int) -> str:
+    """What is wrong with the stated length of a file; "" for nothing."""
+    if not total:
+        return "the server sends an empty file"
+    if wanted.size not in (None, total):
+        return f"the server has a file of {total:,} bytes, {wanted.size:,} were expected"
+    return _too_large(wanted) if total > wanted.limit else ""
 
 
 def _too_large(wanted: _Wanted) -> str:
@@ -351,7 +358,7 @@ def _check_space(wanted: _Wanted, total: int | None, start: int) -> None:
         wanted.discard()
         raise UserError(
             f"can't write {wanted.place}: the disk has {_megabytes(free)} free, {_megabytes(total - start)} are needed"
-            ". Free some, or set DINO_CACHE to another folder"
+            f". Free some, or set {wanted.variable} to another folder"
         )
 
 
@@ -367,7 +374,7 @@ def _disk(wanted: _Wanted) -> Iterator[None]:
     except OSError as error:
         wanted.discard()
         reason = error.strerror or type(error).__name__
-        raise UserError(f"can't write {wanted.place}: {reason}. Set DINO_CACHE to another folder") from error
+        raise UserError(f"can't write {wanted.place}: {reason}. Set {wanted.variable} to another folder") from error
 
 
 def _megabytes(count: int | None) -> str:

@@ -60,6 +60,19 @@ def check_address(url: str) -> str:
     Raises:
         UserError: it is no https:// address. http:// is allowed for this machine and for the host of DINO_MIRROR.
     """
+    split, netloc = _split(url)
+    if not (split.scheme == "https" or (split.scheme == "http" and _is_plain_allowed(split))):
+        raise UserError(f"can't use the address {printable(url, 200)}: only https:// is allowed")
+    path, query = (quote(part, _SAFE, errors="surrogatepass") for part in (split.path or "/", split.query))
+    return urlunsplit((split.scheme, netloc, path, query, ""))
+
+
+def _split(url: str) -> tuple[SplitResult, str]:
+    """The parts of an address; host and port as they are to be written.
+
+    Raises:
+        UserError: it is no address of a host, or has a user name in it.
+    """
     shown = printable(url, 200)
     try:
         split = urlsplit(url.strip())
@@ -70,10 +83,7 @@ def check_address(url: str) -> str:
         raise UserError(f"can't use the address {shown}: https://HOST/PATH was expected")
     if "@" in split.netloc:
         raise UserError(f"can't use an address with a user name or a password in it, of the host {host}")
-    if not (split.scheme == "https" or (split.scheme == "http" and _is_plain_allowed(split))):
-        raise UserError(f"can't use the address {shown}: only https:// is allowed")
-    netloc = (f"[{host}]" if ":" in host else host) + (f":{port}" if port else "")
-    return urlunsplit((split.scheme, netloc, quote(split.path or "/", _SAFE), quote(split.query, _SAFE), ""))
+    return split, (f"[{host}]" if ":" in host else host) + (f":{port}" if port else "")
 
 
 def _is_plain_allowed(split: SplitResult) -> bool:
@@ -134,7 +144,7 @@ def open_address(url: str, headers: Mapping[str, str], *, token: str = "", timeo
             return Answer(response, sha256)
         with response:
             if response.status not in _REDIRECTS:
-                raise _refusal(here, response)
+                raise _refusal(url, urlsplit(here).hostname, response)
             here = _redirected(here, response.headers.get("Location", ""))
     raise UserError(f"can't fetch {url}: more than {_MOST_REDIRECTS} redirects")
 
@@ -217,11 +227,11 @@ def _redirected(url: str, location: str) -> str:
     return target
 
 
-def _refusal(url: str, response: http.client.HTTPResponse) -> UserError | BrokenTransferError:
-    """The error for a status that is neither a success nor a redirect."""
+def _refusal(url: str, host: str | None, response: http.client.HTTPResponse) -> UserError | BrokenTransferError:
+    """The error for a status that is neither a success nor a redirect. It names `url`: where it led can be secret."""
     status = response.status
     phrase = http.HTTPStatus(status).phrase if status in {s.value for s in http.HTTPStatus} else "unknown"
-    said = f"the server answers {status} ({phrase})"
+    said = f"{host} answers {status} ({phrase})"
     if status in _BUSY:
         wait = response.headers.get("Retry-After", "")
         return BrokenTransferError(said, min(float(wait), _LONGEST_WAIT) if re.fullmatch(r"\d{1,6}", wait) else None)

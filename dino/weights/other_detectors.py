@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable
+from typing import NamedTuple
 
 _DINO = ""  # stands for DINO itself in the table
 _MOST, _LONGEST = 100_000, 500  # keys and characters that are looked at: files are not trusted
@@ -14,7 +15,7 @@ _DETECTORS: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = (
     (_DINO, (("query_selection.box_head.",),)),  # in own format, where parts can have any names
     ("Grounding DINO", (("encoder.fusion_layers.{i}.",), ("encoder.layers.{i}.fusion_layer.",))),
     ("Mask DINO", (("pixel_decoder.", "predictor.label_enc."),)),
-    ("Mask2Former", (("pixel_decoder.", "predictor.query_feat."),)),
+    ("Mask2Former", (("pixel_decoder.", "query_feat."),)),
     ("Co-DETR", (("query_head.",),)),
     ("DDQ DETR", (("query_map.", "bbox_head."),)),
     ("RT-DETR, D-FINE or DEIM", (("enc_score_head.",),)),
@@ -26,7 +27,10 @@ _DETECTORS: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = (
     ),
     ("Focus-DETR", (("enc_mask_predictor.", "level_embeds"),)),
     ("DN-DETR", (("refpoint_embed.", "label_enc."), ("denoising_generator.label_encoder.",))),
-    ("DAB-DETR", (("refpoint_embed.",), ("query_refpoint_embeddings.",), ("anchor_box_embed.",))),
+    (
+        "DAB-DETR",
+        (("refpoint_embed.",), ("query_refpoint_embeddings.",), ("anchor_box_embed.",), ("ref_anchor_head.",)),
+    ),
     ("Conditional DETR", (("ca_qcontent_proj.",), ("cross_attn.qcontent_proj.",))),
     (
         "DETR",
@@ -58,12 +62,24 @@ _DETECTORS: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = (
 )
 
 
-def _pattern(fragment: str) -> re.Pattern:
-    """The regular expression of a fragment, for a text with one key a line."""
-    return re.compile(r"(?m)(?:^|\.)" + re.escape(fragment).replace(r"\{i\}", r"\d+"))
+class _Fragment(NamedTuple):
+    """A fragment of the table, for a text with one key a line."""
+
+    beginning: str  # without numbers: quick to look for
+    pattern: re.Pattern
+
+    @classmethod
+    def of(cls, text: str) -> _Fragment:
+        """Read it from the table."""
+        pattern = r"(?m)(?:^|\.)" + re.escape(text).replace(r"\{i\}", r"\d+")
+        return cls(text.partition("{i}")[0], re.compile(pattern))
+
+    def is_in(self, keys: str) -> bool:
+        """Whether a key has it."""
+        return self.beginning in keys and bool(self.pattern.search(keys))
 
 
-_PATTERNS = [(name, [[_pattern(part) for part in group] for group in groups]) for name, groups in _DETECTORS]
+_FRAGMENTS = [(name, [[_Fragment.of(part) for part in group] for group in groups]) for name, groups in _DETECTORS]
 
 
 def name_detector(keys: Iterable[str]) -> str | None:
@@ -74,5 +90,5 @@ def name_detector(keys: Iterable[str]) -> str | None:
         alone and for anything else.
     """
     text = "\n".join(key[:_LONGEST] for key in itertools.islice(keys, _MOST))
-    found = (name for name, groups in _PATTERNS if any(all(p.search(text) for p in group) for group in groups))
+    found = (name for name, groups in _FRAGMENTS if any(all(part.is_in(text) for part in group) for group in groups))
     return next(found, _DINO) or None

@@ -52,7 +52,7 @@ def split_copies(state_dict: StateDict) -> Copies:
     flat, modules = _drop(inner, _MODULE, strict=False)
     for name in SIGNATURES if name_detector(state_dict) is None else ():
         # A backbone in an own file can have a part named "module".
-        ways = [(inner, removed), (flat, removed + modules)]
+        ways = [(inner, removed), (flat, removed + modules)][: 1 + bool(modules)]
         for state, words in ways if name == "own" else reversed(ways):
             if fronts := _fronts_of(state, name):
                 return _split(state, name, fronts, words)
@@ -104,9 +104,9 @@ def _rename_once(state_dict: StateDict, new_name) -> StateDict:
 def _fronts_of(state_dict: StateDict, name: str) -> list[str]:
     """What stands before all keys of a format's signature, once for each copy of the model."""
     anchor, *others = SIGNATURES[name]
-    keys = {_NUMBER.sub("{i}", key) for key in state_dict}
     fronts = [key.removesuffix(anchor) for key in state_dict if key.endswith(anchor)]
     fronts = [front for front in fronts if not front or front.endswith(".")]
+    keys = {_NUMBER.sub("{i}", key) for key in state_dict} if fronts else set()
     fitting = (front for front in fronts if all(_NUMBER.sub("{i}", front + other) in keys for other in others))
     return list(itertools.islice(fitting, _MOST_COPIES))
 

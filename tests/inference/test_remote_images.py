@@ -86,7 +86,7 @@ def test_the_verb(server, tmp_path, monkeypatch, temporary, capsys):
 @pytest.mark.parametrize(
     ("name", "reply", "message"),
     [
-        ("a.jpg", Reply(status=404), r"can't fetch http.*/a\.jpg: the server answers 404"),
+        ("a.jpg", Reply(status=404), r"can't fetch http.*/a\.jpg: 127.0.0.1 answers 404"),
         ("a.jpg", Reply(b"<html>", headers={"Content-Type": "text/html"}), "the server sends a web page"),
         (
             "a.jpg",

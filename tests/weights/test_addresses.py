@@ -106,7 +106,15 @@ def test_the_hub(mirror, tmp_path, address, path):
     "address",
     [
         *("hf://", "hf://a", "hf://a/b", "hf://a/b/", "hf:///b/c", "hf://../b/c", "hf://a/../c", "hf://a/b/../c"),
-        *("hf://a/b/c@../d", "hf://a/b//c", "hf://a b/c/d", "hf://a/b@/c", "hf://a/b/c@", "hf://a/b/c@d@e"),
+        *(
+            "hf://a/b/c@../d",
+            "hf://a/b//c",
+            "hf://a b/c/d",
+            "hf://a/b@/c",
+            "hf://a/b/c@",
+            "hf://a/b/c@d@e",
+            "hf://a/b@c/d@e",
+        ),
     ],
 )
 def test_what_is_no_file_of_the_hub(address):

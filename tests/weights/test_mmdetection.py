@@ -46,7 +46,7 @@ def test_outputs_survive():
 
 
 def test_the_published_model():
-    """Names as in mmdetection's modules; its ResNet counts batches."""
+    """Names, and the number of keys, as in mmdetection 3.3; its ResNet counts batches."""
     model = resnet_network(num_classes=80)
     theirs = mmdetection_state(model)
     for name in [name for name in theirs if name.endswith("running_var")]:
@@ -63,6 +63,7 @@ def test_the_published_model():
         "bbox_head.reg_branches.6.4.bias",
     ):
         assert name in theirs
+    assert len(theirs) == 627
     target = resnet_network(num_classes=80)
     report = load_weights(target, theirs)
     assert (report.format, report.problems, report.unexpected) == ("mmdetection", [], [])

@@ -28,6 +28,7 @@ from dino.d2.recipe_description import describe
 from dino.layers.cpu_feed_forward import use_cpu_feed_forward
 from dino.training.progress import Progress
 from dino.utils.files import DataError
+from dino.weights import load_weights
 
 from .batch_pictures import MOST_IMAGES, BatchPictures, draw_predictions
 from .ema import Ema
@@ -327,12 +328,13 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
     use_precision(cfg)
     model = _build_model(cfg).eval()
     compile_if_wanted(cfg, model)
-    checkpointer = Checkpointer(model, names=names_of(cfg.dataloader.test.dataset))
-    content = checkpointer.load_whole(cfg.train.init_checkpoint)
+    names = names_of(cfg.dataloader.test.dataset)
+    content = Checkpointer(model, names=names).load_whole(cfg.train.init_checkpoint)
     if content.get("weights"):
         logger.info(f"{cfg.train.init_checkpoint} holds {content['weights']} weights")
     ema = None
     if "ema" in content:
         ema = Ema(model, decay=0)
-        ema.load_state_dict(content["ema"])
+        load_weights(model, {**content, "model": content["ema"]["model"]}, copy="model", classes=names)
+        ema.swap()
     return _evaluate(cfg, model, ema)
