@@ -4,6 +4,7 @@ import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -165,3 +166,14 @@ def test_megabytes_are_those_of_the_tensors():
         tensors = {first_name(name, entry): (name, shape) for name, shape in shapes_of(entry).items()}
         total = sum((8 if name.endswith(INTEGERS) else 4) * math.prod(shape) for name, shape in tensors.values())
         assert abs(entry.megabytes - total / 1e6) < 0.6, entry.name
+
+
+def test_the_projects_table_links_every_file():
+    """Its last column has the names that people write, the addresses and the AP of all files of a recipe."""
+    page = (Path(__file__).parents[2] / "projects/dino/README.md").read_text()
+    rows = {match[1]: match[0] for match in re.finditer(r"^\| \[(\w+)\]\(\S+\.py\) .*$", page, re.MULTILINE)}
+    for recipe in {entry.recipe for entry in PUBLISHED.values()}:
+        entries = [entry for entry in PUBLISHED.values() if entry.recipe == recipe]
+        links = ", ".join(f"[`{e.name}`]({e.address or e.page}) {e.ap}" for e in entries)
+        assert rows[recipe].rstrip("| ").endswith(f"| {links}"), links
+    assert page.count("detrex-storage") == sum("detrex-storage" in entry.address for entry in PUBLISHED.values())
