@@ -148,7 +148,9 @@ def _from_official(state_dict: StateDict) -> StateDict:
     own = _complete(rename(state, _FROM_OFFICIAL))
     classes, labels = len(own["decoder.class_heads.0.bias"]), own.get("denoising.label_embed.weight", ())
     if len(labels) > classes:
-        own["denoising.label_embed.weight"], own[UNUSED_LABELS] = labels[:classes], labels[classes:]
+        own["denoising.label_embed.weight"], unused = labels[:classes], labels[classes:]
+        if len(unused) > 1 or unused.any():  # else `_to_official` added it
+            own[UNUSED_LABELS] = unused
     return own
 
 
