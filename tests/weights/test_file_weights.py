@@ -7,10 +7,12 @@ from safetensors.torch import save_file, save_model
 from dino.modeling import TorchvisionBackbone, share_heads
 from dino.utils.files import DataError
 from dino.weights import convert, load_weights, read_content
+from dino.weights.conversion import convert_file
 from dino.weights.file_facts import find_position
 from dino.weights.file_weights import read_weights
 from dino.weights.mmdetection import classes_of
 from dino.weights.reading import average_of, weights_of
+from dino.weights.signatures import SIGNATURES
 
 from ..tiny import tiny_network
 from .states import detrex_state, equal, mmdetection_state, official_state, randomise
@@ -126,6 +128,19 @@ def test_each_format(name):
     found = read_weights(prefixed("lit._orig_mod.", files[name]))
     front = "lit.model." if name == "huggingface" else "lit."
     assert found.notes[0] == f"prefixes removed from the names of tensors: _orig_mod., {front}"
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_files_there_and_back(tmp_path, name, suffix):
+    own, _ = states()
+    torch.save({"model": own}, tmp_path / "own.pth")
+    convert_file(tmp_path / "own.pth", tmp_path / f"theirs{suffix}", to=name)
+    found = read_weights(read_content(tmp_path / f"theirs{suffix}"))
+    assert found.format == name
+    convert_file(tmp_path / f"theirs{suffix}", tmp_path / "back.pth", to="own")
+    for state in (found.state, read_content(tmp_path / "back.pth")["model"]):
+        assert equal(state, own)
 
 
 def test_what_files_of_mmdetection_tell():
