@@ -79,15 +79,6 @@ class Checkpointer(DetectionCheckpointer):
         path = os.path.join(self.save_dir, "last_checkpoint")
         write_whole(path, lambda part: part.write_text(last_filename_basename))
 
-    def newest_first(self) -> list[Path]:
-        """The files from which the run could continue, the noted one first."""
-        folder = Path(self.save_dir)
-        files = [
-            path for path in folder.glob("*.pth") if _NUMBERED.fullmatch(path.name) or path.name == "model_final.pth"
-        ]
-        noted = Path(self.get_checkpoint_file() or folder)
-        return sorted(files, key=lambda path: (path == noted, path.stat().st_mtime), reverse=True)
-
     def last_whole(self) -> str:
         """Find the newest undamaged checkpoint, the same one on all processes; "" where there are no checkpoints.
 
@@ -96,7 +87,7 @@ class Checkpointer(DetectionCheckpointer):
         """
         found, damaged = "", []
         if self.save_to_disk:
-            for path in self.newest_first():
+            for path in newest_first(Path(self.save_dir)):
                 damage = _damage_of(path)
                 if not damage:
                     found = str(path)
@@ -179,6 +170,14 @@ class Checkpointer(DetectionCheckpointer):
         logger.info(f"weights: {self.report}")
         self.problems = self.report.problems
         checkpoint.pop("model", None)
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """The files in the folder of a run from which it could continue, the noted one first."""
+    files = [path for path in folder.glob("*.pth") if _NUMBERED.fullmatch(path.name) or path.name == "model_final.pth"]
+    note = folder / "last_checkpoint"
+    noted = folder / note.read_text().strip() if note.is_file() else folder
+    return sorted(files, key=lambda path: (path == noted, path.stat().st_mtime), reverse=True)
 
 
 def _damage_of(path: str | Path) -> str:

@@ -118,11 +118,10 @@ def train(
 
     Args:
         train_json, val_json: COCO-format annotations. train_images, val_images: the folders of their images.
-        output: folder for the files, which must not hold a model.
+        output: folder for the files, which must not hold a model. settings: see `Settings`.
         weights: a model.pth of this program, whose classes keep their rows by name, or the weights of a backbone: a
             file, see `load_weights`, or an address, see `locate`; None for random weights.
         parts: of the file: "all", or "backbone" for the backbone alone, from any detector's.
-        settings: see `Settings`.
 
     Returns:
         the metrics: "AP", …, see `average_precision.evaluate`, and "training_seconds".
@@ -164,7 +163,7 @@ def evaluate(
     """
     settings = Settings(**settings)
     _prepare_process(settings)
-    content = read_content(weights)
+    content = read_content(locate(str(weights)))
     if _is_backbone(weights, content):
         raise DataError(
             f"{weights} has the weights of a backbone at most: train a detector from them, then evaluate it"

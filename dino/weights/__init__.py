@@ -1,6 +1,6 @@
 """Weights of this and other programs: read without running code, format detected from the keys, converted, loaded."""
 
-from .addresses import SCHEMES, cannot_fetch, locate
+from .addresses import SCHEMES, locate
 from .checkpoint_formats import convert, recognise
 from .class_rows import same_names
 from .load_report import Report
@@ -12,7 +12,6 @@ __all__ = [
     "MIN_BACKBONE",
     "SCHEMES",
     "Report",
-    "cannot_fetch",
     "compare_weights",
     "convert",
     "load_weights",

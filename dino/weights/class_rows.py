@@ -69,7 +69,7 @@ def fit_classes(
         return own, {}
     if not stated:
         report.notes.append("the file does not name its classes; as many as COCO's, they are taken for COCO's")
-    rows = _Rows(_match(names, ours), ours, names)
+    rows = _Rows(match_classes(names, ours), ours, names)
     in_place = len(names) == len(ours) and (rows.whole or not by_name)
     return (_reorder(own, rows, report), {}) if in_place else _select(own, target, rows, report)
 
@@ -129,7 +129,7 @@ def same_names(theirs: object, ours: Sequence[str]) -> bool:
     return isinstance(theirs, list) and len(theirs) == len(ours) and all(theirs.count(name) == 1 for name in ours)
 
 
-def _match(theirs: Sequence[str], ours: Sequence[str]) -> dict[int, int]:
+def match_classes(theirs: Sequence[str], ours: Sequence[str]) -> dict[int, int]:
     """Find the label in `theirs` of each of `ours`: equal names first, then names that differ in spelling only.
 
     A name that occurs twice on a side is ambiguous, and matches nothing.

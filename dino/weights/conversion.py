@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from dino.modeling.detector import Preprocessing
 from dino.utils.files import DataError, UserError, write_whole
 
+from .addresses import locate
 from .checkpoint_formats import (
     BRANCHES,
     UNUSED_LABELS,
@@ -19,14 +19,14 @@ from .checkpoint_formats import (
     convert,
     recognise,
 )
-from .coco_classes import RAW_COCO_CLASSES, coco_ids, coco_names
-from .inferred_description import describe_network
+from .coco_classes import RAW_COCO_CLASSES, coco_names
+from .inferred_description import Unshown, classes_of, find_unshown, with_description
 from .names import StateDict
 from .reading import DESCRIPTION, average_of, read_content, weights_of
 
 
 def convert_file(
-    source: Path,
+    source: str | Path,
     target: Path,
     *,
     to: str,
@@ -38,7 +38,7 @@ def convert_file(
     """Convert one file.
 
     Args:
-        source: a checkpoint in any known format (.pth, .safetensors).
+        source: a checkpoint in any known format (.pth, .safetensors), an address, or the name of published weights.
         target: the file to write; must not exist.
         to: the format to write: own, official, detrex, huggingface, or "safetensors" for own format in such a file.
         coco80: of 91 classes (raw ids), keep the 80 that COCO has.
@@ -51,7 +51,8 @@ def convert_file(
     """
     if target.exists():
         raise UserError(f"{target} exists: choose another name, or move it away")
-    content = read_content(source)
+    path = locate(str(source))
+    content = read_content(path)
     describable = to in ("own", "safetensors")  # the other formats have no place for a description
     try:
         format_ = recognise(weights_of(content))
@@ -59,7 +60,7 @@ def convert_file(
         state = own if describable else convert(own, to=to)
     except ValueError as error:  # a DataError too
         raise DataError(f"can't convert {source}: {error}") from error
-    extra = _describe(content, own, format_, temperature, offset) if describable else {}
+    extra = _describe(content, own, str(source), temperature, offset) if describable else {}
     target.parent.mkdir(parents=True, exist_ok=True)
     if "safetensors" in (to, target.suffix.removeprefix(".")):
         _write_safetensors(target, state, extra)
@@ -95,25 +96,24 @@ def _read_own(content: dict[str, Any], coco80: bool, copy: str) -> StateDict:
 
 
 def _describe(
-    content: dict[str, Any], own: StateDict, format_: str | None, temperature: float | None, offset: float | None
+    content: dict[str, Any], own: StateDict, source: str, temperature: float | None, offset: float | None
 ) -> dict[str, Any]:
-    """`names` and `about` for a file in own format: those of the input, or what its tensors show."""
-    if format_ == "own":
+    """What describes the model in a file in own format: the input's own description, or what its tensors show."""
+    if recognise(weights_of(content)) == "own":
         return {key: content[key] for key in DESCRIPTION if key in content}
-    extra = {}
-    names = coco_names(len(own["decoder.class_heads.0.bias"]))
-    if names:
-        extra |= {"names": names, "category_ids": coco_ids(len(names))}
-        print(f"names: those of COCO, because the model has {len(names)} classes")
-    if format_ == "detrex" and None in (temperature, offset):
-        print("no description: give --temperature and --offset (10000 -0.5 for detrex' 12 epochs, 20 0 for its 24)")
-        return extra
-    network = describe_network(own, temperature or 20.0, offset or 0.0)
-    if network is None:
-        print("no description: the backbone is no ResNet. Use the file with a recipe: train.init_checkpoint=…")
-        return extra
-    about = {"config": json.dumps({"network": network}), "preprocessing": Preprocessing()._asdict()}
-    return extra | {"about": about}
+    try:
+        stated = find_unshown(content, source) if None in (temperature, offset) else Unshown()
+        unshown = stated._replace(
+            temperatures=stated.temperatures if temperature is None else (temperature, temperature),
+            offset=stated.offset if offset is None else offset,
+        )
+        described = with_description(content, own, source, unshown)
+    except DataError as error:
+        print(f"no description: {error}")
+        described = classes_of(content, len(own["decoder.class_heads.0.bias"]))
+    if described["names"] == coco_names(len(described["names"])):
+        print(f"names: those of COCO, because the model has {len(described['names'])} classes")
+    return {key: described[key] for key in DESCRIPTION if key in described}
 
 
 def _write_safetensors(path: Path, state: StateDict, extra: dict[str, Any]) -> None:

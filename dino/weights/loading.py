@@ -17,7 +17,7 @@ from dino.utils.files import DataError
 from .checkpoint_formats import CLASS_KEYS, convert, recognise, strip_wrappers
 from .class_rows import fit_classes
 from .detector_backbones import cut_backbone, name_any_detector
-from .imagenet import ADDED, check_network, fit_backbone
+from .imagenet import ADDED, check_network, doubts_of_name, fit_backbone
 from .levels import fit_levels
 from .load_report import MISSING, Report, shorten
 from .names import StateDict
@@ -201,6 +201,7 @@ def _read_backbone(state: StateDict, network: DINO, report: Report, wishes: _Wis
     if not kind:
         own = fit_backbone(state, backbone)
         check_network(state, own, backbone)
+        report.notes += doubts_of_name(report.source, backbone)
         return _with_front(own)
     own, others = cut_backbone(state, backbone)
     own = _with_front(own)
@@ -380,9 +381,12 @@ def _check_pixels(model: nn.Module, report: Report) -> None:
         return
     ours = {name: _round(getattr(detector, name)) for name in expected}
     if any(abs(a - b) > 0.1 for name in expected for a, b in zip(ours[name], expected[name], strict=True)):
+        words = " ".join(f"'model.{text}'" for text in stated)  # quoted, since shells expand brackets
+        lines = "; ".join(f"model.{text}" for text in stated)
         raise DataError(
             f"the backbone's weights expect other pixel statistics than the model's {ours}, so its features would be "
-            f"wrong: write model.{' model.'.join(stated)} (without a recipe: Preprocessing({', '.join(stated)}))"
+            f"wrong. On the command line, write {words}; in a recipe, {lines}; without a recipe, "
+            f"Preprocessing({', '.join(stated)})"
         )
 
 

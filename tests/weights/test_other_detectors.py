@@ -13,7 +13,7 @@ from .test_checkpoint_formats import shared_network
 KEYS = {
     "Grounding DINO": [
         "transformer.level_embed transformer.tgt_embed.weight transformer.encoder.fusion_layers.0.gamma_v bert.x "
-        "transformer.enc_out_bbox_embed.layers.0.weight",
+        "transformer.enc_output.weight",
         "level_embed memory_trans_fc.weight dn_query_generator.label_embedding.weight bbox_head.cls_branches.0.bias "
         "encoder.fusion_layers.5.attn.v_proj.weight",
         "model.level_embed model.encoder.layers.0.fusion_layer.vision_param bbox_embed.0.layers.0.weight",
@@ -21,7 +21,10 @@ KEYS = {
     "Mask DINO": [
         "sem_seg_head.pixel_decoder.transformer.level_embed sem_seg_head.predictor.label_enc.weight backbone.res2.x"
     ],
-    "Mask2Former": ["sem_seg_head.pixel_decoder.adapter_1.weight sem_seg_head.predictor.query_feat.weight"],
+    "Mask2Former": [
+        "sem_seg_head.pixel_decoder.adapter_1.weight sem_seg_head.predictor.query_feat.weight",
+        "panoptic_head.pixel_decoder.input_convs.0.conv.weight panoptic_head.query_feat.weight",
+    ],
     "Co-DETR": ["query_head.cls_branches.0.weight query_head.label_embedding.weight rpn_head.rpn_conv.weight"],
     "DDQ DETR": [
         "level_embed memory_trans_fc.weight dn_query_generator.label_embedding.weight query_map.weight "
@@ -51,6 +54,8 @@ KEYS = {
         "refpoint_embed.weight transformer.decoder.layers.0.ca_qcontent_proj.weight",
         "anchor_box_embed.weight class_embed.weight",
         "model.query_refpoint_embeddings.weight",
+        "decoder.layers.0.cross_attn.qcontent_proj.weight decoder.ref_anchor_head.layers.0.weight "
+        "bbox_head.fc_cls.bias",
     ],
     "Conditional DETR": [
         "query_embed.weight transformer.decoder.layers.0.ca_qcontent_proj.weight",
