@@ -4,11 +4,10 @@
         train.init_checkpoint=swin_large_patch4_window12_384_22k.pth
 
 Published for this setting: 58.0 AP on COCO val2017, by the authors of the paper (IDEA-Research/DINO); 58.1 by detrex.
-Differs from that run in two things: the classes are the 80 of the data, not 91 raw ids, and every decoder layer has
-its own pair of heads, not one pair for all. The weights are ImageNet-22k's of 384 pixels. The learning rate falls
-after 30 epochs. The epoch of the drop is from memory: no program publishes its configuration. Not trained here.
+Differs from that run in one thing: the classes are the 80 of the data, not 91 raw ids. The weights are ImageNet-22k's
+of 384 pixels. The learning rate falls after 30 epochs (paper, appendix D.3). Not trained here.
 
-217,987,200 parameters, 978.6 G multiply-adds at 800x1280; memory: not measured.
+217,221,340 parameters, 978.6 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .dino_swin_l_384_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train

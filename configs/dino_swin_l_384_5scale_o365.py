@@ -11,7 +11,7 @@ Known from the sources: the backbone, its ImageNet-22k weights and the data. Fro
 epochs. Unknown, and chosen here as for COCO: 5 scales, batch, learning rates, the epoch of their drop (24), the
 augmentation, 900 queries, 100 denoising pairs. Not trained here.
 
-218,919,499 parameters, 1533.0 G multiply-adds at 800x1280; memory: not measured.
+217,787,414 parameters, 1533.0 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .dino_swin_l_384_5scale_12ep import dataloader, lr_multiplier, model, optimizer, train

@@ -12,7 +12,7 @@ of the paper, not checked: 18 epochs, images of 1.5 times the size. Unknown, and
 batch, learning rates, the epoch of their drop (15), 900 queries, 100 denoising pairs, the sizes, weights and IoU
 threshold of test-time augmentation. Not trained here.
 
-218,333,824 parameters, 1526.3 G multiply-adds at 800x1280; memory: not measured.
+217,567,964 parameters, 1526.3 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .dino_swin_l_384_5scale_12ep import dataloader, lr_multiplier, model, optimizer, train

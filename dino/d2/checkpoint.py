@@ -13,7 +13,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 
 from dino.d2.training.parallel import from_main, whole
 from dino.utils.files import DataError, UserError, write_whole
-from dino.weights import MIN_BACKBONE, load_weights, read_content, same_names
+from dino.weights import MIN_BACKBONE, Report, load_weights, read_content, same_names
 
 from .sources import local_file
 
@@ -48,7 +48,9 @@ class Checkpointer(DetectionCheckpointer):
         self.about = about or {}
         self.min_backbone = min_backbone
         self.source = ""  # the last loaded file
+        self.report: Report | None = None  # on its weights
         self.problems: list[str] = []  # names of tensors that it lacked or had in another shape
+        self._wishes: dict[str, str] = {}  # further arguments of `load_weights`
 
     def add_about(self, **about) -> None:
         """Add plain data on the run to what every checkpoint stores."""
@@ -77,15 +79,6 @@ class Checkpointer(DetectionCheckpointer):
         path = os.path.join(self.save_dir, "last_checkpoint")
         write_whole(path, lambda part: part.write_text(last_filename_basename))
 
-    def newest_first(self) -> list[Path]:
-        """The files from which the run could continue, the noted one first."""
-        folder = Path(self.save_dir)
-        files = [
-            path for path in folder.glob("*.pth") if _NUMBERED.fullmatch(path.name) or path.name == "model_final.pth"
-        ]
-        noted = Path(self.get_checkpoint_file() or folder)
-        return sorted(files, key=lambda path: (path == noted, path.stat().st_mtime), reverse=True)
-
     def last_whole(self) -> str:
         """Find the newest undamaged checkpoint, the same one on all processes; "" where there are no checkpoints.
 
@@ -94,7 +87,7 @@ class Checkpointer(DetectionCheckpointer):
         """
         found, damaged = "", []
         if self.save_to_disk:
-            for path in self.newest_first():
+            for path in newest_first(Path(self.save_dir)):
                 damage = _damage_of(path)
                 if not damage:
                     found = str(path)
@@ -135,14 +128,27 @@ class Checkpointer(DetectionCheckpointer):
             logger.warning(f"{path} was trained for the classes {extra['names']}, the data has {self.names}")
         return extra
 
+    def load_start(self, path: str, parts: str = "all") -> dict:
+        """Load a file to start a training from: each class gets the rows of its name, other rows start afresh.
+
+        Args:
+            path: as of `load`.
+            parts: "all", or "backbone" for the backbone alone, from a file of any detector.
+        """
+        self._wishes = {"class_rows": "name", "parts": parts}
+        try:
+            return self.load(path, checkpointables=[])
+        finally:
+            self._wishes = {}
+
     def load_whole(self, path: str) -> dict:
         """Load a file for evaluation; raises a DataError unless it has every tensor of the model."""
         extra = self.load(path, checkpointables=[])
-        if self.problems:
-            some = ", ".join(self.problems[:5])
+        if fresh := self.report.fresh:
+            some = ", ".join(f"{name} ({reason})" for name, reason in list(fresh.items())[:5])
             raise DataError(
-                f"{path} does not fit the recipe: {len(self.problems)} tensors are missing or of another shape, among "
-                f"them {some}"
+                f"{path} does not fit the recipe: {len(fresh)} tensors are missing or of another shape, among them "
+                f"{some}"
             )
         return extra
 
@@ -152,12 +158,26 @@ class Checkpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict) -> None:
         """Leave own running averages to the caller of `load`; other programs publish theirs as the weights."""
         copy = "model" if "ema" in checkpoint else "auto"
-        report = load_weights(
-            self.model, checkpoint, min_backbone=self.min_backbone, copy=copy, name=self.source, classes=self.names
+        self.report = load_weights(
+            self.model,
+            checkpoint,
+            min_backbone=self.min_backbone,
+            copy=copy,
+            name=self.source,
+            classes=self.names,
+            **self._wishes,
         )
-        logger.info(f"weights: {report}")
-        self.problems = report.problems
+        logger.info(f"weights: {self.report}")
+        self.problems = self.report.problems
         checkpoint.pop("model", None)
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """The files in the folder of a run from which it could continue, the noted one first."""
+    files = [path for path in folder.glob("*.pth") if _NUMBERED.fullmatch(path.name) or path.name == "model_final.pth"]
+    note = folder / "last_checkpoint"
+    noted = folder / note.read_text().strip() if note.is_file() else folder
+    return sorted(files, key=lambda path: (path == noted, path.stat().st_mtime), reverse=True)
 
 
 def _damage_of(path: str | Path) -> str:

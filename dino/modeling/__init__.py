@@ -7,7 +7,7 @@ from .cuda_graphs import CudaGraphs
 from .dino import DINO
 from .neck import ChannelMapper
 from .precision import float32_precision, use_float32_precision
-from .transformer import Decoder, Encoder, QuerySelection, share_heads
+from .transformer import Decoder, Encoder, QuerySelection, SharedHeadsDecoder, share_heads
 
 __all__ = [
     "DINO",
@@ -16,6 +16,7 @@ __all__ = [
     "Decoder",
     "Encoder",
     "QuerySelection",
+    "SharedHeadsDecoder",
     "TimmBackbone",
     "TorchvisionBackbone",
     "build_dino",

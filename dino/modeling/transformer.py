@@ -281,7 +281,7 @@ def full_attention(mask: Tensor | None, boxes: list[Tensor]) -> Attend:
 class Decoder(nn.Module):
     """Refines the boxes of the queries layer by layer and predicts after each (paper section 3.5).
 
-    Each layer has its own pair of heads; with `share_heads` all layers use one pair, as in the official program.
+    Each layer has its own pair of heads, as in detrex; those of `SharedHeadsDecoder` use one pair.
 
     Args:
         num_classes: C, number of classes.
@@ -355,3 +355,14 @@ def share_heads(decoder: Decoder) -> Decoder:
         for i in range(len(heads)):
             heads[i] = heads[0]
     return decoder
+
+
+class SharedHeadsDecoder(Decoder):
+    """A `Decoder` whose layers all use one pair of heads, as in the paper (appendix D.3) and the official program.
+
+    The heads of the encoder's proposals stay their own. Arguments are those of `Decoder`.
+    """
+
+    def __init__(self, **options: int):
+        super().__init__(**options)
+        share_heads(self)

@@ -23,9 +23,10 @@ from dino.modeling import DINO, TorchvisionBackbone, variants
 from dino.modeling.detector import Detector, Preprocessing
 from dino.utils.files import DataError
 
+from .inferred_description import open_checkpoint
 from .loading import load_weights
 from .names import StateDict
-from .reading import average_of, read_content, weights_of
+from .reading import average_of, weights_of
 from .size_check import SizeGuard, check_size
 
 _WORD = re.compile(r"[\w.+-]{0,200}")  # any text of a description: no path and no address
@@ -55,7 +56,7 @@ def detector_from_checkpoint(path: str | Path, copy: str = "auto") -> Detector:
     Returns:
         the detector, in evaluation mode, on the CPU.
     """
-    content = read_content(path)
+    path, content = open_checkpoint(path)
     network, names, preprocessing = _build_model(content, path, copy)
     return Detector(network, preprocessing, names, category_ids=_read_category_ids(content, path)).eval()
 
@@ -73,7 +74,8 @@ def model_from_checkpoint(path: str | Path, *, copy: str = "auto") -> _ModelFrom
         DataError: the file is missing, broken or unsafe; it has no description; or the description asks for a part that
             is not on the list, or for Detectron2 where that is not installed.
     """
-    return _build_model(read_content(path), path, copy)
+    path, content = open_checkpoint(path)
+    return _build_model(content, path, copy)
 
 
 def _build_model(content: Mapping, path: str | Path, copy: str) -> _ModelFromCheckpoint:
@@ -85,9 +87,14 @@ def _build_model(content: Mapping, path: str | Path, copy: str) -> _ModelFromChe
             network = build_network(config)
     except Exception as error:  # wrong arguments can raise anything
         raise _cannot_build(path, error) from error
-    problems = load_weights(network, content, copy=copy, name=str(path)).problems
-    if problems:
-        raise DataError(f"{path} lacks weights of its own model: {', '.join(problems[:3])}")
+    try:
+        fresh = load_weights(network, content, copy=copy, name=str(path)).fresh
+    except DataError:
+        raise
+    except Exception as error:  # names and shapes that no program writes can raise anything
+        raise DataError(f"can't use the weights {path}: {type(error).__name__}: {str(error)[:300]}") from error
+    if fresh:
+        raise DataError(f"{path} lacks weights of its own model: {', '.join(list(fresh)[:3])}")
     if len(names) != len(network.decoder.class_heads[0].bias):
         raise DataError(f"{path} has {len(names)} names for {len(network.decoder.class_heads[0].bias)} classes")
     return _ModelFromCheckpoint(network.eval(), names, preprocessing)
@@ -299,7 +306,7 @@ def _resnet_stem(*, in_channels: int = 3, out_channels: int = 64, norm: str = "B
     return norm
 
 
-_NETWORK = "DINO ChannelMapper Decoder Encoder QuerySelection build_dino share_heads"
+_NETWORK = "DINO ChannelMapper Decoder Encoder QuerySelection SharedHeadsDecoder build_dino share_heads"
 _OF_MODELING = [*_NETWORK.split(), "TimmBackbone", "TorchvisionBackbone"]
 # All that a checkpoint may ask for. To add a part of the network, name it here, or export it from `modeling.variants`.
 PARTS: dict[str, Callable] = {

@@ -22,11 +22,14 @@ from .content_check import MOST_INFLATED, check_content
 from .names import StateDict
 from .pickle_check import BoundedFile, PickleCheck
 from .pickles import read_pickle
+from .signatures import split_copies
 from .stand_ins import PYTORCH_NAMES, PYTORCH_STAND_INS
 
 DESCRIPTION = ("names", "category_ids", "about")  # what a file of this project has besides tensors
-_STATE_KEYS = ("model", "state_dict", "model_state", "blobs")  # under which programs keep the weights
-_EMA_KEYS = ("ema_model", "ema_state", "ema")  # and their running average
+# Under which programs keep the weights, DeepSpeed under `module`, and their running average.
+_STATE_KEYS = ("model", "state_dict", "model_state", "model_state_dict", "module", "blobs")
+_EMA_KEYS = ("ema_model", "ema_state", "ema", "ema_state_dict", "model_ema", "state_dict_ema", "ema_model_state_dict")
+_DEPTH = 5  # of dicts in dicts
 _MOST_AT_ONCE = 2**26  # bytes of a zip file's list of contents, of a pickle, and of a text in it
 _MOST_HEADER = 2**24  # bytes of a safetensors file's list of tensors, and texts
 
@@ -127,21 +130,30 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         with safe_open(path, "pt") as file:
             texts = file.metadata() or {}
             known = {key: json.loads(texts[key]) for key in DESCRIPTION if key in texts}
-            content = {**known, "model": {key: file.get_tensor(key) for key in file.keys()}}  # noqa: SIM118 (no dict)
-        check_content(content["model"], path.stat().st_size)
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
+        check_content(state, path.stat().st_size)
     except Exception as error:  # JSON and its nesting can raise anything
         raise DataError(f"can't read the weights {path}: {str(error)[:300]}") from error
-    return content
+    return {**known, "model": _with_second_names(state, texts)}
+
+
+def _with_second_names(state: StateDict, metadata: Mapping[str, str]) -> StateDict:
+    """Add the names that safetensors left out: its `save_model` notes left out -> kept for tensors with several."""
+    return {name: state[kept] for name, kept in metadata.items() if kept in state} | state
 
 
 def weights_of(content: Mapping[str, Any]) -> StateDict:
     """Find the state dict in the content of a file: under one of the usual keys, or the content itself.
 
+    A file that has nothing but a running average gives that.
+
     Raises:
         DataError: it has no tensors.
     """
-    state = next((content[key] for key in _STATE_KEYS if isinstance(content.get(key), Mapping)), content)
-    return _to_tensors(state)
+    raw, average = _find_copies(content)
+    if raw is not None:
+        return _to_tensors(raw)
+    return _to_tensors(content if average is None else average)
 
 
 def average_of(content: Mapping[str, Any], copy: str = "auto") -> StateDict | None:
@@ -152,16 +164,45 @@ def average_of(content: Mapping[str, Any], copy: str = "auto") -> StateDict | No
         copy: "auto"; "model" for None in any case; "ema" for an error if there is none.
 
     Raises:
-        DataError: there is none, but `copy` is "ema"; or it has no tensors.
+        DataError: there is none, but `copy` is "ema"; there is nothing else, but `copy` is "model"; or it has no
+            tensors.
     """
-    state = next((content[key] for key in _EMA_KEYS if isinstance(content.get(key), Mapping)), None)
-    if state is None and copy == "ema":
+    raw, average = _find_copies(content)
+    if raw is not None and average is None:
+        copies = split_copies(_to_tensors(raw))  # Lightning keeps both in one dict
+        raw, average = copies.raw, copies.average
+    if average is None and copy == "ema":
         raise DataError("the file has no running average (EMA) of the weights")
-    if state is None or copy == "model":
-        return None
-    return _to_tensors(
-        next((state[key] for key in ("module", *_STATE_KEYS) if isinstance(state.get(key), Mapping)), state)
-    )
+    if average is not None and raw is None and copy == "model":
+        raise DataError("the file has no weights but their running average (EMA): copy=model asks for the others")
+    return None if average is None or copy == "model" else _to_tensors(average)
+
+
+def _find_copies(content: Mapping[str, Any]) -> tuple[Mapping | None, Mapping | None]:
+    """Find the weights and their running average in the content of a file; None for what it lacks.
+
+    mmengine swaps the two when it saves.
+    """
+    average = next((_inside(content[key]) for key in _EMA_KEYS if isinstance(content.get(key), Mapping)), None)
+    inner = _inside(content)
+    raw = inner if inner is not content or _has_tensors(content) else None
+    meta = content.get("meta")
+    swapped = "ema_state_dict" in content and isinstance(meta, Mapping) and "mmengine_version" in meta
+    return (average, raw) if swapped and None not in (raw, average) else (raw, average)
+
+
+def _inside(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Go into a dict as far as there is another one under one of the usual keys."""
+    for _ in range(_DEPTH):
+        found = next((content[key] for key in _STATE_KEYS if isinstance(content.get(key), Mapping)), None)
+        if found is None:
+            break
+        content = found
+    return content
+
+
+def _has_tensors(state: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, Tensor | np.ndarray) for value in state.values())
 
 
 def _to_tensors(state: Mapping[str, Any]) -> StateDict:

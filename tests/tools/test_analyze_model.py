@@ -19,7 +19,7 @@ def test_costs_of_a_recipe(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("1 image of 256x320")
     rows = {line.split()[0]: line.split()[1:] for line in lines[2:9]}
-    assert rows["total"][:2] == ["47,650,316", "47,427,916"]
+    assert rows["total"][:2] == ["46,884,456", "46,662,056"]
     assert rows["neck.backbone"][:2] == ["23,454,912", "23,232,512"]
     assert float(rows["total"][2]) == pytest.approx(sum(float(row[2]) for row in rows.values()) / 2, abs=0.05)
     assert lines[9].startswith("activations of the backward pass: ")

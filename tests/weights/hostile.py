@@ -23,6 +23,7 @@ from dino.modeling.detector import Preprocessing
 
 BILLION = 10**9
 BACKBONE = {"_target_": "dino.modeling.TimmBackbone", "name": "test_resnet", "norm": "BN"}  # of 0.5 million numbers
+RESNET = {"_target_": "dino.modeling.TorchvisionBackbone", "name": "resnet18"}
 TORCHVISION = {"_target_": "dino.modeling.TorchvisionBackbone", "name": "convnext_large"}
 SMALL = {"embed_dim": 32, "num_heads": 4, "hidden_dim": 16, "encoder_layers": 1, "decoder_layers": 2}
 NETWORK = {

@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from dino.modeling import share_heads
 from dino.weights.description import build_network
 
 from . import hostile
+from .states import detrex_state, official_state
 
 ROUNDS = 300  # changed files of each kind
 
@@ -37,7 +39,26 @@ def arrays(path, state):
     path.write_bytes(pickle.dumps({"model": small, "names": ["a", "b"]}, protocol=2))
 
 
+def _foreign(path, make):
+    """A file under the names of another program."""
+    network = build_network({"network": hostile.NETWORK | {"backbone": hostile.RESNET, "embed_dim": 64}})
+    share_heads(network.decoder)
+    args = argparse.Namespace(pe_temperatureH=20, pe_temperatureW=20, nheads=4, num_select=300)
+    half = {key: value.half() if value.is_floating_point() else value for key, value in make(network).items()}
+    torch.save({"model": half, "args": args}, path)
+
+
+def official_names(path, state):
+    _foreign(path, official_state)
+
+
+def detrex_names(path, state):
+    _foreign(path, detrex_state)
+
+
 KINDS = {
+    "official_names.pth": official_names,
+    "detrex_names.pth": detrex_names,
     "own.pth": hostile.described(),
     "official.pth": official,
     "legacy.pth": legacy,

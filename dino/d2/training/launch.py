@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from detectron2.engine import default_setup
 from torch.multiprocessing import ProcessRaisedException
 
-from dino.d2 import recipe
+from dino.d2 import follow_file, recipe
 from dino.inference.cpu import keep_freed_memory
 from dino.utils.files import UserError
 from dino.utils.recipes import find_recipe
@@ -50,7 +50,9 @@ def _work(job: Job) -> None:
     job = job._replace(config_file=str(find_recipe(job.config_file)))
     cfg = recipe.load_recipe(job.config_file, job.overrides, job.files, eval_only=job.eval_only)
     resume = recipe.choose_output(cfg, eval_only=job.eval_only, resume=job.resume)
-    default_setup(cfg, job)
+    messages = follow_file.follow(cfg, job.overrides, resume=resume)
+    default_setup(cfg, job)  # opens the log and writes the recipe
+    follow_file.log(messages)
     if job.eval_only:
         engine.evaluate_checkpoint(cfg)
     else:

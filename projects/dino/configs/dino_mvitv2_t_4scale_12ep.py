@@ -11,8 +11,11 @@ Published for this setting: none. The file is Detectron2's. Not trained here.
 from detectron2.config import LazyCall as L
 from detectron2.modeling import MViT
 
+from dino.modeling import Decoder
+
 from ....configs.dino_r50_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train
 
+model.network.decoder._target_ = Decoder  # a pair of heads for each layer
 model.network.neck.backbone = L(MViT)(
     embed_dim=96,
     depth=10,

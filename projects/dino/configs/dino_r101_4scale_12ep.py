@@ -10,8 +10,11 @@ program. The file is torchvision's ResNet-101. Not trained here.
 66,590,220 parameters, 350.8 G multiply-adds at 800x1280; memory: not measured.
 """
 
+from dino.modeling import Decoder
+
 from ....configs.dino_r50_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train
 
+model.network.decoder._target_ = Decoder  # a pair of heads for each layer
 model.network.neck.backbone.stages.depth = 101
 model.network.neck.backbone.freeze_at = 1  # the stem alone, as there
 train.init_checkpoint = ""  # Detectron2's own ResNet-101 has its stride elsewhere and reads BGR: not this one

@@ -15,10 +15,12 @@ from the images after it. Inference is that of DINO. Not trained here.
 from detectron2.config import LazyCall as L
 
 from dino.layers import IoUAwareLoss
+from dino.modeling import Decoder
 from dino.modeling.variants import MixedMatchingCriterion
 
 from ....configs.dino_r50_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train
 
+model.network.decoder._target_ = Decoder  # a pair of heads for each layer
 model.criterion._target_ = MixedMatchingCriterion
 model.criterion.class_loss = L(IoUAwareLoss)()
 model.criterion.matcher.copies_share = 0.5

@@ -17,9 +17,11 @@ from detectron2.config import LazyCall as L
 
 from dino.d2.recipe import add_branch
 from dino.layers import IoUAwareLoss
+from dino.modeling import Decoder
 from dino.modeling.variants import RankedCriterion, SecondPass, ThresholdMatcher
 
 from ....configs.dino_r50_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train
 
+model.network.decoder._target_ = Decoder  # a pair of heads for each layer
 model.criterion.class_loss = L(IoUAwareLoss)()
 add_branch(model, "second", L(SecondPass)(), L(RankedCriterion)(matcher=L(ThresholdMatcher)(), objects_factor=3.0))

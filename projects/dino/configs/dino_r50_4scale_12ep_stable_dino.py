@@ -15,10 +15,12 @@ and its matching mixes up objects of one class, see `PositionModulatedMatcher`. 
 from detectron2.config import LazyCall as L
 
 from dino.layers import LossScaling, SquaredIoULoss
+from dino.modeling import Decoder
 from dino.modeling.variants import DenseFusionEncoder, PositionModulatedMatcher
 
 from ....configs.dino_r50_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train
 
+model.network.decoder._target_ = Decoder  # a pair of heads for each layer
 model.network.encoder._target_ = DenseFusionEncoder
 model.criterion.matcher._target_ = PositionModulatedMatcher
 model.criterion.class_loss = L(SquaredIoULoss)()

@@ -14,9 +14,11 @@ from detectron2.config import LazyCall as L
 
 from dino.d2.training.optimizer import tenth_for_backbone_and_offsets
 from dino.layers import LossScaling
+from dino.modeling import Decoder
 
 from ....configs.dino_r50_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train
 
+model.network.decoder._target_ = Decoder  # a pair of heads for each layer
 model.network.neck.backbone.freeze_at = 0
 model.network.position_encoding.temperatures = [10000.0, 10000.0]
 model.network.position_encoding.offset = -0.5

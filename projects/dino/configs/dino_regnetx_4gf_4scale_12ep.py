@@ -12,9 +12,11 @@ it is loaded. Not trained here.
 from detectron2.config import LazyCall as L
 
 from dino.d2.detectron2_backbones import regnet
+from dino.modeling import Decoder
 
 from ....configs.dino_r50_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train
 
+model.network.decoder._target_ = Decoder  # a pair of heads for each layer
 model.network.neck.backbone = L(regnet)(
     depth=23, w_a=38.65, w_0=96, w_m=2.43, group_width=40, out_features=["s2", "s3", "s4"]
 )

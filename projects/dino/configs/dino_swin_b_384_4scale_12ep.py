@@ -10,7 +10,10 @@ program. From ImageNet-22k weights finetuned on 1k, of 384 pixels. Not trained h
 108,257,476 parameters, 546.9 G multiply-adds at 800x1280; memory: not measured.
 """
 
+from dino.modeling import Decoder
+
 from ....configs.dino_swin_l_384_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train
 
+model.network.decoder._target_ = Decoder  # a pair of heads for each layer
 model.network.neck.backbone.embed_dim = 128
 model.network.neck.backbone.num_heads = [4, 8, 16, 32]

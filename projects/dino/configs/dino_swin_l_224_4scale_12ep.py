@@ -10,7 +10,10 @@ program. From ImageNet-22k weights finetuned on 1k. Not trained here.
 217,784,160 parameters, 929.7 G multiply-adds at 800x1280; memory: not measured.
 """
 
+from dino.modeling import Decoder
+
 from ....configs.dino_swin_l_384_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train
 
+model.network.decoder._target_ = Decoder  # a pair of heads for each layer
 model.network.neck.backbone.pretrain_img_size = 224
 model.network.neck.backbone.window_size = 7

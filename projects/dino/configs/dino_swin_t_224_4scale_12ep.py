@@ -10,8 +10,11 @@ program. That is from ImageNet-1k; from ImageNet-22k weights finetuned on 1k, 52
 48,193,350 parameters, 284.1 G multiply-adds at 800x1280; memory: not measured.
 """
 
+from dino.modeling import Decoder
+
 from ....configs.dino_swin_l_384_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train
 
+model.network.decoder._target_ = Decoder  # a pair of heads for each layer
 model.network.neck.backbone.pretrain_img_size = 224
 model.network.neck.backbone.embed_dim = 96
 model.network.neck.backbone.depths = [2, 2, 6, 2]

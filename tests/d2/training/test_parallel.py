@@ -19,7 +19,13 @@ from ..recipes import tiny_recipe
 from ..two_processes import BASE, EVEN, ONE_EMPTY, UNEVEN
 
 TWO = ("--standalone", "--nproc-per-node", "2")
-OPTIONS = ("train.max_iter=4", "train.eval_period=0", "train.checkpointer.period=2", "train.ema.enabled=True")
+OPTIONS = (
+    "train.max_iter=4",
+    "train.eval_period=0",
+    "train.checkpointer.period=2",
+    "train.ema.enabled=True",
+    "model.network.decoder._target_=dino.modeling.SharedHeadsDecoder",  # the harder case: one tensor of many names
+)
 
 
 @pytest.fixture(scope="module")
