@@ -17,9 +17,9 @@ from dino.modeling import share_heads
 from dino.weights.description import build_network
 
 from . import hostile
-from .states import detrex_state, official_state
+from .states import official_state
 
-ROUNDS = 300  # changed files of each kind
+ROUNDS = 200  # changed files of each kind
 
 
 def official(path, state):
@@ -39,26 +39,17 @@ def arrays(path, state):
     path.write_bytes(pickle.dumps({"model": small, "names": ["a", "b"]}, protocol=2))
 
 
-def _foreign(path, make):
-    """A file under the names of another program."""
+def official_names(path, state):
+    """A file under the names of the official program, which say what the model is."""
     network = build_network({"network": hostile.NETWORK | {"backbone": hostile.RESNET, "embed_dim": 64}})
     share_heads(network.decoder)
     args = argparse.Namespace(pe_temperatureH=20, pe_temperatureW=20, nheads=4, num_select=300)
-    half = {key: value.half() if value.is_floating_point() else value for key, value in make(network).items()}
-    torch.save({"model": half, "args": args}, path)
-
-
-def official_names(path, state):
-    _foreign(path, official_state)
-
-
-def detrex_names(path, state):
-    _foreign(path, detrex_state)
+    named = official_state(network).items()
+    torch.save({"model": {k: v.half() if v.is_floating_point() else v for k, v in named}, "args": args}, path)
 
 
 KINDS = {
     "official_names.pth": official_names,
-    "detrex_names.pth": detrex_names,
     "own.pth": hostile.described(),
     "official.pth": official,
     "legacy.pth": legacy,
