@@ -129,8 +129,8 @@ def _check_standard(own: StateDict) -> None:
 def _from_official(state_dict: StateDict) -> StateDict:
     """Official -> own. Shared heads get a name for each decoder layer, so separate heads can load them."""
     state = _merge_second_names(state_dict)
-    kernels = {key: value.shape[-1] for key, value in state.items() if re.fullmatch(r"input_proj\.\d+\.0\.weight", key)}
-    fine = sum(size == 1 for size in kernels.values())
+    kernels = [value.shape[-1:] for key, value in state.items() if re.fullmatch(r"input_proj\.\d+\.0\.weight", key)]
+    fine = sum(size == (1,) for size in kernels)
     state = renumber(state, "input_proj.", lambda n: f"extra.{n - fine}" if n >= fine else f"{n}")
     own = _complete(rename(state, _FROM_OFFICIAL))
     classes, labels = len(own["decoder.class_heads.0.bias"]), own.get("denoising.label_embed.weight", ())

@@ -21,6 +21,7 @@ from .checkpoint_formats import (
 from .coco_classes import RAW_COCO_CLASSES, coco_names
 from .file_weights import FileWeights, read_weights
 from .inferred_description import Unshown, find_unshown, name_classes, with_description
+from .load_report import reason_of
 from .names import StateDict
 from .reading import DESCRIPTION, read_content
 
@@ -58,8 +59,8 @@ def convert_file(
         found = read_weights(content, copy)
         own = _read_own(found, coco80)
         state = own if describable else convert(own, to=to)
-    except ValueError as error:  # a DataError too
-        raise DataError(f"can't convert {source}: {error}") from error
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise DataError(f"can't convert {source}: {reason_of(error)}") from error
     extra = _describe(content, own, found.format, str(source), temperature, offset) if describable else {}
     target.parent.mkdir(parents=True, exist_ok=True)
     if "safetensors" in (to, target.suffix.removeprefix(".")):

@@ -87,12 +87,7 @@ def _build_model(content: Mapping, path: str | Path, copy: str) -> _ModelFromChe
             network = build_network(config)
     except Exception as error:  # wrong arguments can raise anything
         raise _cannot_build(path, error) from error
-    try:
-        fresh = load_weights(network, content, copy=copy, name=str(path)).fresh
-    except DataError:
-        raise
-    except Exception as error:  # names and shapes that no program writes can raise anything
-        raise DataError(f"can't use the weights {path}: {type(error).__name__}: {str(error)[:300]}") from error
+    fresh = load_weights(network, content, copy=copy, name=str(path)).fresh
     if fresh:
         raise DataError(f"{path} lacks weights of its own model: {', '.join(list(fresh)[:3])}")
     if len(names) != len(network.decoder.class_heads[0].bias):

@@ -21,6 +21,7 @@ from .coco_classes import coco_ids, coco_names
 from .file_facts import find_position
 from .file_weights import read_weights
 from .levels import count_projections
+from .load_report import reason_of
 from .mmdetection import classes_of
 from .names import StateDict, resnet_to_detectron2
 from .published import Published, find, find_file
@@ -82,8 +83,8 @@ def open_checkpoint(source: str | Path) -> tuple[str, dict[str, Any]]:
     content = read_content(path)
     try:
         return path, describe_content(content, str(source))
-    except ValueError as error:  # a DataError too
-        raise DataError(f"can't use the weights {path}: {error}") from error
+    except Exception as error:  # names and shapes that no program writes can raise anything
+        raise DataError(f"can't use the weights {path}: {reason_of(error)}") from error
 
 
 def describe_content(content: dict[str, Any], source: str) -> dict[str, Any]:

@@ -133,3 +133,8 @@ def _part_of(name: str) -> str:
 def shorten(names: list[str], most: int = 6) -> str:
     """The first names of a list, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def reason_of(error: Exception) -> str:
+    """Why weights can't be used, from any error: names and shapes that no program writes can raise all kinds."""
+    return str(error) if isinstance(error, ValueError) else f"its tensors are of no whole model ({error!r:.200})"

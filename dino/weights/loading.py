@@ -20,7 +20,7 @@ from .detector_backbones import cut_backbone, name_any_detector
 from .file_weights import read_weights
 from .imagenet import ADDED, check_network, doubts_of_name, fit_backbone
 from .levels import fit_levels
-from .load_report import MISSING, Report, shorten
+from .load_report import MISSING, Report, reason_of, shorten
 from .names import StateDict
 from .reading import read_content
 from .values import to_dtypes
@@ -138,8 +138,8 @@ def _read(model: nn.Module, source: str | Path | Mapping, name: str, wishes: _Wi
         chosen = _choose(network, source, report, wishes)
         if report.format == "backbone" and wishes.parts == "all":
             _check_pixels(model, report)
-    except ValueError as error:  # a DataError too
-        raise DataError(f"can't use the weights {name}: {error}") from error
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise DataError(f"can't use the weights {name}: {reason_of(error)}") from error
     return chosen, report
 
 

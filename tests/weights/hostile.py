@@ -4,6 +4,7 @@
 processor, bytes that the memory grew].
 """
 
+import argparse
 import io
 import json
 import pickle
@@ -19,7 +20,11 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from dino.modeling import share_heads
 from dino.modeling.detector import Preprocessing
+from dino.weights.description import build_network
+
+from .states import official_state
 
 BILLION = 10**9
 BACKBONE = {"_target_": "dino.modeling.TimmBackbone", "name": "test_resnet", "norm": "BN"}  # of 0.5 million numbers
@@ -168,6 +173,20 @@ def safetensors(metadata=None, header=None):
             save_file({key: value.contiguous() for key, value in state.items()}, path, metadata)
         else:
             path.write_bytes(header)
+
+    return write
+
+
+def of_official(change):
+    """A file under the official program's names, with a changed tensor: the description is inferred from it."""
+
+    def write(path, state):
+        backbone = {"_target_": "dino.modeling.TorchvisionBackbone", "name": "resnet18"}
+        network = build_network({"network": NETWORK | {"backbone": backbone, "embed_dim": 64}})
+        share_heads(network.decoder)
+        state = {k: v.half() if v.is_floating_point() else v for k, v in official_state(network).items()}
+        change(state)
+        torch.save({"model": state, "args": argparse.Namespace(nheads=4)}, path)
 
     return write
 
@@ -332,7 +351,14 @@ PICKLES = {  # of both kinds of files
         )
     },
 }
-FILES |= {f"{name}.pth": write for name, write in DESCRIPTIONS.items()}
+_SAMPLES = "transformer.encoder.layers.0.self_attn.attention_weights.bias"
+FOREIGN = {
+    "foreign_without_samples": of_official(lambda state: state.pop(_SAMPLES)),
+    "foreign_number": of_official(lambda state: state.update({_SAMPLES: torch.tensor(1.0)})),
+    "foreign_no_levels": of_official(lambda state: state.update({"transformer.level_embed": torch.zeros(0, 1)})),
+    "foreign_kernel": of_official(lambda state: state.update({"input_proj.0.0.weight": torch.tensor(1.0)})),
+}
+FILES |= {f"{name}.pth": write for name, write in (DESCRIPTIONS | FOREIGN).items()}
 FILES |= {f"pickle_{name}{suffix}": write for name, write in PICKLES.items() for suffix in (".pth", ".pkl")}
 
 
