@@ -136,11 +136,11 @@ def _apply(cfg: DictConfig, setting: _Setting, stated: Sequence[str], path: str)
     current = _target(cfg, key) if key == _DECODER else OmegaConf.select(cfg, key, default=_DEFAULTS.get(key))
     if _same(current, value):
         return None
-    wanted = _shown(key, value)
+    wanted, before = _shown(key, value), _shown("", current)  # the update changes lists in place
     if setting.stated or any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in stated):
         return Message(logging.WARNING, f"{_shown(key, current)} stays as it is set, but {path} calls for {wanted}")
     OmegaConf.update(cfg, key, value)
-    return Message(logging.INFO, f"follows the file: {wanted}, as {path} was trained, instead of {_shown('', current)}")
+    return Message(logging.INFO, f"follows the file: {wanted}, as {path} was trained, instead of {before}")
 
 
 def _same(a: Any, b: Any) -> bool:
