@@ -98,6 +98,7 @@ setup(
     cmdclass={"build_ext": BuildOperator, "build_py": BuildPackage},
     # Detectron2 is a peer dependency: no package index carries it, see README.md.
     install_requires=[
+        "filelock",
         "jinja2",
         "matplotlib",
         "numpy>=2",

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from .file_server import server  # noqa: F401
+
 torch.set_num_threads(1)
 TF32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32  # of products, of convolutions
 

@@ -30,6 +30,11 @@ def build_parser():
     parser.add_argument(
         "--weights", help="model.pth, or a backbone's file or address, to start from; model.pth to evaluate"
     )
+    parser.add_argument(
+        "--init-parts",
+        choices=("all", "backbone"),
+        help="what to take of --weights; backbone: the backbone alone, which may be any detector's (default: all)",
+    )
     parser.add_argument("--eval-only", action="store_true", help="evaluate --weights, train nothing")
     parser.add_argument("--device", help="cpu, cuda, …")
     parser.add_argument("--bf16", action="store_true", help="run the network under bfloat16 autocast")
@@ -83,7 +88,8 @@ def main(argv=None):
     if args.eval_only:
         plain.evaluate(*val, args.weights, args.output, **settings)
     else:
-        plain.train(args.train_json, args.train_images, *val, args.output, weights=args.weights, **settings)
+        start = {"weights": args.weights, **({"parts": args.init_parts} if args.init_parts else {})}
+        plain.train(args.train_json, args.train_images, *val, args.output, **start, **settings)
 
 
 if __name__ == "__main__":

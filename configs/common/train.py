@@ -6,6 +6,7 @@ The comments are the descriptions in docs/settings.md.
 train = dict(
     output_dir="./output",  # folder of the run; one that holds a run is refused without --resume
     init_checkpoint="",  # weights to start from or to evaluate: a file or address in any form of docs/checkpoints.md
+    init_parts="all",  # or backbone: of that file, only the backbone; asked for, it may be any detector's
     min_backbone=0.95,  # least share of the backbone's tensors that it must have
     epochs=12,  # length of the training; may be a fraction
     eval_epochs=1,  # between evaluations, and between checkpoints

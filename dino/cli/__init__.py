@@ -25,6 +25,7 @@ VERBS = {
     "check": "check a data set before training",
     "export": "write a checkpoint as ONNX, TorchScript or a program of torch.export",
     "explain": "draw what a checkpoint computes for a training batch",
+    "weights": "list the published weights that have a name, and fetch them",
     "convert": "convert checkpoints from and to the formats of other DINO programs",
     "env": "print what a bug report needs, and which attention operator runs",
 }

@@ -23,7 +23,9 @@ _FORMATS = ("own", "official", "detrex", "huggingface", "safetensors")
 def build_parser() -> argparse.ArgumentParser:
     """The arguments."""
     parser = new_parser("dino convert", __doc__, _EXAMPLES)
-    parser.add_argument("input", metavar="IN", type=Path, help="a checkpoint in any known format (.pth, .safetensors)")
+    parser.add_argument(
+        "input", metavar="IN", help="a checkpoint in any known format, an address, or a name of `dino weights`"
+    )
     parser.add_argument("output", metavar="OUT", type=Path, help="the file to write; it must not exist")
     parser.add_argument(
         "--to",

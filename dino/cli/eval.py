@@ -14,7 +14,8 @@ _EXAMPLES = """
 examples:
   dino eval --weights output/mine/model_final.pth --val-json val.json --val-images images
   dino eval --weights model.pth --dataset coco_2017_val --num-gpus 2
-  dino eval --weights checkpoint0011_4scale.pth --config-file dino_r50_4scale_12ep   (a file of another program)
+  dino eval --weights dino_r50_4scale_12ep --dataset coco_2017_val     (published weights, downloaded once)
+  dino eval --weights checkpoint0011_4scale.pth --dataset coco_2017_val          (a file of another program)
   dino eval --results detections.json --val-json val.json --val-images images     (of any program, no model)
   dino eval --results output/predictions/predictions.json --val-json val.json --val-images images
 Data without annotations gives a page of predictions. A recipe is a program: run only recipes that you trust.
@@ -24,8 +25,10 @@ Data without annotations gives a page of predictions. A recipe is a program: run
 def build_parser() -> argparse.ArgumentParser:
     """The arguments."""
     parser = new_parser("dino eval", __doc__, _EXAMPLES)
-    parser.add_argument("--config-file", default="", help="recipe, by name or file (default: the checkpoint's own)")
-    parser.add_argument("--weights", help="checkpoint")
+    parser.add_argument(
+        "--config-file", default="", help="recipe, by name or file (default: what the checkpoint shows)"
+    )
+    parser.add_argument("--weights", help="a checkpoint, an address, or a name of `dino weights`")
     parser.add_argument(
         "--results",
         type=Path,

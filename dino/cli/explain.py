@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = new_parser("dino explain", __doc__, _EXAMPLES)
     parser.add_argument("annotations", type=Path, metavar="ANNOTATIONS.json", help="in COCO format")
     parser.add_argument("images", type=Path, metavar="IMAGES_FOLDER", help="folder of the images")
-    parser.add_argument("--weights", type=Path, required=True, help="checkpoint of this project")
+    parser.add_argument("--weights", required=True, help="a checkpoint, an address, or a name of `dino weights`")
     parser.add_argument(
         "--image", action="append", default=[], help="file name of an image of the batch, as in the annotations; the "
         "first one is drawn (default: the first two that have objects)"

@@ -23,7 +23,9 @@ _SAMPLING = ("grid", "gather")
 def build_parser() -> argparse.ArgumentParser:
     """The arguments."""
     parser = new_parser("dino export", __doc__, _EXAMPLES)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a file of this project's training")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a checkpoint, an address, or a name of `dino weights`"
+    )
     parser.add_argument("output", metavar="OUT", type=Path, help="the file to write; it must not exist")
     parser.add_argument("--format", choices=_FORMATS, help="default: by the suffix of OUT (.onnx, .pt2, .ts)")
     parser.add_argument(

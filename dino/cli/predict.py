@@ -11,6 +11,7 @@ from dino.utils.files import free_name
 
 _EXAMPLES = """
 examples:
+  dino predict dino_r50_4scale_12ep photo.jpg        (published weights, downloaded once; `dino weights` lists them)
   dino predict model_final.pth photo.jpg
   dino predict model_final.pth photos clip.mp4 --output drawn --score-thresh 0.5
   dino predict model_final.pth "aerial/*.tif" --tile 1024 --overlap 0.2
@@ -26,7 +27,9 @@ _PRECISIONS = ("highest", "high", "medium")
 def build_parser() -> argparse.ArgumentParser:
     """The arguments."""
     parser = new_parser("dino predict", __doc__, _EXAMPLES)
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint of this project (see `dino convert` for others)")
+    parser.add_argument(
+        "checkpoint", help="a checkpoint of this or another DINO program, an address, or a name of `dino weights`"
+    )
     parser.add_argument(
         "inputs", nargs="+", metavar="INPUT", help="image, folder, glob, video, or the number of a webcam"
     )

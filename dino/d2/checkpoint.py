@@ -13,7 +13,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 
 from dino.d2.training.parallel import from_main, whole
 from dino.utils.files import DataError, UserError, write_whole
-from dino.weights import MIN_BACKBONE, load_weights, read_content, same_names
+from dino.weights import MIN_BACKBONE, Report, load_weights, read_content, same_names
 
 from .sources import local_file
 
@@ -48,7 +48,9 @@ class Checkpointer(DetectionCheckpointer):
         self.about = about or {}
         self.min_backbone = min_backbone
         self.source = ""  # the last loaded file
+        self.report: Report | None = None  # on its weights
         self.problems: list[str] = []  # names of tensors that it lacked or had in another shape
+        self._wishes: dict[str, str] = {}  # further arguments of `load_weights`
 
     def add_about(self, **about) -> None:
         """Add plain data on the run to what every checkpoint stores."""
@@ -126,14 +128,27 @@ class Checkpointer(DetectionCheckpointer):
             logger.warning(f"{path} was trained for the classes {extra['names']}, the data has {self.names}")
         return extra
 
+    def load_start(self, path: str, parts: str = "all") -> dict:
+        """Load a file to start a training from: each class gets the rows of its name, other rows start afresh.
+
+        Args:
+            path: as of `load`.
+            parts: "all", or "backbone" for the backbone alone, from a file of any detector.
+        """
+        self._wishes = {"class_rows": "name", "parts": parts}
+        try:
+            return self.load(path, checkpointables=[])
+        finally:
+            self._wishes = {}
+
     def load_whole(self, path: str) -> dict:
         """Load a file for evaluation; raises a DataError unless it has every tensor of the model."""
         extra = self.load(path, checkpointables=[])
-        if self.problems:
-            some = ", ".join(self.problems[:5])
+        if fresh := self.report.fresh:
+            some = ", ".join(f"{name} ({reason})" for name, reason in list(fresh.items())[:5])
             raise DataError(
-                f"{path} does not fit the recipe: {len(self.problems)} tensors are missing or of another shape, among "
-                f"them {some}"
+                f"{path} does not fit the recipe: {len(fresh)} tensors are missing or of another shape, among them "
+                f"{some}"
             )
         return extra
 
@@ -143,11 +158,17 @@ class Checkpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict) -> None:
         """Leave own running averages to the caller of `load`; other programs publish theirs as the weights."""
         copy = "model" if "ema" in checkpoint else "auto"
-        report = load_weights(
-            self.model, checkpoint, min_backbone=self.min_backbone, copy=copy, name=self.source, classes=self.names
+        self.report = load_weights(
+            self.model,
+            checkpoint,
+            min_backbone=self.min_backbone,
+            copy=copy,
+            name=self.source,
+            classes=self.names,
+            **self._wishes,
         )
-        logger.info(f"weights: {report}")
-        self.problems = report.problems
+        logger.info(f"weights: {self.report}")
+        self.problems = self.report.problems
         checkpoint.pop("model", None)
 
 

@@ -17,9 +17,12 @@ from dino.evaluation.report.evaluate import Detected
 from dino.inference.cpu import keep_freed_memory
 from dino.utils.files import DataError, UserError, make_folder, write_whole
 from dino.utils.recipes import find_recipe
+from dino.weights.class_rows import match_classes
+from dino.weights.inferred_description import open_checkpoint
 
 from . import follow_file, recipe, recipe_description
 from .data_loading import annotations_of
+from .sources import local_file
 from .training import engine
 from .training.launch import launch
 from .training.parallel import Processes
@@ -51,7 +54,7 @@ def detect(
 
     Args:
         folder: a new folder for log, config and detections.
-        weights: a checkpoint; without it, `train.init_checkpoint` of the recipe.
+        weights: a file, an address or the name of published weights; without it, `train.init_checkpoint` of the recipe.
         config_file: recipe, by name or file; without it, the recipe that the checkpoint describes.
         overrides: of the recipe, each key=value.
         val_json, val_images: data in COCO format, instead of the recipe's.
@@ -86,11 +89,10 @@ def detect(
 
 
 def _check_weights(weights: str | None) -> None:
-    """Raise an error if there are no weights."""
+    """Fetch the weights before any process starts; raise an error if there are none."""
     if not weights:
         raise UserError("give the weights: --weights PATH")
-    if "://" not in weights and not Path(weights).is_file():
-        raise DataError(f"weights not found: {weights}")
+    local_file(weights)
 
 
 def _work(job: _Job) -> None:
@@ -121,13 +123,19 @@ def _load_described(job: _Job) -> DictConfig:
     """The recipe that the checkpoint describes.
 
     Raises:
-        DataError: the checkpoint describes none, or the data has another number of classes.
+        DataError: the checkpoint describes none, or the data has classes that it lacks.
     """
-    cfg = recipe_description.recipe_of(job.weights)
-    classes = cfg.model.num_classes
+    path, content = open_checkpoint(job.weights)
+    cfg = recipe_description.describe_evaluation(path, content)
     cfg = recipe.complete(cfg, job.overrides, job.files, eval_only=True)
-    if cfg.model.num_classes != classes:
-        raise DataError(f"{job.weights} has {classes} classes, the data has {cfg.model.num_classes}")
+    known, wanted = content["names"], recipe.names_of(cfg.dataloader.test.dataset)
+    matched = match_classes(known, wanted)
+    unknown = [name for label, name in enumerate(wanted) if label not in matched]
+    if unknown and len(wanted) != len(known):
+        raise DataError(
+            f"{job.weights} has {len(known)} classes, the data has {len(wanted)}, and the model does not know "
+            f"{', '.join(unknown[:5])}{' and more' if len(unknown) > 5 else ''}"
+        )
     return cfg
 
 

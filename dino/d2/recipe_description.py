@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from dino.data.images import check_input_range
 from dino.modeling.detector import Preprocessing
 from dino.utils.recipes import find_recipe
-from dino.weights import read_content
 from dino.weights.description import read_description
+from dino.weights.inferred_description import open_checkpoint
 
 from .data_loading import ShortSide
 from .meta_arch import DINODetector
@@ -35,16 +36,34 @@ def describe(cfg: DictConfig) -> dict[str, Any]:
     }
 
 
-def recipe_of(path: str | Path) -> DictConfig:
+def describe_recipe(name: str, num_classes: int, temperatures: Sequence[float], offset: float) -> dict[str, Any]:
+    """Make the `about` of published weights from their recipe, with these classes and this position encoding."""
+    cfg = LazyConfig.load(str(find_recipe(name)))
+    cfg.model.num_classes = num_classes
+    cfg.model.network.position_encoding.temperatures = list(temperatures)
+    cfg.model.network.position_encoding.offset = offset
+    return describe(cfg)
+
+
+def recipe_of(source: str | Path) -> DictConfig:
     """Make a recipe to evaluate a checkpoint: COCO's, with the model and the preprocessing of the file.
 
+    Args:
+        source: a file, an address or the name of published weights.
+
     Raises:
-        DataError: the file is missing, broken or unsafe, or does not describe its model.
+        DataError: the file is missing, broken or unsafe, or its model can't be described.
+        UserError: it can't be fetched.
     """
-    config, names, preprocessing = read_description(read_content(path), path)
+    return describe_evaluation(*open_checkpoint(source))
+
+
+def describe_evaluation(path: str, content: Mapping) -> DictConfig:
+    """`recipe_of` for the content of the file `path`, see `open_checkpoint`."""
+    config, names, preprocessing = read_description(content, path)
     cfg = LazyConfig.load(str(find_recipe("dino_r50_4scale_12ep")))
     cfg.model = LazyCall(DINODetector)(
-        network=config["network"],
+        network=_follow_classes(config["network"], len(names)),
         criterion=None,
         num_classes=len(names),
         pixel_mean=list(preprocessing.pixel_mean),
@@ -54,8 +73,18 @@ def recipe_of(path: str | Path) -> DictConfig:
     )
     resize = LazyCall(ShortSide)(sizes=[preprocessing.short_side], max_size=preprocessing.max_size)
     cfg.dataloader.test.mapper.augmentations = [resize]
-    cfg.train.init_checkpoint = str(path)
+    cfg.train.init_checkpoint = path
     return cfg
+
+
+def _follow_classes(node: Any, classes: int) -> Any:
+    """Let the parts of a described network that have this number of classes take `model.num_classes`."""
+    if isinstance(node, list):
+        return [_follow_classes(child, classes) for child in node]
+    if not isinstance(node, dict):
+        return node
+    follows = {"num_classes": "${model.num_classes}"} if node.get("num_classes") == classes else {}
+    return {key: _follow_classes(child, classes) for key, child in node.items()} | follows
 
 
 def _plain(node: Any) -> Any:

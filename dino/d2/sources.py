@@ -1,33 +1,40 @@
-"""Files and addresses of weights."""
+"""Files and addresses of weights, with what Detectron2 adds to them."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-from urllib.parse import urlparse
+import re
 
-from detectron2.utils.file_io import Detectron2Handler, PathManager
-from iopath.common.file_io import get_cache_dir
+from detectron2.checkpoint.catalog import ModelCatalog
+from detectron2.utils.file_io import OneDrivePathHandler, PathManager
 
-from dino.utils.files import DataError
-from dino.weights import SCHEMES, cannot_fetch, locate
+from dino.utils.files import UserError
+from dino.weights import SCHEMES, locate
+
+_HEURISTICS = re.compile(r"\?matching_heuristics=\w+$")  # which Detectron2's recipes append
+_CATALOG = "catalog://"
+_REFUSED = ("http://", "ftp://")  # Detectron2 itself would fetch these
 
 
 def local_file(path: str) -> str:
-    """Find the file of a path or an address (detectron2://, https://, torchvision://, timm://, package://).
+    """Find the file of a name, a path or an address, see `dino.weights.locate`.
+
+    Beside its addresses: catalog:// of Detectron2, and those for which somebody registered a handler with Detectron2's
+    PathManager.
 
     Raises:
         DataError: there is no such file.
-        UserError: the file can't be fetched. The message says which file to put where.
+        UserError: the address is unknown, or the file can't be fetched. The message says which file to put where.
     """
-    if path.startswith(SCHEMES):
-        return locate(path)
-    bare = path.partition("?")[0]  # Detectron2's recipes append ?matching_heuristics=True
-    if "://" not in bare and not os.path.isfile(bare):
-        raise DataError(f"weights not found: {path}")
+    path = _HEURISTICS.sub("", path)
+    if path.startswith(OneDrivePathHandler.ONE_DRIVE_PREFIX):
+        path = OneDrivePathHandler().create_one_drive_direct_download(path)
     try:
-        return PathManager.get_local_path(bare)
-    except Exception as error:  # the errors of a download are documented nowhere
-        url = bare.replace("detectron2://", Detectron2Handler.S3_DETECTRON2_PREFIX)
-        place = Path(get_cache_dir()) / urlparse(url).path.lstrip("/")
-        raise cannot_fetch(url, str(place), error) from error
+        if path.startswith(_CATALOG):
+            path = ModelCatalog.get(path.removeprefix(_CATALOG))
+        elif "://" in path and not path.startswith((*SCHEMES, *_REFUSED)):
+            found = PathManager.get_local_path(path)
+            if found != path:  # else nobody registered a handler
+                return found
+    except Exception as error:  # handlers of others can raise anything
+        raise UserError(f"can't fetch {path}: {error}") from error
+    return locate(path)

@@ -36,7 +36,7 @@ def _choose(data: CocoImages, wanted: Sequence[str]) -> list[int]:
 
 
 def explain_batch(
-    annotations: Path, images: Path, weights: Path, folder: Path, *, wanted: Sequence[str] = (), seed: int = 0
+    annotations: Path, images: Path, weights: str | Path, folder: Path, *, wanted: Sequence[str] = (), seed: int = 0
 ) -> None:
     """Draw every scene of a batch.
 

@@ -19,7 +19,7 @@ from .verify import Limits, compare, read_data
 
 
 def export_checkpoint(
-    checkpoint: Path,
+    checkpoint: str | Path,
     output: Path,
     *,
     form: str,
@@ -34,6 +34,7 @@ def export_checkpoint(
     """Export one file. A file that differs too much from the network is not kept.
 
     Args:
+        checkpoint: a file, an address or the name of published weights.
         form: a key of FORMATS.
         fixed: the only size to take, or None for any.
         sampling: "grid", or "gather" for engines whose GridSample is wrong.

@@ -24,6 +24,7 @@ from dino.utils.printable import printable
 
 from .cpu import keep_freed_memory
 from .predictor import Prediction, Predictor
+from .remote_images import fetch_images, is_remote, remote_name
 from .video import VIDEO_SUFFIXES, VideoReader, VideoWriter
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,11 +41,12 @@ class _Job(NamedTuple):
 
 
 def make_predictor(
-    checkpoint: Path, *, dtype: str = "fp32", one_label: bool = False, compile: bool = False, **options: Any
+    checkpoint: str, *, dtype: str = "fp32", one_label: bool = False, compile: bool = False, **options: Any
 ) -> Predictor:
     """A predictor of a checkpoint.
 
     Args:
+        checkpoint: a file, an address or the name of published weights.
         dtype: of the network, a key of `_DTYPES`.
         one_label: give no box two labels.
         compile: compile the network.
@@ -57,7 +59,7 @@ def make_predictor(
     select = one_label_detections if one_label else detections
     try:
         predictor = Predictor.from_checkpoint(checkpoint, dtype=_DTYPES[dtype], select=select, **options)
-    except DataError:
+    except UserError:
         raise
     except (ValueError, RuntimeError, AssertionError) as error:  # a number out of its range, a device that is not there
         raise UserError(str(error).partition("\n")[0]) from error
@@ -83,9 +85,12 @@ def plan(inputs: Sequence[str], folder: Path) -> list[_Job]:
 
 
 def _find_all(inputs: Sequence[str]) -> list[Path | int]:
-    """Files and webcams of all inputs, each of them once."""
+    """Files and webcams of all inputs, each of them once; pictures of addresses are fetched."""
+    sources = {text: [] if is_remote(text) else _find_sources(text) for text in inputs}
+    remote = [text for text in sources if is_remote(text)]
+    sources |= {text: [path] for text, path in zip(remote, fetch_images(remote), strict=True)}
     found: dict[str | int, Path | int] = {}
-    for source in chain.from_iterable(map(_find_sources, inputs)):
+    for source in chain.from_iterable(sources.values()):
         found.setdefault(source if isinstance(source, int) else os.path.abspath(source), source)
     return list(found.values())
 
@@ -98,15 +103,18 @@ def _find_sources(text: str) -> list[Path | int]:
 
 
 def _names(sources: Sequence[Path | int]) -> dict[Path | int, str]:
-    """A name of each source: its own, or its path below the common folder of all whose results have one name."""
+    """A name of each source: its own, or its path below the common folder (or its host) where names are equal."""
     count = Counter(map(_target_name, sources))
     equal = [source for source in sources if isinstance(source, Path) and count[_target_name(source)] > 1]
     names = {source: source.name if isinstance(source, Path) else str(source) for source in sources}
-    if equal:
-        folders = [os.path.abspath(source.parent) for source in equal]
-        base = os.path.commonpath(folders)
-        names |= {s: (Path(os.path.abspath(s)).relative_to(base)).as_posix() for s in equal}
-    return names
+    names |= {source: remote_name(source) for source in equal}
+    return names | _below_common_folder([source for source in equal if not names[source]])
+
+
+def _below_common_folder(paths: Sequence[Path]) -> dict[Path, str]:
+    """The path of each file below the folder that all have in common."""
+    base = os.path.commonpath([os.path.abspath(path.parent) for path in paths]) if paths else ""
+    return {path: Path(os.path.abspath(path)).relative_to(base).as_posix() for path in paths}
 
 
 def _make_job(source: Path | int, name: str, folder: Path) -> _Job:

@@ -33,6 +33,7 @@ from dino.weights.description import detector_from_checkpoint
 
 from .cpu import fold_norms, prepare_for_cpu
 from .drawing import draw_detections
+from .remote_images import fetch_images, is_remote
 from .strips import Strips
 from .tiling import View, merge, scale, suppress, take, views
 
@@ -49,7 +50,8 @@ class Prediction:
         detections: K detections, boxes in pixels of the picture and not clipped to it, best first.
         names: K class names.
         image_size: height and width of the picture in pixels.
-        source: the given picture; a `Path` where it was read from a file.
+        source: the given picture; a `Path` where it was read from a file, or from an address: then of a temporary file,
+            which is removed with this object.
         channels: order of `source` if that is an array.
         read: reads `source` if that is a file or a Pillow image.
         strips: the file, where it is too large to be decoded whole.
@@ -179,9 +181,10 @@ class Predictor:
         copy: str = "auto",
         **options: Any,
     ) -> Predictor:
-        """Build one from a checkpoint of this project, its batch norms folded into the convolutions.
+        """Build one from a checkpoint of this or another program, its batch norms folded into the convolutions.
 
         Args:
+            path: a file, an address or the name of published weights, see `dino.weights.locate`.
             device: a GPU where there is one, by default.
             dtype: torch.bfloat16 and torch.float16 halve the memory; boxes and scores stay float32.
             float32_precision: "highest", "high" (TensorFloat-32 on a GPU: faster), or "" for the setting of the
@@ -191,6 +194,7 @@ class Predictor:
 
         Raises:
             DataError: the file can't be used, see `dino.weights.description.detector_from_checkpoint`.
+            UserError: it can't be fetched.
         """
         use_float32_precision(float32_precision)
         detector = detector_from_checkpoint(path, copy)
@@ -199,6 +203,14 @@ class Predictor:
         detector.network.to(dtype)  # pixel statistics stay float32
         prepare_for_cpu(detector.network)
         return cls(detector, **options)
+
+    @classmethod
+    def from_pretrained(cls, name: str, **options: Any) -> Predictor:
+        """Build one from published weights by name, such as "dino_r50_4scale_12ep", downloaded once.
+
+        `dino weights` lists the names. Options and errors as of `from_checkpoint`.
+        """
+        return cls.from_checkpoint(name, **options)
 
     def compile(self, **options: Any) -> Predictor:
         """Let PyTorch compile the network when it first runs, for any size; `options` of `torch.compile`.
@@ -212,13 +224,13 @@ class Predictor:
         """Detect in one picture, or in several.
 
         Args:
-            images: a file; a folder or a glob such as "photos/*.jpg"; a PIL image; an array (H, W, 3) or (H, W) uint8;
-                a tensor (3, H, W) or (B, 3, H, W), RGB, uint8 or floats in [0, 1], which are rounded to 8 bits; or an
-                iterable of these.
+            images: a file; an https:// address; a folder or a glob such as "photos/*.jpg"; a PIL image; an array
+                (H, W, 3) or (H, W) uint8; a tensor (3, H, W) or (B, 3, H, W), RGB, uint8 or floats in [0, 1], which are
+                rounded to 8 bits; or an iterable of these.
             channels: order in arrays, "RGB" or "BGR" (OpenCV's).
 
         Returns:
-            a `Prediction` for a file, an image, an array and a (3, H, W) tensor; a list for everything else.
+            a `Prediction` for a file, an address, an image, an array and a (3, H, W) tensor; a list for all else.
 
         Raises:
             DataError: a file is missing or broken, or an array is no picture.
@@ -332,14 +344,14 @@ def _within(name: str, value: float, low: float, high: float = float("inf")) -> 
 def _is_single(images: Any) -> bool:
     """Whether `Predictor` returns one `Prediction`, not a list."""
     if isinstance(images, str | Path):
-        return Path(images).is_file()
+        return Path(images).is_file() or is_remote(images)
     return isinstance(images, Image.Image | np.ndarray) or (isinstance(images, Tensor) and images.ndim != 4)
 
 
 def _list_sources(images: Any) -> Iterator[Any]:
     """Paths, PIL images, arrays and (3, H, W) tensors, one by one, of the input of a `Predictor`."""
     if isinstance(images, str | Path):
-        yield from list_images(images)
+        yield from fetch_images([images]) if is_remote(images) else list_images(images)
     elif _is_single(images):
         yield images
     elif isinstance(images, Iterable) and not isinstance(images, bytes | dict):

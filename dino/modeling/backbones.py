@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 _TORCHVISION_FAMILIES = re.compile(r"resnet|resnext|convnext|swin|efficientnet")
 _NORMS = ("FrozenBN", "BN")
+_MAP_NORMS = ("none", "LN")
 _ODD_SIZE = (75, 101)  # pixels; no stride divides either side
 # Sides in cells of the coarsest map: networks with windows need a multiple of one of these.
 _CELLS = (1, 2, 4, 7, 8, 12, 14, 16)
@@ -45,6 +46,7 @@ class TorchvisionBackbone(nn.Module):
         out_features: names of the maps, finest first. Layers after the last one are dropped.
         norm: `FrozenBN` to fine-tune pre-trained weights as DINO does, `BN` to train from random ones. Changes
             BatchNorm only.
+        map_norm: `LN` for a LayerNorm over the channels of each map, as detrex' ConvNeXt and FocalNet have.
         freeze: prefixes of parameter names (`conv1`, `bn1`, `layer1`, `features.0.`, …) that are not trained.
 
     Raises:
@@ -57,6 +59,7 @@ class TorchvisionBackbone(nn.Module):
         *,
         out_features: Sequence[str] = ("res3", "res4", "res5"),
         norm: str = "FrozenBN",
+        map_norm: str = "none",
         freeze: Sequence[str] = (),
     ):
         super().__init__()
@@ -79,6 +82,7 @@ class TorchvisionBackbone(nn.Module):
             kept.add_module(layer, layers[layer])
         self.body = nn.ModuleDict({"features": kept}) if self.nested else kept
         _use_norm(self.body, norm)
+        self.norms = _make_map_norms(self.body, self._shapes, map_norm)
         _freeze_parameters(self.body, freeze)
         self.size_divisibility = _measure_multiple(self)
 
@@ -96,7 +100,7 @@ class TorchvisionBackbone(nn.Module):
             x = module(x)
             if layer in self.names:
                 maps[self.names[layer]] = x.permute(0, 3, 1, 2) if self.channels_last else x
-        return maps
+        return _norm_maps(maps, self.norms)
 
     def output_shape(self) -> dict[str, FeatureShape]:
         """Channels and stride of each map."""
@@ -111,7 +115,7 @@ class TimmBackbone(nn.Module):
     Args:
         name: of `timm.create_model`, for example `tf_mobilenetv3_small_075`; addresses of a hub are refused.
         out_features: names of the maps, finest first; `stride<n>` for a stride that is no power of two.
-        norm: as of `TorchvisionBackbone`.
+        norm, map_norm: as of `TorchvisionBackbone`.
         freeze: prefixes of parameter names that are not trained.
         options: more arguments of `timm.create_model`, plain values, for example `{"drop_path_rate": 0.2}`.
 
@@ -126,6 +130,7 @@ class TimmBackbone(nn.Module):
         *,
         out_features: Sequence[str] = ("res3", "res4", "res5"),
         norm: str = "FrozenBN",
+        map_norm: str = "none",
         freeze: Sequence[str] = (),
         options: Mapping[str, object] | None = None,
     ):
@@ -142,13 +147,15 @@ class TimmBackbone(nn.Module):
         self._shapes = {f: FeatureShape(channels[i], strides[i]) for f, i in self.indices.items()}
         self.channels_last = getattr(self.body, "output_fmt", "NCHW") == "NHWC"
         _use_norm(self.body, norm)
+        self.norms = _make_map_norms(self.body, self._shapes, map_norm)
         _freeze_parameters(self.body, freeze)
         self.size_divisibility = _measure_multiple(self)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> maps by name, each (B, channels, H / stride, W / stride)."""
         maps = self.body(images)
-        return {f: maps[i].permute(0, 3, 1, 2) if self.channels_last else maps[i] for f, i in self.indices.items()}
+        named = {f: maps[i].permute(0, 3, 1, 2) if self.channels_last else maps[i] for f, i in self.indices.items()}
+        return _norm_maps(named, self.norms)
 
     def output_shape(self) -> dict[str, FeatureShape]:
         """Channels and stride of each map."""
@@ -275,6 +282,20 @@ def _use_norm(module: nn.Module, norm: str) -> None:
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.BatchNorm2d):
                 setattr(parent, name, _frozen_norm(child))
+
+
+def _make_map_norms(body: nn.Module, shapes: Mapping[str, FeatureShape], map_norm: str) -> nn.ModuleDict:
+    """The norm of each map, by its name, with the eps of the body's own LayerNorms; empty for `none`."""
+    if map_norm not in _MAP_NORMS:
+        raise ValueError(f"unknown map_norm {map_norm!r}; there are {', '.join(_MAP_NORMS)}")
+    eps = next((module.eps for module in body.modules() if isinstance(module, nn.LayerNorm)), 1e-5)
+    named = shapes.items() if map_norm == "LN" else ()
+    return nn.ModuleDict({name: nn.LayerNorm(shape.channels, eps) for name, shape in named})
+
+
+def _norm_maps(maps: dict[str, Tensor], norms: nn.ModuleDict) -> dict[str, Tensor]:
+    """Maps (B, channels, H, W) by name -> the same, normalised over their channels where there are norms."""
+    return {n: norms[n](x.movedim(1, 3)).movedim(3, 1) if n in norms else x for n, x in maps.items()}
 
 
 def _frozen_norm(norm: nn.BatchNorm2d) -> nn.Module:

@@ -111,16 +111,17 @@ def train(
     output: str | Path,
     *,
     weights: str | Path | None = None,
+    parts: str = "all",
     **settings: Any,
 ) -> dict[str, float]:
     """Train a network, evaluate it, and write model.pth, results.json and metrics.json.
 
     Args:
         train_json, val_json: COCO-format annotations. train_images, val_images: the folders of their images.
-        output: folder for the files, which must not hold a model.
-        weights: a model.pth of this program to start from, or the weights of a backbone: a file, see `load_weights`, or
-            an address, see `locate`; None for random weights.
-        settings: see `Settings`.
+        output: folder for the files, which must not hold a model. settings: see `Settings`.
+        weights: a model.pth of this program, whose classes keep their rows by name, or the weights of a backbone: a
+            file, see `load_weights`, or an address, see `locate`; None for random weights.
+        parts: of the file: "all", or "backbone" for the backbone alone, from any detector's.
 
     Returns:
         the metrics: "AP", …, see `average_precision.evaluate`, and "training_seconds".
@@ -137,7 +138,7 @@ def train(
     content = read_content(locate(str(weights))) if weights else None
     settings = _with_input_range(_with_norm(settings, weights, content), weights, content)
     val = _open(val_json, val_images, settings, "none")
-    detector = _start(settings, val.names, weights, content)
+    detector = _start(settings, val.names, weights, content, parts)
     data = _open(train_json, train_images, settings, settings.flips)
     _check_data(data, val)
     output.mkdir(parents=True, exist_ok=True)
@@ -162,14 +163,17 @@ def evaluate(
     """
     settings = Settings(**settings)
     _prepare_process(settings)
-    content = read_content(weights)
+    content = read_content(locate(str(weights)))
     if _is_backbone(weights, content):
         raise DataError(
             f"{weights} has the weights of a backbone at most: train a detector from them, then evaluate it"
         )
     settings = _with_input_range(_with_norm(settings, weights, content), weights, content)
     val = _open(val_json, val_images, settings, "none")
-    detector = _start(settings, val.names, weights, content)
+    detector = build(settings, val.names)
+    _load(detector.network, weights, content, val.names)
+    if settings.compile:
+        compile_network(detector.network)
     folder = free_name(Path(output) / "evaluation")  # the results of the training stay as they are
     folder.mkdir(parents=True)
     return _write_results(detector, val, settings, folder, seconds=0.0)
@@ -284,13 +288,14 @@ def _with_input_range(settings: Settings, path: str | Path | None, content: Mapp
     return settings._replace(input_range=chosen)
 
 
-def _start(settings: Settings, names: list[str], path: str | Path | None, content: Mapping | None) -> Detector:
-    """A detector with random weights or those of a file, compiled if `settings` ask for it."""
+def _start(
+    settings: Settings, names: list[str], path: str | Path | None, content: Mapping | None, parts: str
+) -> Detector:
+    """A detector to train, with random weights or those of a file, compiled if `settings` ask for it."""
     detector = build(settings, names)
-    if content is not None and _is_backbone(path, content):
-        print(f"weights: {load_weights(detector, content, name=str(path))}")
-    elif content is not None:
-        _load(detector.network, path, content, names)
+    if content is not None:
+        wishes = {"classes": names, "class_rows": "name", "parts": parts}
+        print(f"weights: {load_weights(detector, content, name=str(path), **wishes)}")
     if settings.compile:
         compile_network(detector.network)
     return detector

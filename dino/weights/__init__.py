@@ -1,9 +1,10 @@
 """Weights of this and other programs: read without running code, format detected from the keys, converted, loaded."""
 
-from .addresses import SCHEMES, cannot_fetch, locate
+from .addresses import SCHEMES, locate
 from .checkpoint_formats import convert, recognise
+from .class_rows import same_names
 from .load_report import Report
-from .loading import MIN_BACKBONE, load_weights, same_names
+from .loading import MIN_BACKBONE, compare_weights, load_weights
 from .names import resnet_to_detectron2, resnet_to_torchvision, to_current_names
 from .reading import read_content, weights_of
 
@@ -11,7 +12,7 @@ __all__ = [
     "MIN_BACKBONE",
     "SCHEMES",
     "Report",
-    "cannot_fetch",
+    "compare_weights",
     "convert",
     "load_weights",
     "locate",

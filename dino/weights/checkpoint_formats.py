@@ -6,30 +6,37 @@ import re
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from dino.utils.files import DataError
 
+from .coco_classes import COCO_IDS, RAW_COCO_CLASSES  # noqa: F401 (RAW_COCO_CLASSES for others)
+from .mmdetection import from_mmdetection, to_mmdetection
 from .names import (
     DINO_NAMES,
     HUGGING_FACE_NAMES,
     StateDict,
+    count_parts,
     is_of_dino,
     rename,
+    renumber,
     resnet_to_detectron2,
     resnet_to_torchvision,
     rules,
     to_current_names,
 )
+from .other_detectors import name_detector
+from .signatures import SIGNATURES, recognise, strip_wrappers
 
-# Two keys that every file of a format has, and no file of another format.
-_SIGNATURES = {
-    "own": ("level_embed", "decoder.class_heads.0.bias"),
-    "official": ("transformer.level_embed", "transformer.tgt_embed.weight"),
-    "detrex": ("transformer.level_embeds", "transformer.tgt_embed.weight"),
-    "huggingface": ("model.transformer.level_embed", "model.transformer.content_query_embeddings.weight"),
-}
-_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|network\.)+")  # of DistributedDataParallel, torch.compile, DINODetector
 _HEADS = re.compile(r"(bbox|class)_embed\.\d+\..+")
+_LAYER_HEAD = re.compile(r"(decoder\.(?:class|box)_heads)\.(\d{1,6})\.((?:\d\.)?(?:weight|bias))")
+_NEEDED = ("level_embed", "decoder.class_heads.0.bias")
+_SIZES = {  # name -> number of dimensions
+    **dict(zip(_NEEDED, (2, 1), strict=True)),
+    "query_selection.content.weight": 2,
+    "query_selection.class_head.bias": 1,
+    "denoising.label_embed.weight": 2,
+}
 _SECOND_NAME = "transformer.decoder."  # other programs keep the decoder's heads under two names
 UNUSED_LABELS = "denoising.unused_labels"  # (rows, E): rows of the official label embedding that belong to no class
 CLASS_KEYS = re.compile(
@@ -37,45 +44,13 @@ CLASS_KEYS = re.compile(
     r"|denoising\.label_embed\.weight"
 )
 BRANCHES = "branches."  # front of the names of what only training uses
-# The category ids that COCO uses, in order: 80 of 1 to 90.
-COCO_IDS = (
-    *range(1, 12),
-    *range(13, 26),
-    27,
-    28,
-    *range(31, 45),
-    *range(46, 66),
-    67,
-    70,
-    *range(72, 83),
-    *range(84, 91),
-)
-RAW_COCO_CLASSES = 91  # of a model whose labels are these ids themselves
 
 _FROM_OFFICIAL = rules((official, own) for own, official, _ in DINO_NAMES)
 _TO_OFFICIAL = rules((own, official) for own, official, _ in DINO_NAMES)
 _FROM_DETREX = rules((detrex, own) for own, _, detrex in DINO_NAMES)
 _TO_DETREX = rules((own, detrex) for own, _, detrex in DINO_NAMES)
-_FROM_HUGGING_FACE = rules((theirs, official) for official, theirs in HUGGING_FACE_NAMES)
+_FROM_HUGGING_FACE = rules((theirs.removeprefix("model."), official) for official, theirs in HUGGING_FACE_NAMES)
 _TO_HUGGING_FACE = rules(HUGGING_FACE_NAMES)
-
-
-def strip_wrappers(state_dict: StateDict) -> StateDict:
-    """Remove the prefixes of wrappers from the keys.
-
-    Raises:
-        ValueError: two keys would become one.
-    """
-    stripped = {_WRAPPERS.sub("", key).replace("._orig_mod.", "."): value for key, value in state_dict.items()}
-    if len(stripped) < len(state_dict):
-        raise ValueError("two keys of the state dict differ only in a prefix such as 'module.'")
-    return stripped
-
-
-def recognise(state_dict: StateDict) -> str | None:
-    """Detect the format of a state dict from its keys: own, official, detrex, huggingface; None for anything else."""
-    keys = strip_wrappers(state_dict).keys()
-    return next((name for name, signature in _SIGNATURES.items() if keys >= set(signature)), None)
 
 
 def convert(state_dict: StateDict, to: str = "own") -> StateDict:
@@ -86,16 +61,19 @@ def convert(state_dict: StateDict, to: str = "own") -> StateDict:
     versions become the current ones. Branches, which only training uses, are left out of other formats.
 
     Args:
-        state_dict: names and tensors, with or without the prefixes `module.`, `_orig_mod.` and `network.`.
-        to: own, official, detrex or huggingface.
+        state_dict: names and tensors, with or without the prefixes of wrappers; of two copies of a model, the one that
+            is no running average.
+        to: own, official, detrex, huggingface or mmdetection.
 
     Raises:
-        DataError: the format is unknown, or the other program can't express the model.
+        DataError: the format is unknown, tensors are missing, or the other program can't express the model.
     """
     found = recognise(state_dict)
     if found is None:
         some = ", ".join(list(state_dict)[:3])
-        raise DataError(f"this is no DINO in a known format ({', '.join(_SIGNATURES)}): its keys are {some}, …")
+        other = name_detector(state_dict)
+        what = f"{other}, and no DINO" if other else "no DINO"
+        raise DataError(f"this is {what} in a known format ({', '.join(SIGNATURES)}): its keys are {some}, …")
     own = _READ[found](strip_wrappers(state_dict))
     if to == "own":
         return own
@@ -103,11 +81,43 @@ def convert(state_dict: StateDict, to: str = "own") -> StateDict:
     return _WRITE[to]({key: value for key, value in own.items() if not key.startswith(BRANCHES)})
 
 
+def _complete(own: StateDict) -> StateDict:
+    """Give every decoder layer the one head that a file has, whichever layer's it is, and check the sizes.
+
+    safetensors stores a tensor that has several names under one of them only.
+
+    Raises:
+        DataError: tensors that tell the sizes of the model are missing, or have another number of dimensions.
+    """
+    layers = count_parts(own, "decoder.layers.")
+    heads: dict[str, list[Tensor]] = {}  # name with a place for the layer's number -> of all layers that have it
+    for key, value in own.items():
+        if match := _LAYER_HEAD.fullmatch(key):
+            heads.setdefault(f"{match[1]}.{{}}.{match[3]}", []).append(value)
+    shared = {name: found[0] for name, found in heads.items() if len(found) == 1}
+    own = {name.format(layer): value for name, value in shared.items() for layer in range(layers)} | own
+    _check_sizes(own)
+    return own
+
+
+def _check_sizes(own: StateDict) -> None:
+    """Raise the DataError of `_complete`."""
+    for name, dimensions in _SIZES.items():
+        if name not in own and name not in _NEEDED:
+            continue
+        shape = tuple(own[name].shape) if name in own else None
+        if shape is None or len(shape) != dimensions:
+            state = f"has the shape {shape}" if shape is not None else "is missing"
+            raise DataError(f"the file is damaged, or of an unknown variant of DINO: its tensor {name} {state}")
+
+
 def _check_standard(own: StateDict) -> None:
     """Raise a DataError where a model has a variant of a part that no other program has."""
     classes = len(own["decoder.class_heads.0.bias"])
     if "query_selection.content.weight" not in own or len(own.get("query_selection.class_head.bias", ())) != classes:
         raise DataError("its query selection is not DINO's mixed selection: only this project has it")
+    if "denoising.label_embed.weight" not in own:
+        raise DataError("it has no label embedding (denoising.label_embed.weight), which every other program needs")
     if any(key.startswith("position_encoding.") for key in own):
         raise DataError("its position encoding is learned: only this project has one")
     added = next((key for key in own if key.startswith(("encoder.", "decoder.")) and not is_of_dino(key)), None)
@@ -121,11 +131,13 @@ def _from_official(state_dict: StateDict) -> StateDict:
     state = _merge_second_names(state_dict)
     kernels = {key: value.shape[-1] for key, value in state.items() if re.fullmatch(r"input_proj\.\d+\.0\.weight", key)}
     fine = sum(size == 1 for size in kernels.values())
-    state = _renumber(state, "input_proj.", lambda n: f"extra.{n - fine}" if n >= fine else f"{n}")
-    own = rename(state, _FROM_OFFICIAL)
-    classes, labels = len(own["decoder.class_heads.0.bias"]), own["denoising.label_embed.weight"]
+    state = renumber(state, "input_proj.", lambda n: f"extra.{n - fine}" if n >= fine else f"{n}")
+    own = _complete(rename(state, _FROM_OFFICIAL))
+    classes, labels = len(own["decoder.class_heads.0.bias"]), own.get("denoising.label_embed.weight", ())
     if len(labels) > classes:
-        own["denoising.label_embed.weight"], own[UNUSED_LABELS] = labels[:classes], labels[classes:]
+        own["denoising.label_embed.weight"], unused = labels[:classes], labels[classes:]
+        if len(unused) > 1 or unused.any():  # else `_to_official` added it
+            own[UNUSED_LABELS] = unused
     return own
 
 
@@ -148,17 +160,17 @@ def _to_official(own: StateDict) -> StateDict:
     state["denoising.label_embed.weight"] = torch.cat([labels, unused])
     official = rename(resnet_to_torchvision(state), _TO_OFFICIAL)
     fine = sum(bool(re.fullmatch(r"input_proj\.\d+\.0\.weight", key)) for key in official)
-    official = _renumber(official, "input_proj.extra.", lambda n: f"{n + fine}", "input_proj.")
+    official = renumber(official, "input_proj.extra.", lambda n: f"{n + fine}", "input_proj.")
     return _add_second_names(official)
 
 
 def _from_detrex(state_dict: StateDict) -> StateDict:
     """detrex -> own. Its last head is the encoder's."""
     state = _merge_second_names(state_dict)
-    last = max(int(key.split(".")[1]) for key in state if _HEADS.fullmatch(key))
+    last = max((int(key.split(".")[1]) for key in state if _HEADS.fullmatch(key)), default=0)
     for head in ("class_embed.", "bbox_embed."):
-        state = _renumber(state, head, lambda n: "last" if n == last else f"{n}")
-    return rename(state, _FROM_DETREX)
+        state = renumber(state, head, lambda n: "last" if n == last else f"{n}")
+    return _complete(rename(state, _FROM_DETREX))
 
 
 def _to_detrex(own: StateDict) -> StateDict:
@@ -168,15 +180,6 @@ def _to_detrex(own: StateDict) -> StateDict:
     state = rename(resnet_to_detectron2(own), _TO_DETREX)
     state = {key.replace("_embed.last.", f"_embed.{last}."): value for key, value in state.items()}
     return _add_second_names(state)
-
-
-def _renumber(state_dict: StateDict, prefix: str, name, new_prefix: str | None = None) -> StateDict:
-    """Replace the number n after `prefix` by `name(n)`, in every key with such a number."""
-
-    def new(match: re.Match) -> str:
-        return f"{prefix if new_prefix is None else new_prefix}{name(int(match[1]))}."
-
-    return {re.sub(rf"^{re.escape(prefix)}(\d+)\.", new, key): value for key, value in state_dict.items()}
 
 
 def _merge_second_names(state_dict: StateDict) -> StateDict:
@@ -213,13 +216,15 @@ def select_classes(own: StateDict, rows: Sequence[int]) -> StateDict:
 
 
 _READ = {
-    "own": to_current_names,
+    "own": lambda state: _complete(to_current_names(state)),
     "official": _from_official,
     "detrex": _from_detrex,
     "huggingface": lambda state: _from_official(rename(state, _FROM_HUGGING_FACE)),
+    "mmdetection": lambda state: _complete(from_mmdetection(state)),
 }
 _WRITE = {
     "official": _to_official,
     "detrex": _to_detrex,
     "huggingface": lambda own: rename(_to_official(own), _TO_HUGGING_FACE),
+    "mmdetection": lambda own: to_mmdetection({key: value for key, value in own.items() if key != UNUSED_LABELS}),
 }

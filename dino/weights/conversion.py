@@ -7,28 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from safetensors.torch import save_file
 
-from dino.modeling.detector import Preprocessing
 from dino.utils.files import DataError, UserError, write_whole
 
+from .addresses import locate
 from .checkpoint_formats import (
     BRANCHES,
-    COCO_IDS,
-    RAW_COCO_CLASSES,
     UNUSED_LABELS,
     coco_to_contiguous,
     convert,
-    recognise,
 )
-from .inferred_description import describe_network
+from .coco_classes import RAW_COCO_CLASSES, coco_names
+from .file_weights import FileWeights, read_weights
+from .inferred_description import Unshown, find_unshown, name_classes, with_description
 from .names import StateDict
-from .reading import DESCRIPTION, average_of, read_content, weights_of
+from .reading import DESCRIPTION, read_content
 
 
 def convert_file(
-    source: Path,
+    source: str | Path,
     target: Path,
     *,
     to: str,
@@ -40,7 +38,7 @@ def convert_file(
     """Convert one file.
 
     Args:
-        source: a checkpoint in any known format (.pth, .safetensors).
+        source: a checkpoint in any known format (.pth, .safetensors), an address, or the name of published weights.
         target: the file to write; must not exist.
         to: the format to write: own, official, detrex, huggingface, or "safetensors" for own format in such a file.
         coco80: of 91 classes (raw ids), keep the 80 that COCO has.
@@ -53,22 +51,23 @@ def convert_file(
     """
     if target.exists():
         raise UserError(f"{target} exists: choose another name, or move it away")
-    content = read_content(source)
+    path = locate(str(source))
+    content = read_content(path)
     describable = to in ("own", "safetensors")  # the other formats have no place for a description
     try:
-        format_ = recognise(weights_of(content))
-        own = _read_own(content, coco80, copy)
+        found = read_weights(content, copy)
+        own = _read_own(found, coco80)
         state = own if describable else convert(own, to=to)
     except ValueError as error:  # a DataError too
         raise DataError(f"can't convert {source}: {error}") from error
-    extra = _describe(content, own, format_, temperature, offset) if describable else {}
+    extra = _describe(content, own, found.format, str(source), temperature, offset) if describable else {}
     target.parent.mkdir(parents=True, exist_ok=True)
     if "safetensors" in (to, target.suffix.removeprefix(".")):
         _write_safetensors(target, state, extra)
     else:
         write_whole(target, lambda part: torch.save({"model": state, **extra}, part))
     classes = len(own["decoder.class_heads.0.bias"])
-    print(f"{target}: {to} format, {len(state)} tensors, {classes} classes; {source} was in {format_} format")
+    print(f"{target}: {to} format, {len(state)} tensors, {classes} classes; {source} was in {found.format} format")
     if not describable:
         _print_dropped(own, to)
 
@@ -81,52 +80,40 @@ def _print_dropped(own: StateDict, to: str) -> None:
         print(f"dropped: the branches, which only training uses; the {to} format has no place for them")
 
 
-def _read_own(content: dict[str, Any], coco80: bool, copy: str) -> StateDict:
+def _read_own(found: FileWeights, coco80: bool) -> StateDict:
     """The weights to convert, in own format."""
-    own, average = convert(weights_of(content)), average_of(content, copy)
-    if average is not None:
-        print("converted: the running average (EMA) of the weights")
-        own |= convert(average)
+    if found.format == "backbone":
+        convert(found.state)  # says what the file is
+    for note in found.notes:
+        print(note)
     if not coco80:
-        return own
-    classes = len(own["decoder.class_heads.0.bias"])
+        return found.state
+    classes = len(found.state["decoder.class_heads.0.bias"])
     if classes != RAW_COCO_CLASSES:
         raise DataError(f"--coco80 needs a model with the 91 raw ids of COCO, but this one has {classes} classes")
     print("dropped: the rows of the 11 ids that COCO does not use, in class heads and label embedding")
-    return coco_to_contiguous(own)
+    return coco_to_contiguous(found.state)
 
 
 def _describe(
-    content: dict[str, Any], own: StateDict, format_: str | None, temperature: float | None, offset: float | None
+    content: dict[str, Any], own: StateDict, format_: str, source: str, temperature: float | None, offset: float | None
 ) -> dict[str, Any]:
-    """`names` and `about` for a file in own format: those of the input, or what its tensors show."""
+    """What describes the model in a file in own format: the input's own description, or what its tensors show."""
     if format_ == "own":
         return {key: content[key] for key in DESCRIPTION if key in content}
-    extra = {}
-    names = _coco_names(len(own["decoder.class_heads.0.bias"]))
-    if names:
-        extra |= {"names": names, "category_ids": _coco_ids(len(names))}
-        print(f"names: those of COCO, because the model has {len(names)} classes")
-    if format_ == "detrex" and None in (temperature, offset):
-        print("no description: give --temperature and --offset (10000 -0.5 for detrex' 12 epochs, 20 0 for its 24)")
-        return extra
-    network = describe_network(own, temperature or 20.0, offset or 0.0)
-    if network is None:
-        print("no description: the backbone is no ResNet. Use the file with a recipe: train.init_checkpoint=…")
-        return extra
-    about = {"config": json.dumps({"network": network}), "preprocessing": Preprocessing()._asdict()}
-    return extra | {"about": about}
-
-
-def _coco_names(classes: int) -> list[str] | None:
-    """COCO's class names for a model of its 80 classes or 91 raw ids; None for another number."""
-    raw = torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
-    return {RAW_COCO_CLASSES: list(raw), len(COCO_IDS): [raw[i] for i in COCO_IDS]}.get(classes)
-
-
-def _coco_ids(classes: int) -> list[int]:
-    """The category ids of `_coco_names`: label -> COCO's id."""
-    return list(COCO_IDS) if classes == len(COCO_IDS) else list(range(classes))
+    try:
+        stated = find_unshown(content, format_, source) if None in (temperature, offset) else Unshown()
+        unshown = stated._replace(
+            temperatures=stated.temperatures if temperature is None else (temperature, temperature),
+            offset=stated.offset if offset is None else offset,
+        )
+        described = with_description(content, own, unshown, source)
+    except DataError as error:
+        print(f"no description: {error}")
+        described = name_classes(content, len(own["decoder.class_heads.0.bias"]))
+    if described["names"] == coco_names(len(described["names"])):
+        print(f"names: those of COCO, because the model has {len(described['names'])} classes")
+    return {key: described[key] for key in DESCRIPTION if key in described}
 
 
 def _write_safetensors(path: Path, state: StateDict, extra: dict[str, Any]) -> None:

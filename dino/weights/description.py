@@ -10,7 +10,10 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +23,20 @@ from dino.modeling import DINO, TorchvisionBackbone, variants
 from dino.modeling.detector import Detector, Preprocessing
 from dino.utils.files import DataError
 
-from . import load_weights, read_content
+from .inferred_description import open_checkpoint
+from .loading import load_weights
+from .names import StateDict
+from .reading import average_of, weights_of
+from .size_check import SizeGuard, check_size
 
-_WORD = re.compile(r"[\w.+-]*")  # any text of a description: no path and no address
+_WORD = re.compile(r"[\w.+-]{0,200}")  # any text of a description: no path and no address
 _NAMED = ("dino.modeling.variants.Branches", "dino.modeling.variants.branches.Branches")  # of parts with any names
+_MOST_NAMES, _LONGEST_NAME = 100_000, 1000  # classes; characters
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_LONGEST_CONFIG, _LONGEST_LIST, _DEEPEST = 2**20, 1000, 30  # characters, items, nested parts
+_LARGEST = 1_000_000  # any number of a description
+_LAYERS = re.compile(r"layers|levels|depth|blocks|repeat")  # arguments that count modules,
+_MOST_LAYERS = 1000
 _FETCHING = re.compile(r"pretrained.*|weights.*|checkpoint.*|cache_dir|file|.*(url|hub).*")  # arguments that name files
 
 
@@ -43,7 +56,7 @@ def detector_from_checkpoint(path: str | Path, copy: str = "auto") -> Detector:
     Returns:
         the detector, in evaluation mode, on the CPU.
     """
-    content = read_content(path)
+    path, content = open_checkpoint(path)
     network, names, preprocessing = _build_model(content, path, copy)
     return Detector(network, preprocessing, names, category_ids=_read_category_ids(content, path)).eval()
 
@@ -61,22 +74,48 @@ def model_from_checkpoint(path: str | Path, *, copy: str = "auto") -> _ModelFrom
         DataError: the file is missing, broken or unsafe; it has no description; or the description asks for a part that
             is not on the list, or for Detectron2 where that is not installed.
     """
-    return _build_model(read_content(path), path, copy)
+    path, content = open_checkpoint(path)
+    return _build_model(content, path, copy)
 
 
 def _build_model(content: Mapping, path: str | Path, copy: str) -> _ModelFromCheckpoint:
     """`model_from_checkpoint` for the content of a file."""
     config, names, preprocessing = read_description(content, path)
+    weights = _all_weights(content, copy)
     try:
-        network = build_network(config)
+        compared = check_size(lambda: build_network(config), weights)
+        with nullcontext() if compared else SizeGuard(weights):
+            network = build_network(config)
     except Exception as error:  # wrong arguments can raise anything
         raise _cannot_build(path, error) from error
-    problems = load_weights(network, content, copy=copy, name=str(path)).problems
-    if problems:
-        raise DataError(f"{path} lacks weights of its own model: {', '.join(problems[:3])}")
+    fresh = load_weights(network, content, copy=copy, name=str(path)).fresh
+    if fresh:
+        raise DataError(f"{path} lacks weights of its own model: {', '.join(list(fresh)[:3])}")
     if len(names) != len(network.decoder.class_heads[0].bias):
         raise DataError(f"{path} has {len(names)} names for {len(network.decoder.class_heads[0].bias)} classes")
     return _ModelFromCheckpoint(network.eval(), names, preprocessing)
+
+
+def check_description(content: Mapping, path: str | Path) -> None:
+    """Check that the described network is not larger than the weights of its file, before memory is taken for it.
+
+    Raises:
+        DataError: it is, or there is no description, or it can't be built.
+    """
+    config = read_description(content, path)[0]
+    try:
+        check_size(lambda: build_network(config), _all_weights(content, "auto"))
+    except Exception as error:  # wrong arguments can raise anything
+        raise _cannot_build(path, error) from error
+
+
+def _all_weights(content: Mapping, copy: str) -> StateDict:
+    """The tensors of a file and of their running average; none of a file without weights."""
+    found: StateDict = {}
+    for read in (weights_of, partial(average_of, copy=copy)):
+        with suppress(DataError):
+            found |= read(content) or {}
+    return found
 
 
 def read_description(content: Mapping, path: str | Path) -> tuple[dict, list[str], Preprocessing]:
@@ -92,12 +131,34 @@ def read_description(content: Mapping, path: str | Path) -> tuple[dict, list[str
             "file of another program"
         )
     try:
+        _check_names(names)
         preprocessing = _read_preprocessing(about.get("preprocessing"))
-        config = json.loads(about["config"])
-        _check(config["network"])
+        config = _read_config(about["config"])
     except Exception as error:  # JSON can hold anything
         raise _cannot_build(path, error) from error
     return config, list(names), preprocessing
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Raise a DataError for class names that no data set has."""
+    if len(names) > _MOST_NAMES:
+        raise DataError(f"{len(names):,} names of classes: at most {_MOST_NAMES:,} were expected")
+    odd = next((name for name in names if len(name) > _LONGEST_NAME or _CONTROL.search(name)), None)
+    if odd is not None:
+        raise DataError(f"the class name {odd[:50]!r} is longer than {_LONGEST_NAME}, or has control characters")
+
+
+def _read_config(text: str) -> dict:
+    """Read and check the `config` of a description.
+
+    Raises:
+        DataError: see `model_from_checkpoint`.
+    """
+    if len(text) > _LONGEST_CONFIG:
+        raise DataError(f"a description of {len(text):,} characters: at most {_LONGEST_CONFIG:,} were expected")
+    config = json.loads(text)
+    _check(config["network"])
+    return config
 
 
 def _read_category_ids(content: Mapping, path: str | Path) -> list[int]:
@@ -131,27 +192,46 @@ def build_network(config: Mapping) -> DINO:
     return network
 
 
-def _check(node: Any) -> None:
-    """Raise a DataError where a description asks for what is not allowed; see `model_from_checkpoint`."""
+def _check(node: Any, key: str = "", depth: int = 0) -> None:
+    """Raise a DataError where a description asks for what is not allowed; see `model_from_checkpoint`.
+
+    Args:
+        node: a part, an argument or a list of these.
+        key: the name of the argument.
+        depth: parts and lists around it.
+    """
+    if depth > _DEEPEST:
+        raise DataError(f"the description nests parts more than {_DEEPEST} deep")
     if isinstance(node, str) and not _WORD.fullmatch(node):
-        raise DataError(f"{node!r} is no plain word: a description can't name addresses and paths")
+        raise DataError(f"{node[:100]!r} is no plain word: a description can't name addresses and paths")
+    if isinstance(node, int | float):
+        _check_number(node, key)
     if isinstance(node, list):
+        if len(node) > _LONGEST_LIST:
+            raise DataError(f"{key[:100]!r} is a list of {len(node):,} items: at most {_LONGEST_LIST} were expected")
         for child in node:
-            _check(child)
+            _check(child, key, depth + 1)
     if isinstance(node, dict):
-        _check_arguments(node)
+        _check_arguments(node, depth)
 
 
-def _check_arguments(node: dict) -> None:
+def _check_number(number: float, key: str) -> None:
+    """Raise a DataError for a number beyond all networks: they would take minutes to count it off."""
+    most = _MOST_LAYERS if _LAYERS.search(key) else _LARGEST
+    if not abs(number) <= most:  # NaN too
+        raise DataError(f"{key[:100]!r} is {str(number)[:30]}: a number of at most {most:,} was expected")
+
+
+def _check_arguments(node: dict, depth: int) -> None:
     """`_check` for a part and its arguments."""
     for key, value in node.items():
         named = node.get("_target_") in _NAMED and isinstance(value, dict)
         if _FETCHING.fullmatch(key) and value and not named:
-            raise DataError(f"the argument {key!r} would read or download another file: a description can't")
+            raise DataError(f"the argument {key[:100]!r} would read or download another file: a description can't")
         if key == "_target_":
             _find_part(value)
         else:
-            _check(value)
+            _check(value, key, depth + 1)
 
 
 def _build(node: Any) -> Any:
@@ -255,7 +335,7 @@ def _read_preprocessing(values: Any) -> Preprocessing:
     for name, value in values.items():
         expected, fits = _EXPECTED[name]
         if not fits(value):
-            raise DataError(f"preprocessing: {name} is {value!r}, {expected} was expected")
+            raise DataError(f"preprocessing: {name} is {reprlib.repr(value)}, but {expected} was expected")
     return Preprocessing(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in values.items()})
 
 
@@ -264,12 +344,13 @@ def _is_list_of(value: Any, kind: type | tuple) -> bool:
     return isinstance(value, list | tuple) and bool(value) and all(isinstance(item, kind) for item in value)
 
 
-def _is_color(value: Any) -> bool:
-    return _is_list_of(value, (int, float)) and len(value) == 3 and all(abs(number) < 1e6 for number in value)
+def _are_colors(value: Any, least: float, most: float) -> bool:
+    """Whether `value` is a list of three numbers from `least` to `most`; NaN is none."""
+    return _is_list_of(value, (int, float)) and len(value) == 3 and all(least <= number <= most for number in value)
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value > 0
+def _is_count(value: Any, most: int) -> bool:
+    return type(value) is int and 0 < value <= most
 
 
 def _is_range(value: Any) -> bool:
@@ -279,11 +360,11 @@ def _is_range(value: Any) -> bool:
 
 # Field of `Preprocessing` -> what a message calls its values, and the test of a value.
 _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "pixel_mean": ("a list of three numbers", _is_color),
-    "pixel_std": ("a list of three positive numbers", lambda value: _is_color(value) and min(value) > 0),
-    "short_side": ("a positive integer", _is_count),
-    "max_size": ("a positive integer or null", lambda value: value is None or _is_count(value)),
-    "max_detections": ("a positive integer", _is_count),
+    "pixel_mean": ("three numbers from -10,000 to 10,000", lambda value: _are_colors(value, -1e4, 1e4)),
+    "pixel_std": ("three numbers from 0.001 to 10,000", lambda value: _are_colors(value, 1e-3, 1e4)),
+    "short_side": ("an integer from 1 to 10,000", lambda value: _is_count(value, 10_000)),
+    "max_size": ("an integer from 1 to 20,000, or null,", lambda value: value is None or _is_count(value, 20_000)),
+    "max_detections": ("an integer from 1 to 100,000", lambda value: _is_count(value, 100_000)),
     "input_range": ("two rising numbers or null", lambda value: value is None or _is_range(value)),
 }
 _ADDED = {"input_range"}  # fields that files from before do not have

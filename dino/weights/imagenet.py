@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dino.modeling.detector import IMAGENET_STD
 from dino.utils.files import DataError
@@ -50,13 +50,59 @@ _EXPANDING_BLOCK = {
     "_project_conv": "conv_pwl",
     "_bn2": "bn3",
 }
+# A ConvNeXt under its authors' names, as in detrex, which adds norms of the maps.
+_CONVNEXT = "downsample_layers.0.0.weight"
+_CONVNEXT_BLOCK = (  # in its authors' file · torchvision · timm
+    ("dwconv.*", "block.0.*", "conv_dw.*"),
+    ("norm.*", "block.2.*", "norm.*"),
+    ("pwconv1.*", "block.3.*", "mlp.fc1.*"),
+    ("pwconv2.*", "block.5.*", "mlp.fc2.*"),
+    ("gamma", "layer_scale", "gamma"),
+)
+_MAP_NORMS = tuple((f"norm{stage}.*", f"norms.res{stage + 2}.*") for stage in range(4))
+_CONVNEXT_TO_TORCHVISION = rules(
+    (
+        *_MAP_NORMS,
+        *((f"downsample_layers.{stage}.*", f"features.{2 * stage}.*") for stage in range(4)),
+        *(
+            (f"stages.{stage}.{{i}}.{theirs}", f"features.{2 * stage + 1}.{{i}}.{ours}")
+            for stage in range(4)
+            for theirs, ours, _ in _CONVNEXT_BLOCK
+        ),
+    )
+)
+_CONVNEXT_TO_TIMM = rules(
+    (
+        *_MAP_NORMS,
+        ("downsample_layers.0.*", "stem.*"),
+        ("downsample_layers.{i}.*", "stages.{i}.downsample.*"),
+        *((f"stages.{{i}}.{{i}}.{theirs}", f"stages.{{i}}.blocks.{{i}}.{ours}") for theirs, _, ours in _CONVNEXT_BLOCK),
+    )
+)
+# A FocalNet under its authors' names, as in detrex · timm. A stage ends with its downsampling there, and begins with it
+# in timm. Norms that follow the parts of a block have other names in timm than those that precede them.
+_FOCALNET = "layers.0.blocks.0.modulation.f.weight"
+_FOCALNET_TO_TIMM = rules(
+    (
+        *_MAP_NORMS,
+        ("patch_embed.*", "stem.*"),
+        *((f"layers.{stage}.downsample.*", f"layers.{stage + 1}.downsample.*") for stage in range(3)),
+        ("layers.{i}.blocks.{i}.gamma_{i}", "layers.{i}.blocks.{i}.ls{i}.gamma"),
+    )
+)
+_BLOCK_NORM = re.compile(r"(layers\.\d+\.blocks\.\d+\.norm\d)\.")
 _TIMM_BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.(\d+)\.")
 _EFFICIENTNET = {"_conv_stem.weight", "_blocks.0._depthwise_conv.weight", "_blocks.1._expand_conv.weight"}
+_TIMM_EFFICIENTNETS = re.compile(r"(?<![a-z0-9])(?:tf_)?(?:efficientnet|mixnet|mobilenetv3)\w*")
+_ADVPROP = re.compile(r"(?<![a-z])(adv|advprop|ap)(?![a-z])")
 _PYCLS = {"stem.conv.weight", "s1.b1.f.a.weight", "head.fc.weight"}  # keys of a RegNet classifier in pycls' own files
 _FRONTS = ("", "body.", "body.model.", "net.", "net.body.", "bottom_up.", "bottom_up.net.body.")  # of our models' keys
+_MAP_NORM = re.compile(r"((?:.+\.)?)body\.(norms\.res\d\..+)")  # these lie beside the body
 _THEIR_FRONTS = re.compile(r"^(backbone|model|encoder|trunk)\.")
 # Parts that detectors add to a classifier: its file can't have them.
-ADDED = re.compile(r"(^|\.)(simfp_|fpn_|top_block)|rel_pos_[hw]$|^(bottom_up\.|net\.|body\.)?norm\d\.")
+ADDED = re.compile(
+    r"(^|\.)(simfp_|fpn_|top_block)|rel_pos_[hw]$|^(bottom_up\.|net\.|body\.)?norm\d\.|^(bottom_up\.net\.)?norms\.res\d"
+)
 
 
 def fit_backbone(state: StateDict, backbone: nn.Module) -> StateDict:
@@ -72,17 +118,41 @@ def fit_backbone(state: StateDict, backbone: nn.Module) -> StateDict:
     # timm joins the first words of a name by underscores where it returns features, by dots in its files.
     spellings = {key.replace("_", "."): key for key in target}
 
-    def candidate(names, front: str) -> StateDict:
-        named = names(_without_front(state))
-        return {spellings.get((front + key).replace("_", "."), front + key): value for key, value in named.items()}
+    def candidate(named: StateDict, front: str) -> StateDict:
+        keys = {_MAP_NORM.sub(r"\1\2", front + key): value for key, value in named.items()}
+        spelt = {spellings.get(key.replace("_", "."), key): value for key, value in keys.items()}
+        return {key: _as_convolution(value, target.get(key)) for key, value in spelt.items()}
 
     def fitting(named: StateDict) -> int:
         return sum(target.get(key) == value.shape for key, value in named.items())
 
+    plain = _without_front(state)
+    named = [table(plain) for table in _tables(plain, backbone, target)]
+    return max((candidate(*way) for way in itertools.product(named, _FRONTS)), key=fitting)
+
+
+def _tables(state: StateDict, backbone: nn.Module, target: Iterable[str]) -> list[Callable[[StateDict], StateDict]]:
+    """The known ways to rename a backbone's tensors that come into question for this file and model."""
     tables = [dict, resnet_to_detectron2, resnet_to_torchvision]
     if _pads_like_tensorflow(backbone):
         tables.append(functools.partial(_efficientnet_to_timm, target=target))
-    return max((candidate(*way) for way in itertools.product(tables, _FRONTS)), key=fitting)
+    if _CONVNEXT in state:
+        tables += [functools.partial(rename, table=table) for table in (_CONVNEXT_TO_TORCHVISION, _CONVNEXT_TO_TIMM)]
+    if _FOCALNET in state:
+        tables += [functools.partial(_focalnet_to_timm, ending=ending) for ending in ("", "_post")]
+    return tables
+
+
+def _as_convolution(value: Tensor, shape: torch.Size | None) -> Tensor:
+    """A weight (O, I) as that of a 1x1 convolution, a scale (C,) as (C, 1, 1), where the model has these shapes."""
+    fits = shape is not None and len(shape) == value.ndim + 2 and shape == (*value.shape, 1, 1)
+    return value.reshape(shape) if fits else value
+
+
+def _focalnet_to_timm(state: StateDict, ending: str) -> StateDict:
+    """Rename a FocalNet from its authors' names to timm's; `ending` is that of the blocks' norms there."""
+    named = rename(state, _FOCALNET_TO_TIMM)
+    return {_BLOCK_NORM.sub(rf"\1{ending}.", key): value for key, value in named.items()}
 
 
 def check_network(state: StateDict, fitted: StateDict, backbone: nn.Module) -> None:
@@ -110,6 +180,40 @@ def check_network(state: StateDict, fitted: StateDict, backbone: nn.Module) -> N
             f"the file has squeeze-and-excitation in {shorten(lacking, 3)}, and the model's backbone has none there: "
             "the file is of another network, such as an EfficientNet instead of an EfficientNet-Lite. Name its backbone"
         )
+
+
+def doubts_of_name(path: str, backbone: nn.Module) -> list[str]:
+    """What the names of a file and its folders say against loading it into a timm backbone, as sentences.
+
+    timm's networks with and without `tf_` have the same tensors, but another padding and another eps of BatchNorm.
+    """
+    ours = (getattr(getattr(backbone, "body", None), "pretrained_cfg", None) or {}).get("architecture", "")
+    names = _TIMM_EFFICIENTNETS.findall(path.lower())
+    doubts = [
+        f"the file's path names {theirs}, the model's backbone is {ours}: the tensors are the same, padding and eps of "
+        f"BatchNorm are not. If the path is right, the features are wrong: name the backbone "
+        f"{'' if ours.startswith('tf_') else 'tf_'}{ours.removeprefix('tf_')}"
+        for theirs in dict.fromkeys(names)
+        if _differs_in_padding(theirs, ours)
+    ]
+    if _ADVPROP.search(path.lower()) and ours.startswith("tf_efficientnet") and _expects_imagenet_pixels(backbone):
+        doubts.append(
+            "the file's path names AdvProp, whose weights expect pixels of mean 127.5 and deviation 127.5: name the "
+            f"backbone {ours}.ap_in1k, which states them"
+        )
+    return doubts
+
+
+def _differs_in_padding(theirs: str, ours: str) -> bool:
+    """Whether two of timm's names differ in `tf_` and are else the same, but for further words of `theirs`."""
+    plain, other = ours.removeprefix("tf_"), theirs.removeprefix("tf_")
+    same = bool(ours) and (other == plain or other.startswith(f"{plain}_"))
+    return same and theirs.startswith("tf_") != ours.startswith("tf_")
+
+
+def _expects_imagenet_pixels(backbone: nn.Module) -> bool:
+    """Whether the weights that timm itself has for this name expect ImageNet's statistics."""
+    return max(map(abs, (x - 127.5 for x in backbone.pixel_statistics.get("pixel_mean", (127.5,))))) > 1
 
 
 def _has_without_squeezing(backbone: nn.Module, block: str) -> bool:

@@ -1,43 +1,225 @@
-"""The description of a model, inferred from its tensors: files of other programs have none."""
+"""The description of a model, inferred from a file of another program: its tensors show most of it."""
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import json
 import re
-from typing import Any
+from collections.abc import Mapping
+from math import isqrt
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from torch import Tensor
+
+from dino.modeling.detector import Preprocessing
+from dino.utils.files import DataError
+
+from .addresses import locate
+from .coco_classes import coco_ids, coco_names
+from .file_facts import find_position
+from .file_weights import read_weights
 from .levels import count_projections
+from .mmdetection import classes_of
 from .names import StateDict, resnet_to_detectron2
+from .published import Published, find, find_file
+from .reading import read_content
 
-_NUM_HEADS = 8  # of every published model; no tensor shows it
-_RESNETS = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101", (3, 8, 36, 3): "resnet152"}
+# Numbers of blocks in the stages, and of convolutions in a block.
+_RESNETS = {
+    (2, 2, 2, 2, 2): "resnet18",
+    (3, 4, 6, 3, 2): "resnet34",
+    (3, 4, 6, 3, 3): "resnet50",
+    (3, 4, 23, 3, 3): "resnet101",
+    (3, 8, 36, 3, 3): "resnet152",
+}
+_BACKBONE = "neck.backbone."
+# Arguments of the official program with which it builds another network than DINO -> the values of DINO.
+_DINO_ARGUMENTS = {
+    "two_stage_type": ("standard",),
+    "position_embedding": ("sine", "v2"),
+    "transformer_activation": ("relu",),
+    "decoder_sa_type": ("sa",),
+    "decoder_module_seq": (["sa", "ca", "ffn"],),
+    "num_patterns": (0,),
+    "embed_init_tgt": (True,),
+    **dict.fromkeys(
+        ("pre_norm", "dilation", "masks", "add_channel_attention", "two_stage_learn_wh", "use_detached_boxes_dec_out"),
+        (False,),
+    ),
+}
 _Node = dict[str, Any]
 
 
-def describe_network(own: StateDict, temperature: float, offset: float) -> _Node | None:
-    """Describe the network of a state dict in own format; None unless its backbone is a ResNet.
+class Unshown(NamedTuple):
+    """What no tensor shows of a network; the defaults are the official program's.
 
     Args:
-        own: the state dict.
-        temperature, offset: of the position encoding, which no tensor shows.
+        temperatures: of the position encoding, for y and for x.
+        offset: of the position encoding.
+        num_heads: of the attention.
+        max_detections: per image.
     """
-    backbone = _describe_backbone(own)
+
+    temperatures: tuple[float, float] = (20.0, 20.0)
+    offset: float = 0.0
+    num_heads: int = 8
+    max_detections: int = 300
+
+
+def open_checkpoint(source: str | Path) -> tuple[str, dict[str, Any]]:
+    """Fetch and read a checkpoint of this or another program, and describe its model -> its file, its content.
+
+    Args:
+        source: a file, an address or the name of published weights, see `locate`.
+
+    Raises:
+        DataError: the file is missing, broken or unsafe, or its model can't be described.
+        UserError: it can't be fetched.
+    """
+    path = locate(str(source))
+    content = read_content(path)
+    try:
+        return path, describe_content(content, str(source))
+    except ValueError as error:  # a DataError too
+        raise DataError(f"can't use the weights {path}: {error}") from error
+
+
+def describe_content(content: dict[str, Any], source: str) -> dict[str, Any]:
+    """Describe the model in the content of a file of another program, see `with_description`.
+
+    The content of any other file, such as that of a backbone, stays as it is.
+    """
+    if isinstance(content.get("about"), Mapping) or not any(isinstance(v, Mapping | Tensor) for v in content.values()):
+        return content
+    found = read_weights(content)
+    if found.format in ("own", "backbone"):
+        return content
+    return with_description(content, found.state, find_unshown(content, found.format, source), source)
+
+
+def with_description(content: Mapping, own: StateDict, unshown: Unshown, source: str) -> dict[str, Any]:
+    """Add `names`, `category_ids` and `about` to the content of a file, see `dino.weights.description`.
+
+    Args:
+        content: of the file. own: its weights, in own format.
+        unshown: what no tensor shows.
+        source: the file, or the name of published weights.
+
+    Raises:
+        DataError: the backbone is of no known kind.
+    """
+    network, published = describe_network(own, unshown), find(source) or find_file(source)
+    if network is not None:
+        about = {"config": json.dumps({"network": network}), "preprocessing": _preprocessing(unshown)}
+    elif published is not None:
+        about = _describe_recipe(published, own, unshown)
+    else:
+        raise DataError(
+            "its backbone is neither a ResNet nor a Swin, and the file does not describe it. Use it with a "
+            "recipe of this backbone: dino eval --config-file RECIPE, or train.init_checkpoint"
+        )
+    return {**content, **name_classes(content, len(own["decoder.class_heads.0.bias"])), "about": about}
+
+
+def find_unshown(content: Mapping, format_: str, source: str) -> Unshown:
+    """Find what no tensor shows in the official program's `args`, and elsewhere as `find_position`.
+
+    Raises:
+        DataError: nothing says the position encoding, or the network is not DINO's.
+    """
+    args = content.get("args")
+    if isinstance(args, argparse.Namespace) and format_ == "official":
+        return _read_arguments(vars(args))
+    position = find_position(content, format_, source)
+    if position is None and format_ == "detrex":
+        raise DataError(
+            "it is detrex', which does not store the constants of its position encoding: give --temperature and "
+            "--offset to `dino convert IN OUT --to own`, 10000 -0.5 for most of detrex' 12-epoch models, 20 0 for its "
+            "24-epoch ones"
+        )
+    return Unshown(*position or ())
+
+
+def _read_arguments(args: Mapping[str, Any]) -> Unshown:
+    """The arguments with which the official program was run; its defaults where they are absent.
+
+    Raises:
+        DataError: the network is not DINO's, or a value makes no sense.
+    """
+    for name, values in _DINO_ARGUMENTS.items():
+        if args.get(name, values[0]) not in values:
+            raise DataError(f"its network is not DINO's: {name} is {args[name]!r:.100}, not {values[0]!r}")
+    default = Unshown()
+    values = {
+        "pe_temperatureH": default.temperatures[0],
+        "pe_temperatureW": default.temperatures[1],
+        "nheads": default.num_heads,
+        "num_select": default.max_detections,
+    }
+    for name, usual in values.items():
+        values[name] = value = args.get(name, usual)
+        if type(value) not in {int, type(usual)} or not 0 < value < 1e9:
+            raise DataError(f"args.{name} is {value!r:.100}, a number such as {usual} was expected")
+    high, wide, heads, number = values.values()
+    return Unshown((float(high), float(wide)), default.offset, heads, number)
+
+
+def _preprocessing(unshown: Unshown) -> _Node:
+    return Preprocessing(max_detections=unshown.max_detections)._asdict()
+
+
+def name_classes(content: Mapping, number: int) -> _Node:
+    """Name the classes of a file -> `names` and `category_ids`: the file's own names, COCO's, or numbers."""
+    coco, stated = coco_names(number), content.get("names") or classes_of(content)
+    if coco and stated in (None, coco):
+        return {"names": coco, "category_ids": coco_ids(number)}
+    if stated and len(stated) == number:
+        return {"names": list(stated), "category_ids": list(range(1, number + 1))}
+    return {"names": [f"class {label}" for label in range(number)], "category_ids": list(range(number))}
+
+
+def _describe_recipe(published: Published, own: StateDict, unshown: Unshown) -> _Node:
+    """`about` by the recipe of published weights, which needs Detectron2."""
+    try:
+        describe_recipe = importlib.import_module("dino.d2.recipe_description").describe_recipe
+    except ImportError as error:
+        raise DataError(
+            f"{published.name} needs Detectron2, which is not installed here ({error}). README.md says how to install "
+            "it. ResNets do without"
+        ) from error
+    classes = len(own["decoder.class_heads.0.bias"])
+    return describe_recipe(published.recipe, classes, unshown.temperatures, unshown.offset)
+
+
+def describe_network(own: StateDict, unshown: Unshown) -> _Node | None:
+    """Describe the network of a state dict in own format; None unless its backbone is a ResNet or a Swin.
+
+    Raises:
+        DataError: the number of heads does not fit.
+    """
+    backbone = _describe_resnet(own) or _describe_swin(own)
     if backbone is None:
         return None
     levels, embed_dim = own["level_embed"].shape
     classes, queries = len(own["decoder.class_heads.0.bias"]), len(own["query_selection.content.weight"])
+    samples = len(own["encoder.layers.0.attention.attention_weights.bias"])  # of each query, over heads and levels
+    if samples % (unshown.num_heads * levels) or embed_dim % unshown.num_heads:
+        raise DataError(f"an attention with {samples} samples in {levels} levels has no {unshown.num_heads} heads")
     attention = {
         "embed_dim": embed_dim,
-        "num_heads": _NUM_HEADS,
+        "num_heads": unshown.num_heads,
         "num_levels": levels,
-        "num_points": len(own["encoder.layers.0.attention.attention_weights.bias"]) // (_NUM_HEADS * levels),
+        "num_points": samples // (unshown.num_heads * levels),
         "hidden_dim": len(own["encoder.layers.0.feed_forward.linear1.bias"]),
     }
     encoder, decoder = (
         {**attention, "num_layers": _count(own, rf"{part}\.layers\.")} for part in ("encoder", "decoder")
     )
-    features = backbone["out_features"]
+    features = _features(backbone, count_projections(own)["lateral"])
     neck = {"backbone": backbone, "in_features": features, "out_channels": embed_dim, "num_levels": levels}
-    position = {"embed_dim": embed_dim, "temperatures": [temperature] * 2, "offset": offset}
+    position = {"embed_dim": embed_dim, "temperatures": list(unshown.temperatures), "offset": unshown.offset}
     selection = {"num_queries": queries, "num_classes": classes, "embed_dim": embed_dim}
     return {
         "_target_": "dino.modeling.DINO",
@@ -50,14 +232,39 @@ def describe_network(own: StateDict, temperature: float, offset: float) -> _Node
     }
 
 
-def _describe_backbone(own: StateDict) -> _Node | None:
+def _describe_resnet(own: StateDict) -> _Node | None:
     """Describe a ResNet by the number of its blocks; None for any other backbone."""
-    named = resnet_to_detectron2({k: v for k, v in own.items() if k.startswith("neck.backbone.")})
-    name = _RESNETS.get(tuple(_count(named, rf"neck\.backbone\.res{stage}\.") for stage in range(2, 6)))
+    named = resnet_to_detectron2({k: v for k, v in own.items() if k.startswith(_BACKBONE)})
+    blocks = [_count(named, rf"neck\.backbone\.res{stage}\.") for stage in range(2, 6)]
+    name = _RESNETS.get((*blocks, _count(named, r"neck\.backbone\.res2\.0\.conv")))
     if name is None or "neck.backbone.stem.conv1.weight" not in named:
         return None
     features = ["res2", "res3", "res4", "res5"][-count_projections(own)["lateral"] :]
     return {"_target_": "dino.modeling.TorchvisionBackbone", "name": name, "out_features": features, "norm": "FrozenBN"}
+
+
+def _describe_swin(own: StateDict) -> _Node | None:
+    """Describe Detectron2's Swin, whose names are those of Swin's authors; None for any other backbone."""
+    stages = _count(own, rf"{re.escape(_BACKBONE)}layers\.")
+    tables = [own.get(f"{_BACKBONE}layers.{i}.blocks.0.attn.relative_position_bias_table") for i in range(stages)]
+    stem = own.get(f"{_BACKBONE}patch_embed.proj.weight")
+    if not tables or stem is None or any(table is None or table.ndim != 2 for table in tables):
+        return None
+    maps = sorted(int(m[1]) for m in (re.fullmatch(r"neck\.backbone\.norm(\d)\.weight", key) for key in own) if m)
+    return {
+        "_target_": "detectron2.modeling.SwinTransformer",
+        "embed_dim": len(stem),
+        "depths": [_count(own, rf"neck\.backbone\.layers\.{i}\.blocks\.") for i in range(stages)],
+        "num_heads": [table.shape[1] for table in tables],
+        "window_size": (isqrt(len(tables[0])) + 1) // 2,
+        "out_indices": maps,
+    }
+
+
+def _features(backbone: _Node, number: int) -> list[str]:
+    """Names of the `number` coarsest maps of a described backbone."""
+    named = backbone.get("out_features") or [f"p{index}" for index in backbone["out_indices"]]
+    return named[-number:]
 
 
 def _count(state_dict: StateDict, front: str) -> int:

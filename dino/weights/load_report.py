@@ -7,21 +7,41 @@ from dataclasses import dataclass, field
 
 from .names import is_of_dino
 
-_PARTS = ("neck.backbone", "neck", "level_embed", "encoder", "query_selection", "denoising", "decoder", "branches")
+_PARTS = (
+    "neck.backbone",
+    "neck",
+    "position_encoding",
+    "level_embed",
+    "encoder",
+    "query_selection",
+    "denoising",
+    "decoder",
+    "branches",
+)
+MISSING = "missing from the file"
+_NO_DETECTOR = "no detector in the file"
+_NEW_PART = "new part of the model"
 
 
 @dataclass
 class Report:
     """The result of `load_weights`; `str(report)` is a table.
 
+    Every tensor of the model is in one of `loaded`, `reinitialised`, `missing` and `without_detector`. A tensor that
+    the model has under several names (shared heads) counts once for each name, as in its state dict, and a note says
+    so; counters of batch norms (`num_batches_tracked`) do not count.
+
     Args:
         source: the file, or "state dict".
-        format: own, official, detrex, huggingface, or "backbone" for a file without a detector.
+        format: own, official, detrex, huggingface, …, or "backbone" for a file without a detector.
         loaded: names of the tensors that were loaded.
-        reinitialised: {name: reason} of tensors that keep their initial values, because the file's have another size.
+        reinitialised: {name: reason} of tensors that keep their initial values, some or all, because the file's have
+            another size or other classes.
         missing: names of tensors that keep their initial values, because the file has none.
         unexpected: tensors of the file that the model lacks, under own names where these are known.
         notes: sentences for people.
+        without_detector: names of tensors that keep their initial values, because only a backbone was loaded.
+        why_missing: {name: reason} of missing tensors.
     """
 
     source: str
@@ -31,6 +51,8 @@ class Report:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    without_detector: list[str] = field(default_factory=list)
+    why_missing: dict[str, str] = field(default_factory=dict)
 
     @property
     def form(self) -> str:
@@ -47,8 +69,32 @@ class Report:
         """The missing tensors that no DINO has: parts of a variant, which start as they were initialised."""
         return [name for name in self.missing if not is_of_dino(name)]
 
+    @property
+    def total(self) -> int:
+        """Number of the model's tensors."""
+        return len(self.loaded) + len(self.fresh)
+
+    @property
+    def fresh(self) -> dict[str, str]:
+        """{name: reason} of all tensors that keep initial values, some or all."""
+        missing = {name: self._reason_of_missing(name) for name in self.missing}
+        return {**dict.fromkeys(self.without_detector, _NO_DETECTOR), **missing, **self.reinitialised}
+
+    def _reason_of_missing(self, name: str) -> str:
+        return self.why_missing.get(name, MISSING) if is_of_dino(name) else _NEW_PART
+
+    @property
+    def summary(self) -> str:
+        """One line: how many of the model's tensors were loaded, and which parts start afresh for what reason."""
+        by_reason: dict[str, Counter] = {}
+        for name, reason in self.fresh.items():
+            by_reason.setdefault(reason, Counter())[_part_of(name)] += 1
+        reasons = [f"{_list_parts(parts)} ({reason})" for reason, parts in by_reason.items()]
+        unused = f"; not used: {len(self.unexpected)} tensors of the file" if self.unexpected else ""
+        return f"{len(self.loaded)} of {self.total} tensors loaded; afresh: {'; '.join(reasons) or 'none'}{unused}"
+
     def __str__(self) -> str:
-        lines = [f"{self.source} (format: {self.format})", *self._table()]
+        lines = [f"{self.source} (format: {self.format})", *self._table(), f"  {self.summary}"]
         lines += [f"  {what}: {shorten(names)}" for what, names in self._named().items() if names]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
@@ -57,16 +103,14 @@ class Report:
         columns = {
             "loaded": self.loaded,
             "re-initialised": list(self.reinitialised),
-            "missing": self.missing,
+            "missing": self.missing + self.without_detector,
             "unexpected": self.unexpected,
         }
         counts = [Counter(map(_part_of, names)) for names in columns.values()]
-        rows = [["", *columns]]
-        rows += [
-            [part, *(count[part] for count in counts)] for part in (*_PARTS, "other") if part in sum(counts, Counter())
-        ]
+        parts = [part for part in (*_PARTS, "other") if part in sum(counts, Counter())]
+        rows = [["", *columns], *([part, *(count[part] for count in counts)] for part in parts)]
         rows += [["all", *map(len, columns.values())]]
-        return ["  {:<16}{:>8}{:>16}{:>9}{:>12}".format(*row) for row in rows]
+        return ["  {:<19}{:>8}{:>16}{:>9}{:>12}".format(*row) for row in rows]
 
     def _named(self) -> dict[str, list[str]]:
         """The names of all tensors that were not loaded, by the reason."""
@@ -74,6 +118,11 @@ class Report:
         named = {f"re-initialised, {r}": [n for n, why in self.reinitialised.items() if why == r] for r in reasons}
         missing = [name for name in self.missing if is_of_dino(name)]
         return {**named, "new, as initialised": self.new, "missing": missing, "unexpected": self.unexpected}
+
+
+def _list_parts(counts: Counter) -> str:
+    """The parts of the model in its order, each with a number of tensors."""
+    return ", ".join(f"{part.removeprefix('neck.')} {counts[part]}" for part in (*_PARTS, "other") if counts[part])
 
 
 def _part_of(name: str) -> str:

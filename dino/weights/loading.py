@@ -14,27 +14,23 @@ from dino.modeling import DINO, TimmBackbone
 from dino.modeling.detector import Detector
 from dino.utils.files import DataError
 
-from .checkpoint_formats import (
-    CLASS_KEYS,
-    COCO_IDS,
-    RAW_COCO_CLASSES,
-    UNUSED_LABELS,
-    coco_to_contiguous,
-    convert,
-    recognise,
-    select_classes,
-    strip_wrappers,
-)
-from .imagenet import ADDED, check_network, fit_backbone
+from .checkpoint_formats import CLASS_KEYS
+from .class_rows import fit_classes
+from .detector_backbones import cut_backbone, name_any_detector
+from .file_weights import read_weights
+from .imagenet import ADDED, check_network, doubts_of_name, fit_backbone
 from .levels import fit_levels
-from .load_report import Report, shorten
+from .load_report import MISSING, Report, shorten
 from .names import StateDict
-from .reading import average_of, read_content, weights_of
+from .reading import read_content
+from .values import to_dtypes
 
 MIN_BACKBONE = 0.95
 _BACKBONE = "neck.backbone."
 _PROJECTION_KEYS = re.compile(r"neck\.(lateral|extra_levels)\.\d+\.0\.weight")
 _QUERY_KEYS = re.compile(r"(query_selection|branches\.[^.]+)\.content\.weight")
+_LAYER_KEYS = re.compile(r"((?:encoder|decoder)\.(?:layers|class_heads|box_heads)\.)(\d+)\.")
+_LEVEL_KEYS = re.compile(r"neck\.(lateral|extra_levels)\.\d+\..+")
 _ATTENTION_KEYS = re.compile(r".+\.(sampling_offsets|attention_weights)\.(weight|bias)")
 _DETREX_NOTE = (
     "the file does not name the position encoding that it was trained with: detrex' 12-epoch models need "
@@ -56,6 +52,31 @@ class _Sizes(NamedTuple):
         return cls(*(len(state[key]) if key in state else 0 for key in keys))
 
 
+class _Wishes(NamedTuple):
+    """The arguments of `load_weights` that say how to load."""
+
+    min_backbone: float = MIN_BACKBONE
+    copy: str = "auto"
+    classes: Sequence[str] | None = None
+    class_rows: str = "auto"
+    parts: str = "all"
+
+
+class _Target(NamedTuple):
+    """The tensors of the model."""
+
+    tensors: StateDict
+    first: dict[str, str]  # name -> the first name of the same tensor, which layers may share
+
+    @classmethod
+    def of(cls, network: DINO) -> _Target:
+        """Read them from a network."""
+        firsts: dict[int, str] = {}
+        own = network.state_dict(keep_vars=True)  # the parameters themselves: a shared one is the same object
+        first = {name: firsts.setdefault(id(value), name) for name, value in own.items()}
+        return cls(network.state_dict(), first)
+
+
 def load_weights(
     model: nn.Module,
     source: str | Path | Mapping,
@@ -64,6 +85,8 @@ def load_weights(
     copy: str = "auto",
     name: str = "the state dict",
     classes: Sequence[str] | None = None,
+    class_rows: str = "auto",
+    parts: str = "all",
 ) -> Report:
     """Load the weights of any known program into a model, as far as they fit.
 
@@ -77,23 +100,47 @@ def load_weights(
         min_backbone: least share of the backbone's tensors that must be loaded; 0 lets another backbone stay.
         copy: "model", "ema" (the running average), or "auto" for the running average if the file has one.
         name: the name in messages of a source that is no file.
-        classes: names of the model's classes. The classes of a file with the same names are put into this order.
+        classes: names of the model's classes. Where the file's are known too, each class gets the rows of its name in
+            class heads and label embeddings.
+        class_rows: "name" leaves the rows of other classes out; "auto" does so where the numbers of classes differ,
+            and else leaves all rows in place, unless the names are the same ones in another order.
+        parts: "all", or "backbone" for the backbone alone, from a file of any detector.
 
     Raises:
         DataError: the file is missing, broken, unsafe or of another model; the model is unchanged.
+        ValueError: `class_rows` or `parts` is another word.
     """
+    network = _find_network(model)
+    chosen, report = _read(model, source, name, _Wishes(min_backbone, copy, classes, class_rows, parts))
+    network.load_state_dict(chosen, strict=False)
+    return report
+
+
+def compare_weights(
+    model: nn.Module, source: str | Path | Mapping, *, name: str = "the state dict", **wishes: Any
+) -> Report:
+    """The report of `load_weights` without the loading: the model, which may be on the meta device, is unchanged.
+
+    Arguments and errors as of `load_weights`.
+    """
+    return _read(model, source, name, _Wishes(**wishes))[1]
+
+
+def _read(model: nn.Module, source: str | Path | Mapping, name: str, wishes: _Wishes) -> tuple[StateDict, Report]:
+    """Choose what `load_weights` loads, and report on it."""
+    if wishes.parts not in ("all", "backbone") or wishes.class_rows not in ("auto", "name"):
+        raise ValueError('parts is "all" or "backbone", class_rows is "auto" or "name"')
     network = _find_network(model)
     if isinstance(source, str | Path):
         source, name = read_content(source), str(source)
     report = Report(name, "")
     try:
-        chosen = _choose(network, source, report, min_backbone, copy, classes)
-        if report.format == "backbone":
+        chosen = _choose(network, source, report, wishes)
+        if report.format == "backbone" and wishes.parts == "all":
             _check_pixels(model, report)
     except ValueError as error:  # a DataError too
         raise DataError(f"can't use the weights {name}: {error}") from error
-    network.load_state_dict(chosen, strict=False)
-    return report
+    return chosen, report
 
 
 def _find_network(model: nn.Module) -> DINO:
@@ -109,63 +156,87 @@ def _find_part(model: nn.Module, kind: type[nn.Module]) -> Any:
     return next((part for part in model.modules() if isinstance(part, kind)), None)
 
 
-def _choose(
-    network: DINO, content: Mapping, report: Report, min_backbone: float, copy: str, classes: Sequence[str] | None
-) -> StateDict:
+def _choose(network: DINO, content: Mapping, report: Report, wishes: _Wishes) -> StateDict:
     """Choose the tensors of a file that fit the network, under its names; fills in the report."""
-    state, average = strip_wrappers(weights_of(content)), average_of(content, copy)
-    report.format = recognise(state) or "backbone"
-    target, partial = network.state_dict(), {}
+    found = read_weights(content, wishes.copy)
+    target = _Target.of(network)
+    report.format = found.format
+    report.notes += [*found.notes, *([_DETREX_NOTE] if _may_need_constants(found.format, network) else [])]
     if report.format == "backbone":
-        report.notes.append("weights of a backbone alone; all other parts keep their initial values")
-        own = fit_backbone(state, network.neck.backbone)
-        check_network(state, own, network.neck.backbone)
-        own = _with_front(own)
-        sizes, target = _Sizes.of(own), _backbone_of(target)
+        chosen = _choose_backbone(_read_backbone(found.state, network, report, wishes), target, report, wishes)
+    elif wishes.parts == "backbone":
+        own = _rename_backbone(found.state, network)
+        report.unexpected += [name for name in own if not name.startswith(_BACKBONE)]
+        chosen = _choose_backbone(_backbone_of(own), target, report, wishes)
     else:
-        own = _in_own_format(state, average, report)
-        own = _order_classes(_fit_classes(own, target, report), content.get("names"), classes, report)
-        sizes = _Sizes.of(own)
-        own, partial = fit_levels(own, network)
-        own = _rename_backbone(own, network)
-    chosen = _compare(own, target, sizes, report, tolerant=min_backbone < MIN_BACKBONE)
-    report.reinitialised |= partial
-    report.loaded = [name for name in report.loaded if name not in partial]
-    _check_backbone(report, own, target, min_backbone)
+        chosen = _choose_all(found.state, content, network, target, report, wishes)
+    tensors = len({target.first[name] for name in target.tensors if _counts(name)})
+    if tensors < report.total:
+        report.notes.append(
+            f"layers of the model share tensors: the {report.total} are names, of {tensors} different tensors"
+        )
+    return to_dtypes(chosen, target.tensors)
+
+
+def _choose_all(
+    own: StateDict, content: Mapping, network: DINO, target: _Target, report: Report, wishes: _Wishes
+) -> StateDict:
+    """Choose from the tensors of a detector."""
+    by_name = wishes.class_rows == "name"
+    own, fresh_rows = fit_classes(own, target.tensors, content, wishes.classes, by_name, report)
+    sizes = _Sizes.of(own)
+    own, fresh_levels = fit_levels(own, network)
+    own = _rename_backbone(own, network)
+    chosen = _compare(own, target, sizes, report, wishes, fresh_rows | fresh_levels)
     _check_shared(chosen, target)
     return chosen
 
 
-def _in_own_format(state: StateDict, average: StateDict | None, report: Report) -> StateDict:
-    """Convert the weights of a file, and put their running average, if any, in their place."""
-    own = convert(state)
-    if average is not None:
-        own |= convert(average)
-        report.notes.append("loaded: the running average (EMA) of the weights")
-    if report.format == "detrex":
-        report.notes.append(_DETREX_NOTE)
+def _read_backbone(state: StateDict, network: DINO, report: Report, wishes: _Wishes) -> StateDict:
+    """Read the backbone from a file that has no DINO, under own names.
+
+    Raises:
+        DataError: the file is another detector's, and nobody asked for its backbone alone.
+    """
+    backbone, kind = network.neck.backbone, name_any_detector(state)
+    if not kind:
+        own = fit_backbone(state, backbone)
+        check_network(state, own, backbone)
+        report.notes += doubts_of_name(report.source, backbone)
+        return _with_front(own)
+    own, others = cut_backbone(state, backbone)
+    own = _with_front(own)
+    if wishes.parts != "backbone":
+        _refuse_detector(kind, own, _backbone_of(network.state_dict()))
+    report.notes.append(f"the file is {kind}: its backbone alone is used, as asked for")
+    report.unexpected += filter(_counts, others)
     return own
 
 
-def _fit_classes(own: StateDict, target: StateDict, report: Report) -> StateDict:
-    """Drop the label embeddings of no class, and turn COCO's 91 raw ids into 80 classes where the model has 80."""
-    if (_Sizes.of(own).classes, _Sizes.of(target).classes) == (RAW_COCO_CLASSES, len(COCO_IDS)):
-        report.notes.append("91 raw category ids of COCO became its 80 classes; the rows of the other 11 were dropped")
-        own = coco_to_contiguous(own)
-    return {key: value for key, value in own.items() if key != UNUSED_LABELS}
+def _refuse_detector(kind: str, own: StateDict, target: StateDict) -> None:
+    """Raise the DataError for a file of another detector."""
+    wanted = list(filter(_counts, target))
+    fitting = sum(name in own and own[name].shape == target[name].shape for name in wanted)
+    known = f"the file is {kind}, no DINO in a known format"
+    if fitting < MIN_BACKBONE * len(wanted):
+        raise DataError(f"{known}, and has only {fitting} of the {len(wanted)} tensors of the model's backbone")
+    raise DataError(
+        f"{known}: only its backbone fits the model ({fitting} of {len(wanted)} tensors). To start from the backbone "
+        'alone, ask for it: train.init_parts=backbone (in Python parts="backbone")'
+    )
 
 
-def _order_classes(own: StateDict, theirs: object, ours: Sequence[str] | None, report: Report) -> StateDict:
-    """Put the classes into the order of `ours`, where the file has the same names."""
-    if not ours or theirs == list(ours) or not same_names(theirs, ours):
-        return own
-    report.notes.append("the same classes in another order: reordered as in the data")
-    return select_classes(own, [theirs.index(name) for name in ours])
+def _choose_backbone(own: StateDict, target: _Target, report: Report, wishes: _Wishes) -> StateDict:
+    """Choose from the tensors of a backbone; all other parts of the model keep their initial values."""
+    report.notes.append("weights of a backbone alone; all other parts keep their initial values")
+    backbone = target._replace(tensors=_backbone_of(target.tensors))
+    report.without_detector = [name for name in target.tensors if name not in backbone.tensors and _counts(name)]
+    return _compare(own, backbone, _Sizes.of(own), report, wishes, {})
 
 
-def same_names(theirs: object, ours: Sequence[str]) -> bool:
-    """Whether a file has these class names, in any order."""
-    return isinstance(theirs, list) and len(theirs) == len(ours) and all(theirs.count(name) == 1 for name in ours)
+def _may_need_constants(format_: str, network: DINO) -> bool:
+    """Whether a file does not name its position encoding, and the network has the most usual one."""
+    return format_ == "detrex" and getattr(network.position_encoding, "temperatures", None) == (20.0, 20.0)
 
 
 def _rename_backbone(own: StateDict, network: DINO) -> StateDict:
@@ -184,25 +255,52 @@ def _with_front(backbone: StateDict) -> StateDict:
     return {f"{_BACKBONE}{key}": value for key, value in backbone.items()}
 
 
-def _compare(own: StateDict, target: StateDict, theirs: _Sizes, report: Report, tolerant: bool) -> StateDict:
-    """Sort all names into the report, and return the tensors to load.
+def _compare(
+    own: StateDict, target: _Target, theirs: _Sizes, report: Report, wishes: _Wishes, fresh: dict[str, str]
+) -> StateDict:
+    """Sort all names into the report, and return the tensors to load; `fresh` has reasons known before.
 
     Raises:
-        DataError: a shape differs for another reason than `_Sizes` or the number of queries.
+        DataError: a shape differs for another reason than `_Sizes` or the number of queries, or too little of the
+            backbone is there.
     """
-    chosen, wrong, missing = {}, [], []
+    tolerant = bool(wishes.min_backbone < MIN_BACKBONE or report.without_detector)
+    chosen, reasons = _sort(own, target.tensors, theirs, tolerant)
+    _fill_in(report, chosen, fresh | reasons, own, target)
+    _check_backbone(report, own, target, wishes.min_backbone)
+    return chosen
+
+
+def _fill_in(report: Report, chosen: StateDict, reasons: dict[str, str], own: StateDict, target: _Target) -> None:
+    """Put each name of the model into one list of the report; all names of one tensor into the same."""
+    loaded = {target.first[name] for name in chosen}
+    by_tensor = {target.first[name]: reason for name, reason in reasons.items()}
+    for name in filter(_counts, target.tensors):
+        first = target.first[name]
+        if first in by_tensor:
+            report.reinitialised[name] = by_tensor[first]
+        elif first in loaded:
+            report.loaded.append(name)
+        else:
+            report.missing.append(name)
+            report.why_missing[name] = _why_missing(name, own, target.tensors)
+    report.unexpected += [name for name in own if name not in target.tensors and _counts(name)]
+
+
+def _sort(own: StateDict, target: StateDict, theirs: _Sizes, tolerant: bool) -> tuple[StateDict, dict[str, str]]:
+    """The tensors of a file with the model's shapes, and {name: reason} of those with others.
+
+    Raises:
+        DataError: a shape differs without a known reason.
+    """
+    chosen, reasons, wrong = {}, {}, []
     ours = _Sizes.of(target)
-    backbone_may_differ = tolerant or report.format == "backbone"
-    for name, value in target.items():
-        found = own.get(name)
-        if found is None:
-            missing.append(name)
-        elif found.shape == value.shape:
+    for name in (name for name in target if name in own):
+        found, value = own[name], target[name]
+        if found.shape == value.shape:
             chosen[name] = found
-        elif reason := _why_other_queries(name, found, value) or _why_other_size(
-            name, theirs, ours, backbone_may_differ
-        ):
-            report.reinitialised[name] = reason
+        elif reason := _why_other_queries(name, found, value) or _why_other_size(name, theirs, ours, tolerant):
+            reasons[name] = reason
         else:
             wrong.append(f"{name} is {tuple(found.shape)} in the file and {tuple(value.shape)} in the model")
     if wrong:
@@ -210,10 +308,19 @@ def _compare(own: StateDict, target: StateDict, theirs: _Sizes, report: Report, 
             f"the file is of another model: {shorten(wrong, 3)}. Build the model with the settings that the file was "
             "trained with"
         )
-    report.loaded += list(chosen)
-    report.missing += filter(_counts, missing)
-    report.unexpected += filter(_counts, (name for name in own if name not in target))
-    return chosen
+    return chosen, reasons
+
+
+def _why_missing(name: str, own: StateDict, target: StateDict) -> str:
+    """Why a file lacks this tensor."""
+    if _LEVEL_KEYS.fullmatch(name):
+        return "a level that the file lacks"
+    match = _LAYER_KEYS.match(name)
+    front = match[1] if match else f"{name}."
+    theirs, ours = ({n.split(".")[2] for n in state if n.startswith(front)} for state in (own, target))
+    if not match or match[2] in theirs:
+        return MISSING
+    return f"{len(ours)} {front.split('.')[0]} layers instead of {len(theirs)}"
 
 
 def _counts(name: str) -> bool:
@@ -238,9 +345,11 @@ def _why_other_size(name: str, theirs: _Sizes, ours: _Sizes, backbone_may_differ
     return None
 
 
-def _check_backbone(report: Report, own: StateDict, target: StateDict, min_backbone: float) -> None:
+def _check_backbone(report: Report, own: StateDict, target: _Target, min_backbone: float) -> None:
     """Raise a DataError where less than the share `min_backbone` of the backbone's tensors is loaded."""
-    wanted = _wanted_of_backbone(target, classifier=report.format == "backbone")
+    classifier = report.format == "backbone"  # its file can't have what detectors add
+    names = filter(_counts, _backbone_of(target.tensors))
+    wanted = [name for name in names if not (classifier and ADDED.search(name.removeprefix(_BACKBONE)))]
     loaded = set(report.loaded)
     absent = [name.removeprefix(_BACKBONE) for name in wanted if name not in loaded]
     if len(absent) > (1 - min_backbone) * len(wanted):
@@ -251,12 +360,6 @@ def _check_backbone(report: Report, own: StateDict, target: StateDict, min_backb
             f"model's backbone. The model needs {shorten(absent, 3)}; the file has {shorten(theirs, 3)}. "
             "min_backbone=0 (train.min_backbone=0) keeps the initial values of the backbone"
         )
-
-
-def _wanted_of_backbone(target: StateDict, classifier: bool) -> list[str]:
-    """Names of the backbone's tensors that a file must have; that of a classifier can't have what detectors add."""
-    names = filter(_counts, _backbone_of(target))
-    return [name for name in names if not (classifier and ADDED.search(name.removeprefix(_BACKBONE)))]
 
 
 def _check_pixels(model: nn.Module, report: Report) -> None:
@@ -292,14 +395,14 @@ def _round(values: Tensor) -> list[float]:
     return [round(x, 3) for x in values.flatten().tolist()]
 
 
-def _check_shared(chosen: StateDict, target: StateDict) -> None:
+def _check_shared(chosen: StateDict, target: _Target) -> None:
     """Raise a DataError where the model shares a tensor under several names, and the file has different ones."""
-    first: dict[int, str] = {}
+    first: dict[str, str] = {}
     for name in chosen:
         if not name.startswith("decoder."):
             continue
-        other = first.setdefault(target[name].data_ptr(), name)
-        if not torch.equal(chosen[name], chosen[other]):
+        other = first.setdefault(target.first[name], name)
+        if other != name and not chosen[name].is_meta and not torch.equal(chosen[name], chosen[other]):
             raise DataError(
                 f"the model's decoder layers share their heads, but the file has separate heads ({name} differs from "
                 f"{other}): build the model without share_heads"

@@ -7,7 +7,7 @@ that fits a key renames it. Keys that fit no row keep their name: loading report
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
@@ -80,8 +80,8 @@ DINO_NAMES = (
     ("denoising.label_embed.*", "label_enc.*", "label_enc.*"),
 )
 
-# official · the port to Hugging Face transformers, after the conversion script of its proposal: no file in this format
-# has been released.
+# official · the port to Hugging Face transformers, after the conversion script and the model of its proposal: no file
+# in this format has been released. Earlier states of the proposal kept the official `tgt_embed`.
 HUGGING_FACE_NAMES = (
     ("transformer.encoder.layers.{i}.norm1.*", "model.transformer.encoder.layers.{i}.self_attn_layer_norm.*"),
     ("transformer.encoder.layers.{i}.norm2.*", "model.transformer.encoder.layers.{i}.final_layer_norm.*"),
@@ -126,6 +126,23 @@ _OF_DINO = [re.compile(_pattern(own)) for own, _, _ in DINO_NAMES]
 def is_of_dino(name: str) -> bool:
     """Whether DINO itself has a tensor of this name (in own format), and not only a variant of its parts."""
     return any(pattern.fullmatch(name) for pattern in _OF_DINO)
+
+
+def renumber(
+    state_dict: StateDict, prefix: str, name: Callable[[int], str], new_prefix: str | None = None
+) -> StateDict:
+    """Replace the number n after `prefix` by `name(n)`, in every key with such a number."""
+
+    def new(match: re.Match) -> str:
+        return f"{prefix if new_prefix is None else new_prefix}{name(int(match[1]))}."
+
+    return {re.sub(rf"^{re.escape(prefix)}(\d+)\.", new, key): value for key, value in state_dict.items()}
+
+
+def count_parts(keys: Iterable[str], front: str) -> int:
+    """Count the different numbers that follow `front` at the beginning of keys."""
+    found = (re.match(rf"{re.escape(front)}(\d+)\.", key) for key in keys)
+    return len({match[1] for match in found if match})
 
 
 def rules(pairs: Iterable[tuple[str, str]]) -> _Rules:

@@ -3,36 +3,76 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import pickle
 import re
 import zipfile
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from dino.utils.files import DataError
-from dino.weights.pickles import read_pickle
 
 from .names import StateDict
+from .pickle_check import BoundedFile, PickleCheck
+from .pickles import read_pickle
+from .signatures import split_copies
+from .stand_ins import MORE_STAND_INS, STAND_INS, Skipped
 
 DESCRIPTION = ("names", "category_ids", "about")  # what a file of this project has besides tensors
-_STATE_KEYS = ("model", "state_dict", "model_state", "blobs")  # under which programs keep the weights
-_EMA_KEYS = ("ema_model", "ema_state", "ema")  # and their running average
+# Under which programs keep the weights, DeepSpeed under `module`, and their running average.
+_STATE_KEYS = ("model", "state_dict", "model_state", "model_state_dict", "module", "blobs")
+_EMA_KEYS = ("ema_model", "ema_state", "ema", "ema_state_dict", "model_ema", "state_dict_ema", "ema_model_state_dict")
+_DEPTH = 5  # of dicts in dicts
+_MOST_AT_ONCE = 2**26  # bytes of a zip file's list of contents, of a pickle, and of a text in it
+_MOST_HEADER = 2**24  # bytes of a safetensors file's list of tensors, and texts
+_MOST_INFLATED = 4  # times the file's size: weights hardly compress, and PyTorch stores them as they are
+_MOST_SHARED, _SLACK = 16, 2**26  # times the file's size, and bytes: numbers that several tensors share
+# Full names of all that PyTorch's files may contain.
+_NAMES = frozenset(
+    [
+        *(f"torch._utils._rebuild_{name}" for name in ("tensor", "tensor_v2", "tensor_v3", "parameter")),
+        *(
+            f"torch.{kind}Storage"
+            for kind in ["Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool"]
+        ),
+        *(f"torch.Complex{kind}Storage" for kind in ("Float", "Double")),
+        *(str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)),
+        "torch._utils._rebuild_parameter_with_state",
+        "torch._tensor._rebuild_from_type_v2",
+        "torch.nn.parameter.Parameter",
+        "torch.storage.UntypedStorage",
+        "torch.storage.TypedStorage",
+        "torch.Size",
+        "torch.Tensor",
+        "torch.device",
+        "collections.Counter",
+        "builtins.set",
+        "builtins.complex",
+        "argparse.Namespace",
+        *STAND_INS,
+        *MORE_STAND_INS,
+    ]
+)
 
 
 def read_content(path: str | Path) -> dict[str, Any]:
     """Read a weight file: plain data, and tensors on the CPU. Runs no code of the file.
 
     A `.safetensors` file gives `model`, and `names` and `about` from its metadata. `dino.weights.pickles` reads `.pkl`
-    files. All others are PyTorch's; these may hold an argparse.Namespace, as those of the official program do.
+    files. All others are PyTorch's; these may hold an argparse.Namespace, as those of the official program do. Settings
+    and states of trainers become data or `Skipped`, see `stand_ins`.
 
     Raises:
-        DataError: the file is missing, cut short, altered, or holds more than plain data.
+        DataError: the file is missing, cut short, altered, or holds more than plain data; or it claims more memory, or
+            nests deeper, than a weight file does.
     """
     path = Path(path)
     if not path.is_file():
@@ -42,16 +82,18 @@ def read_content(path: str | Path) -> dict[str, Any]:
     if path.suffix == ".pkl":
         return read_pickle(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        altered = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()  # PyTorch does not check
+        content = _read_torch(path)
+    except _AlteredError as error:
+        raise DataError(f"can't use the weights {path}: the file was altered since it was written ({error})") from None
     except Exception as error:  # a broken file can raise anything
         raise DataError(f"can't read the weights {path}: {_reason(error)}") from error
-    if altered:
-        raise DataError(f"can't use the weights {path}: the file was altered since it was written ({altered})")
     if not isinstance(content, Mapping):
         raise DataError(f"can't use the weights {path}: a dict was expected, not {type(content).__name__}")
     return dict(content)
+
+
+class _AlteredError(Exception):
+    """The checksum of a part of a zip file differs."""
 
 
 def _reason(error: Exception) -> str:
@@ -59,28 +101,155 @@ def _reason(error: Exception) -> str:
     refused = re.search(r"GLOBAL (\S+) ", str(error))
     if refused:
         return f"the file contains {refused[1]}, which is not plain data"
+    if isinstance(error, DataError) or (type(error) is pickle.UnpicklingError and "eights" not in str(error)):
+        return str(error)[:300]  # PyTorch's own messages of this type mention "Weights only"
     return f"the file is cut short, or no weight file ({type(error).__name__})"
+
+
+def _read_torch(path: Path) -> Any:
+    """Read a file of `torch.save`, after a check of all that its reader would take on trust."""
+    with BoundedFile(path, _MOST_AT_ONCE) as file:
+        start = file.read(4)
+        file.seek(0)
+        if start == b"PK\x03\x04":  # the test by which PyTorch chooses its reader
+            _check_zip(file, path.stat().st_size)
+        elif start[:1] == b"\x80":
+            _check_legacy(file)
+        else:
+            raise ValueError("no pickle")
+    given = [argparse.Namespace, *((made, name) for name, made in (STAND_INS | MORE_STAND_INS).items())]
+    with torch.serialization.safe_globals(given):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    check_content(content, path.stat().st_size)
+    return content
+
+
+def _check_zip(file: BinaryIO, size: int) -> None:
+    """Check the pickles and checksums of a zip file, and that its parts are no larger than the file."""
+    with zipfile.ZipFile(file) as archive:
+        parts = archive.infolist()
+        inflated = sum(part.file_size for part in parts)
+        if inflated > _MOST_INFLATED * size:
+            raise DataError(f"the file of {size:,} bytes inflates to {inflated:,}")
+        check = PickleCheck(_NAMES)
+        for part in parts:
+            if part.filename.lower().endswith(".pkl"):
+                if part.file_size > _MOST_AT_ONCE:
+                    raise DataError(f"{part.filename} of the file has {part.file_size:,} bytes, more than any weights")
+                check.run(io.BytesIO(archive.read(part)))
+        altered = archive.testzip()  # PyTorch does not check
+    if altered:
+        raise _AlteredError(altered)
+
+
+def _check_legacy(file: BinaryIO) -> None:
+    """Check the pickles at the start of a file of `torch.save` before PyTorch 1.6. The numbers follow them."""
+    check = PickleCheck(_NAMES)
+    for _ in range(5):  # magic number, version, machine, content, keys of the numbers
+        check.run(file)
+
+
+def check_content(content: Any, size: int) -> None:
+    """Check the tensors in the content of a file, and that nothing in it hides the methods of a dict or a tensor.
+
+    Args:
+        content: nested dicts, lists and tuples.
+        size: of the file in bytes.
+
+    Raises:
+        DataError: a tensor is not dense or not real, or they claim more numbers than the file has.
+    """
+    waiting, seen, storages, claimed = [("", content)], set(), {}, 0
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, Tensor):
+            vars(value).clear()
+            storage = _check_tensor(name, value)
+            storages[storage.data_ptr()] = storage.nbytes()
+            claimed += value.nbytes
+        elif id(value) not in seen:
+            seen.add(id(value))
+            waiting += _children(name, value)
+    if sum(storages.values()) > _MOST_INFLATED * size or claimed > _MOST_SHARED * size + _SLACK:
+        raise DataError(f"the file of {size:,} bytes claims tensors of {claimed:,} bytes")
+
+
+def _children(name: str, value: Any) -> list[tuple[str, Any]]:
+    """The named values in a container; none for anything else."""
+    if isinstance(value, OrderedDict | Counter):
+        vars(value).clear()
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    if isinstance(value, dict):
+        tensors = sum(isinstance(child, Tensor) for child in value.values())
+        odd = next((key for key, child in value.items() if isinstance(child, Skipped) and "." in str(key)), None)
+        if tensors and odd is not None:
+            raise DataError(f"{str(odd)[:100]!r} is an object of another program where weights were expected")
+        return [(f"{name}.{key}" if name else str(key), child) for key, child in value.items()]
+    if isinstance(value, list | tuple) and not all(type(child) in (int, float, str) for child in value):
+        return [(name, child) for child in value]
+    return []
+
+
+def _check_tensor(name: str, value: Tensor) -> torch.UntypedStorage:
+    """Check one tensor, and return where its numbers are.
+
+    Raises:
+        DataError: it is not dense, or has fewer numbers than its shape.
+    """
+    kinds = {
+        "sparse": value.layout != torch.strided,
+        "quantised": value.is_quantized,
+        "nested": value.is_nested,
+        "complex": value.is_complex(),
+        "without numbers (of the meta device)": value.device.type != "cpu",
+    }
+    odd = next((kind for kind, found in kinds.items() if found), None)
+    if odd:
+        raise DataError(f"the tensor {name[:200]} is {odd}: save it as a dense one of real numbers")
+    storage = value.untyped_storage()
+    if value.nbytes > storage.nbytes():
+        raise DataError(
+            f"the tensor {name[:200]} is expanded: of shape {tuple(value.shape)}, but with only "
+            f"{storage.nbytes() // value.itemsize:,} numbers. Save its clone()"
+        )
+    return storage
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
     """Read tensors as `model`, and `names` and `about` from JSON texts in the metadata."""
     try:
+        with open(path, "rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > _MOST_HEADER:
+            raise DataError(f"its header has {header:,} bytes, where at most {_MOST_HEADER:,} were expected")
         with safe_open(path, "pt") as file:
             texts = file.metadata() or {}
             known = {key: json.loads(texts[key]) for key in DESCRIPTION if key in texts}
-            return {**known, "model": {key: file.get_tensor(key) for key in file.keys()}}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise DataError(f"can't read the weights {path}: {error}") from error
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
+        check_content(state, path.stat().st_size)
+    except Exception as error:  # JSON and its nesting can raise anything
+        raise DataError(f"can't read the weights {path}: {str(error)[:300]}") from error
+    return {**known, "model": _with_second_names(state, texts)}
+
+
+def _with_second_names(state: StateDict, metadata: Mapping[str, str]) -> StateDict:
+    """Add the names that safetensors left out: its `save_model` notes left out -> kept for tensors with several."""
+    return {name: state[kept] for name, kept in metadata.items() if kept in state} | state
 
 
 def weights_of(content: Mapping[str, Any]) -> StateDict:
     """Find the state dict in the content of a file: under one of the usual keys, or the content itself.
 
+    A file that has nothing but a running average gives that.
+
     Raises:
         DataError: it has no tensors.
     """
-    state = next((content[key] for key in _STATE_KEYS if isinstance(content.get(key), Mapping)), content)
-    return _to_tensors(state)
+    raw, average = _find_copies(content)
+    if raw is not None:
+        return _to_tensors(raw)
+    return _to_tensors(content if average is None else average)
 
 
 def average_of(content: Mapping[str, Any], copy: str = "auto") -> StateDict | None:
@@ -91,16 +260,45 @@ def average_of(content: Mapping[str, Any], copy: str = "auto") -> StateDict | No
         copy: "auto"; "model" for None in any case; "ema" for an error if there is none.
 
     Raises:
-        DataError: there is none, but `copy` is "ema"; or it has no tensors.
+        DataError: there is none, but `copy` is "ema"; there is nothing else, but `copy` is "model"; or it has no
+            tensors.
     """
-    state = next((content[key] for key in _EMA_KEYS if isinstance(content.get(key), Mapping)), None)
-    if state is None and copy == "ema":
+    raw, average = _find_copies(content)
+    if raw is not None and average is None:
+        copies = split_copies(_to_tensors(raw))  # Lightning keeps both in one dict
+        raw, average = copies.raw, copies.average
+    if average is None and copy == "ema":
         raise DataError("the file has no running average (EMA) of the weights")
-    if state is None or copy == "model":
-        return None
-    return _to_tensors(
-        next((state[key] for key in ("module", *_STATE_KEYS) if isinstance(state.get(key), Mapping)), state)
-    )
+    if average is not None and raw is None and copy == "model":
+        raise DataError("the file has no weights but their running average (EMA): copy=model asks for the others")
+    return None if average is None or copy == "model" else _to_tensors(average)
+
+
+def _find_copies(content: Mapping[str, Any]) -> tuple[Mapping | None, Mapping | None]:
+    """Find the weights and their running average in the content of a file; None for what it lacks.
+
+    mmengine swaps the two when it saves.
+    """
+    average = next((_inside(content[key]) for key in _EMA_KEYS if isinstance(content.get(key), Mapping)), None)
+    inner = _inside(content)
+    raw = inner if inner is not content or _has_tensors(content) else None
+    meta = content.get("meta")
+    swapped = "ema_state_dict" in content and isinstance(meta, Mapping) and "mmengine_version" in meta
+    return (average, raw) if swapped and None not in (raw, average) else (raw, average)
+
+
+def _inside(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Go into a dict as far as there is another one under one of the usual keys."""
+    for _ in range(_DEPTH):
+        found = next((content[key] for key in _STATE_KEYS if isinstance(content.get(key), Mapping)), None)
+        if found is None:
+            break
+        content = found
+    return content
+
+
+def _has_tensors(state: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, Tensor | np.ndarray) for value in state.values())
 
 
 def _to_tensors(state: Mapping[str, Any]) -> StateDict:

@@ -118,15 +118,29 @@ def test_two_processes_find_the_same(trained):
 
 def test_what_the_checkpoint_says_must_fit(trained, tmp_path, capsys, monkeypatch):
     _, _, weights = trained
-    data = file_arguments(val=write_coco(tmp_path / "other", category_ids=(1, 2)))
+    files = write_coco(tmp_path / "other")
+    files.change(lambda content: content["categories"].append({"id": 4, "name": "black"}))
+    data = file_arguments(val=files)
     (tmp_path / "bare.pth").write_bytes(b"")
-    for path, message in ((tmp_path / "bare.pth", "bare.pth"), (weights, "has 3 classes, the data has 2")):
+    for path, message in (
+        (tmp_path / "bare.pth", "bare.pth"),
+        (weights, "has 3 classes, the data has 4, and the model does not know black"),
+    ):
         assert cli.main(["eval", "--weights", str(path), "--output", str(tmp_path / "out"), *data]) == 1
         assert message in capsys.readouterr().err
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert cli.main(["eval", "--weights", str(weights), "--output", str(tmp_path / "out"), *data]) == 1
     assert "write --num-gpus N instead of torchrun" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_some_of_the_classes_are_evaluated(trained, tmp_path):
+    _, _, weights = trained
+    files = write_coco(tmp_path / "some", category_ids=(5, 3))
+    result = run_verb("eval", "--weights", weights, *file_arguments(val=files), "--output", "out", folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "out/inference/coco_instances_results.json").read_text())
+    assert {r["category_id"] for r in results} == {3, 5}
 
 
 MISSING = {

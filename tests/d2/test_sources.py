@@ -1,3 +1,6 @@
+import socket
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
@@ -5,14 +8,16 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 import torch
 from detectron2.modeling import MViT, SimpleFeaturePyramid, SwinTransformer, ViT
 from detectron2.modeling.backbone.resnet import BasicStem, ResNet
-from detectron2.utils.file_io import PathManager
+from detectron2.utils.file_io import PathHandler, PathManager
 
+from dino.d2 import sources
 from dino.d2.checkpoint import Checkpointer
 from dino.d2.sources import local_file
 from dino.modeling import TimmBackbone, build_dino
 from dino.utils.files import UserError
 from dino.weights import load_weights
 
+from ..file_server import Reply
 from ..weights.states import efficientnet_pytorch_state, randomise
 from .tiny import tiny_detector
 
@@ -67,13 +72,13 @@ def test_imagenet_files_of_detectron2s_backbones(backbone, features, added):
 
 
 def offline(*_, **__):
-    raise OSError("Name or service not known")
+    raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
 
+@pytest.mark.usefixtures("server")
 def test_without_a_network_the_file_is_named(monkeypatch, tmp_path):
-    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
-    monkeypatch.setattr(PathManager, "get_local_path", offline)
-    place = rf"{tmp_path}/detectron2/ImageNetPretrained/torchvision/R-50\.pkl"
+    monkeypatch.setattr(socket, "getaddrinfo", offline)
+    place = rf"{tmp_path}/cache/dl\.fbaipublicfiles\.com/detectron2/ImageNetPretrained/torchvision/R-50\.pkl"
     checkpointer = Checkpointer(tiny_detector(), names=["a"])
     with pytest.raises(
         UserError, match=rf"can't fetch https.*/R-50\.pkl \(Name or service not known\)\..* into {place}"
@@ -87,6 +92,48 @@ def test_what_was_put_into_the_cache_is_used(monkeypatch, tmp_path):
     file.parent.mkdir(parents=True)
     file.write_bytes(b"x")
     assert local_file("detectron2://ImageNetPretrained/somewhere/R.pkl?matching_heuristics=True") == str(file)
+
+
+def test_addresses_of_detectron2(server, monkeypatch, tmp_path):
+    monkeypatch.setenv("DINO_MIRROR", server.url)
+    folder = "/dl.fbaipublicfiles.com/detectron"
+    server.files |= {f"{folder}2/a/R.pkl": Reply(b"x"), f"{folder}/ImageNetPretrained/MSRA/R-50.pkl": Reply(b"y")}
+    server.files["/a.com/b.pth?c=d"] = Reply(b"z")
+    assert Path(local_file("detectron2://a/R.pkl?matching_heuristics=True")).read_bytes() == b"x"
+    assert Path(local_file("catalog://ImageNetPretrained/MSRA/R-50")).read_bytes() == b"y"
+    assert Path(local_file("https://a.com/b.pth?c=d?matching_heuristics=True")).read_bytes() == b"z"
+    for address in ("catalog://absent", "catalog://ImageNetPretrained/absent"):
+        with pytest.raises(UserError, match=f"can't fetch {address}"):
+            local_file(address)
+
+
+class Handler(PathHandler):
+    """What somebody registered for addresses of their own."""
+
+    def _get_supported_prefixes(self):
+        return ["mine://"]
+
+    def _get_local_path(self, path, force=False, **_):
+        if "absent" in path:
+            raise RuntimeError("no bucket")
+        return path.replace("mine://", "/somewhere/")
+
+
+def test_registered_handlers_are_asked(monkeypatch):
+    with pytest.raises(UserError, match="can't use the address mine://a/b: give a file"):
+        local_file("mine://a/b")
+    manager = PathManager.__class__()
+    manager.register_handler(Handler())
+    monkeypatch.setattr(sources, "PathManager", manager)
+    assert local_file("mine://a/b") == "/somewhere/a/b"
+    with pytest.raises(UserError, match="can't fetch mine://absent: no bucket"):
+        local_file("mine://absent")
+
+
+@pytest.mark.parametrize("address", ["ftp://a.com/b.pth", "http://a.com/b.pth", "s3://a/b.pth"])
+def test_other_addresses_are_refused(address):
+    with pytest.raises(UserError, match=rf"can't use the address {address}"):
+        local_file(address)
 
 
 def test_pixel_statistics_must_be_those_of_timms_weights(tmp_path):

@@ -67,6 +67,18 @@ def test_errors():
         TorchvisionBackbone("resnet18", norm="GN")
 
 
+@torch.no_grad()
+def test_norms_of_maps():
+    backbone = TorchvisionBackbone("resnet18", out_features=["res4", "res5"], map_norm="LN").eval()
+    for feature in backbone(torch.randn(1, 3, 64, 96)).values():
+        torch.testing.assert_close(feature.mean(1), torch.zeros(feature[:, 0].shape), rtol=0, atol=1e-4)
+        torch.testing.assert_close(feature.var(1, correction=0), torch.ones(feature[:, 0].shape), rtol=0, atol=1e-2)
+    assert list(backbone.norms) == ["res4", "res5"]
+    assert len(TorchvisionBackbone("resnet18").norms) == 0
+    with pytest.raises(ValueError, match="unknown map_norm 'BN'; there are none, LN"):
+        TorchvisionBackbone("resnet18", map_norm="BN")
+
+
 TORCHVISION = ["resnet18", "convnext_tiny", "swin_t", "swin_v2_t", "efficientnet_b0", "efficientnet_v2_s"]
 STRIDED = ["res2", "res3", "res4", "res5"]
 TIMM = {  # one of each family; those of one stride only are named with their map

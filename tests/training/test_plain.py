@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import math
 import os
 import sys
 
@@ -342,3 +343,27 @@ def test_transforms_keep_boxes_and_labels_together(sets):
             image, objects, _ = data[index]
             assert min(image.shape[1:]) == 48
             assert len(objects["boxes"]) == len(objects["labels"]) == (2, 0, 3, 1)[index]
+
+
+def test_a_training_for_other_classes_starts_from_the_rows_of_known_ones(sets, tmp_path, capsys, small_backbone):
+    run(sets, tmp_path / "run", epochs=0.5)
+    theirs = read_plain(tmp_path / "run/model.pth")["model"]["decoder.class_heads.0.bias"]
+    for data in sets:
+        data.change(lambda content: content["categories"][0].update(name="crimson"))
+        data.change(lambda content: content["categories"].append({"id": 9, "name": "grey"}))
+    run(sets, tmp_path / "more", weights=tmp_path / "run/model.pth", epochs=0.5, lr=1e-9)
+    assert "class rows kept by name: green, blue" in capsys.readouterr().out
+    found = read_plain(tmp_path / "more/model.pth")["model"]["decoder.class_heads.0.bias"]
+    torch.testing.assert_close(found[1:3], theirs[1:3], rtol=0, atol=1e-7)
+    prior = -math.log(99)
+    torch.testing.assert_close(found[[0, 3]], torch.full((2,), prior), rtol=0, atol=1e-6)
+
+
+def test_the_backbone_of_another_detector_must_be_asked_for(sets, tmp_path, small_backbone):
+    state = {f"backbone.0.body.{key}": value for key, value in randomise(TinyBackbone()).state_dict().items()}
+    torch.save({"model": {**state, "bbox_embed.layers.0.weight": torch.zeros(3)}}, tmp_path / "detr.pth")
+    with pytest.raises(DataError, match=r"detr\.pth: the file is another detector.* ask for it"):
+        run(sets, tmp_path / "run", weights=tmp_path / "detr.pth", epochs=0.5)
+    run(sets, tmp_path / "run", weights=tmp_path / "detr.pth", epochs=0.5, parts="backbone", lr=1e-9)
+    found = read_plain(tmp_path / "run/model.pth")["model"]["neck.backbone.res4.weight"]
+    torch.testing.assert_close(found, state["backbone.0.body.res4.weight"], rtol=0, atol=1e-7)

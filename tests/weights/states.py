@@ -128,6 +128,62 @@ def detrex_state(model):
     return with_second_names({detrex_name(k, layers): v.clone() for k, v in model.state_dict().items()})
 
 
+MMDETECTION_LAYERS = {
+    "encoder": {
+        "attention": "self_attn",
+        "norm": "norms.0",
+        "feed_forward.norm": "norms.1",
+        "feed_forward.linear1": "ffn.layers.0.0",
+        "feed_forward.linear2": "ffn.layers.1",
+    },
+    "decoder": {
+        "self_attention": "self_attn.attn",
+        "cross_attention": "cross_attn",
+        "self_norm": "norms.0",
+        "cross_norm": "norms.1",
+        "feed_forward.norm": "norms.2",
+        "feed_forward.linear1": "ffn.layers.0.0",
+        "feed_forward.linear2": "ffn.layers.1",
+    },
+}
+
+
+def mmdetection_name(own, layers):
+    part, _, rest = own.partition(".")
+    words = rest.split(".")
+    leaf = words[-1]
+    if part == "level_embed":
+        return own
+    if part == "denoising":
+        return "dn_query_generator.label_embedding.weight"
+    if part == "neck":
+        if words[0] == "backbone":
+            return rest.replace("backbone.body.", "backbone.")
+        kind = {"lateral": "convs", "extra_levels": "extra_convs"}[words[0]]
+        return f"neck.{kind}.{words[1]}.{'conv' if words[2] == '0' else 'gn'}.{leaf}"
+    if words[0] == "layers":
+        name = rest.split(".", 2)[2]
+        key = max((k for k in MMDETECTION_LAYERS[part] if name.startswith(f"{k}.")), key=len)
+        return f"{part}.layers.{words[1]}.{MMDETECTION_LAYERS[part][key]}{name.removeprefix(key)}"
+    return {
+        "norm": f"decoder.norm.{leaf}",
+        "position": f"decoder.ref_point_head.layers.{MLP_LAYERS.get(words[1])}.{leaf}",
+        "content": "query_embedding.weight",
+        "project": f"memory_trans_{'norm' if words[1] == '1' else 'fc'}.{leaf}",
+        "class_head": f"bbox_head.cls_branches.{layers}.{leaf}",
+        "box_head": f"bbox_head.reg_branches.{layers}.{words[1]}.{leaf}",
+        "class_heads": f"bbox_head.cls_branches.{words[1]}.{leaf}",
+        "box_heads": f"bbox_head.reg_branches.{words[1]}.{words[-2]}.{leaf}",
+    }[words[0]]
+
+
+def mmdetection_state(model, bias=False):
+    """As mmdetection saves it: the encoder's heads after the decoder's; no bias in the neck, or else `bias`."""
+    layers = len(model.decoder.layers)
+    state = {mmdetection_name(k, layers): v.clone() for k, v in model.state_dict().items()}
+    return {k: v for k, v in state.items() if bias or not (k.startswith("neck.") and k.endswith(".conv.bias"))}
+
+
 EFFICIENTNET_LAYERS = {"conv_dw": "_depthwise_conv", "se.conv_reduce": "_se_reduce", "se.conv_expand": "_se_expand"}
 EXPANDING = {"conv_pw": "_expand_conv", "bn1": "_bn0", "bn2": "_bn1", "conv_pwl": "_project_conv", "bn3": "_bn2"}
 NOT_EXPANDING = {"bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2"}

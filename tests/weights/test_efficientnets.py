@@ -13,6 +13,7 @@ from dino.modeling import TimmBackbone, TorchvisionBackbone, build_dino
 from dino.modeling.detector import Detector, Preprocessing
 from dino.utils.files import DataError
 from dino.weights import load_weights
+from dino.weights.imagenet import doubts_of_name
 
 from .states import efficientnet_pytorch_state, equal, randomise
 
@@ -120,6 +121,51 @@ def test_an_efficientnet_is_no_lite(names, timms):
     """All tensors of a Lite are in the file of the EfficientNet of its size."""
     with pytest.raises(DataError, match=r"squeeze-and-excitation in body\.blocks\.0\.0, body.* and 13 more, and the "):
         load_weights(lite0(), names(timms["tf_efficientnet_b0"]))
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_b1", "tf_efficientnet_b4"])
+def test_larger_ones(name):
+    """Their stages have more blocks, and the blocks of efficientnet_pytorch one running number."""
+    file = timm.create_model(name).state_dict()
+    network = network_of(TimmBackbone(name, norm="BN"))
+    report = load_weights(network, efficientnet_pytorch_state(file))
+    assert report.problems == []
+    loaded = network.neck.backbone.body.state_dict()
+    assert equal(loaded, {key: file[key] for key in loaded})
+
+
+@pytest.mark.parametrize(
+    ("model", "path", "doubt"),
+    [
+        ("efficientnet_lite0", "tf_efficientnet_lite0-0aa007d2.pth", "name the backbone tf_efficientnet_lite0$"),
+        ("efficientnet_lite0", "models--timm--tf_efficientnet_lite0.in1k/snapshots/0/model.safetensors", "names tf_"),
+        ("tf_efficientnet_lite0", "efficientnet_lite0_ra-37913777.pth", "name the backbone efficientnet_lite0$"),
+        ("tf_mobilenetv3_large_100", "mobilenetv3_large_100.ra_in1k/model.safetensors", "eps of BatchNorm are not"),
+        (
+            "tf_efficientnet_b0",
+            "adv-efficientnet-b0-b64d5a18.pth",
+            r"name the backbone tf_efficientnet_b0\.ap_in1k, wh",
+        ),
+        ("tf_efficientnet_b0", "efficientnet-b0-355c32eb.pth", None),  # efficientnet_pytorch's name, its padding
+        ("tf_efficientnet_b0.ap_in1k", "adv-efficientnet-b0-b64d5a18.pth", None),
+        ("tf_efficientnet_lite0", "timm/tf_efficientnet_lite0.in1k/model.safetensors", None),
+        ("efficientnet_lite0", "tf_efficientnet_lite1-bde8b488.pth", None),  # its shapes are others
+        ("efficientnet_lite0", "model.safetensors", None),
+        ("convnext_atto", "tf_efficientnet_lite0.pth", None),
+    ],
+)
+def test_names_of_files_that_fit_but_pad_otherwise(model, path, doubt):
+    found = doubts_of_name(path, TimmBackbone(model))
+    assert len(found) == (doubt is not None)
+    assert not doubt or re.search(doubt, found[0])
+
+
+def test_the_report_doubts_a_file_by_its_name(tmp_path):
+    path = tmp_path / "tf_efficientnet_lite0-0aa007d2.pth"
+    torch.save(timm.create_model("efficientnet_lite0").state_dict(), path)
+    report = load_weights(network_of(TimmBackbone("efficientnet_lite0")), path)
+    assert any("the file's path names tf_efficientnet_lite0, the model's backbone is" in note for note in report.notes)
+    assert doubts_of_name(str(path), TorchvisionBackbone("resnet18")) == []
 
 
 def test_stages_that_the_model_lacks_may_have_squeeze_and_excitation():

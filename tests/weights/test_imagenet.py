@@ -1,3 +1,5 @@
+import socket
+
 import pytest
 import torch
 import torchvision
@@ -6,7 +8,7 @@ from torch import nn
 from dino.modeling import TorchvisionBackbone, build_dino
 from dino.modeling.detector import IMAGENET_STD
 from dino.utils.files import DataError, UserError
-from dino.weights import addresses, load_weights, locate, resnet_to_detectron2
+from dino.weights import SCHEMES, load_weights, locate, resnet_to_detectron2
 from dino.weights.imagenet import fit_backbone
 
 from .states import equal, randomise
@@ -109,19 +111,17 @@ def test_torchvisions_weights_come_from_the_cache(tmp_path, monkeypatch):
 
 
 def offline(*_, **__):
-    raise OSError("Name or service not known\nmore")
+    raise socket.gaierror(socket.EAI_NONAME, "Name or service not known\nmore")
 
 
+@pytest.mark.usefixtures("server")
 def test_without_a_network_the_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    place = rf"{tmp_path}/checkpoints/resnet50-0676ba61\.pth"
+    monkeypatch.setattr(socket, "getaddrinfo", offline)
+    place = rf"{tmp_path}/cache/download\.pytorch\.org/models/resnet50-0676ba61\.pth"
     with pytest.raises(UserError, match=rf"can't fetch http.*resnet50-0676ba61\.pth \(Name or .*\)\..* into {place}"):
         locate("torchvision://resnet50/IMAGENET1K_V1")
     pytest.importorskip("timm")
-    import huggingface_hub
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     with pytest.raises(
         UserError, match=r"can't fetch http.*/timm/convnext_tiny\.fb_in1k/.*write train\.init_checkpoint"
     ):
@@ -160,4 +160,4 @@ def test_a_missing_package_is_named(name):
 
 
 def test_addresses_are_few():
-    assert addresses.SCHEMES == ("torchvision://", "timm://", "package://")
+    assert SCHEMES == ("https://", "hf://", "timm://", "torchvision://", "detectron2://", "package://")

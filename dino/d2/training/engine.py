@@ -28,6 +28,7 @@ from dino.d2.recipe_description import describe
 from dino.layers.cpu_feed_forward import use_cpu_feed_forward
 from dino.training.progress import Progress
 from dino.utils.files import DataError
+from dino.weights import load_weights
 
 from .batch_pictures import MOST_IMAGES, BatchPictures, draw_predictions
 from .ema import Ema
@@ -159,12 +160,10 @@ def _start_weights(cfg: DictConfig, checkpointer: Checkpointer, resume: bool) ->
     last = checkpointer.last_whole() if resume else ""
     if resume and not last:
         logger.warning(f"nothing to resume in {cfg.train.output_dir}: starting at iteration 0")
-    content = checkpointer.load(last or cfg.train.init_checkpoint, checkpointables=[])
-    fresh = checkpointer.problems
-    if last or cfg.train.init_checkpoint:
-        total = len(checkpointer.model.state_dict())
-        logger.info(f"{total - len(fresh)} of {total} tensors loaded; as initialised: {', '.join(fresh) or 'none'}")
-    return content if last else {}
+    if last:
+        return checkpointer.load(last, checkpointables=[])
+    checkpointer.load_start(cfg.train.init_checkpoint, cfg.train.get("init_parts", "all"))
+    return {}
 
 
 def _build_trainer(cfg: DictConfig, model: nn.Module, about: dict) -> tuple[Trainer, Ema | None]:
@@ -329,12 +328,13 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
     use_precision(cfg)
     model = _build_model(cfg).eval()
     compile_if_wanted(cfg, model)
-    checkpointer = Checkpointer(model, names=names_of(cfg.dataloader.test.dataset))
-    content = checkpointer.load_whole(cfg.train.init_checkpoint)
+    names = names_of(cfg.dataloader.test.dataset)
+    content = Checkpointer(model, names=names).load_whole(cfg.train.init_checkpoint)
     if content.get("weights"):
         logger.info(f"{cfg.train.init_checkpoint} holds {content['weights']} weights")
     ema = None
     if "ema" in content:
         ema = Ema(model, decay=0)
-        ema.load_state_dict(content["ema"])
+        load_weights(model, {**content, "model": content["ema"]["model"]}, copy="model", classes=names)
+        ema.swap()
     return _evaluate(cfg, model, ema)

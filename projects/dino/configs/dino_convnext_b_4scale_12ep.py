@@ -5,11 +5,11 @@
 
 Published for this setting: 52.6 AP on COCO val2017, by detrex. Differs from that run: positions are encoded with
 temperature 20 and no offset, norms have weight decay, epochs are counted, not 7,500 iterations, as in the official
-program. There a norm follows each map and the depth is not random; here the backbone is torchvision's as it is.
+program. There no block is left out at random; here some are, as in torchvision's ConvNeXt.
 From ImageNet-22k weights, 55.1: they are timm's, through L(TimmBackbone)(name="convnext_base.fb_in22k_ft_in1k_384").
 Not trained here.
 
-108,941,772 parameters, 502.5 G multiply-adds at 800x1280; memory: not measured.
+108,945,356 parameters, 502.5 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .dino_convnext_t_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train

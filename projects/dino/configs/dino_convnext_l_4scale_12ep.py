@@ -5,11 +5,11 @@
 
 Published for this setting: 53.4 AP on COCO val2017, by detrex. Differs from that run: positions are encoded with
 temperature 20 and no offset, norms have weight decay, epochs are counted, not 7,500 iterations, as in the official
-program. There a norm follows each map and the depth is not random; here the backbone is torchvision's as it is.
+program. There no block is left out at random; here some are, as in torchvision's ConvNeXt.
 From ImageNet-22k weights, 55.5: they are timm's, through L(TimmBackbone)(name="convnext_large.fb_in22k_ft_in1k_384").
 Not trained here.
 
-219,013,644 parameters, 891.6 G multiply-adds at 800x1280; memory: not measured.
+219,019,020 parameters, 891.6 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .dino_convnext_t_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train

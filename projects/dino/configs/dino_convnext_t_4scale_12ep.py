@@ -5,11 +5,12 @@
 
 Published for this setting: 51.4 AP on COCO val2017, by detrex. Differs from that run: positions are encoded with
 temperature 20 and no offset, norms have weight decay, epochs are counted, not 7,500 iterations, as in the official
-program. There a norm follows each map and the depth is not random; here the backbone is torchvision's as it is.
-From ImageNet-22k weights, 52.4: they are timm's, through L(TimmBackbone)(name="convnext_tiny.fb_in22k_ft_in1k_384").
+program. There no block is left out at random; here some are, as in torchvision's ConvNeXt.
+From ImageNet-22k weights, 52.4: they are timm's, through L(TimmBackbone)(
+    name="convnext_tiny.fb_in22k_ft_in1k_384").
 Not trained here.
 
-48,491,436 parameters, 279.4 G multiply-adds at 800x1280; memory: not measured.
+48,494,124 parameters, 279.4 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from detectron2.config import LazyCall as L
@@ -19,5 +20,7 @@ from dino.modeling import Decoder, TorchvisionBackbone
 from ....configs.dino_r50_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train
 
 model.network.decoder._target_ = Decoder  # a pair of heads for each layer
-model.network.neck.backbone = L(TorchvisionBackbone)(name="convnext_tiny", out_features=["res3", "res4", "res5"])
+model.network.neck.backbone = L(TorchvisionBackbone)(
+    name="convnext_tiny", out_features=["res3", "res4", "res5"], map_norm="LN"
+)
 train.init_checkpoint = ""

@@ -5,10 +5,10 @@
 
 Published for this setting: 57.5 AP on COCO val2017, by detrex. Differs from that run: positions are encoded with
 temperature 20 and no offset, norms have weight decay, epochs are counted, not 7,500 iterations, as in the official
-program. There the backbone is that of FocalNet's authors; here it is timm's, with the same blocks, and no norm after
-each map. The file is timm's. Not trained here.
+program. There the backbone is that of FocalNet's authors; here it is timm's, with the same blocks, and a norm after
+each map as there. The file is timm's. Not trained here.
 
-228,347,052 parameters, 918.6 G multiply-adds at 800x1280; memory: not measured.
+228,352,428 parameters, 918.6 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from detectron2.config import LazyCall as L
@@ -18,5 +18,7 @@ from dino.modeling import Decoder, TimmBackbone
 from ....configs.dino_r50_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train
 
 model.network.decoder._target_ = Decoder  # a pair of heads for each layer
-model.network.neck.backbone = L(TimmBackbone)(name="focalnet_large_fl3", out_features=["res3", "res4", "res5"])
+model.network.neck.backbone = L(TimmBackbone)(
+    name="focalnet_large_fl3", out_features=["res3", "res4", "res5"], map_norm="LN"
+)
 train.init_checkpoint = ""

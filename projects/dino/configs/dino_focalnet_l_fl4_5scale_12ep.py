@@ -5,10 +5,10 @@
 
 Published for this setting: 58.5 AP on COCO val2017, by detrex. Differs from that run: positions are encoded with
 temperature 20 and no offset, norms have weight decay, epochs are counted, not 7,500 iterations, as in the official
-program. There the backbone is that of FocalNet's authors; here it is timm's, with the same blocks, and no norm after
-each map. The file is timm's. Not trained here.
+program. There the backbone is that of FocalNet's authors; here it is timm's, with the same blocks, and a norm after
+each map as there. The file is timm's. Not trained here.
 
-228,873,796 parameters, 1467.4 G multiply-adds at 800x1280; memory: not measured.
+228,879,556 parameters, 1467.4 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .dino_focalnet_l_fl4_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train

@@ -1,0 +1,110 @@
+"""`dino weights`: the list, one entry, and its download from a server on this machine."""
+
+import pytest
+
+from dino import cli
+from dino.weights.addresses import published_path
+from dino.weights.downloads import cached_path
+from dino.weights.published import PUBLISHED
+
+from ..file_server import Reply
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DINO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("DINO_MIRROR", raising=False)
+    return tmp_path / "cache"
+
+
+def run(capsys, *arguments):
+    code = cli.main(["weights", *arguments])
+    captured = capsys.readouterr()
+    return code, captured.out.splitlines(), captured.err
+
+
+def write(path, size):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes(size))
+
+
+def rows_of(lines):
+    return {line.split()[0]: line for line in lines if line.startswith("dino_")}
+
+
+def test_the_list(capsys, cache):
+    code, lines, _ = run(capsys)
+    rows = rows_of(lines)
+    assert code == 0
+    assert list(rows) == list(PUBLISHED)
+    assert rows["dino_r50_4scale_12ep"].split()[1:] == ["49.2", "191", "detrex", "download"]
+    assert rows["dino_r50_4scale_12ep_official"].split()[1:] == ["49.0", "188", "official", "by", "hand"]
+    assert f"0 files with 0 MB in the cache: {cache}" in lines
+    assert max(len(line) for line in lines if str(cache) not in line) <= 82
+
+
+def test_files_that_are_here_have_their_own_size(capsys):
+    write(cached_path(PUBLISHED["dino_r50_4scale_12ep"].address), 3_000_000)
+    write(published_path(PUBLISHED["dino_r50_5scale_12ep_official"]), 1_000_000)
+    _, lines, _ = run(capsys, "r50")
+    rows = rows_of(lines)
+    assert list(rows) == [name for name in PUBLISHED if "r50" in name]
+    assert rows["dino_r50_4scale_12ep"].split()[2:] == ["3", "detrex", "in", "cache"]
+    assert rows["dino_r50_5scale_12ep_official"].split()[2:] == ["1", "official", "in", "cache"]
+    assert any(line.startswith("2 files with 4 MB in the cache") for line in lines)
+
+
+def test_one_entry(capsys):
+    _, lines, _ = run(capsys, "dino_r50_4scale_12ep_tuned_300dn")
+    text = "\n".join(lines)
+    entry = PUBLISHED["dino_r50_4scale_12ep_tuned_300dn"]
+    assert lines[0] == entry.name
+    for fact in ("50.0 on COCO", "detrex, Apache-2.0", "temperature 10000, offset -0.5", entry.address, entry.page):
+        assert fact in text
+    assert " ".join(text.split()).count(entry.note) == 1
+    assert max(len(line) for line in lines if "https://" not in line) <= 80
+
+
+def test_an_entry_to_fetch_by_hand(capsys):
+    place = published_path(PUBLISHED["dino_r50_4scale_36ep_official"])
+    _, lines, _ = run(capsys, "dino_r50_4scale_36ep")  # the only file of this recipe
+    text = " ".join(" ".join(lines).split())
+    assert f"get checkpoint0033_4scale.pth from the page and put it into {place}" in text
+    assert "91 (COCO's raw ids)" in text
+    write(place, 5_000_000)
+    text = " ".join(" ".join(run(capsys, "dino_r50_4scale_36ep")[1]).split())
+    assert "size 5 MB" in text
+    assert text.endswith(f"file {place}")
+
+
+def test_download(capsys, monkeypatch, server):
+    entry = PUBLISHED["dino_swin_t_224_4scale_12ep"]
+    monkeypatch.setenv("DINO_MIRROR", server.url)
+    server.files["/" + entry.address.removeprefix("https://")] = Reply(b"weights")
+    code, lines, _ = run(capsys, entry.name, "--download")
+    assert (code, lines) == (0, [str(cached_path(entry.address))])
+    assert cached_path(entry.address).read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["dino_r50_4scale_36ep", "--download"],
+            "can't be downloaded by a program. Get checkpoint0033_4scale.pth from",
+        ),
+        (["dino_r50_4scale12ep"], "weights not found: dino_r50_4scale12ep. Did you mean dino_r50_4scale_12ep"),
+        (["yolo"], "weights not found: yolo"),
+        (["swin", "--download"], "weights not found: swin"),
+    ],
+)
+def test_errors(capsys, arguments, message):
+    code, lines, error = run(capsys, *arguments)
+    assert (code, lines) == (1, [])
+    assert message in error
+
+
+def test_a_download_needs_a_name(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["weights", "--download"])
+    assert "--download needs a name" in capsys.readouterr().err
