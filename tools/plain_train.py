@@ -33,8 +33,7 @@ def build_parser():
     parser.add_argument(
         "--init-parts",
         choices=("all", "backbone"),
-        default="all",
-        help="of --weights; backbone: only the backbone, which may be any detector's",
+        help="what to take of --weights; backbone: the backbone alone, which may be any detector's (default: all)",
     )
     parser.add_argument("--eval-only", action="store_true", help="evaluate --weights, train nothing")
     parser.add_argument("--device", help="cpu, cuda, …")
@@ -89,7 +88,7 @@ def main(argv=None):
     if args.eval_only:
         plain.evaluate(*val, args.weights, args.output, **settings)
     else:
-        start = {"weights": args.weights, "parts": args.init_parts}
+        start = {"weights": args.weights, **({"parts": args.init_parts} if args.init_parts else {})}
         plain.train(args.train_json, args.train_images, *val, args.output, **start, **settings)
 
 

@@ -118,12 +118,10 @@ def train(
 
     Args:
         train_json, val_json: COCO-format annotations. train_images, val_images: the folders of their images.
-        output: folder for the files, which must not hold a model.
-        weights: a model.pth of this program to start from, or the weights of a backbone: a file, see `load_weights`, or
-            an address, see `locate`; None for random weights. Where its classes differ, those of the same name keep
-            their rows.
-        parts: "all", or "backbone" for the backbone alone, from a file of any detector.
-        settings: see `Settings`.
+        output: folder for the files, which must not hold a model. settings: see `Settings`.
+        weights: a model.pth of this program, whose classes keep their rows by name, or the weights of a backbone: a
+            file, see `load_weights`, or an address, see `locate`; None for random weights.
+        parts: of the file: "all", or "backbone" for the backbone alone, from any detector's.
 
     Returns:
         the metrics: "AP", …, see `average_precision.evaluate`, and "training_seconds".
@@ -140,11 +138,7 @@ def train(
     content = read_content(locate(str(weights))) if weights else None
     settings = _with_input_range(_with_norm(settings, weights, content), weights, content)
     val = _open(val_json, val_images, settings, "none")
-    detector = build(settings, val.names)
-    if content is not None:
-        wishes = {"classes": val.names, "class_rows": "name", "parts": parts}
-        print(f"weights: {load_weights(detector, content, name=str(weights), **wishes)}")
-    _compile_if_asked(detector, settings)
+    detector = _start(settings, val.names, weights, content, parts)
     data = _open(train_json, train_images, settings, settings.flips)
     _check_data(data, val)
     output.mkdir(parents=True, exist_ok=True)
@@ -178,7 +172,8 @@ def evaluate(
     val = _open(val_json, val_images, settings, "none")
     detector = build(settings, val.names)
     _load(detector.network, weights, content, val.names)
-    _compile_if_asked(detector, settings)
+    if settings.compile:
+        compile_network(detector.network)
     folder = free_name(Path(output) / "evaluation")  # the results of the training stay as they are
     folder.mkdir(parents=True)
     return _write_results(detector, val, settings, folder, seconds=0.0)
@@ -293,9 +288,17 @@ def _with_input_range(settings: Settings, path: str | Path | None, content: Mapp
     return settings._replace(input_range=chosen)
 
 
-def _compile_if_asked(detector: Detector, settings: Settings) -> None:
+def _start(
+    settings: Settings, names: list[str], path: str | Path | None, content: Mapping | None, parts: str
+) -> Detector:
+    """A detector to train, with random weights or those of a file, compiled if `settings` ask for it."""
+    detector = build(settings, names)
+    if content is not None:
+        wishes = {"classes": names, "class_rows": "name", "parts": parts}
+        print(f"weights: {load_weights(detector, content, name=str(path), **wishes)}")
     if settings.compile:
         compile_network(detector.network)
+    return detector
 
 
 def _load(network: nn.Module, path: str | Path, checkpoint: Mapping, names: list[str]) -> None:

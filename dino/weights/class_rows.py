@@ -7,11 +7,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from dino.utils.files import DataError
 
 from .checkpoint_formats import CLASS_KEYS, UNUSED_LABELS, coco_to_contiguous, select_classes
 from .coco_classes import BACKGROUND, COCO_IDS, NO_CLASS, RAW_COCO_CLASSES, coco_names
 from .load_report import Report, shorten
+from .mmdetection import classes_of
 from .names import StateDict
 
 _COUNTED = "decoder.class_heads.0.bias"  # one number for each class
@@ -62,21 +65,33 @@ def fit_classes(
         the tensors, and {name: reason} of those whose rows keep initial values, some or all.
     """
     names, stated = _names_in(content, own, report.format)
-    if UNUSED_LABELS in own:
-        report.notes.append(f"not used: rows of the label embedding that belong to no class: {len(own[UNUSED_LABELS])}")
-        own = {key: value for key, value in own.items() if key != UNUSED_LABELS}
-    raw = names is None or names == coco_names(RAW_COCO_CLASSES)
-    if raw and (_count(own), _count(target)) == (RAW_COCO_CLASSES, len(COCO_IDS)):
-        report.notes.append("91 raw category ids of COCO became its 80 classes; the rows of the other 11 were dropped")
-        own, names = coco_to_contiguous(own), names and coco_names(len(COCO_IDS))
-    if not names or not ours or len(ours) != _count(target) or names == list(ours):
+    own, names = _to_contiguous(_without_unused(own, report), target, names, report)
+    if not names or len(ours or ()) != _count(target) or names == list(ours):
         return own, {}
     if not stated:
         report.notes.append("the file does not name its classes; as many as COCO's, they are taken for COCO's")
     rows = _Rows(match_classes(names, ours), ours, names)
-    if len(names) == len(ours) and (rows.whole or not by_name):
-        return _reorder(own, rows, report), {}
-    return _select(own, target, rows, report)
+    in_place = len(names) == len(ours) and (rows.whole or not by_name)
+    return (_reorder(own, rows, report), {}) if in_place else _select(own, target, rows, report)
+
+
+def _without_unused(own: StateDict, report: Report) -> StateDict:
+    """Leave out the rows of the official label embedding that belong to no class."""
+    if UNUSED_LABELS in own:
+        report.notes.append(f"not used: rows of the label embedding that belong to no class: {len(own[UNUSED_LABELS])}")
+    return {key: value for key, value in own.items() if key != UNUSED_LABELS}
+
+
+def _to_contiguous(
+    own: StateDict, target: StateDict, names: list[str] | None, report: Report
+) -> tuple[StateDict, list[str] | None]:
+    """Turn the 91 raw ids of COCO into its 80 classes where the model has 80 -> tensors and names of the classes."""
+    if (_count(own), _count(target)) != (RAW_COCO_CLASSES, len(COCO_IDS)):
+        return own, names
+    if names not in (None, coco_names(RAW_COCO_CLASSES)):
+        return own, names
+    report.notes.append("91 raw category ids of COCO became its 80 classes; the rows of the other 11 were dropped")
+    return coco_to_contiguous(own), names and coco_names(len(COCO_IDS))
 
 
 def _count(state: StateDict) -> int:
@@ -91,17 +106,9 @@ def _names_in(content: Mapping, own: StateDict, format_: str) -> tuple[list[str]
     COCO's.
     """
     classes = _count(own)
-    stated = next((found for found in map(_as_names, _lists_in(content)) if len(found) == classes), None)
+    stated = _as_names(content.get("names")) or classes_of(content) or []
+    stated = stated if len(stated) == classes else None
     return stated or (coco_names(classes) if format_ != "own" else None), bool(stated)
-
-
-def _lists_in(content: Mapping) -> list[Any]:
-    """What the content of a file has where programs keep class names."""
-    meta = content.get("meta")
-    meta = meta if isinstance(meta, Mapping) else {}
-    of_data = meta.get("dataset_meta")
-    of_data = of_data if isinstance(of_data, Mapping) else {}
-    return [content.get("names"), *(of_data.get(key) for key in ("classes", "CLASSES")), meta.get("CLASSES")]
 
 
 def _as_names(value: Any) -> list[str]:
@@ -155,17 +162,9 @@ def _reorder(own: StateDict, rows: _Rows, report: Report) -> StateDict:
 
 def _select(own: StateDict, target: StateDict, rows: _Rows, report: Report) -> tuple[StateDict, dict[str, str]]:
     """Give each class of the model the rows of its name; rows of other classes keep the model's initial values."""
-    wanted = [
-        key
-        for key, value in own.items()
-        if CLASS_KEYS.fullmatch(key) and key in target and _fits(value, target[key], rows)
-    ]
+    wanted = [key for key in filter(CLASS_KEYS.fullmatch, own) if _fits(own[key], target.get(key), rows)]
     if not rows.found:
-        some = shorten([name for name in rows.theirs if _fold(name)], 3)
-        report.notes.append(f"no class of the file ({some}) has the name of a class of the model")
-        if len(rows.theirs) != len(rows.ours):  # their shapes differ: the comparison of all tensors says so
-            return own, {}
-        return {key: value for key, value in own.items() if key not in wanted}, dict.fromkeys(wanted, "other classes")
+        return _select_none(own, wanted, rows, report)
     unused = sum(bool(_fold(name)) for name in rows.theirs) - len(rows.found)
     report.notes.append(
         f"class rows kept by name: {shorten(rows.known, 20)}; not used: those of {unused} other classes"
@@ -176,16 +175,24 @@ def _select(own: StateDict, target: StateDict, rows: _Rows, report: Report) -> t
         value = target[key].detach().clone()
         value[list(rows.found)] = own[key][list(rows.found.values())].to(value)
         chosen[key] = value
-    reason = (
-        f"the rows of {', '.join(map(repr, rows.new[:3]))}{f' and {n} more' if (n := len(rows.new) - 3) > 0 else ''}"
-    )
-    return chosen, {} if rows.whole else dict.fromkeys(wanted, f"{reason} only")
+    reason = f"the rows of {shorten(list(map(repr, rows.new)), 3)} only"
+    return chosen, {} if rows.whole else dict.fromkeys(wanted, reason)
 
 
-def _fits(value: Any, initial: Any, rows: _Rows) -> bool:
+def _select_none(own: StateDict, wanted: list[str], rows: _Rows, report: Report) -> tuple[StateDict, dict[str, str]]:
+    """Leave all class rows out: no class of the file has the name of a class of the model."""
+    some = shorten(list(filter(_fold, rows.theirs)), 3)
+    report.notes.append(f"no class of the file ({some}) has the name of a class of the model")
+    if len(rows.theirs) != len(rows.ours):  # their shapes differ: the comparison of all tensors says so
+        return own, {}
+    return {key: value for key, value in own.items() if key not in wanted}, dict.fromkeys(wanted, "other classes")
+
+
+def _fits(value: Tensor, initial: Tensor | None, rows: _Rows) -> bool:
     """Whether both tensors have a row for each class, and rows of one width; heads of one class for all have not."""
-    lengths = (len(value), len(initial)) if value.dim() and initial.dim() else ()
-    return lengths == (len(rows.theirs), len(rows.ours)) and value.shape[1:] == initial.shape[1:]
+    if initial is None:
+        return False
+    return (len(rows.theirs), *value.shape[1:]) == value.shape and (len(rows.ours), *value.shape[1:]) == initial.shape
 
 
 def _check_numbers(key: str, own: StateDict, target: StateDict) -> None:

@@ -18,7 +18,8 @@ _PARTS = (
     "decoder",
     "branches",
 )
-NO_DETECTOR = "no detector in the file"
+MISSING = "missing from the file"
+_NO_DETECTOR = "no detector in the file"
 _NEW_PART = "new part of the model"
 
 
@@ -27,8 +28,8 @@ class Report:
     """The result of `load_weights`; `str(report)` is a table.
 
     Every tensor of the model is in one of `loaded`, `reinitialised`, `missing` and `without_detector`. A tensor that
-    the model uses under several names (shared heads) counts once, under its first name; counters of batch norms
-    (`num_batches_tracked`) do not count.
+    the model has under several names (shared heads) counts once for each name, as in its state dict, and a note says
+    so; counters of batch norms (`num_batches_tracked`) do not count.
 
     Args:
         source: the file, or "state dict".
@@ -40,7 +41,7 @@ class Report:
         unexpected: tensors of the file that the model lacks, under own names where these are known.
         notes: sentences for people.
         without_detector: names of tensors that keep their initial values, because only a backbone was loaded.
-        why_missing: {name: reason} of missing tensors, where more is known.
+        why_missing: {name: reason} of missing tensors.
     """
 
     source: str
@@ -77,10 +78,10 @@ class Report:
     def fresh(self) -> dict[str, str]:
         """{name: reason} of all tensors that keep initial values, some or all."""
         missing = {name: self._reason_of_missing(name) for name in self.missing}
-        return {**dict.fromkeys(self.without_detector, NO_DETECTOR), **missing, **self.reinitialised}
+        return {**dict.fromkeys(self.without_detector, _NO_DETECTOR), **missing, **self.reinitialised}
 
     def _reason_of_missing(self, name: str) -> str:
-        return self.why_missing.get(name, "missing from the file") if is_of_dino(name) else _NEW_PART
+        return self.why_missing.get(name, MISSING) if is_of_dino(name) else _NEW_PART
 
     @property
     def summary(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,15 +14,16 @@ from dino.modeling import DINO, TimmBackbone
 from dino.modeling.detector import Detector
 from dino.utils.files import DataError
 
-from .checkpoint_formats import CLASS_KEYS, convert, recognise, strip_wrappers
+from .checkpoint_formats import CLASS_KEYS
 from .class_rows import fit_classes
 from .detector_backbones import cut_backbone, name_any_detector
+from .file_weights import read_weights
 from .imagenet import ADDED, check_network, doubts_of_name, fit_backbone
 from .levels import fit_levels
-from .load_report import Report, shorten
+from .load_report import MISSING, Report, shorten
 from .names import StateDict
-from .reading import average_of, read_content, weights_of
-from .values import check_layout, to_dtypes
+from .reading import read_content
+from .values import to_dtypes
 
 MIN_BACKBONE = 0.95
 _BACKBONE = "neck.backbone."
@@ -65,19 +66,15 @@ class _Target(NamedTuple):
     """The tensors of the model."""
 
     tensors: StateDict
-    first: dict[str, str]  # name -> the first name of the same tensor
+    first: dict[str, str]  # name -> the first name of the same tensor, which layers may share
 
     @classmethod
     def of(cls, network: DINO) -> _Target:
-        """Read them from a network, whose layers may share some."""
+        """Read them from a network."""
         firsts: dict[int, str] = {}
-        own = network.state_dict(keep_vars=True)  # the parameters themselves: equal ones are the same object
+        own = network.state_dict(keep_vars=True)  # the parameters themselves: a shared one is the same object
         first = {name: firsts.setdefault(id(value), name) for name, value in own.items()}
         return cls(network.state_dict(), first)
-
-    def distinct(self, names: Iterable[str]) -> list[str]:
-        """The names of tensors that count, each tensor once, under its first name."""
-        return list(dict.fromkeys(self.first[name] for name in names if _counts(name)))
 
 
 def load_weights(
@@ -161,21 +158,23 @@ def _find_part(model: nn.Module, kind: type[nn.Module]) -> Any:
 
 def _choose(network: DINO, content: Mapping, report: Report, wishes: _Wishes) -> StateDict:
     """Choose the tensors of a file that fit the network, under its names; fills in the report."""
-    state, average = strip_wrappers(weights_of(content)), average_of(content, wishes.copy)
-    check_layout(state | (average or {}))
+    found = read_weights(content, wishes.copy)
     target = _Target.of(network)
-    report.format = recognise(state) or "backbone"
+    report.format = found.format
+    report.notes += [*found.notes, *([_DETREX_NOTE] if _may_need_constants(found.format, network) else [])]
     if report.format == "backbone":
-        chosen = _choose_backbone(_read_backbone(state, network, report, wishes), target, report, wishes)
+        chosen = _choose_backbone(_read_backbone(found.state, network, report, wishes), target, report, wishes)
     elif wishes.parts == "backbone":
-        own = _rename_backbone(_in_own_format(state, average, report), network)
+        own = _rename_backbone(found.state, network)
         report.unexpected += [name for name in own if not name.startswith(_BACKBONE)]
         chosen = _choose_backbone(_backbone_of(own), target, report, wishes)
     else:
-        chosen = _choose_all(_in_own_format(state, average, report), content, network, target, report, wishes)
-    names = len(list(filter(_counts, target.tensors)))
-    if names > report.total:
-        report.notes.append(f"layers of the model share tensors: {report.total} tensors have {names} names")
+        chosen = _choose_all(found.state, content, network, target, report, wishes)
+    tensors = len({target.first[name] for name in target.tensors if _counts(name)})
+    if tensors < report.total:
+        report.notes.append(
+            f"layers of the model share tensors: the {report.total} are names, of {tensors} different tensors"
+        )
     return to_dtypes(chosen, target.tensors)
 
 
@@ -231,19 +230,13 @@ def _choose_backbone(own: StateDict, target: _Target, report: Report, wishes: _W
     """Choose from the tensors of a backbone; all other parts of the model keep their initial values."""
     report.notes.append("weights of a backbone alone; all other parts keep their initial values")
     backbone = target._replace(tensors=_backbone_of(target.tensors))
-    report.without_detector = target.distinct(name for name in target.tensors if name not in backbone.tensors)
+    report.without_detector = [name for name in target.tensors if name not in backbone.tensors and _counts(name)]
     return _compare(own, backbone, _Sizes.of(own), report, wishes, {})
 
 
-def _in_own_format(state: StateDict, average: StateDict | None, report: Report) -> StateDict:
-    """Convert the weights of a file, and put their running average, if any, in their place."""
-    own = convert(state)
-    if average is not None:
-        own |= convert(average)
-        report.notes.append("loaded: the running average (EMA) of the weights")
-    if report.format == "detrex":
-        report.notes.append(_DETREX_NOTE)
-    return own
+def _may_need_constants(format_: str, network: DINO) -> bool:
+    """Whether a file does not name its position encoding, and the network has the most usual one."""
+    return format_ == "detrex" and getattr(network.position_encoding, "temperatures", None) == (20.0, 20.0)
 
 
 def _rename_backbone(own: StateDict, network: DINO) -> StateDict:
@@ -271,18 +264,42 @@ def _compare(
         DataError: a shape differs for another reason than `_Sizes` or the number of queries, or too little of the
             backbone is there.
     """
-    chosen, wrong, missing, reasons = {}, [], [], dict(fresh)
-    ours = _Sizes.of(target.tensors)
-    backbone_may_differ = wishes.min_backbone < MIN_BACKBONE or report.without_detector
-    for name, value in target.tensors.items():
-        found = own.get(name)
-        if found is None:
-            missing.append(name)
-        elif found.shape == value.shape:
+    tolerant = bool(wishes.min_backbone < MIN_BACKBONE or report.without_detector)
+    chosen, reasons = _sort(own, target.tensors, theirs, tolerant)
+    _fill_in(report, chosen, fresh | reasons, own, target)
+    _check_backbone(report, own, target, wishes.min_backbone)
+    return chosen
+
+
+def _fill_in(report: Report, chosen: StateDict, reasons: dict[str, str], own: StateDict, target: _Target) -> None:
+    """Put each name of the model into one list of the report; all names of one tensor into the same."""
+    loaded = {target.first[name] for name in chosen}
+    by_tensor = {target.first[name]: reason for name, reason in reasons.items()}
+    for name in filter(_counts, target.tensors):
+        first = target.first[name]
+        if first in by_tensor:
+            report.reinitialised[name] = by_tensor[first]
+        elif first in loaded:
+            report.loaded.append(name)
+        else:
+            report.missing.append(name)
+            report.why_missing[name] = _why_missing(name, own, target.tensors)
+    report.unexpected += [name for name in own if name not in target.tensors and _counts(name)]
+
+
+def _sort(own: StateDict, target: StateDict, theirs: _Sizes, tolerant: bool) -> tuple[StateDict, dict[str, str]]:
+    """The tensors of a file with the model's shapes, and {name: reason} of those with others.
+
+    Raises:
+        DataError: a shape differs without a known reason.
+    """
+    chosen, reasons, wrong = {}, {}, []
+    ours = _Sizes.of(target)
+    for name in (name for name in target if name in own):
+        found, value = own[name], target[name]
+        if found.shape == value.shape:
             chosen[name] = found
-        elif reason := _why_other_queries(name, found, value) or _why_other_size(
-            name, theirs, ours, backbone_may_differ
-        ):
+        elif reason := _why_other_queries(name, found, value) or _why_other_size(name, theirs, ours, tolerant):
             reasons[name] = reason
         else:
             wrong.append(f"{name} is {tuple(found.shape)} in the file and {tuple(value.shape)} in the model")
@@ -291,25 +308,19 @@ def _compare(
             f"the file is of another model: {shorten(wrong, 3)}. Build the model with the settings that the file was "
             "trained with"
         )
-    report.reinitialised = {target.first[name]: reason for name, reason in reasons.items() if _counts(name)}
-    report.loaded = [name for name in target.distinct(chosen) if name not in report.reinitialised]
-    known = {*report.loaded, *report.reinitialised}
-    report.missing = [name for name in target.distinct(missing) if name not in known]
-    report.why_missing = {name: why for name in report.missing if (why := _why_missing(name, own, target.tensors))}
-    report.unexpected += filter(_counts, (name for name in own if name not in target.tensors))
-    _check_backbone(report, own, target, wishes.min_backbone)
-    return chosen
+    return chosen, reasons
 
 
-def _why_missing(name: str, own: StateDict, target: StateDict) -> str | None:
-    """Why a file may lack this tensor; None for no reason."""
+def _why_missing(name: str, own: StateDict, target: StateDict) -> str:
+    """Why a file lacks this tensor."""
     if _LEVEL_KEYS.fullmatch(name):
         return "a level that the file lacks"
     match = _LAYER_KEYS.match(name)
-    if not match:
-        return None
-    theirs, ours = ({n.split(".")[2] for n in state if n.startswith(match[1])} for state in (own, target))
-    return None if match[2] in theirs else f"{len(ours)} {match[1].split('.')[0]} layers instead of {len(theirs)}"
+    front = match[1] if match else f"{name}."
+    theirs, ours = ({n.split(".")[2] for n in state if n.startswith(front)} for state in (own, target))
+    if not match or match[2] in theirs:
+        return MISSING
+    return f"{len(ours)} {front.split('.')[0]} layers instead of {len(theirs)}"
 
 
 def _counts(name: str) -> bool:
@@ -337,7 +348,7 @@ def _why_other_size(name: str, theirs: _Sizes, ours: _Sizes, backbone_may_differ
 def _check_backbone(report: Report, own: StateDict, target: _Target, min_backbone: float) -> None:
     """Raise a DataError where less than the share `min_backbone` of the backbone's tensors is loaded."""
     classifier = report.format == "backbone"  # its file can't have what detectors add
-    names = target.distinct(_backbone_of(target.tensors))
+    names = filter(_counts, _backbone_of(target.tensors))
     wanted = [name for name in names if not (classifier and ADDED.search(name.removeprefix(_BACKBONE)))]
     loaded = set(report.loaded)
     absent = [name.removeprefix(_BACKBONE) for name in wanted if name not in loaded]

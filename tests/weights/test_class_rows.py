@@ -8,7 +8,7 @@ import torch
 from dino.modeling.transformer import _FOCAL_PRIOR
 from dino.modeling.variants import HybridBranch
 from dino.weights import load_weights
-from dino.weights.class_rows import _match
+from dino.weights.class_rows import match_classes
 from dino.weights.coco_classes import COCO_IDS, coco_names
 
 from ..tiny import tiny_network
@@ -154,4 +154,4 @@ def test_a_head_of_one_class_for_all_stays():
     ],
 )
 def test_names_are_matched(theirs, ours, found):
-    assert _match(theirs, ours) == found
+    assert match_classes(theirs, ours) == found

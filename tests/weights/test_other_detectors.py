@@ -54,7 +54,8 @@ KEYS = {
         "refpoint_embed.weight transformer.decoder.layers.0.ca_qcontent_proj.weight",
         "anchor_box_embed.weight class_embed.weight",
         "model.query_refpoint_embeddings.weight",
-        "decoder.layers.0.cross_attn.qcontent_proj.weight decoder.ref_anchor_head.layers.0.weight bbox_head.fc_cls.bias",
+        "decoder.layers.0.cross_attn.qcontent_proj.weight decoder.ref_anchor_head.layers.0.weight "
+        "bbox_head.fc_cls.bias",
     ],
     "Conditional DETR": [
         "query_embed.weight transformer.decoder.layers.0.ca_qcontent_proj.weight",
