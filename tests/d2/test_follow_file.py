@@ -22,7 +22,7 @@ from dino.d2.recipe_description import describe
 from dino.d2.training.launch import Job, run
 from dino.d2.training.parallel import Processes
 from dino.layers import SinePositionEncoding
-from dino.modeling import Decoder, SharedHeadsDecoder, TimmBackbone
+from dino.modeling import Decoder, SharedHeadsDecoder, TimmBackbone, TorchvisionBackbone
 from dino.modeling.variants import LookForwardOnce
 from dino.utils.files import DataError, UserError
 from dino.weights import load_weights, read_content
@@ -306,6 +306,22 @@ def test_pixel_statistics_of_a_backbone_of_timm(cfg, tmp_path):
     assert list(found.model.pixel_std) == [1, 1, 1]
     cfg.model.network.neck.backbone = L(TinyBackbone)()
     assert follow(cfg, path)[1] == []
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("none", "LN"), ("LN", "none"), ("LN", "LN")])
+def test_norms_of_maps(cfg, tmp_path, theirs, ours):
+    """A checkpoint from before the recipes of ConvNeXt and FocalNet had them keeps its network."""
+    backbone = L(TorchvisionBackbone)(name="resnet18", map_norm=theirs)
+    cfg.model.network.neck.update(backbone=backbone, in_features=["res3", "res4", "res5"])
+    path = save(tmp_path, {"model": network_of(cfg).state_dict()})
+    backbone.map_norm = ours
+    cfg.model.network.neck.backbone = backbone
+    found, messages = follow(cfg, path)
+    assert found.model.network.neck.backbone.map_norm == theirs
+    assert sum("map_norm" in text for _, text in messages) == (theirs != ours)
+    assert load_weights(instantiate(found.model), path).problems == []
+    cfg.model.network.neck.backbone = L(TinyBackbone)()
+    assert "map_norm" not in str(follow(cfg, path)[0].model)
 
 
 def test_nothing_to_follow(cfg, tmp_path):
