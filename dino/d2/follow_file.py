@@ -47,7 +47,7 @@ class _Setting(NamedTuple):
 
 
 def follow(cfg: DictConfig, overrides: Sequence[str] = (), *, resume: bool = False) -> list[Message]:
-    """Set in a complete recipe what the weights that it will load need: heads, position encoding, norms of maps, pixels.
+    """Set in a complete recipe what its weights will need: heads, position encoding, norms of maps, pixel statistics.
 
     That file is `train.init_checkpoint`, or the last checkpoint of a run that resumes. What an override states stays,
     and so do pixel statistics of the recipe that are not ImageNet's. All processes must call this; the main one reads.

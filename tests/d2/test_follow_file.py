@@ -4,9 +4,6 @@ import argparse
 import json
 import logging
 import re
-import sys
-import types
-from pathlib import Path
 
 import pytest
 
@@ -234,16 +231,14 @@ def test_the_official_file_and_its_options(cfg, tmp_path):
     assert follow(cfg, save(tmp_path, content))[1] == []
 
 
-def test_a_published_file_of_detrex(cfg, tmp_path, monkeypatch):
+def test_a_published_file_of_detrex(cfg, tmp_path):
     """Its 12-epoch models need another position encoding, which no tensor shows."""
-    known = types.SimpleNamespace(temperature=10000.0, offset=-0.5)
-    module = types.SimpleNamespace(find_file=lambda path: known if Path(path).name == "published.pth" else None)
-    monkeypatch.setitem(sys.modules, "dino.weights.published", module)
+    published = "dino_r50_4scale_12ep_49_2AP.pth"
     state = {"model": detrex_state(network_of(cfg))}
-    found, messages = follow(cfg, save(tmp_path, state, "published.pth"))
+    found, messages = follow(cfg, save(tmp_path, state, published))
     assert (found.model.network.decoder._target_, position_of(found)) == (SEPARATE, ([10000, 10000], -0.5))
     assert len(messages) == 3
-    found, messages = follow(cfg, save(tmp_path, state, "published.pth"), f"{POSITION}.temperatures=[20,20]")
+    found, messages = follow(cfg, save(tmp_path, state, published), f"{POSITION}.temperatures=[20,20]")
     assert position_of(found) == ([20, 20], -0.5)
     assert [level for level, _ in messages] == ["INFO", "WARNING", "INFO"]
     found, messages = follow(cfg, save(tmp_path, state, "mine.pth"))
