@@ -128,11 +128,11 @@ def test_a_file_of_its_names_and_shapes_loads_whole(entry):
     assert report.format == entry.format
     assert report.problems == []
     assert (report.missing, report.unexpected, report.reinitialised) == ([], [], {})
-    tensors = network.state_dict().values()
-    assert len(report.loaded) == len({tensor.data_ptr() for tensor in tensors})
+    tensors = network.state_dict()
+    assert {tensors[name].data_ptr() for name in report.loaded} == {tensor.data_ptr() for tensor in tensors.values()}
     expected = {float(value.flatten()[0]) for name, value in state.items() if not name.endswith("batches_tracked")}
     no_biases = {0.0} if entry.format == "mmdetection" else set()  # of the neck
-    assert {float(tensor.flatten()[0]) for tensor in tensors} == expected | no_biases
+    assert {float(tensor.flatten()[0]) for tensor in tensors.values()} == expected | no_biases
 
 
 @pytest.mark.parametrize(
