@@ -381,13 +381,18 @@ def _check_pixels(model: nn.Module, report: Report) -> None:
         return
     ours = {name: _round(getattr(detector, name)) for name in expected}
     if any(abs(a - b) > 0.1 for name in expected for a, b in zip(ours[name], expected[name], strict=True)):
-        words = " ".join(f"'model.{text}'" for text in stated)  # quoted, since shells expand brackets
-        lines = "; ".join(f"model.{text}" for text in stated)
-        raise DataError(
-            f"the backbone's weights expect other pixel statistics than the model's {ours}, so its features would be "
-            f"wrong. On the command line, write {words}; in a recipe, {lines}; without a recipe, "
-            f"Preprocessing({', '.join(stated)})"
-        )
+        raise DataError(_explain_pixels(ours, stated))
+
+
+def _explain_pixels(ours: dict[str, list[float]], stated: list[str]) -> str:
+    """What to set where the model's pixel statistics are not the stated ones."""
+    words = " ".join(f"'model.{text}'" for text in stated)  # quoted, since shells expand brackets
+    lines = "; ".join(f"model.{text}" for text in stated)
+    return (
+        f"the backbone's weights expect other pixel statistics than the model's {ours}, so its features would be "
+        f"wrong. On the command line, write {words}; in a recipe, {lines}; without a recipe, "
+        f"Preprocessing({', '.join(stated)})"
+    )
 
 
 def _round(values: Tensor) -> list[float]:
