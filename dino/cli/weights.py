@@ -78,13 +78,14 @@ def _list(entries: Sequence[Published]) -> list[str]:
     from dino.weights.downloads import cache_folder
 
     width = max(len(entry.name) for entry in entries)
-    lines, sizes = [f"{'name':<{width}}    AP    MB  whose     file"], []
+    lines, sizes = [f"{'name':<{width}}    AP    MB  whose        file"], []
     for entry in entries:
         here = _find_here(entry)
         size = _megabytes(entry, here)
         sizes += [size] if here else []
         state = "in cache" if here else "download" if entry.address else "by hand"
-        lines.append(f"{entry.name:<{width}}  {entry.ap:.1f}  {size:>4}  {entry.format:<8}  {state}")
+        whose = "official" if entry.format == "official" else entry.owner
+        lines.append(f"{entry.name:<{width}}  {entry.ap:.1f}  {size:>4}  {whose:<11}  {state}")
     return [
         *lines,
         "",

@@ -90,18 +90,25 @@ def _complete(own: StateDict) -> StateDict:
         DataError: tensors that tell the sizes of the model are missing, or have another number of dimensions.
     """
     layers = count_parts(own, "decoder.layers.")
-    found: dict[str, dict[int, Tensor]] = {}
+    heads: dict[str, list[Tensor]] = {}  # name with a place for the layer's number -> of all layers that have it
     for key, value in own.items():
         if match := _LAYER_HEAD.fullmatch(key):
-            found.setdefault(f"{match[1]}.{{}}.{match[3]}", {})[int(match[2])] = value
-    shared = {name: next(iter(heads.values())) for name, heads in found.items() if len(heads) == 1}
+            heads.setdefault(f"{match[1]}.{{}}.{match[3]}", []).append(value)
+    shared = {name: found[0] for name, found in heads.items() if len(found) == 1}
     own = {name.format(layer): value for name, value in shared.items() for layer in range(layers)} | own
-    for name, dimensions in _SIZES.items():
-        shape = own[name].shape if name in own else ()
-        if len(shape) != dimensions and (name in own or name in _NEEDED):
-            state = f"has the shape {tuple(shape)}" if name in own else "is missing"
-            raise DataError(f"the file is damaged, or of an unknown variant of DINO: its tensor {name} {state}")
+    _check_sizes(own)
     return own
+
+
+def _check_sizes(own: StateDict) -> None:
+    """Raise the DataError of `_complete`."""
+    for name, dimensions in _SIZES.items():
+        if name not in own and name not in _NEEDED:
+            continue
+        shape = tuple(own[name].shape) if name in own else None
+        if shape is None or len(shape) != dimensions:
+            state = f"has the shape {shape}" if shape is not None else "is missing"
+            raise DataError(f"the file is damaged, or of an unknown variant of DINO: its tensor {name} {state}")
 
 
 def _check_standard(own: StateDict) -> None:
@@ -128,7 +135,9 @@ def _from_official(state_dict: StateDict) -> StateDict:
     own = _complete(rename(state, _FROM_OFFICIAL))
     classes, labels = len(own["decoder.class_heads.0.bias"]), own.get("denoising.label_embed.weight", ())
     if len(labels) > classes:
-        own["denoising.label_embed.weight"], own[UNUSED_LABELS] = labels[:classes], labels[classes:]
+        own["denoising.label_embed.weight"], unused = labels[:classes], labels[classes:]
+        if len(unused) > 1 or unused.any():  # else `_to_official` added it
+            own[UNUSED_LABELS] = unused
     return own
 
 

@@ -14,6 +14,7 @@ from dino.utils.files import DataError
 from .checkpoint_formats import CLASS_KEYS, UNUSED_LABELS, coco_to_contiguous, select_classes
 from .coco_classes import BACKGROUND, COCO_IDS, NO_CLASS, RAW_COCO_CLASSES, coco_names
 from .load_report import Report, shorten
+from .mmdetection import classes_of
 from .names import StateDict
 
 _COUNTED = "decoder.class_heads.0.bias"  # one number for each class
@@ -105,17 +106,9 @@ def _names_in(content: Mapping, own: StateDict, format_: str) -> tuple[list[str]
     COCO's.
     """
     classes = _count(own)
-    stated = next((found for found in map(_as_names, _lists_in(content)) if len(found) == classes), None)
+    stated = _as_names(content.get("names")) or classes_of(content) or []
+    stated = stated if len(stated) == classes else None
     return stated or (coco_names(classes) if format_ != "own" else None), bool(stated)
-
-
-def _lists_in(content: Mapping) -> list[Any]:
-    """What the content of a file has where programs keep class names."""
-    meta = content.get("meta")
-    meta = meta if isinstance(meta, Mapping) else {}
-    of_data = meta.get("dataset_meta")
-    of_data = of_data if isinstance(of_data, Mapping) else {}
-    return [content.get("names"), *(of_data.get(key) for key in ("classes", "CLASSES")), meta.get("CLASSES")]
 
 
 def _as_names(value: Any) -> list[str]:

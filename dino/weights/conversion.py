@@ -17,12 +17,12 @@ from .checkpoint_formats import (
     UNUSED_LABELS,
     coco_to_contiguous,
     convert,
-    recognise,
 )
 from .coco_classes import RAW_COCO_CLASSES, coco_names
-from .inferred_description import Unshown, classes_of, find_unshown, with_description
+from .file_weights import FileWeights, read_weights
+from .inferred_description import Unshown, find_unshown, name_classes, with_description
 from .names import StateDict
-from .reading import DESCRIPTION, average_of, read_content, weights_of
+from .reading import DESCRIPTION, read_content
 
 
 def convert_file(
@@ -55,19 +55,19 @@ def convert_file(
     content = read_content(path)
     describable = to in ("own", "safetensors")  # the other formats have no place for a description
     try:
-        format_ = recognise(weights_of(content))
-        own = _read_own(content, coco80, copy)
+        found = read_weights(content, copy)
+        own = _read_own(found, coco80)
         state = own if describable else convert(own, to=to)
     except ValueError as error:  # a DataError too
         raise DataError(f"can't convert {source}: {error}") from error
-    extra = _describe(content, own, str(source), temperature, offset) if describable else {}
+    extra = _describe(content, own, found.format, str(source), temperature, offset) if describable else {}
     target.parent.mkdir(parents=True, exist_ok=True)
     if "safetensors" in (to, target.suffix.removeprefix(".")):
         _write_safetensors(target, state, extra)
     else:
         write_whole(target, lambda part: torch.save({"model": state, **extra}, part))
     classes = len(own["decoder.class_heads.0.bias"])
-    print(f"{target}: {to} format, {len(state)} tensors, {classes} classes; {source} was in {format_} format")
+    print(f"{target}: {to} format, {len(state)} tensors, {classes} classes; {source} was in {found.format} format")
     if not describable:
         _print_dropped(own, to)
 
@@ -80,37 +80,37 @@ def _print_dropped(own: StateDict, to: str) -> None:
         print(f"dropped: the branches, which only training uses; the {to} format has no place for them")
 
 
-def _read_own(content: dict[str, Any], coco80: bool, copy: str) -> StateDict:
+def _read_own(found: FileWeights, coco80: bool) -> StateDict:
     """The weights to convert, in own format."""
-    own, average = convert(weights_of(content)), average_of(content, copy)
-    if average is not None:
-        print("converted: the running average (EMA) of the weights")
-        own |= convert(average)
+    if found.format == "backbone":
+        convert(found.state)  # says what the file is
+    for note in found.notes:
+        print(note)
     if not coco80:
-        return own
-    classes = len(own["decoder.class_heads.0.bias"])
+        return found.state
+    classes = len(found.state["decoder.class_heads.0.bias"])
     if classes != RAW_COCO_CLASSES:
         raise DataError(f"--coco80 needs a model with the 91 raw ids of COCO, but this one has {classes} classes")
     print("dropped: the rows of the 11 ids that COCO does not use, in class heads and label embedding")
-    return coco_to_contiguous(own)
+    return coco_to_contiguous(found.state)
 
 
 def _describe(
-    content: dict[str, Any], own: StateDict, source: str, temperature: float | None, offset: float | None
+    content: dict[str, Any], own: StateDict, format_: str, source: str, temperature: float | None, offset: float | None
 ) -> dict[str, Any]:
     """What describes the model in a file in own format: the input's own description, or what its tensors show."""
-    if recognise(weights_of(content)) == "own":
+    if format_ == "own":
         return {key: content[key] for key in DESCRIPTION if key in content}
     try:
-        stated = find_unshown(content, source) if None in (temperature, offset) else Unshown()
+        stated = find_unshown(content, format_, source) if None in (temperature, offset) else Unshown()
         unshown = stated._replace(
             temperatures=stated.temperatures if temperature is None else (temperature, temperature),
             offset=stated.offset if offset is None else offset,
         )
-        described = with_description(content, own, source, unshown)
+        described = with_description(content, own, unshown, source)
     except DataError as error:
         print(f"no description: {error}")
-        described = classes_of(content, len(own["decoder.class_heads.0.bias"]))
+        described = name_classes(content, len(own["decoder.class_heads.0.bias"]))
     if described["names"] == coco_names(len(described["names"])):
         print(f"names: those of COCO, because the model has {len(described['names'])} classes")
     return {key: described[key] for key in DESCRIPTION if key in described}

@@ -14,15 +14,14 @@ from torch.utils.serialization import config as serialization
 from dino.utils.files import DataError
 
 from .checkpoint_formats import convert, recognise
+from .mmdetection import MMDETECTION_POSITION, position_of
 from .names import StateDict
+from .published import find, find_file
 from .reading import read_content, weights_of
 
 _HEADS = re.compile(r"(decoder\.(?:class|box)_heads\.)\d+(\..+)")
 _DECODERS = {"dino.modeling.Decoder": False, "dino.modeling.SharedHeadsDecoder": True}  # whether it shares its heads
 _MOST = 1e6  # absolute value of a number that is believed
-# A dict in the text of mmdetection's config, which has no brackets inside, and its numbers.
-_MMDETECTION_POSITION = re.compile(r"positional_encoding=dict\(([^()]{0,500})\)")
-_MMDETECTION_NUMBER = r"\b{}=(-?\d{{1,9}}(?:\.\d{{0,9}})?)\s*(?:,|$)"
 
 
 class Position(NamedTuple):
@@ -30,6 +29,9 @@ class Position(NamedTuple):
 
     temperatures: tuple[float, float]
     offset: float
+
+
+_USUAL = {"mmdetection": Position((MMDETECTION_POSITION[0],) * 2, MMDETECTION_POSITION[1])}
 
 
 class FileFacts(NamedTuple):
@@ -85,7 +87,7 @@ def facts_of(content: Mapping[str, Any], path: str | Path = "") -> FileFacts:
     return FileFacts(
         format=found,
         shared_heads=_shared_heads(content, convert(state), network),
-        position=_position(content, found, network, path),
+        position=_described_position(network) if found == "own" else find_position(content, found, path),
         pixel_mean=_numbers(pixels.get("pixel_mean"), 3),
         pixel_std=_numbers(pixels.get("pixel_std"), 3, positive=True),
     )
@@ -116,45 +118,42 @@ def _are_equal(a: torch.Tensor | None, b: torch.Tensor) -> bool:
     return a is not None and a.dtype == b.dtype and torch.equal(a, b)
 
 
-def _position(content: Mapping, found: str, network: Mapping, path: str | Path) -> Position | None:
-    """The constants that the file describes, that its program's options hold, or that are known of a published file."""
-    if found == "own":
-        return _described_position(network.get("position_encoding"))
-    stated = {"official": _official_position, "mmdetection": _mmdetection_position}
-    return _published_position(path) or (stated[found](content) if found in stated else None)
-
-
-def _described_position(node: Any) -> Position | None:
+def _described_position(network: Mapping) -> Position | None:
+    node = network.get("position_encoding")
     node = node if isinstance(node, Mapping) else {}
     return _as_position(node.get("temperatures"), node.get("offset"))
 
 
-def _official_position(content: Mapping) -> Position | None:
-    """The temperatures of its options; its program has no offset."""
-    options = content.get("args")
+def find_position(content: Mapping[str, Any], format_: str, source: str | Path) -> Position | None:
+    """Find the constants of the position encoding of another program's file.
+
+    In this order: what the file states (the official program's `args`, mmdetection's config), what is published of the
+    file, what is usual in the format.
+
+    Args:
+        content: of `read_content`.
+        format_: of the file, see `recognise`.
+        source: the file, whose name may be that of a published one, or the name of published weights.
+
+    Returns:
+        the constants; None where nothing says them.
+    """
+    return _stated_position(content, format_) or _published_position(format_, source) or _USUAL.get(format_)
+
+
+def _stated_position(content: Mapping, format_: str) -> Position | None:
+    """The constants in the options that a program stores with its weights."""
+    if format_ == "mmdetection":
+        temperature, offset = position_of(content) or (None, None)
+        return _as_position([temperature] * 2, offset)
+    options = content.get("args") if format_ == "official" else None
     return _as_position([getattr(options, f"pe_temperature{axis}", None) for axis in "HW"], 0.0)
 
 
-def _mmdetection_position(content: Mapping) -> Position:
-    """Those of the config that a checkpoint may hold as text; else those of mmdetection's DINO."""
-    meta = content.get("meta")
-    text = meta.get("cfg") if isinstance(meta, Mapping) else None
-    stated = _MMDETECTION_POSITION.search(text) if isinstance(text, str) else None
-    found = [
-        re.search(_MMDETECTION_NUMBER.format(name), stated[1] if stated else "") for name in ("temperature", "offset")
-    ]
-    temperature, offset = (float(number[1]) if number else None for number in found)
-    return _as_position([temperature] * 2, offset) or Position((20.0, 20.0), 0.0)
-
-
-def _published_position(path: str | Path) -> Position | None:
+def _published_position(format_: str, source: str | Path) -> Position | None:
     """That of a published file, known by its name."""
-    try:
-        from .published import find_file
-    except ImportError:
-        return None
-    entry = find_file(path)
-    return _as_position([entry.temperature] * 2, entry.offset) if entry else None
+    entry = find(str(source)) or find_file(source)
+    return Position((entry.temperature,) * 2, entry.offset) if entry and entry.format == format_ else None
 
 
 def _as_position(temperatures: Any, offset: Any) -> Position | None:

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 from dino.utils.files import DataError
 
 from .checkpoint_formats import convert
-from .mmdetection import MMDETECTION_POSITION, classes_of, position_of
+from .mmdetection import position_of
 from .names import StateDict
 from .other_detectors import name_detector
 from .reading import average_of, weights_of
 from .signatures import Copies, split_copies
+from .values import check_layout
 
-_OFFICIAL_POSITION = (20.0, 0.0)  # temperature and offset of its position encoding, and of the port to transformers
 _FLAT = "_flat_param"  # the end of the names of parameters that FSDP has joined
 
 
@@ -24,8 +24,6 @@ class FileWeights(NamedTuple):
     state: StateDict  # of a DINO, in own format; of anything else, with its own names and no prefixes
     format: str  # of the file: a key of `SIGNATURES`, or "backbone" for anything else than a DINO
     notes: list[str]  # sentences for people
-    position: tuple[float, float] | None  # temperature and offset of the position encoding, where the format tells
-    names: list[str] | None  # of the classes, where another program's file tells
     detector: str | None  # the name of another detector that the tensors are of
 
 
@@ -41,18 +39,17 @@ def read_weights(content: Mapping[str, Any], copy: str = "auto") -> FileWeights:
         ValueError: two names would become one.
     """
     stored, average = weights_of(content), average_of(content, copy)
+    check_layout(stored | (average or {}))
     copies = split_copies(stored)
     _check_whole(copies)
     notes = _describe_copy(copies, average)
     if copies.format is None:
         state = _without_prefixes(copies) | (_without_prefixes(split_copies(average)) if average else {})
-        return FileWeights(state, "backbone", notes, None, None, name_detector(stored))
+        return FileWeights(state, "backbone", notes, name_detector(stored))
     own = convert(stored)
     if average is not None:
         own |= convert(average)
-    position, more = _find_position(content, copies.format)
-    names = classes_of(content) if copies.format == "mmdetection" else None
-    return FileWeights(own, copies.format, notes + more, position, names, None)
+    return FileWeights(own, copies.format, notes + _describe_position(content, copies.format), None)
 
 
 def _without_prefixes(copies: Copies) -> StateDict:
@@ -78,17 +75,13 @@ def _describe_copy(copies: Copies, average: StateDict | None) -> list[str]:
     return notes
 
 
-def _find_position(content: Mapping[str, Any], format_: str) -> tuple[tuple[float, float] | None, list[str]]:
-    """Temperature and offset of the position encoding, and sentences on where they are from."""
-    if format_ in ("official", "huggingface"):
-        return _OFFICIAL_POSITION, []
+def _describe_position(content: Mapping[str, Any], format_: str) -> list[str]:
+    """A sentence on what a file of mmdetection says of its position encoding."""
     if format_ != "mmdetection":
-        return None, []
+        return []
     if found := position_of(content):
-        return found, [
-            f"the config in the file says: position encoding of temperature {found[0]:g}, offset {found[1]:g}"
-        ]
-    return MMDETECTION_POSITION, [
+        return [f"the config in the file says: position encoding of temperature {found[0]:g}, offset {found[1]:g}"]
+    return [
         "the file has no config: most DINOs of mmdetection have a position encoding of temperature 20 and offset 0, "
         "those of its configs called improved 10000 and -0.5"
     ]

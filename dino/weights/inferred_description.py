@@ -17,12 +17,14 @@ from dino.modeling.detector import Preprocessing
 from dino.utils.files import DataError
 
 from .addresses import locate
-from .checkpoint_formats import convert, recognise
 from .coco_classes import coco_ids, coco_names
+from .file_facts import find_position
+from .file_weights import read_weights
 from .levels import count_projections
+from .mmdetection import classes_of
 from .names import StateDict, resnet_to_detectron2
 from .published import Published, find, find_file
-from .reading import read_content, weights_of
+from .reading import read_content
 
 # Numbers of blocks in the stages, and of convolutions in a block.
 _RESNETS = {
@@ -91,66 +93,56 @@ def describe_content(content: dict[str, Any], source: str) -> dict[str, Any]:
     """
     if isinstance(content.get("about"), Mapping) or not any(isinstance(v, Mapping | Tensor) for v in content.values()):
         return content
-    state = weights_of(content)
-    return content if recognise(state) in (None, "own") else with_description(content, convert(state), source)
+    found = read_weights(content)
+    if found.format in ("own", "backbone"):
+        return content
+    return with_description(content, found.state, find_unshown(content, found.format, source), source)
 
 
-def with_description(content: Mapping, own: StateDict, source: str, unshown: Unshown | None = None) -> dict[str, Any]:
+def with_description(content: Mapping, own: StateDict, unshown: Unshown, source: str) -> dict[str, Any]:
     """Add `names`, `category_ids` and `about` to the content of a file, see `dino.weights.description`.
-
-    A file that describes its model stays as it is. 80 and 91 classes are COCO's.
 
     Args:
         content: of the file. own: its weights, in own format.
+        unshown: what no tensor shows.
         source: the file, or the name of published weights.
-        unshown: what no tensor shows; by default `find_unshown`.
 
     Raises:
-        DataError: nothing says what no tensor shows, or the backbone is of no known kind.
+        DataError: the backbone is of no known kind.
     """
-    if isinstance(content.get("about"), Mapping):
-        return dict(content)
-    unshown = unshown or find_unshown(content, source)
-    network, published = describe_network(own, unshown), find_published(source)
+    network, published = describe_network(own, unshown), find(source) or find_file(source)
     if network is not None:
         about = {"config": json.dumps({"network": network}), "preprocessing": _preprocessing(unshown)}
     elif published is not None:
         about = _describe_recipe(published, own, unshown)
     else:
         raise DataError(
-            f"{source}: its backbone is neither a ResNet nor a Swin, and the file does not describe it. Use it with a "
+            "its backbone is neither a ResNet nor a Swin, and the file does not describe it. Use it with a "
             "recipe of this backbone: dino eval --config-file RECIPE, or train.init_checkpoint"
         )
-    return {**classes_of(content, len(own["decoder.class_heads.0.bias"])), **content, "about": about}
+    return {**content, **name_classes(content, len(own["decoder.class_heads.0.bias"])), "about": about}
 
 
-def find_published(source: str) -> Published | None:
-    """Find the published weights of a name, or of a file by its name; None if there are none."""
-    return find(source) or find_file(source)
-
-
-def find_unshown(content: Mapping, source: str) -> Unshown:
-    """Find what no tensor shows: in the official program's `args`, in the table of published weights, by the format.
+def find_unshown(content: Mapping, format_: str, source: str) -> Unshown:
+    """Find what no tensor shows in the official program's `args`, and elsewhere as `find_position`.
 
     Raises:
-        DataError: the file is detrex', which do not say it, and not in the table; or the network is not DINO's.
+        DataError: nothing says the position encoding, or the network is not DINO's.
     """
-    found = recognise(weights_of(content))
-    published, args = find_published(source), content.get("args")
-    if isinstance(args, argparse.Namespace) and found == "official":
-        return _read_arguments(vars(args), source)
-    if published is not None and published.format == found:
-        return Unshown((published.temperature,) * 2, published.offset)
-    if found == "detrex":
+    args = content.get("args")
+    if isinstance(args, argparse.Namespace) and format_ == "official":
+        return _read_arguments(vars(args))
+    position = find_position(content, format_, source)
+    if position is None and format_ == "detrex":
         raise DataError(
-            f"{source} is detrex', which does not store the constants of its position encoding: give --temperature and "
+            "it is detrex', which does not store the constants of its position encoding: give --temperature and "
             "--offset to `dino convert IN OUT --to own`, 10000 -0.5 for most of detrex' 12-epoch models, 20 0 for its "
             "24-epoch ones"
         )
-    return Unshown()
+    return Unshown(*position or ())
 
 
-def _read_arguments(args: Mapping[str, Any], source: str) -> Unshown:
+def _read_arguments(args: Mapping[str, Any]) -> Unshown:
     """The arguments with which the official program was run; its defaults where they are absent.
 
     Raises:
@@ -158,7 +150,7 @@ def _read_arguments(args: Mapping[str, Any], source: str) -> Unshown:
     """
     for name, values in _DINO_ARGUMENTS.items():
         if args.get(name, values[0]) not in values:
-            raise DataError(f"{source}: its network is not DINO's: {name} is {args[name]!r:.100}, not {values[0]!r}")
+            raise DataError(f"its network is not DINO's: {name} is {args[name]!r:.100}, not {values[0]!r}")
     default = Unshown()
     values = {
         "pe_temperatureH": default.temperatures[0],
@@ -169,7 +161,7 @@ def _read_arguments(args: Mapping[str, Any], source: str) -> Unshown:
     for name, usual in values.items():
         values[name] = value = args.get(name, usual)
         if type(value) not in {int, type(usual)} or not 0 < value < 1e9:
-            raise DataError(f"{source}: args.{name} is {value!r:.100}, a number such as {usual} was expected")
+            raise DataError(f"args.{name} is {value!r:.100}, a number such as {usual} was expected")
     high, wide, heads, number = values.values()
     return Unshown((float(high), float(wide)), default.offset, heads, number)
 
@@ -178,12 +170,14 @@ def _preprocessing(unshown: Unshown) -> _Node:
     return Preprocessing(max_detections=unshown.max_detections)._asdict()
 
 
-def classes_of(content: Mapping, number: int) -> _Node:
+def name_classes(content: Mapping, number: int) -> _Node:
     """Name the classes of a file -> `names` and `category_ids`: the file's own names, COCO's, or numbers."""
-    names = content.get("names") or coco_names(number)
-    if names is None:
-        return {"names": [f"class {label}" for label in range(number)], "category_ids": list(range(number))}
-    return {"names": list(names), "category_ids": coco_ids(number)} if coco_names(number) else {"names": list(names)}
+    coco, stated = coco_names(number), content.get("names") or classes_of(content)
+    if coco and stated in (None, coco):
+        return {"names": coco, "category_ids": coco_ids(number)}
+    if stated and len(stated) == number:
+        return {"names": list(stated), "category_ids": list(range(1, number + 1))}
+    return {"names": [f"class {label}" for label in range(number)], "category_ids": list(range(number))}
 
 
 def _describe_recipe(published: Published, own: StateDict, unshown: Unshown) -> _Node:

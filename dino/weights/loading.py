@@ -14,15 +14,16 @@ from dino.modeling import DINO, TimmBackbone
 from dino.modeling.detector import Detector
 from dino.utils.files import DataError
 
-from .checkpoint_formats import CLASS_KEYS, convert, recognise, strip_wrappers
+from .checkpoint_formats import CLASS_KEYS
 from .class_rows import fit_classes
 from .detector_backbones import cut_backbone, name_any_detector
+from .file_weights import read_weights
 from .imagenet import ADDED, check_network, doubts_of_name, fit_backbone
 from .levels import fit_levels
 from .load_report import MISSING, Report, shorten
 from .names import StateDict
-from .reading import average_of, read_content, weights_of
-from .values import check_layout, to_dtypes
+from .reading import read_content
+from .values import to_dtypes
 
 MIN_BACKBONE = 0.95
 _BACKBONE = "neck.backbone."
@@ -157,18 +158,18 @@ def _find_part(model: nn.Module, kind: type[nn.Module]) -> Any:
 
 def _choose(network: DINO, content: Mapping, report: Report, wishes: _Wishes) -> StateDict:
     """Choose the tensors of a file that fit the network, under its names; fills in the report."""
-    state, average = strip_wrappers(weights_of(content)), average_of(content, wishes.copy)
-    check_layout(state | (average or {}))
+    found = read_weights(content, wishes.copy)
     target = _Target.of(network)
-    report.format = recognise(state) or "backbone"
+    report.format = found.format
+    report.notes += [*found.notes, *([_DETREX_NOTE] if _may_need_constants(found.format, network) else [])]
     if report.format == "backbone":
-        chosen = _choose_backbone(_read_backbone(state, network, report, wishes), target, report, wishes)
+        chosen = _choose_backbone(_read_backbone(found.state, network, report, wishes), target, report, wishes)
     elif wishes.parts == "backbone":
-        own = _rename_backbone(_in_own_format(state, average, report), network)
+        own = _rename_backbone(found.state, network)
         report.unexpected += [name for name in own if not name.startswith(_BACKBONE)]
         chosen = _choose_backbone(_backbone_of(own), target, report, wishes)
     else:
-        chosen = _choose_all(_in_own_format(state, average, report), content, network, target, report, wishes)
+        chosen = _choose_all(found.state, content, network, target, report, wishes)
     tensors = len({target.first[name] for name in target.tensors if _counts(name)})
     if tensors < report.total:
         report.notes.append(
@@ -233,15 +234,9 @@ def _choose_backbone(own: StateDict, target: _Target, report: Report, wishes: _W
     return _compare(own, backbone, _Sizes.of(own), report, wishes, {})
 
 
-def _in_own_format(state: StateDict, average: StateDict | None, report: Report) -> StateDict:
-    """Convert the weights of a file, and put their running average, if any, in their place."""
-    own = convert(state)
-    if average is not None:
-        own |= convert(average)
-        report.notes.append("loaded: the running average (EMA) of the weights")
-    if report.format == "detrex":
-        report.notes.append(_DETREX_NOTE)
-    return own
+def _may_need_constants(format_: str, network: DINO) -> bool:
+    """Whether a file does not name its position encoding, and the network has the most usual one."""
+    return format_ == "detrex" and getattr(network.position_encoding, "temperatures", None) == (20.0, 20.0)
 
 
 def _rename_backbone(own: StateDict, network: DINO) -> StateDict:

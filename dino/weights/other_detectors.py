@@ -1,4 +1,4 @@
-"""Detectors other than DINO, told apart by the names of their tensors."""
+"""Detectors other than DINO, known by the names of their tensors."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 _DETREX_FILES = "https://github.com/IDEA-Research/detrex-storage/releases/download/"
 _DETREX_PAGE = "https://github.com/IDEA-Research/detrex/tree/main/projects/dino"
 _OFFICIAL_PAGE = "https://drive.google.com/drive/folders/1qD5m1NmK0kjE5hh-G17XUX751WsEG-h_"
-_LICENCE = "Apache-2.0"  # of both repositories; neither states another one for its weights
+_LICENCE = "Apache-2.0"  # of all these repositories; none states another one for its weights
+_MMDETECTION_PAGE = "https://github.com/open-mmlab/mmdetection/tree/main/configs/dino"
 _BY_HAND = "_official"  # end of the names of files without a plain download
 
 
@@ -25,7 +26,7 @@ class Published(NamedTuple):
     owner: str
     licence: str
     ap: float  # published box AP on COCO val2017, percent
-    format: str  # official or detrex
+    format: str  # official, detrex or mmdetection
     temperature: float  # of the position encoding that it was trained with
     offset: float  # of the same
     shared_heads: bool  # whether all decoder layers have the same pair of heads
@@ -83,6 +84,29 @@ def _of_official(recipe: str, file: str, ap: float, megabytes: int, recorded: st
     )
 
 
+def _of_mmdetection(recipe: str, address: str, ap: float, megabytes: int, *, position=(20.0, 0.0)) -> Published:
+    """An entry of mmdetection's table; the names of its files end with digits of their SHA-256."""
+    temperature, offset = position
+    return Published(
+        name=recipe + "_mmdetection",
+        recipe=recipe,
+        address=address,
+        page=_MMDETECTION_PAGE,
+        file=address.rpartition("/")[2],
+        size=None,
+        sha256=PurePath(address).stem.rpartition("-")[2],
+        owner="mmdetection",
+        licence=_LICENCE,
+        ap=ap,
+        format="mmdetection",
+        temperature=temperature,
+        offset=offset,
+        shared_heads=False,
+        num_classes=80,
+        megabytes=megabytes,
+    )
+
+
 _TRAINER = "trained by detrex' projects/dino/train_net.py: rate 2e-4, a tenth for backbone and sampling offsets"
 _TUNED = f"{_TRAINER}; nothing of the backbone frozen, class loss weight 2"
 _22K_SWIN = "backbone from ImageNet-22k weights fine-tuned on ImageNet-1k"
@@ -90,9 +114,12 @@ _UNPADDED = "detrex does not pad images to multiples of 32 pixels"
 _FOCALNET = "backbone from ImageNet-22k weights; detrex pads images to multiples of 4 pixels"
 _1K, _22K = (f"backbone from ImageNet-{weights} weights; {_UNPADDED}" for weights in ("1k", "22k fine-tuned on 1k"))
 
+_MMDETECTION_FILES = "https://download.openmmlab.com/mmdetection/v3.0/dino/"
+
 # The position encoding of each detrex file is that of its configuration (projects/dino/configs at commit e244e6c): the
 # value of models/dino_r50.py since its first version, which only dino_r50_4scale_24ep.py replaces. The official README
-# says how its files are named; the names are those that other programs' conversion scripts read.
+# says how its files are named; the names are those that other programs' conversion scripts read. mmdetection's entries
+# are those of its README and metafile, their position encodings those of its configurations.
 _ENTRIES = (
     _of_detrex("dino_r50_4scale_12ep", "", "v0.2.0/dino_r50_4scale_12ep_49_2AP.pth", 49.2, 191),
     _of_detrex(
@@ -193,6 +220,34 @@ _ENTRIES = (
             ("l", "_in22k", "large_384", 55.5, 876, _22K),
         )
     ),
+    _of_mmdetection(
+        "dino_r50_4scale_12ep",
+        f"{_MMDETECTION_FILES}dino-4scale_r50_8xb2-12e_coco/dino-4scale_r50_8xb2-12e_coco_20221202_182705-55b2bba2.pth",
+        49.0,
+        191,
+    ),
+    _of_mmdetection(
+        "dino_r50_4scale_12ep_tuned_300dn",
+        f"{_MMDETECTION_FILES}dino-4scale_r50_improved_8xb2-12e_coco/"
+        "dino-4scale_r50_improved_8xb2-12e_coco_20230818_162607-6f47a913.pth",
+        50.1,
+        191,
+        position=(10000.0, -0.5),
+    ),
+    _of_mmdetection(
+        "dino_swin_l_384_5scale_12ep",
+        f"{_MMDETECTION_FILES}dino-5scale_swin-l_8xb2-12e_coco/"
+        "dino-5scale_swin-l_8xb2-12e_coco_20230228_072924-a654145f.pth",
+        57.2,
+        877,
+    ),
+    _of_mmdetection(
+        "dino_swin_l_384_5scale_36ep",
+        "https://github.com/RistoranteRist/mmlab-weights/releases/download/dino-swinl/"
+        "dino-5scale_swin-l_8xb2-36e_coco-5486e051.pth",
+        58.4,
+        877,
+    ),
     _of_official(
         "dino_r50_4scale_12ep",
         "checkpoint0011_4scale.pth",
@@ -220,6 +275,25 @@ _ENTRIES = (
         58.5,
         874,
         "17ddce1592816a0c63a2edc94d4a0877ffeb086f397a6657e151c703a4c850b5",
+    ),
+    Published(
+        name="dino_r50_4scale_12ep_align_detr" + _BY_HAND,
+        recipe="dino_r50_4scale_12ep_align_detr",
+        address="",
+        page="https://drive.google.com/file/d/12xSxD_Z9KI8bejSlO1td1XcZ-Ns00rTi/view",
+        file="aligndetr_k=2_r50_4scale_12ep.pth",
+        size=None,
+        sha256="",
+        owner="Align-DETR",
+        licence=_LICENCE,
+        ap=50.3,
+        format="detrex",
+        temperature=10000.0,
+        offset=-0.5,
+        shared_heads=False,
+        num_classes=80,
+        megabytes=191,
+        note="the page holds this file alone; it may have another name there",
     ),
 )
 PUBLISHED: dict[str, Published] = {entry.name: entry for entry in _ENTRIES}

@@ -104,11 +104,14 @@ def _rename_once(state_dict: StateDict, new_name) -> StateDict:
 def _fronts_of(state_dict: StateDict, name: str) -> list[str]:
     """What stands before all keys of a format's signature, once for each copy of the model."""
     anchor, *others = SIGNATURES[name]
-    fronts = [key.removesuffix(anchor) for key in state_dict if key.endswith(anchor)]
-    fronts = [front for front in fronts if not front or front.endswith(".")]
+    ends = (key.removesuffix(anchor) for key in state_dict if key.endswith(anchor))
+    fronts = [front for front in ends if front.endswith(".") or not front]
     keys = {_NUMBER.sub("{i}", key) for key in state_dict} if fronts else set()
-    fitting = (front for front in fronts if all(_NUMBER.sub("{i}", front + other) in keys for other in others))
-    return list(itertools.islice(fitting, _MOST_COPIES))
+
+    def fits(front: str) -> bool:
+        return keys.issuperset(_NUMBER.sub("{i}", front + other) for other in others)
+
+    return list(itertools.islice(filter(fits, fronts), _MOST_COPIES))
 
 
 def _split(state_dict: StateDict, name: str, fronts: list[str], words: list[str]) -> Copies:

@@ -28,17 +28,22 @@ def temporary(tmp_path, monkeypatch):
     return tmp_path / "temporary"
 
 
+@pytest.fixture(scope="module")
+def predictor():
+    return tiny(score_thresh=0)
+
+
 def encoded(seed=0, form="PNG"):
     file = io.BytesIO()
     Image.fromarray(picture(seed=seed)).save(file, form)
     return file.getvalue()
 
 
-def test_a_picture_lives_as_long_as_its_prediction(server, temporary):
+def test_a_picture_lives_as_long_as_its_prediction(server, predictor, temporary):
     server.files["/a/photo.png?size=1"] = Reply(encoded(), headers={"Content-Type": "image/png"})
-    found = tiny(score_thresh=0)(f"{server.url}/a/photo.png?size=1")
+    found = predictor(f"{server.url}/a/photo.png?size=1")
     assert found.source.name == "photo.png"
-    assert found.boxes.equal(tiny(score_thresh=0)(picture()).boxes)
+    assert found.boxes.equal(predictor(picture()).boxes)
     assert np.asarray(found.draw()).shape == (72, 100, 3)
     assert len(list(temporary.iterdir())) == 1
     del found
@@ -46,9 +51,9 @@ def test_a_picture_lives_as_long_as_its_prediction(server, temporary):
     assert list(temporary.iterdir()) == []
 
 
-def test_addresses_that_pathlib_broke_and_lists_of_them(server):
+def test_addresses_that_pathlib_broke_and_lists_of_them(server, predictor):
     server.files |= {f"/{n}": Reply(encoded(n)) for n in range(2)}
-    found = tiny(score_thresh=0)([Path(f"{server.url}/0"), f"{server.url}/1", picture(seed=1)])
+    found = predictor([Path(f"{server.url}/0"), f"{server.url}/1", picture(seed=1)])
     assert [len(f) for f in found] == [10] * 3
     assert found[1].boxes.equal(found[2].boxes)
     assert not found[0].boxes.equal(found[1].boxes)
@@ -109,22 +114,22 @@ def test_the_verb(server, tmp_path, monkeypatch, temporary, capsys):
         ("a.MP4?b", Reply(b"x"), "videos are read from files only"),
     ],
 )
-def test_what_is_no_picture(server, monkeypatch, temporary, name, reply, message):
+def test_what_is_no_picture(server, predictor, monkeypatch, temporary, name, reply, message):
     monkeypatch.setattr(remote_images, "_LIMIT", 1000)
     server.files[f"/{name}"] = reply
     with pytest.raises(DataError, match=message):
         fetch_images([f"{server.url}/{name}"])
     with pytest.raises(DataError, match=message):
-        tiny()(f"{server.url}/{name}")
+        predictor(f"{server.url}/{name}")
     gc.collect()
     assert list(temporary.iterdir()) == []
 
 
-def test_huge_pictures_and_broken_ones_are_for_the_reader(server):
+def test_huge_pictures_and_broken_ones_are_for_the_reader(server, predictor):
     server.files |= {"/huge.png": Reply(huge_png()), "/cut.png": Reply(encoded()[:-500])}
     errors = []
     for name in ("huge", "cut"):
-        assert list(tiny().stream(f"{server.url}/{name}.png", on_error=errors.append)) == []
+        assert list(predictor.stream(f"{server.url}/{name}.png", on_error=errors.append)) == []
     assert ["pixels" in str(errors[0]), "truncated" in str(errors[1])] == [True, True]
 
 
@@ -137,10 +142,10 @@ def test_an_offline_picture(monkeypatch):
 
 
 @pytest.mark.parametrize("address", ["ftp://a.com/b.jpg", "file:///b.jpg", "http://a.com/b.jpg", "s3://a/b.jpg"])
-def test_other_addresses_are_refused(address):
+def test_other_addresses_are_refused(predictor, address):
     assert is_remote(address)
     with pytest.raises(UserError, match=r"only https:// is allowed|HOST/PATH was expected"):
-        tiny()(address)
+        predictor(address)
 
 
 def test_paths_are_not_remote(tmp_path, monkeypatch):

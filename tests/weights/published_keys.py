@@ -245,6 +245,37 @@ def official(backbone, channels, levels):
     return expand(keys) | {f"backbone.0.{name}": shape for name, shape in backbone.items()}
 
 
+def mmdetection(backbone, channels, levels):
+    """A DINO of mmdetection 3, whose neck has no biases."""
+    encoder, decoder = "encoder.layers.{0-5}", "decoder.layers.{0-5}"
+    keys = {
+        "level_embed": (levels, WIDTH),
+        **attention(f"{encoder}.self_attn", levels),
+        f"{encoder}.norms.{{0,1}}.{LEAVES}": (WIDTH,),
+        **self_attention(f"{decoder}.self_attn.attn"),
+        **attention(f"{decoder}.cross_attn", levels),
+        f"{decoder}.norms.{{0-2}}.{LEAVES}": (WIDTH,),
+        **affine("decoder.norm", WIDTH),
+        **affine("decoder.ref_point_head.layers.0", WIDTH, 2 * WIDTH),
+        **affine("decoder.ref_point_head.layers.1", WIDTH, WIDTH),
+        "query_embedding.weight": (QUERIES, WIDTH),
+        **affine("memory_trans_fc", WIDTH, WIDTH),
+        **affine("memory_trans_norm", WIDTH),
+        **affine("bbox_head.cls_branches.{0-6}", 80, WIDTH),
+        **affine("bbox_head.reg_branches.{0-6}.{0,2}", WIDTH, WIDTH),
+        **affine("bbox_head.reg_branches.{0-6}.4", 4, WIDTH),
+        "dn_query_generator.label_embedding.weight": (80, WIDTH),
+    }
+    for layer in (encoder, decoder):
+        keys |= affine(f"{layer}.ffn.layers.0.0", HIDDEN, WIDTH) | affine(f"{layer}.ffn.layers.1", WIDTH, HIDDEN)
+    kernels = [(f"neck.convs.{number}", (WIDTH, c, 1, 1)) for number, c in enumerate(channels)]
+    if levels > len(channels):
+        kernels.append(("neck.extra_convs.0", (WIDTH, channels[-1], 3, 3)))
+    for name, shape in kernels:
+        keys |= {f"{name}.conv.weight": shape, **affine(f"{name}.gn", WIDTH)}
+    return expand(keys) | {f"backbone.{name}": shape for name, shape in backbone.items()}
+
+
 # --- the files
 
 
@@ -294,3 +325,28 @@ def official_file(recipe):
         backbone = {f"body.{name}": shape for name, shape in torchvision_resnet(R50).items()}
         return official(backbone, [256, 512, 1024, 2048][first_map:], levels)
     return official(swin(*SWIN["l_384"], first_map), [192 << stage for stage in range(first_map, 4)], levels)
+
+
+def mmdetection_file(recipe):
+    """{name: shape} of mmdetection's file that fits a recipe; its norms count batches."""
+    if "r50" in recipe:
+        backbone = torchvision_resnet(R50)
+        counters = [name.replace("mean", "x") for name in backbone if name.endswith("running_mean")]
+        backbone |= {name.replace("running_x", "num_batches_tracked"): () for name in counters}
+        return mmdetection(backbone, [512, 1024, 2048], 4)
+    names = (
+        ("patch_embed.proj.", "patch_embed.projection."),
+        ("layers.", "stages."),
+        (".attn.", ".attn.w_msa."),
+        (".mlp.fc1.", ".ffn.layers.0.0."),
+        (".mlp.fc2.", ".ffn.layers.1."),
+    )
+    backbone = {}
+    for name, shape in swin(*SWIN["l_384"], 0).items():
+        for theirs, here in names:
+            name = name.replace(theirs, here, 1)
+        backbone[name] = shape
+    return mmdetection(backbone, [192, 384, 768, 1536], 5)
+
+
+FILES = {"detrex": detrex_file, "official": official_file, "mmdetection": mmdetection_file}

@@ -114,7 +114,7 @@ def test_a_published_file_is_known_by_its_name(monkeypatch, tmp_path):
             {"meta": {"cfg": "positional_encoding=dict(\n  normalize=True, offset=-0.5, temperature=10000)"}},
             (10000, -0.5),
         ),
-        ({"meta": {"cfg": "positional_encoding=dict(num_feats=128)"}}, (20, 0)),
+        ({"meta": {"cfg": "positional_encoding=dict(num_feats=128)"}}, (10000, 0)),  # its class' default
         ({"meta": {"cfg": "positional_encoding=dict(temperature=1.2.3, offset=0)"}}, (20, 0)),
     ],
 )

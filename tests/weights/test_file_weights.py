@@ -7,8 +7,12 @@ from safetensors.torch import save_file, save_model
 from dino.modeling import TorchvisionBackbone, share_heads
 from dino.utils.files import DataError
 from dino.weights import convert, load_weights, read_content
+from dino.weights.conversion import convert_file
+from dino.weights.file_facts import find_position
 from dino.weights.file_weights import read_weights
+from dino.weights.mmdetection import classes_of
 from dino.weights.reading import average_of, weights_of
+from dino.weights.signatures import SIGNATURES
 
 from ..tiny import tiny_network
 from .states import detrex_state, equal, mmdetection_state, official_state, randomise
@@ -113,20 +117,30 @@ def test_the_average_of_a_backbone():
     assert equal(read_weights({"state_dict": prefixed("module.", raw), "state_dict_ema": ema}, "model").state, raw)
 
 
-@pytest.mark.parametrize(
-    ("name", "position"),
-    [("own", None), ("official", (20, 0)), ("detrex", None), ("huggingface", (20, 0)), ("mmdetection", (20, 0))],
-)
-def test_each_format(name, position):
+@pytest.mark.parametrize("name", ["own", "official", "detrex", "huggingface", "mmdetection"])
+def test_each_format(name):
     own, files = states()
     found = read_weights({"model": files[name]})
     found.state.pop("denoising.unused_labels", None)
     assert equal(found.state, own)
-    assert (found.format, found.position, found.names, found.detector) == (name, position, None, None)
+    assert (found.format, found.detector) == (name, None)
     assert bool(found.notes) == (name == "mmdetection")
     found = read_weights(prefixed("lit._orig_mod.", files[name]))
     front = "lit.model." if name == "huggingface" else "lit."
     assert found.notes[0] == f"prefixes removed from the names of tensors: _orig_mod., {front}"
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_files_there_and_back(tmp_path, name, suffix):
+    own, _ = states()
+    torch.save({"model": own}, tmp_path / "own.pth")
+    convert_file(tmp_path / "own.pth", tmp_path / f"theirs{suffix}", to=name)
+    found = read_weights(read_content(tmp_path / f"theirs{suffix}"))
+    assert found.format == name
+    convert_file(tmp_path / f"theirs{suffix}", tmp_path / "back.pth", to="own")
+    for state in (found.state, read_content(tmp_path / "back.pth")["model"]):
+        assert equal(state, own)
 
 
 def test_what_files_of_mmdetection_tell():
@@ -134,8 +148,10 @@ def test_what_files_of_mmdetection_tell():
         "cfg": "model=dict(positional_encoding=dict(num_feats=128, offset=-0.5, temperature=10000))",
         "dataset_meta": {"classes": ("cat", "dog", "cow")},
     }
-    found = read_weights({"state_dict": mmdetection_state(tiny_network()), "meta": meta})
-    assert (found.position, found.names) == ((10000, -0.5), ["cat", "dog", "cow"])
+    content = {"state_dict": mmdetection_state(tiny_network()), "meta": meta}
+    assert find_position(content, "mmdetection", "a.pth") == ((10000, 10000), -0.5)
+    assert classes_of(content) == ["cat", "dog", "cow"]
+    found = read_weights(content)
     assert found.notes == ["the config in the file says: position encoding of temperature 10000, offset -0.5"]
 
 

@@ -7,7 +7,7 @@ import torch
 
 from dino.modeling import TorchvisionBackbone, build_dino, share_heads
 from dino.utils.files import DataError
-from dino.weights import inferred_description
+from dino.weights import file_facts
 from dino.weights.checkpoint_formats import COCO_IDS
 from dino.weights.description import detector_from_checkpoint
 from dino.weights.inferred_description import Unshown, describe_network
@@ -75,10 +75,10 @@ def test_arguments_that_do_not_fit(tmp_path, args, message):
 
 def test_detrex_files_need_their_constants(tmp_path, monkeypatch):
     path = detrex_file(tmp_path / "mine.pth", network(num_classes=5))
-    with pytest.raises(DataError, match=r"mine.pth is detrex'.*--temperature and --offset.*10000 -0.5 for most"):
+    with pytest.raises(DataError, match=r"mine.pth: it is detrex'.*--temperature and --offset.*10000 -0.5 for most"):
         detector_from_checkpoint(path)
     published = argparse.Namespace(format="detrex", temperature=10000.0, offset=-0.5)
-    monkeypatch.setattr(inferred_description, "find_file", lambda source: published if "mine" in source else None)
+    monkeypatch.setattr(file_facts, "find_file", lambda source: published if "mine" in source else None)
     found = detector_from_checkpoint(path)
     assert (found.network.position_encoding.temperatures, found.network.position_encoding.offset) == ((1e4, 1e4), -0.5)
     assert found.names == [f"class {label}" for label in range(5)]

@@ -4,6 +4,7 @@ import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,33 +15,41 @@ from dino.weights.published import PUBLISHED, find, find_file
 
 from . import published_keys
 
+INTEGERS = ("relative_position_index", "num_batches_tracked")
 QUICK = ("dino_r50_4scale_12ep", "dino_r50_4scale_12ep_official")
 
 
 def test_entries_say_what_is_needed():
-    assert len(PUBLISHED) == 45
+    assert len(PUBLISHED) == 50
     for name, entry in PUBLISHED.items():
         assert name == entry.name
         assert find_recipe(entry.recipe).stem == entry.recipe
         assert entry.name.startswith(entry.recipe)
-        assert entry.format in ("official", "detrex")
-        assert (entry.shared_heads, entry.num_classes) == {"official": (True, 91), "detrex": (False, 80)}[entry.format]
+        assert entry.format in published_keys.FILES
+        assert (entry.shared_heads, entry.num_classes) == ((True, 91) if entry.format == "official" else (False, 80))
         assert (entry.temperature, entry.offset) in ((20.0, 0.0), (10000.0, -0.5))
         assert entry.page.startswith("https://")
         assert not entry.address or re.fullmatch(r"https://\S+/", entry.address.removesuffix(entry.file))
-        assert re.fullmatch(r"[0-9a-f]{64}|", entry.sha256)
+        assert re.fullmatch(r"[0-9a-f]{8}|", entry.sha256)
+        assert entry.sha256 in entry.file
         assert 45 < entry.ap < 60
 
 
-def test_only_the_official_files_have_to_be_fetched_by_hand():
-    assert {entry.owner for entry in PUBLISHED.values() if not entry.address} == {"IDEA-Research/DINO"}
-    assert sum(not entry.address for entry in PUBLISHED.values()) == 10
+def test_files_to_fetch_by_hand_say_so_in_their_names():
+    by_hand = [name for name, entry in PUBLISHED.items() if not entry.address]
+    assert by_hand == [name for name in PUBLISHED if name.endswith("_official")]
+    assert len(by_hand) == 11
 
 
-def test_detrex_position_encodings():
-    """Only the configuration of 24 epochs replaces the constants of detrex' model."""
-    detrex = [entry for entry in PUBLISHED.values() if entry.format == "detrex"]
-    assert [entry.name for entry in detrex if entry.temperature == 20] == ["dino_r50_4scale_24ep"]
+def test_position_encodings():
+    """Only the configuration of 24 epochs replaces the constants of detrex' model, and one those of mmdetection's."""
+    for format_, usual, others in (
+        ("official", 20, []),
+        ("detrex", 10000, ["dino_r50_4scale_24ep"]),
+        ("mmdetection", 20, ["dino_r50_4scale_12ep_tuned_300dn_mmdetection"]),
+    ):
+        entries = [entry for entry in PUBLISHED.values() if entry.format == format_]
+        assert [entry.name for entry in entries if entry.temperature != usual] == others
 
 
 def test_find():
@@ -89,8 +98,7 @@ def build(entry):
 
 
 def shapes_of(entry):
-    files = {"detrex": published_keys.detrex_file, "official": published_keys.official_file}
-    return files[entry.format](entry.recipe)
+    return published_keys.FILES[entry.format](entry.recipe)
 
 
 def first_name(name, entry):
@@ -100,19 +108,12 @@ def first_name(name, entry):
 
 
 def file_of(entry):
-    """(state dict, number of different tensors): each is filled with a number of its own; second names share it."""
-    shapes = {"detrex": published_keys.detrex_file, "official": published_keys.official_file}[entry.format](
-        entry.recipe
-    )
+    """The state dict: each different tensor is filled with a number of its own."""
     numbers, state = {}, {}
-    for name, shape in shapes.items():
-        first = name.removeprefix("transformer.decoder.") if "_embed." in name else name
-        if entry.format == "official":
-            first = re.sub(r"^((?:class|bbox)_embed)\.\d", r"\1.0", first)
-        number = numbers.setdefault(first, len(numbers) + 1)
-        integer = name.endswith("relative_position_index")
-        state[name] = torch.full(shape, number, dtype=torch.int64 if integer else torch.float32)
-    return state, len(numbers)
+    for name, shape in shapes_of(entry).items():
+        number = numbers.setdefault(first_name(name, entry), len(numbers) + 1)
+        state[name] = torch.full(shape, number, dtype=torch.int64 if name.endswith(INTEGERS) else torch.float32)
+    return state
 
 
 @pytest.mark.parametrize(
@@ -122,15 +123,16 @@ def file_of(entry):
 )
 def test_a_file_of_its_names_and_shapes_loads_whole(entry):
     """Every tensor of the file reaches the network, and every tensor of the network comes from the file."""
-    network, (state, different) = build(entry), file_of(entry)
+    network, state = build(entry), file_of(entry)
     report = load_weights(network, {"model": state})
     assert report.format == entry.format
     assert report.problems == []
     assert (report.missing, report.unexpected, report.reinitialised) == ([], [], {})
     tensors = network.state_dict().values()
     assert len(report.loaded) == len({tensor.data_ptr() for tensor in tensors})
-    values = {float(tensor.flatten()[0]) for tensor in tensors}
-    assert values == set(map(float, range(1, different + 1)))
+    expected = {float(value.flatten()[0]) for name, value in state.items() if not name.endswith("batches_tracked")}
+    no_biases = {0.0} if entry.format == "mmdetection" else set()  # of the neck
+    assert {float(tensor.flatten()[0]) for tensor in tensors} == expected | no_biases
 
 
 @pytest.mark.parametrize(
@@ -151,6 +153,7 @@ def test_a_file_of_its_names_and_shapes_loads_whole(entry):
         ("dino_r50_5scale_36ep_official", 630),
         ("dino_swin_l_384_4scale_12ep_official", 716),
         ("dino_swin_l_384_5scale_36ep_official", 722),
+        ("dino_r50_4scale_12ep_align_detr_official", 634),
     ],
 )
 def test_numbers_of_tensors(name, tensors):
@@ -161,5 +164,16 @@ def test_numbers_of_tensors(name, tensors):
 def test_megabytes_are_those_of_the_tensors():
     for entry in PUBLISHED.values():
         tensors = {first_name(name, entry): (name, shape) for name, shape in shapes_of(entry).items()}
-        total = sum((8 if name.endswith("index") else 4) * math.prod(shape) for name, shape in tensors.values())
+        total = sum((8 if name.endswith(INTEGERS) else 4) * math.prod(shape) for name, shape in tensors.values())
         assert abs(entry.megabytes - total / 1e6) < 0.6, entry.name
+
+
+def test_the_projects_table_links_every_file():
+    """Its last column has the names that people write, the addresses and the AP of all files of a recipe."""
+    page = (Path(__file__).parents[2] / "projects/dino/README.md").read_text()
+    rows = {match[1]: match[0] for match in re.finditer(r"^\| \[(\w+)\]\(\S+\.py\) .*$", page, re.MULTILINE)}
+    for recipe in {entry.recipe for entry in PUBLISHED.values()}:
+        entries = [entry for entry in PUBLISHED.values() if entry.recipe == recipe]
+        links = ", ".join(f"[`{e.name}`]({e.address or e.page}) {e.ap}" for e in entries)
+        assert rows[recipe].rstrip("| ").endswith(f"| {links}"), links
+    assert page.count("detrex-storage") == sum("detrex-storage" in entry.address for entry in PUBLISHED.values())
