@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from dino.data.images import check_input_range
 from dino.modeling.detector import Preprocessing
 from dino.utils.recipes import find_recipe
-from dino.weights.description import read_description
+from dino.weights.description import check_network_size, read_description
 from dino.weights.inferred_description import open_checkpoint
 
 from .data_loading import ShortSide
@@ -52,7 +52,8 @@ def recipe_of(source: str | Path) -> DictConfig:
         source: a file, an address or the name of published weights.
 
     Raises:
-        DataError: the file is missing, broken or unsafe, or its model can't be described.
+        DataError: the file is missing, broken or unsafe, or its model can't be described, or is larger
+            than its weights.
         UserError: it can't be fetched.
     """
     return describe_evaluation(*open_checkpoint(source))
@@ -61,6 +62,7 @@ def recipe_of(source: str | Path) -> DictConfig:
 def describe_evaluation(path: str, content: Mapping) -> DictConfig:
     """`recipe_of` for the content of the file `path`, see `open_checkpoint`."""
     config, names, preprocessing = read_description(content, path)
+    check_network_size(config, content, path)
     cfg = LazyConfig.load(str(find_recipe("dino_r50_4scale_12ep")))
     cfg.model = LazyCall(DINODetector)(
         network=_follow_classes(config["network"], len(names)),

@@ -81,14 +81,18 @@ def model_from_checkpoint(path: str | Path, *, copy: str = "auto") -> _ModelFrom
 def _build_model(content: Mapping, path: str | Path, copy: str) -> _ModelFromCheckpoint:
     """`model_from_checkpoint` for the content of a file."""
     config, names, preprocessing = read_description(content, path)
-    weights = _all_weights(content, copy)
+    compared = check_network_size(config, content, path, copy)
     try:
-        compared = check_size(lambda: build_network(config), weights)
-        with nullcontext() if compared else SizeGuard(weights):
+        with nullcontext() if compared else SizeGuard(_all_weights(content, copy)):
             network = build_network(config)
     except Exception as error:  # wrong arguments can raise anything
         raise _cannot_build(path, error) from error
-    fresh = load_weights(network, content, copy=copy, name=str(path)).fresh
+    try:
+        fresh = load_weights(network, content, copy=copy, name=str(path)).fresh
+    except DataError:
+        raise
+    except Exception as error:  # names and shapes that no program writes can raise anything
+        raise DataError(f"can't use the weights {path}: {type(error).__name__}: {str(error)[:300]}") from error
     if fresh:
         raise DataError(f"{path} lacks weights of its own model: {', '.join(list(fresh)[:3])}")
     if len(names) != len(network.decoder.class_heads[0].bias):
@@ -96,15 +100,23 @@ def _build_model(content: Mapping, path: str | Path, copy: str) -> _ModelFromChe
     return _ModelFromCheckpoint(network.eval(), names, preprocessing)
 
 
-def check_description(content: Mapping, path: str | Path) -> None:
-    """Check that the described network is not larger than the weights of its file, before memory is taken for it.
+def check_network_size(config: Mapping, content: Mapping, path: str | Path, copy: str = "auto") -> bool:
+    """Check that a described network is not larger than the weights of its file, before memory is taken for it.
+
+    Args:
+        config: of `read_description`.
+        content: of `read_content`.
+        path: the file, for messages.
+        copy: "model", "ema" or "auto", as of `load_weights`.
+
+    Returns:
+        as of `check_size`.
 
     Raises:
-        DataError: it is, or there is no description, or it can't be built.
+        DataError: it is larger, or can't be built.
     """
-    config = read_description(content, path)[0]
     try:
-        check_size(lambda: build_network(config), _all_weights(content, "auto"))
+        return check_size(lambda: build_network(config), _all_weights(content, copy))
     except Exception as error:  # wrong arguments can raise anything
         raise _cannot_build(path, error) from error
 
@@ -360,10 +372,10 @@ def _is_range(value: Any) -> bool:
 
 # Field of `Preprocessing` -> what a message calls its values, and the test of a value.
 _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "pixel_mean": ("three numbers from -10,000 to 10,000", lambda value: _are_colors(value, -1e4, 1e4)),
-    "pixel_std": ("three numbers from 0.001 to 10,000", lambda value: _are_colors(value, 1e-3, 1e4)),
+    "pixel_mean": ("a list of three numbers from -10,000 to 10,000", lambda value: _are_colors(value, -1e4, 1e4)),
+    "pixel_std": ("a list of three numbers from 0.001 to 10,000", lambda value: _are_colors(value, 1e-3, 1e4)),
     "short_side": ("an integer from 1 to 10,000", lambda value: _is_count(value, 10_000)),
-    "max_size": ("an integer from 1 to 20,000, or null,", lambda value: value is None or _is_count(value, 20_000)),
+    "max_size": ("an integer from 1 to 20,000, or null", lambda value: value is None or _is_count(value, 20_000)),
     "max_detections": ("an integer from 1 to 100,000", lambda value: _is_count(value, 100_000)),
     "input_range": ("two rising numbers or null", lambda value: value is None or _is_range(value)),
 }

@@ -41,7 +41,7 @@ def _fit_embedding(found: Tensor, initial: Tensor, theirs: _Strides, ours: _Stri
     embed = initial.detach().clone()  # (L, E)
     fresh = []
     for level, stride in enumerate(ours["lateral"] + ours["extra_levels"]):
-        if stride in rows and found.shape[1:] == embed.shape[1:]:
+        if stride in rows and rows[stride] < len(found) and found.shape[1:] == embed.shape[1:]:
             embed[level] = found[rows[stride]]
         else:
             fresh.append(f"stride {stride}")
@@ -70,7 +70,7 @@ def count_projections(own: StateDict) -> dict[str, int]:
 def _new_name(name: str, theirs: _Strides, ours: _Strides) -> str:
     """A tensor's name with the number of its level in the model, or with its stride where the model lacks the level."""
     match = re.fullmatch(r"neck\.(lateral|extra_levels)\.(\d+)\.(.+)", name)
-    if not match:
+    if not match or int(match[2]) >= len(theirs[match[1]]):
         return name
     kind, stride = match[1], theirs[match[1]][int(match[2])]
     number = ours[kind].index(stride) if stride in ours[kind] else f"stride{stride}"

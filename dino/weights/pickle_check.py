@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 import pickletools
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Container
@@ -17,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from dino.utils.files import DataError
 
-MAX_STEPS = 2_000_000  # instructions of a file; a full-size model with two averages and an optimizer has about 60,000
+_MAX_STEPS = 500_000  # instructions of a file; a full-size model with two averages and an optimizer has about 60,000
 _MAX_VALUES = 10_000_000  # of one object; 2**40 with 40 nested tuples of two equal items
 _MAX_DEPTH = 200  # Python hashes nested tuples by recursion, and crashes at some ten thousands
 _MAX_BITS = 8192  # of a whole number
@@ -70,7 +69,7 @@ class _Item(NamedTuple):
     text: str = ""  # a string, the full name of a class or function, or the second text of a pair
 
 
-_MARK = _Item(0, 0, "mark")
+_LEAF, _MARK = _Item(), _Item(0, 0, "mark")
 _IN_PLACE = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")  # change the item below
 _PUTS = ("PUT", "BINPUT", "LONG_BINPUT")
 _GETS = ("GET", "BINGET", "LONG_BINGET")
@@ -93,7 +92,7 @@ class PickleCheck:
         """Check the pickle at the position of `file`, and leave the position after it.
 
         Raises:
-            UnpicklingError: it names another class, or its size or depth is out of bounds.
+            DataError: it names another class, or its size or depth is out of bounds.
             ValueError: it is cut short or no pickle.
         """
         self.stack: list[_Item] = []
@@ -101,8 +100,8 @@ class PickleCheck:
         self.last_text = ""
         for opcode, argument, _ in pickletools.genops(file):
             self.steps += 1
-            if self.steps > MAX_STEPS:
-                raise pickle.UnpicklingError(f"the file has more than {MAX_STEPS:,} pickled values")
+            if self.steps > _MAX_STEPS:
+                raise DataError(f"the file has more than {_MAX_STEPS:,} pickled values")
             try:
                 self._step(opcode, argument)
             except IndexError:
@@ -120,14 +119,16 @@ class PickleCheck:
         elif name == "MARK":
             self.stack.append(_MARK)
         elif name in _REFUSED:
-            raise pickle.UnpicklingError(f"the file has a pickle with {name}, which plain data do not need")
-        else:
+            raise DataError(f"the file has a pickle with {name}, which plain data do not need")
+        elif opcode.stack_before:
             self._change(opcode, argument)
+        elif opcode.stack_after:
+            self.stack.append(self._leaf(name, argument))
 
     def _put(self, number: int) -> None:
         """Remember the top of the stack. A reader in C takes memory for all numbers up to the largest one."""
-        if number > MAX_STEPS:
-            raise pickle.UnpicklingError(f"the file numbers a pickled value {number:,}")
+        if number > _MAX_STEPS:
+            raise DataError(f"the file numbers a pickled value {number:,}")
         self.memo[number] = self.stack[-1]
 
     def _change(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
@@ -137,8 +138,7 @@ class PickleCheck:
         if opcode.name == "DUP":
             self.stack += [*taken, *taken]
         elif made:
-            text = self._text(opcode.name, argument, taken)
-            self.stack.append(_combine(taken, opcode.name in _IN_PLACE)._replace(text=text))
+            self.stack.append(_combine(taken, self._text(opcode.name, argument, taken), opcode.name in _IN_PLACE))
 
     def _take(self, opcode: pickletools.OpcodeInfo) -> list[_Item]:
         """Take what an instruction needs from the stack, in order and without a mark."""
@@ -157,47 +157,53 @@ class PickleCheck:
         del self.stack[max(split, 0) :]
         return taken
 
+    def _leaf(self, name: str, argument: Any) -> _Item:
+        """The item that an instruction makes of its argument alone."""
+        if name == "GLOBAL":
+            return _Item(text=self._check_name(*_modern(*argument.split(" ", 1))))
+        if isinstance(argument, str):
+            self.last_text = argument[:100]
+            return _Item(text=self.last_text)
+        if isinstance(argument, int) and argument.bit_length() > _MAX_BITS:
+            raise DataError(f"the file has a whole number of {argument.bit_length():,} bits")
+        return _LEAF
+
     def _text(self, name: str, argument: Any, taken: list[_Item]) -> str:
-        """The text of the item that an instruction makes."""
-        if name in ("GLOBAL", "INST"):
+        """The text of the item that an instruction makes of others."""
+        if name == "INST":
             return self._check_name(*_modern(*argument.split(" ", 1)))
         if name == "STACK_GLOBAL":
             return self._check_name(taken[0].text, taken[1].text)
         if name == "REDUCE":
             _check_call(*(item.text for item in taken))
-        if isinstance(argument, int) and argument.bit_length() > _MAX_BITS:
-            raise pickle.UnpicklingError(f"the file has a whole number of {argument.bit_length():,} bits")
-        if isinstance(argument, str):
-            self.last_text = argument[:100]
-            return self.last_text
         return taken[1].text if name in ("TUPLE", "TUPLE2") and len(taken) == 2 else ""
 
     def _check_name(self, module: str, name: str) -> str:
-        """Raise an UnpicklingError for a class or function that is not allowed; returns its full name."""
+        """Raise a DataError for a class or function that is not allowed; returns its full name."""
         full = f"{module}.{name}"
         if name in _ODD_TENSORS:
-            raise pickle.UnpicklingError(f"{self.last_text!r} is {_ODD_TENSORS[name]}: save it as a dense one")
+            raise DataError(f"{self.last_text!r} is {_ODD_TENSORS[name]}: save it as a dense one")
         if full not in self.allowed:
-            raise pickle.UnpicklingError(f"the file contains {full[:100]}, which is not plain data")
+            raise DataError(f"the file contains {full[:100]}, which is not plain data")
         return full
 
 
-def _combine(items: list[_Item], in_place: bool) -> _Item:
+def _combine(items: list[_Item], text: str, in_place: bool) -> _Item:
     """The item that holds `items`; `in_place` where the first one holds the others."""
     size = sum(item.size for item in items) + (not in_place)
     inner = max((item.depth for item in items[in_place:]), default=0)
     depth = max(items[0].depth, 1 + inner) if in_place else 1 + inner
     if size > _MAX_VALUES:
-        raise pickle.UnpicklingError(f"the file has an object of more than {_MAX_VALUES:,} values")
+        raise DataError(f"the file has an object of more than {_MAX_VALUES:,} values")
     if depth > _MAX_DEPTH:
-        raise pickle.UnpicklingError(f"the file nests values more than {_MAX_DEPTH} deep")
-    return _Item(size, depth)
+        raise DataError(f"the file nests values more than {_MAX_DEPTH} deep")
+    return _Item(size, depth, text)
 
 
 def _check_call(called: str, last_argument: str) -> None:
-    """Raise an UnpicklingError where bytes have another encoding than latin1."""
+    """Raise a DataError where bytes have another encoding than latin1."""
     if called == "_codecs.encode" and last_argument not in _ENCODINGS:
-        raise pickle.UnpicklingError(f"the file encodes bytes by {last_argument[:20]!r}: latin1 was expected")
+        raise DataError(f"the file encodes bytes by {last_argument[:20]!r}: latin1 was expected")
 
 
 def _modern(module: str, name: str) -> tuple[str, str]:

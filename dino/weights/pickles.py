@@ -9,6 +9,7 @@ from typing import Any
 
 from dino.utils.files import DataError
 
+from .content_check import check_content
 from .pickle_check import BoundedFile, PickleCheck
 from .stand_ins import STAND_INS
 
@@ -20,7 +21,7 @@ class _PlainUnpickler(pickle.Unpickler):
         """The stand-in of a class."""
         full = f"{module}.{name}"
         if full not in STAND_INS:
-            raise pickle.UnpicklingError(f"the file contains {full[:100]}, which is not plain data")
+            raise DataError(f"the file contains {full[:100]}, which is not plain data")
         return STAND_INS[full]
 
 
@@ -37,6 +38,7 @@ def read_pickle(path: str | Path) -> dict[str, Any]:
             PickleCheck(STAND_INS).run(file)
             file.seek(0)
             content = _PlainUnpickler(file, encoding="latin1").load()
+        check_content(content, os.path.getsize(path))
     except FileNotFoundError:
         raise DataError(f"weights not found: {path}") from None
     except Exception as error:  # a broken pickle can raise anything

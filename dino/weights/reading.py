@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import pickle
 import re
 import zipfile
-from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,11 +18,12 @@ from torch import Tensor
 
 from dino.utils.files import DataError
 
+from .content_check import MOST_INFLATED, check_content
 from .names import StateDict
 from .pickle_check import BoundedFile, PickleCheck
 from .pickles import read_pickle
 from .signatures import split_copies
-from .stand_ins import MORE_STAND_INS, STAND_INS, Skipped
+from .stand_ins import PYTORCH_NAMES, PYTORCH_STAND_INS
 
 DESCRIPTION = ("names", "category_ids", "about")  # what a file of this project has besides tensors
 # Under which programs keep the weights, DeepSpeed under `module`, and their running average.
@@ -33,34 +32,6 @@ _EMA_KEYS = ("ema_model", "ema_state", "ema", "ema_state_dict", "model_ema", "st
 _DEPTH = 5  # of dicts in dicts
 _MOST_AT_ONCE = 2**26  # bytes of a zip file's list of contents, of a pickle, and of a text in it
 _MOST_HEADER = 2**24  # bytes of a safetensors file's list of tensors, and texts
-_MOST_INFLATED = 4  # times the file's size: weights hardly compress, and PyTorch stores them as they are
-_MOST_SHARED, _SLACK = 16, 2**26  # times the file's size, and bytes: numbers that several tensors share
-# Full names of all that PyTorch's files may contain.
-_NAMES = frozenset(
-    [
-        *(f"torch._utils._rebuild_{name}" for name in ("tensor", "tensor_v2", "tensor_v3", "parameter")),
-        *(
-            f"torch.{kind}Storage"
-            for kind in ["Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool"]
-        ),
-        *(f"torch.Complex{kind}Storage" for kind in ("Float", "Double")),
-        *(str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)),
-        "torch._utils._rebuild_parameter_with_state",
-        "torch._tensor._rebuild_from_type_v2",
-        "torch.nn.parameter.Parameter",
-        "torch.storage.UntypedStorage",
-        "torch.storage.TypedStorage",
-        "torch.Size",
-        "torch.Tensor",
-        "torch.device",
-        "collections.Counter",
-        "builtins.set",
-        "builtins.complex",
-        "argparse.Namespace",
-        *STAND_INS,
-        *MORE_STAND_INS,
-    ]
-)
 
 
 def read_content(path: str | Path) -> dict[str, Any]:
@@ -101,8 +72,8 @@ def _reason(error: Exception) -> str:
     refused = re.search(r"GLOBAL (\S+) ", str(error))
     if refused:
         return f"the file contains {refused[1]}, which is not plain data"
-    if isinstance(error, DataError) or (type(error) is pickle.UnpicklingError and "eights" not in str(error)):
-        return str(error)[:300]  # PyTorch's own messages of this type mention "Weights only"
+    if isinstance(error, DataError):
+        return str(error)[:300]
     return f"the file is cut short, or no weight file ({type(error).__name__})"
 
 
@@ -117,7 +88,7 @@ def _read_torch(path: Path) -> Any:
             _check_legacy(file)
         else:
             raise ValueError("no pickle")
-    given = [argparse.Namespace, *((made, name) for name, made in (STAND_INS | MORE_STAND_INS).items())]
+    given = [argparse.Namespace, *((made, name) for name, made in PYTORCH_STAND_INS.items())]
     with torch.serialization.safe_globals(given):
         content = torch.load(path, map_location="cpu", weights_only=True)
     check_content(content, path.stat().st_size)
@@ -129,9 +100,9 @@ def _check_zip(file: BinaryIO, size: int) -> None:
     with zipfile.ZipFile(file) as archive:
         parts = archive.infolist()
         inflated = sum(part.file_size for part in parts)
-        if inflated > _MOST_INFLATED * size:
+        if inflated > MOST_INFLATED * size:
             raise DataError(f"the file of {size:,} bytes inflates to {inflated:,}")
-        check = PickleCheck(_NAMES)
+        check = PickleCheck(PYTORCH_NAMES)
         for part in parts:
             if part.filename.lower().endswith(".pkl"):
                 if part.file_size > _MOST_AT_ONCE:
@@ -144,76 +115,9 @@ def _check_zip(file: BinaryIO, size: int) -> None:
 
 def _check_legacy(file: BinaryIO) -> None:
     """Check the pickles at the start of a file of `torch.save` before PyTorch 1.6. The numbers follow them."""
-    check = PickleCheck(_NAMES)
+    check = PickleCheck(PYTORCH_NAMES)
     for _ in range(5):  # magic number, version, machine, content, keys of the numbers
         check.run(file)
-
-
-def check_content(content: Any, size: int) -> None:
-    """Check the tensors in the content of a file, and that nothing in it hides the methods of a dict or a tensor.
-
-    Args:
-        content: nested dicts, lists and tuples.
-        size: of the file in bytes.
-
-    Raises:
-        DataError: a tensor is not dense or not real, or they claim more numbers than the file has.
-    """
-    waiting, seen, storages, claimed = [("", content)], set(), {}, 0
-    while waiting:
-        name, value = waiting.pop()
-        if isinstance(value, Tensor):
-            vars(value).clear()
-            storage = _check_tensor(name, value)
-            storages[storage.data_ptr()] = storage.nbytes()
-            claimed += value.nbytes
-        elif id(value) not in seen:
-            seen.add(id(value))
-            waiting += _children(name, value)
-    if sum(storages.values()) > _MOST_INFLATED * size or claimed > _MOST_SHARED * size + _SLACK:
-        raise DataError(f"the file of {size:,} bytes claims tensors of {claimed:,} bytes")
-
-
-def _children(name: str, value: Any) -> list[tuple[str, Any]]:
-    """The named values in a container; none for anything else."""
-    if isinstance(value, OrderedDict | Counter):
-        vars(value).clear()
-    if isinstance(value, argparse.Namespace):
-        value = vars(value)
-    if isinstance(value, dict):
-        tensors = sum(isinstance(child, Tensor) for child in value.values())
-        odd = next((key for key, child in value.items() if isinstance(child, Skipped) and "." in str(key)), None)
-        if tensors and odd is not None:
-            raise DataError(f"{str(odd)[:100]!r} is an object of another program where weights were expected")
-        return [(f"{name}.{key}" if name else str(key), child) for key, child in value.items()]
-    if isinstance(value, list | tuple) and not all(type(child) in (int, float, str) for child in value):
-        return [(name, child) for child in value]
-    return []
-
-
-def _check_tensor(name: str, value: Tensor) -> torch.UntypedStorage:
-    """Check one tensor, and return where its numbers are.
-
-    Raises:
-        DataError: it is not dense, or has fewer numbers than its shape.
-    """
-    kinds = {
-        "sparse": value.layout != torch.strided,
-        "quantised": value.is_quantized,
-        "nested": value.is_nested,
-        "complex": value.is_complex(),
-        "without numbers (of the meta device)": value.device.type != "cpu",
-    }
-    odd = next((kind for kind, found in kinds.items() if found), None)
-    if odd:
-        raise DataError(f"the tensor {name[:200]} is {odd}: save it as a dense one of real numbers")
-    storage = value.untyped_storage()
-    if value.nbytes > storage.nbytes():
-        raise DataError(
-            f"the tensor {name[:200]} is expanded: of shape {tuple(value.shape)}, but with only "
-            f"{storage.nbytes() // value.itemsize:,} numbers. Save its clone()"
-        )
-    return storage
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

@@ -76,7 +76,8 @@ class SizeGuard(TorchFunctionMode):
         if isinstance(result, Tensor):
             self.made += result.numel() if func in _MAKERS else 0
             if max(self.made, result.numel()) > self.most:
-                raise DataError(f"the description asks for a tensor of shape {tuple(result.shape)}, the file does not")
+                shape = tuple(result.shape)
+                raise DataError(f"the description asks for far more than the file has, up to a tensor of shape {shape}")
         return result
 
     def _device_of_line(self, start: Any = 0, end: Any = 0, steps: int = 0, **options: Any) -> str:

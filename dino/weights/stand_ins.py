@@ -10,10 +10,12 @@ import collections
 import math
 import re
 from collections.abc import Callable
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
+import torch
+
+from dino.utils.files import DataError
 
 _NUMBERS = re.compile(r"[biufc](1|2|4|8|16)|[SU]\d{1,5}")  # kinds of arrays; all others hold objects or records
 
@@ -37,7 +39,7 @@ class _DType:
 
     def __init__(self, name: str = "", *_: Any):
         if not isinstance(name, str) or not _NUMBERS.fullmatch(name):
-            raise UnpicklingError(f"the file has a NumPy array of {str(name)[:20]!r}: numbers or texts were expected")
+            raise DataError(f"the file has a NumPy array of {str(name)[:20]!r}: numbers or texts were expected")
         self.name, self.order = name, "="
 
     def __setstate__(self, state: tuple) -> None:
@@ -67,10 +69,10 @@ class _Array(np.ndarray):
 
 
 def _check_shape(shape: Any, count: int) -> None:
-    """Raise an UnpicklingError for a shape that `count` numbers do not fill."""
+    """Raise a DataError for a shape that `count` numbers do not fill."""
     sides = isinstance(shape, tuple) and all(type(side) is int and side >= 0 for side in shape)
     if not sides or len(shape) > 32 or math.prod(shape) != count:
-        raise UnpicklingError(f"the file has a NumPy array of shape {str(shape)[:50]} with {count} numbers")
+        raise DataError(f"the file has a NumPy array of shape {str(shape)[:50]} with {count} numbers")
 
 
 def _from_buffer(data: Any, dtype: _DType, shape: Any, order: str = "C") -> np.ndarray:
@@ -82,7 +84,9 @@ def _from_buffer(data: Any, dtype: _DType, shape: Any, order: str = "C") -> np.n
 
 def _scalar(dtype: _DType, data: Any = b"") -> Any:
     """NumPy's numbers."""
-    return dtype.read(data)[0]
+    numbers = dtype.read(data)
+    _check_shape((1,), len(numbers))
+    return numbers[0]
 
 
 def _dict(*args: Any) -> collections.OrderedDict:
@@ -94,19 +98,19 @@ def _dict(*args: Any) -> collections.OrderedDict:
 def _encode(text: Any, encoding: str = "") -> bytes:
     """Bytes in protocols before 3."""
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise UnpicklingError("the file has bytes that are not encoded by latin1")
+        raise DataError("the file has bytes that are not encoded by latin1")
     return text.encode("latin1")
 
 
 def _get_attribute(owner: Any, name: Any, *_: Any) -> Skipped:
     """A method of a skipped class, which is skipped too. Nothing is looked up."""
     if not isinstance(owner, Skipped) and not (isinstance(owner, type) and issubclass(owner, Skipped)):
-        raise UnpicklingError("the file contains builtins.getattr, which is not plain data")
+        raise DataError("the file contains builtins.getattr, which is not plain data")
     return Skipped()
 
 
 def _refuse_state(*_: Any) -> None:
-    raise UnpicklingError("the file changes a class, which plain data do not")
+    raise DataError("the file changes a class, which plain data do not")
 
 
 def _calls(function: Callable) -> type:
@@ -186,8 +190,25 @@ STAND_INS: dict[str, type] = {
     "_codecs.encode": _calls(_encode),
     **_NUMPY,
 }
-# More of them in PyTorch's files, where logs contain their methods, and queues end in lists.
-MORE_STAND_INS: dict[str, type] = {
+# The same for PyTorch's files, where logs contain their methods, and queues end in lists.
+PYTORCH_STAND_INS: dict[str, type] = {
+    **STAND_INS,
     "builtins.getattr": _calls(_get_attribute),
     "collections.deque": _calls(lambda *_: []),
 }
+_DTYPES = [str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)]
+# All that PyTorch's files may contain: these and what its reader has for dense tensors. Its other classes take memory.
+PYTORCH_NAMES = frozenset([*PYTORCH_STAND_INS, *_DTYPES]).union(
+    _names("""
+torch DoubleStorage FloatStorage HalfStorage BFloat16Storage ComplexDoubleStorage ComplexFloatStorage
+torch LongStorage IntStorage ShortStorage CharStorage ByteStorage BoolStorage
+torch Size Tensor device
+torch.storage TypedStorage UntypedStorage
+torch._utils _rebuild_tensor _rebuild_tensor_v2 _rebuild_tensor_v3 _rebuild_parameter _rebuild_parameter_with_state
+torch._tensor _rebuild_from_type_v2
+torch.nn.parameter Parameter
+argparse Namespace
+builtins complex set
+collections Counter
+""")
+)
