@@ -28,7 +28,8 @@ from dino.utils.files import UserError, write_whole
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/settings.md"
 RECIPE = ROOT / "configs/dino_r50_4scale_12ep.py"
-PARTS = """dino.modeling:TorchvisionBackbone,TimmBackbone dino.d2.detectron2_backbones:vitdet,regnet,AsBackbone
+PARTS = """dino.modeling:Decoder
+dino.modeling:TorchvisionBackbone,TimmBackbone dino.d2.detectron2_backbones:vitdet,regnet,AsBackbone
 dino.d2.data_loading:ShortSide,OneOf dino.d2.combining_mapper:CombiningMapper dino.data.mixing:Mosaic,MixUp
 dino.d2.training.optimizer:layerwise_params
 dino.d2.augmented_detector:AugmentedDetector
@@ -202,6 +203,13 @@ def signature(part: Callable) -> dict[str, inspect.Parameter]:
     return {name: p for name, p in parameters.items() if name != "self"}
 
 
+def documented(part: Callable) -> Callable:
+    """The part itself, or the base class to which its constructor passes all arguments on."""
+    passed = signature(part).values() if isinstance(part, type) else ()
+    only_passed = passed and all(p.kind is inspect.Parameter.VAR_KEYWORD for p in passed)
+    return documented(part.__base__) if only_passed and not arguments_of(part) else part
+
+
 def is_ours(part: Any) -> bool:
     """Whether a part is of this project."""
     return getattr(part, "__module__", "").startswith("dino.")
@@ -225,6 +233,7 @@ def part_rows(key: str, part: Callable, values: dict, resolved: dict, remarks: d
         values: what the recipe states; resolved: the same without interpolations.
         remarks: from `comments`, for arguments without a docstring.
     """
+    part = documented(part)
     parameters = signature(part) if is_ours(part) else dict.fromkeys(values)
     rows = []
     for names, meaning in groups_of(part, parameters).items():

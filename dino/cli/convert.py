@@ -17,7 +17,7 @@ examples:
   back to the official program: %(prog)s own.pth official.pth --to official
 Training and evaluation read all of these formats directly: train.init_checkpoint=checkpoint0011_4scale.pth
 """
-_FORMATS = ("own", "official", "detrex", "huggingface", "safetensors")
+_FORMATS = ("own", "official", "detrex", "huggingface", "mmdetection", "safetensors")
 
 
 def build_parser() -> argparse.ArgumentParser:

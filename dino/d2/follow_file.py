@@ -11,7 +11,7 @@ from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 
 from dino.d2.training.parallel import from_main
-from dino.modeling import TimmBackbone
+from dino.modeling import TimmBackbone, TorchvisionBackbone
 from dino.modeling.backbones import timm_pixel_statistics
 from dino.modeling.detector import IMAGENET_MEAN, IMAGENET_STD
 from dino.utils.files import UserError
@@ -27,7 +27,8 @@ _DECODER = "model.network.decoder._target_"
 _POSITION = "model.network.position_encoding"
 _BACKBONE = "model.network.neck.backbone"
 _PIXELS = {"model.pixel_mean": IMAGENET_MEAN, "model.pixel_std": IMAGENET_STD}  # with what stands for nothing set
-_DEFAULTS = {f"{_POSITION}.temperatures": [20.0, 20.0], f"{_POSITION}.offset": 0.0}  # of `SinePositionEncoding`
+_MAP_NORM = f"{_BACKBONE}.map_norm"
+_DEFAULTS = {f"{_POSITION}.temperatures": [20.0, 20.0], f"{_POSITION}.offset": 0.0, _MAP_NORM: "none"}  # of the classes
 
 
 class Message(NamedTuple):
@@ -46,7 +47,7 @@ class _Setting(NamedTuple):
 
 
 def follow(cfg: DictConfig, overrides: Sequence[str] = (), *, resume: bool = False) -> list[Message]:
-    """Set in a complete recipe what the weights that it will load need: heads, position encoding, pixel statistics.
+    """Set in a complete recipe what its weights will need: heads, position encoding, norms of maps, pixel statistics.
 
     That file is `train.init_checkpoint`, or the last checkpoint of a run that resumes. What an override states stays,
     and so do pixel statistics of the recipe that are not ImageNet's. All processes must call this; the main one reads.
@@ -109,6 +110,8 @@ def _settings(cfg: DictConfig, facts: FileFacts) -> list[_Setting]:
     if facts.position and _target(cfg, f"{_POSITION}._target_") == "dino.layers.SinePositionEncoding":
         found.append(_Setting(f"{_POSITION}.temperatures", list(facts.position.temperatures), False))
         found.append(_Setting(f"{_POSITION}.offset", facts.position.offset, False))
+    if facts.map_norm and _target(cfg, f"{_BACKBONE}._target_") in map(full_name, (TimmBackbone, TorchvisionBackbone)):
+        found.append(_Setting(_MAP_NORM, facts.map_norm, False))
     return found + _pixel_settings(cfg, facts)
 
 
@@ -136,11 +139,11 @@ def _apply(cfg: DictConfig, setting: _Setting, stated: Sequence[str], path: str)
     current = _target(cfg, key) if key == _DECODER else OmegaConf.select(cfg, key, default=_DEFAULTS.get(key))
     if _same(current, value):
         return None
-    wanted = _shown(key, value)
+    wanted, before = _shown(key, value), _shown("", current)  # the update changes lists in place
     if setting.stated or any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in stated):
         return Message(logging.WARNING, f"{_shown(key, current)} stays as it is set, but {path} calls for {wanted}")
     OmegaConf.update(cfg, key, value)
-    return Message(logging.INFO, f"follows the file: {wanted}, as {path} was trained, instead of {_shown('', current)}")
+    return Message(logging.INFO, f"follows the file: {wanted}, as {path} was trained, instead of {before}")
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -42,6 +42,7 @@ class FileFacts(NamedTuple):
         shared_heads: whether one pair of heads serves all decoder layers.
         position: constants of the position encoding.
         pixel_mean, pixel_std: normalisation of the images (values 0 to 255).
+        map_norm: that of a `TorchvisionBackbone` or `TimmBackbone`.
     """
 
     format: str = "backbone"
@@ -49,6 +50,7 @@ class FileFacts(NamedTuple):
     position: Position | None = None
     pixel_mean: tuple[float, ...] | None = None
     pixel_std: tuple[float, ...] | None = None
+    map_norm: str | None = None
 
 
 def read_facts(path: str | Path) -> FileFacts:
@@ -84,13 +86,22 @@ def facts_of(content: Mapping[str, Any], path: str | Path = "") -> FileFacts:
     network = _network(about)
     pixels = about.get("preprocessing")
     pixels = pixels if isinstance(pixels, Mapping) else {}
+    own = convert(state)
     return FileFacts(
         format=found,
-        shared_heads=_shared_heads(content, convert(state), network),
+        shared_heads=_shared_heads(content, own, network),
         position=_described_position(network) if found == "own" else find_position(content, found, path),
         pixel_mean=_numbers(pixels.get("pixel_mean"), 3),
         pixel_std=_numbers(pixels.get("pixel_std"), 3, positive=True),
+        map_norm=_map_norm(own),
     )
+
+
+def _map_norm(own: StateDict) -> str | None:
+    """Whether the backbone has norms of its maps; None for the backbones of other libraries and programs."""
+    if any(name.startswith("neck.backbone.norms.res") for name in own):
+        return "LN"
+    return "none" if any(name.startswith("neck.backbone.body.") for name in own) else None
 
 
 def _network(about: Mapping) -> Mapping:

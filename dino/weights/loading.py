@@ -376,13 +376,18 @@ def _check_pixels(model: nn.Module, report: Report) -> None:
         return
     ours = {name: _round(getattr(detector, name)) for name in expected}
     if any(abs(a - b) > 0.1 for name in expected for a, b in zip(ours[name], expected[name], strict=True)):
-        words = " ".join(f"'model.{text}'" for text in stated)  # quoted, since shells expand brackets
-        lines = "; ".join(f"model.{text}" for text in stated)
         raise DataError(
             f"the backbone's weights expect other pixel statistics than the model's {ours}, so its features would be "
-            f"wrong. On the command line, write {words}; in a recipe, {lines}; without a recipe, "
-            f"Preprocessing({', '.join(stated)})"
+            f"wrong. {_how_to_set(stated)}"
         )
+
+
+def _how_to_set(stated: list[str]) -> str:
+    """Say how to set `pixel_mean=[…]` and the like, in words to be pasted: shells expand brackets without quotes."""
+    words = " ".join(f"'model.{text}'" for text in stated)
+    lines = "; ".join(f"model.{text}" for text in stated)
+    parts = f"Preprocessing({', '.join(stated)})"
+    return f"On the command line, write {words}; in a recipe, {lines}; without a recipe, {parts}"
 
 
 def _round(values: Tensor) -> list[float]:

@@ -55,6 +55,7 @@ _SWIN_FROM = rules((theirs, own) for own, theirs in _SWIN_NAMES)
 _SWIN_TO = rules(_SWIN_NAMES)
 _BRANCHES = ("bbox_head.cls_branches.", "bbox_head.reg_branches.")
 _MERGING = re.compile(r"neck\.backbone\.(layers|stages)\.\d+\.downsample\.(norm|reduction)\.(weight|bias)")
+NECK_BIAS = re.compile(r"neck\.(?:lateral|extra_levels)\.\d+\.0\.bias")  # own names
 _PROJECTION = re.compile(r"(neck\.(?:lateral|extra_levels)\.\d+\.0\.)weight")
 # The four pixels that a patch merging joins: (row, column) = 00, 10, 01, 11 in Swin's own program; 00, 01, 10, 11 here.
 _PIXELS = [0, 2, 1, 3]
@@ -84,7 +85,7 @@ def to_mmdetection(own: StateDict) -> StateDict:
     With biases, the model of mmdetection needs `neck=dict(bias=True)`.
     """
     last = count_parts(own, "decoder.layers.")
-    biases = [f"{match[1]}bias" for match in map(_PROJECTION.fullmatch, own) if match]
+    biases = [key for key in own if NECK_BIAS.fullmatch(key)]
     if not any(own[key].any() for key in biases):
         own = {key: value for key, value in own.items() if key not in biases}
     own = _map_merging(rename(resnet_to_torchvision(own), _SWIN_TO), _merging_to)

@@ -173,8 +173,9 @@ def to_current_names(state_dict: StateDict) -> StateDict:
     return rename(state_dict, _FORMER_NAMES)
 
 
-# The prefix of a ResNet's keys: `neck.backbone.`, or nothing. A number in it would be that of a block.
-_FRONT = r"((?:.*?(?<!\d)\.)??)"
+# The prefix of a ResNet's keys: `neck.backbone.`, or nothing. A number at its end would be that of a block; after
+# `stem`, the name is Detectron2's already.
+_FRONT = r"((?:.*?(?<!\d)(?<!stem)\.)??)"
 _TO_DETECTRON2 = [
     (re.compile(f"{_FRONT}(?:body\\.)?{_pattern(a)}"), rf"\1{_replacement(b, 2)}") for a, b in _RESNET_NAMES
 ]

@@ -13,9 +13,13 @@ from .other_detectors import name_detector
 # first key has no number.
 SIGNATURES = {
     "own": ("level_embed", "decoder.class_heads.{i}.bias"),
-    "huggingface": ("transformer.level_embed", "transformer.encoder.layers.{i}.self_attn_layer_norm.weight"),
-    "official": ("transformer.level_embed", "transformer.tgt_embed.weight"),
+    "official": (
+        "transformer.level_embed",
+        "transformer.tgt_embed.weight",
+        "transformer.encoder.layers.{i}.linear1.weight",
+    ),
     "detrex": ("transformer.level_embeds", "transformer.tgt_embed.weight"),
+    "huggingface": ("transformer.level_embed", "transformer.encoder.layers.{i}.self_attn_layer_norm.weight"),
     "mmdetection": ("level_embed", "memory_trans_fc.weight", "bbox_head.cls_branches.{i}.weight"),
 }
 _USUAL_FRONTS = {"own": "network.", "huggingface": "model."}  # in files of these programs themselves: no wrapper's

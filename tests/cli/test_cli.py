@@ -79,7 +79,7 @@ def test_choices_are_those_of_the_engines():
     from dino.export import export_formats
     from dino.inference import predict_files
     from dino.modeling import cuda_graphs, precision
-    from dino.weights import checkpoint_formats
+    from dino.weights import signatures
 
     assert tuple(predict_files._DTYPES) == predict._DTYPES
     assert predict._PRECISIONS == precision.PRECISIONS
@@ -87,7 +87,7 @@ def test_choices_are_those_of_the_engines():
     assert tuple(export_formats.FORMATS) == export._FORMATS
     assert set(export._SUFFIXES.values()) == set(export_formats.FORMATS)
     assert tuple(export_formats._SAMPLING) == export._SAMPLING
-    assert (*checkpoint_formats._SIGNATURES, "safetensors") == convert._FORMATS
+    assert (*signatures.SIGNATURES, "safetensors") == convert._FORMATS
 
 
 def test_checking_data_needs_no_detectron2():

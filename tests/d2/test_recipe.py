@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from torch.overrides import TorchFunctionMode
 
 from dino.d2 import recipe
+from dino.modeling import Decoder
 from dino.utils.files import DataError, UserError
 
 from ..coco_files import write_coco
@@ -95,10 +96,13 @@ def test_recipes_say_how_to_run_them_and_what_to_expect(path):
 
 
 def test_number_of_parameters(r50):
-    """As counted in detrex' program, which also has 80 classes and a pair of heads per layer."""
-    _, model = r50
+    """The official program's; with a pair of heads per layer, as counted in detrex', which has 80 classes too."""
+    cfg, model = r50
     counts = {p: p.numel() for p in model.parameters()}
-    assert sum(counts.values()) == 47_650_316
+    assert sum(counts.values()) == 46_893_182 - 11 * (2 * 257 + 256) - 256  # 91 classes, and a label of no class
+    separate = cfg.copy()
+    separate.model.network.decoder._target_ = Decoder
+    assert sum(p.numel() for p in build(separate).parameters()) == 47_650_316
     frozen = {name: p.numel() for name, p in model.named_parameters() if not p.requires_grad}
     assert sum(frozen.values()) == 222_400  # the official program freezes conv1 and layer1; its norms are buffers
     assert all(".stem." in name or ".res2." in name for name in frozen)
@@ -137,7 +141,7 @@ def test_classes_are_stated_once(r50):
     assert network.query_selection.class_head.out_features == 7
     assert {head.out_features for head in network.decoder.class_heads} == {7}
     difference = sum(p.numel() for p in r50[1].parameters()) - sum(p.numel() for p in model.parameters())
-    assert difference == (80 - 7) * (7 * 257 + 256)
+    assert difference == (80 - 7) * (2 * 257 + 256)  # heads of encoder and decoder, labels
 
 
 def test_optimizer_groups(r50):

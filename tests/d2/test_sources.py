@@ -143,7 +143,7 @@ def test_pixel_statistics_must_be_those_of_timms_weights(tmp_path):
     detector = tiny_detector()
     detector.network = build_dino(backbone=TimmBackbone(name), **SMALL)
     with pytest.raises(
-        UserError, match=rf"{file}: .*write model\.pixel_mean=\[127\.5,127\.5,127\.5\] model\.pixel_std=\[127\.5,"
+        UserError, match=rf"{file}: .*write 'model\.pixel_mean=\[127\.5,127\.5,127\.5\]' 'model\.pixel_std=\[127\.5,"
     ):
         Checkpointer(detector, names=["a"]).load(str(file))
     detector.pixel_mean.fill_(127.5)

@@ -5,7 +5,7 @@ import torch
 
 from dino.layers import Queries, Tokens, refine
 from dino.layers.position_encoding import encode_boxes
-from dino.modeling import Decoder, Encoder, QuerySelection, share_heads
+from dino.modeling import Decoder, Encoder, QuerySelection, SharedHeadsDecoder, share_heads
 from dino.modeling.transformer import MLP, _token_centers, full_attention
 
 SHAPES = [(4, 6), (2, 3)]
@@ -271,6 +271,25 @@ def test_share_heads():
     assert sum(p.numel() for p in decoder.parameters()) == separate - 2 * heads
     assert decoder.box_heads[2] is decoder.box_heads[0]
     assert "box_heads.2.0.weight" in decoder.state_dict()
+
+
+def test_a_decoder_with_shared_heads():
+    """As `share_heads` makes it; the losses of all layers train the one pair."""
+    torch.manual_seed(0)
+    expected = share_heads(Decoder(num_classes=3, num_layers=3, **SIZES))
+    torch.manual_seed(0)
+    decoder = SharedHeadsDecoder(num_classes=3, num_layers=3, **SIZES)
+    assert len(list(decoder.parameters())) == len(list(expected.parameters()))
+    for (name, ours), (other, theirs) in zip(decoder.state_dict().items(), expected.state_dict().items(), strict=True):
+        assert name == other
+        assert torch.equal(ours, theirs)
+    logits = decoder(random_queries(), random_tokens()).logits
+    weight = decoder.class_heads[2].weight
+    parts = [torch.autograd.grad(layer.square().sum(), weight, retain_graph=True)[0] for layer in logits]
+    assert all(part.abs().max() > 0 for part in parts)
+    torch.testing.assert_close(torch.autograd.grad(logits.square().sum(), weight)[0], sum(parts))
+    with pytest.raises(TypeError, match="num_lairs"):
+        SharedHeadsDecoder(num_classes=3, num_lairs=3)
 
 
 def test_published_initial_values():

@@ -31,6 +31,8 @@ def test_resnet_examples():
     state = {name: torch.tensor(i) for i, name in enumerate(own)}
     assert list(resnet_to_detectron2(state)) == list(own.values())
     assert resnet_to_torchvision(resnet_to_detectron2(state)) == state
+    named = resnet_to_detectron2(state)
+    assert list(resnet_to_detectron2(named)) == list(named)  # Detectron2's names stay
 
 
 def test_resnet_files_of_torchvision_have_no_prefix():

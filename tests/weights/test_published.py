@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import dino
 from dino.utils.recipes import find_recipe
 from dino.weights import load_weights
+from dino.weights.addresses import published_path
+from dino.weights.downloads import cached_path
 from dino.weights.published import PUBLISHED, find, find_file
 
 from . import published_keys
@@ -128,11 +131,11 @@ def test_a_file_of_its_names_and_shapes_loads_whole(entry):
     assert report.format == entry.format
     assert report.problems == []
     assert (report.missing, report.unexpected, report.reinitialised) == ([], [], {})
-    tensors = network.state_dict().values()
-    assert len(report.loaded) == len({tensor.data_ptr() for tensor in tensors})
+    tensors = network.state_dict()
+    assert {tensors[name].data_ptr() for name in report.loaded} == {tensor.data_ptr() for tensor in tensors.values()}
     expected = {float(value.flatten()[0]) for name, value in state.items() if not name.endswith("batches_tracked")}
     no_biases = {0.0} if entry.format == "mmdetection" else set()  # of the neck
-    assert {float(tensor.flatten()[0]) for tensor in tensors} == expected | no_biases
+    assert {float(tensor.flatten()[0]) for tensor in tensors.values()} == expected | no_biases
 
 
 @pytest.mark.parametrize(
@@ -177,3 +180,37 @@ def test_the_projects_table_links_every_file():
         links = ", ".join(f"[`{e.name}`]({e.address or e.page}) {e.ap}" for e in entries)
         assert rows[recipe].rstrip("| ").endswith(f"| {links}"), links
     assert page.count("detrex-storage") == sum("detrex-storage" in entry.address for entry in PUBLISHED.values())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dino_r50_4scale_12ep",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in (
+                "dino_r50_4scale_24ep",
+                "dino_r101_4scale_12ep",
+                "dino_r50_5scale_36ep_official",
+                "dino_swin_t_224_4scale_12ep",
+                "dino_convnext_t_4scale_12ep",
+                "dino_vitdet_b_4scale_12ep",
+            )
+        ),
+    ],
+)
+def test_a_name_is_enough(name, tmp_path, monkeypatch):
+    """The file in the cache becomes a detector of COCO's classes, with the position encoding of the table."""
+    if not name.startswith("dino_r"):
+        pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    monkeypatch.setenv("DINO_CACHE", str(tmp_path))
+    entry = PUBLISHED[name]
+    place = cached_path(entry.address) if entry.address else published_path(entry)
+    place.parent.mkdir(parents=True)
+    torch.save({"model": file_of(entry)}, place)
+    detector = dino.load(name)
+    encoding = detector.network.position_encoding
+    assert (list(encoding.temperatures), encoding.offset) == ([entry.temperature] * 2, entry.offset)
+    person = 1 if entry.num_classes == 91 else 0
+    assert (detector.names[person], detector.names[-1], detector.category_ids[-1]) == ("person", "toothbrush", 90)
+    assert len(detector.names) == entry.num_classes

@@ -1,3 +1,4 @@
+import functools
 import random
 
 import pytest
@@ -18,6 +19,7 @@ INNER = ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"]
 FRONTS = ["model.", "net.", "detector.", "network.", "module.", "lit.", *(f"{word}." for word in INNER)]
 
 
+@functools.cache
 def states():
     """A file of each format, all of one model."""
     model = shared_network()
