@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,6 @@ def describe(cfg: DictConfig) -> dict[str, Any]:
         "config": json.dumps(_plain(OmegaConf.to_container(cfg.model, resolve=True))),
         "preprocessing": Preprocessing(**model, **size)._asdict(),
     }
-
-
-def describe_recipe(name: str, num_classes: int, temperatures: Sequence[float], offset: float) -> dict[str, Any]:
-    """Make the `about` of published weights from their recipe, with these classes and this position encoding."""
-    cfg = LazyConfig.load(str(find_recipe(name)))
-    cfg.model.num_classes = num_classes
-    cfg.model.network.position_encoding.temperatures = list(temperatures)
-    cfg.model.network.position_encoding.offset = offset
-    return describe(cfg)
 
 
 def recipe_of(source: str | Path) -> DictConfig:

@@ -94,7 +94,8 @@ def _complete(own: StateDict) -> StateDict:
     for key, value in own.items():
         if match := _LAYER_HEAD.fullmatch(key):
             heads.setdefault(f"{match[1]}.{{}}.{match[3]}", []).append(value)
-    shared = {name: found[0] for name, found in heads.items() if len(found) == 1}
+    once = all(len(found) == 1 for found in heads.values())  # else a single one that is missing is missing
+    shared = {name: found[0] for name, found in heads.items()} if once else {}
     own = {name.format(layer): value for name, value in shared.items() for layer in range(layers)} | own
     _check_sizes(own)
     return own

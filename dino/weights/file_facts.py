@@ -119,6 +119,11 @@ def _shared_heads(content: Mapping, own: StateDict, network: Mapping) -> bool | 
     target = decoder.get("_target_") if isinstance(decoder, Mapping) else None
     if "trainer" in content and isinstance(target, str) and target in _DECODERS:
         return _DECODERS[target]
+    return has_shared_heads(own)
+
+
+def has_shared_heads(own: StateDict) -> bool | None:
+    """Whether all decoder layers of a state dict in own format have equal heads; None for a single layer."""
     pairs = [
         (own.get(f"{m[1]}0{m[2]}"), own[m[0]]) for m in map(_HEADS.fullmatch, own) if m and m[0] != f"{m[1]}0{m[2]}"
     ]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import json
 import re
 from collections.abc import Mapping
@@ -18,13 +16,13 @@ from dino.utils.files import DataError
 
 from .addresses import locate
 from .coco_classes import coco_ids, coco_names
-from .file_facts import find_position
+from .file_facts import find_position, has_shared_heads
 from .file_weights import read_weights
 from .levels import count_projections
 from .load_report import reason_of
 from .mmdetection import classes_of
 from .names import StateDict, resnet_to_detectron2
-from .published import Published, find, find_file
+from .published import find, find_file
 from .reading import read_content
 
 # Numbers of blocks in the stages, and of convolutions in a block.
@@ -50,7 +48,26 @@ _DINO_ARGUMENTS = {
         (False,),
     ),
 }
+_RES = ["res2", "res3", "res4", "res5"]  # maps of a backbone, finest first
 _Node = dict[str, Any]
+
+
+def _of_library(library: str, name: str) -> _Node:
+    return {"_target_": f"dino.modeling.{library}Backbone", "name": name, "out_features": _RES, "map_norm": "LN"}
+
+
+_VIT = {"_target_": "dino.d2.detectron2_backbones.vitdet"}
+# Start of a recipe's name -> the backbone of its published weights, which tensors do not show; all maps that it has.
+BACKBONES: dict[str, _Node] = {
+    "dino_convnext_t": _of_library("Torchvision", "convnext_tiny"),
+    "dino_convnext_s": _of_library("Torchvision", "convnext_small"),
+    "dino_convnext_b": _of_library("Torchvision", "convnext_base"),
+    "dino_convnext_l": _of_library("Torchvision", "convnext_large"),
+    "dino_focalnet_l_fl3": _of_library("Timm", "focalnet_large_fl3"),
+    "dino_focalnet_l_fl4": _of_library("Timm", "focalnet_large_fl4"),
+    "dino_vitdet_b": {**_VIT, "embed_dim": 768, "depth": 12, "num_heads": 12, "global_blocks": [2, 5, 8, 11]},
+    "dino_vitdet_l": {**_VIT, "embed_dim": 1024, "depth": 24, "num_heads": 16, "global_blocks": [5, 11, 17, 23]},
+}
 
 
 class Unshown(NamedTuple):
@@ -111,16 +128,14 @@ def with_description(content: Mapping, own: StateDict, unshown: Unshown, source:
     Raises:
         DataError: the backbone is of no known kind.
     """
-    network, published = describe_network(own, unshown), find(source) or find_file(source)
-    if network is not None:
-        about = {"config": json.dumps({"network": network}), "preprocessing": _preprocessing(unshown)}
-    elif published is not None:
-        about = _describe_recipe(published, own, unshown)
-    else:
+    backbone = _describe_resnet(own) or _describe_swin(own) or _describe_published(source)
+    if backbone is None:
         raise DataError(
             "its backbone is neither a ResNet nor a Swin, and the file does not describe it. Use it with a "
             "recipe of this backbone: dino eval --config-file RECIPE, or train.init_checkpoint"
         )
+    network = describe_network(own, backbone, unshown)
+    about = {"config": json.dumps({"network": network}), "preprocessing": _preprocessing(unshown)}
     return {**content, **name_classes(content, len(own["decoder.class_heads.0.bias"])), "about": about}
 
 
@@ -130,9 +145,9 @@ def find_unshown(content: Mapping, format_: str, source: str) -> Unshown:
     Raises:
         DataError: nothing says the position encoding, or the network is not DINO's.
     """
-    args = content.get("args")
-    if isinstance(args, argparse.Namespace) and format_ == "official":
-        return _read_arguments(vars(args))
+    args = getattr(content.get("args"), "__dict__", None)  # an argparse.Namespace
+    if args is not None and format_ == "official":
+        return _read_arguments(args)
     position = find_position(content, format_, source)
     if position is None and format_ == "detrex":
         raise DataError(
@@ -181,28 +196,18 @@ def name_classes(content: Mapping, number: int) -> _Node:
     return {"names": [f"class {label}" for label in range(number)], "category_ids": list(range(number))}
 
 
-def _describe_recipe(published: Published, own: StateDict, unshown: Unshown) -> _Node:
-    """`about` by the recipe of published weights, which needs Detectron2."""
-    try:
-        describe_recipe = importlib.import_module("dino.d2.recipe_description").describe_recipe
-    except ImportError as error:
-        raise DataError(
-            f"{published.name} needs Detectron2, which is not installed here ({error}). README.md says how to install "
-            "it. ResNets do without"
-        ) from error
-    classes = len(own["decoder.class_heads.0.bias"])
-    return describe_recipe(published.recipe, classes, unshown.temperatures, unshown.offset)
+def _describe_published(source: str) -> _Node | None:
+    """The backbone of published weights that tensors do not show; None for all others."""
+    published = find(source) or find_file(source)
+    return published and next((node for start, node in BACKBONES.items() if published.recipe.startswith(start)), None)
 
 
-def describe_network(own: StateDict, unshown: Unshown) -> _Node | None:
-    """Describe the network of a state dict in own format; None unless its backbone is a ResNet or a Swin.
+def describe_network(own: StateDict, backbone: _Node, unshown: Unshown) -> _Node:
+    """Describe the network of a state dict in own format with a described backbone.
 
     Raises:
         DataError: the number of heads does not fit.
     """
-    backbone = _describe_resnet(own) or _describe_swin(own)
-    if backbone is None:
-        return None
     levels, embed_dim = own["level_embed"].shape
     classes, queries = len(own["decoder.class_heads.0.bias"]), len(own["query_selection.content.weight"])
     samples = len(own["encoder.layers.0.attention.attention_weights.bias"])  # of each query, over heads and levels
@@ -218,8 +223,8 @@ def describe_network(own: StateDict, unshown: Unshown) -> _Node | None:
     encoder, decoder = (
         {**attention, "num_layers": _count(own, rf"{part}\.layers\.")} for part in ("encoder", "decoder")
     )
-    features = _features(backbone, count_projections(own)["lateral"])
-    neck = {"backbone": backbone, "in_features": features, "out_channels": embed_dim, "num_levels": levels}
+    kind = "SharedHeadsDecoder" if has_shared_heads(own) else "Decoder"
+    neck = {**_read_maps(backbone, own), "out_channels": embed_dim, "num_levels": levels}
     position = {"embed_dim": embed_dim, "temperatures": list(unshown.temperatures), "offset": unshown.offset}
     selection = {"num_queries": queries, "num_classes": classes, "embed_dim": embed_dim}
     return {
@@ -229,7 +234,7 @@ def describe_network(own: StateDict, unshown: Unshown) -> _Node | None:
         "encoder": {"_target_": "dino.modeling.Encoder", **encoder},
         "query_selection": {"_target_": "dino.modeling.QuerySelection", **selection},
         "denoising": {"_target_": "dino.layers.ContrastiveDenoising", "num_classes": classes, "embed_dim": embed_dim},
-        "decoder": {"_target_": "dino.modeling.Decoder", "num_classes": classes, **decoder},
+        "decoder": {"_target_": f"dino.modeling.{kind}", "num_classes": classes, **decoder},
     }
 
 
@@ -240,8 +245,7 @@ def _describe_resnet(own: StateDict) -> _Node | None:
     name = _RESNETS.get((*blocks, _count(named, r"neck\.backbone\.res2\.0\.conv")))
     if name is None or "neck.backbone.stem.conv1.weight" not in named:
         return None
-    features = ["res2", "res3", "res4", "res5"][-count_projections(own)["lateral"] :]
-    return {"_target_": "dino.modeling.TorchvisionBackbone", "name": name, "out_features": features, "norm": "FrozenBN"}
+    return {"_target_": "dino.modeling.TorchvisionBackbone", "name": name, "out_features": _RES, "norm": "FrozenBN"}
 
 
 def _describe_swin(own: StateDict) -> _Node | None:
@@ -262,10 +266,14 @@ def _describe_swin(own: StateDict) -> _Node | None:
     }
 
 
-def _features(backbone: _Node, number: int) -> list[str]:
-    """Names of the `number` coarsest maps of a described backbone."""
-    named = backbone.get("out_features") or [f"p{index}" for index in backbone["out_indices"]]
-    return named[-number:]
+def _read_maps(backbone: _Node, own: StateDict) -> _Node:
+    """`backbone` and `in_features` of the neck: as many of the coarsest maps as the state dict has projections."""
+    number = count_projections(own)["lateral"]
+    if "out_features" in backbone:
+        features = backbone["out_features"][-number:]
+        return {"backbone": {**backbone, "out_features": features}, "in_features": features}
+    maps = [f"p{index}" for index in backbone.get("out_indices", range(2, 7))]  # of a Swin; of a ViT with a pyramid
+    return {"backbone": backbone, "in_features": maps[-number:]}
 
 
 def _count(state_dict: StateDict, front: str) -> int:

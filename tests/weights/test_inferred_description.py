@@ -1,6 +1,7 @@
 """Models of other programs' files, which do not describe them."""
 
 import argparse
+import json
 
 import pytest
 import torch
@@ -10,7 +11,14 @@ from dino.utils.files import DataError
 from dino.weights import file_facts
 from dino.weights.checkpoint_formats import COCO_IDS
 from dino.weights.description import detector_from_checkpoint
-from dino.weights.inferred_description import Unshown, describe_network
+from dino.weights.inferred_description import (
+    BACKBONES,
+    Unshown,
+    _describe_resnet,
+    _describe_swin,
+    _read_maps,
+    describe_network,
+)
 
 from ..tiny import random_batch
 from .states import detrex_state, official_state, randomise
@@ -95,7 +103,36 @@ def test_a_swin_is_described():
         embed_dim=24, depths=[1, 2, 3, 1], num_heads=[1, 2, 3, 4], window_size=5, out_indices=[1, 2, 3], mlp_ratio=4
     )
     model = randomise(build_dino(backbone=swin, in_features=["p1", "p2", "p3"], num_classes=80, **SIZES)).eval()
-    described = build_network({"network": describe_network(model.state_dict(), Unshown())}).eval()
+    own = model.state_dict()
+    described = build_network({"network": describe_network(own, _describe_swin(own), Unshown())}).eval()
     described.load_state_dict(model.state_dict())
     batch = random_batch(2)
     assert torch.equal(described(*batch).decoder.boxes, model(*batch).decoder.boxes)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet101"])
+def test_a_resnet_is_known_by_its_blocks(name):
+    model = build_dino(backbone=TorchvisionBackbone(name), num_classes=3, **SIZES)
+    assert _describe_resnet(model.state_dict())["name"] == name
+
+
+def test_backbones_of_published_weights_are_those_of_their_recipes():
+    pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    from detectron2.config import LazyConfig
+
+    from dino.d2.recipe_description import describe
+    from dino.utils.recipes import find_recipe
+    from dino.weights.published import PUBLISHED
+
+    used = set()
+    for recipe in {entry.recipe for entry in PUBLISHED.values()}:
+        start = next((start for start in BACKBONES if recipe.startswith(start)), None)
+        neck = json.loads(describe(LazyConfig.load(str(find_recipe(recipe))))["config"])["network"]["neck"]
+        own = {f"neck.lateral.{i}.0.weight": None for i in range(len(neck["in_features"]))}
+        if start is None:
+            assert "ResNet" in neck["backbone"]["_target_"] or "Swin" in neck["backbone"]["_target_"]
+            continue
+        expected = {k: v for k, v in neck["backbone"].items() if k != "drop_path_rate"}  # of training only
+        assert _read_maps(BACKBONES[start], own) == {"backbone": expected, "in_features": neck["in_features"]}
+        used.add(start)
+    assert used == {*BACKBONES}
