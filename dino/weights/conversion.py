@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -19,11 +19,20 @@ from .checkpoint_formats import (
     convert,
 )
 from .coco_classes import RAW_COCO_CLASSES, coco_names
+from .description import build_network
 from .file_weights import FileWeights, read_weights
 from .inferred_description import Unshown, find_unshown, name_classes, with_description
-from .load_report import reason_of
+from .load_report import Report, reason_of
+from .loading import load_weights
 from .names import StateDict
 from .reading import DESCRIPTION, read_content
+
+
+class _Position(NamedTuple):
+    """Constants of the position encoding, as far as a person states them."""
+
+    temperature: float | None
+    offset: float | None
 
 
 def convert_file(
@@ -61,7 +70,11 @@ def convert_file(
         state = own if describable else convert(own, to=to)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise DataError(f"can't convert {source}: {reason_of(error)}") from error
-    extra = _describe(content, own, found.format, str(source), temperature, offset) if describable else {}
+    position = _Position(temperature, offset)
+    extra = _describe(content, own, found.format, str(source), position) if describable else {}
+    about = extra.get("about") or content.get("about")
+    report = _report_on(content, about, copy, str(source)) if about else None
+    print("\n".join(found.notes) if report is None else f"weights: {report}")
     target.parent.mkdir(parents=True, exist_ok=True)
     if "safetensors" in (to, target.suffix.removeprefix(".")):
         _write_safetensors(target, state, extra)
@@ -85,8 +98,6 @@ def _read_own(found: FileWeights, coco80: bool) -> StateDict:
     """The weights to convert, in own format."""
     if found.format == "backbone":
         convert(found.state)  # says what the file is
-    for note in found.notes:
-        print(note)
     if not coco80:
         return found.state
     classes = len(found.state["decoder.class_heads.0.bias"])
@@ -97,24 +108,41 @@ def _read_own(found: FileWeights, coco80: bool) -> StateDict:
 
 
 def _describe(
-    content: dict[str, Any], own: StateDict, format_: str, source: str, temperature: float | None, offset: float | None
+    content: dict[str, Any], own: StateDict, format_: str, source: str, position: _Position
 ) -> dict[str, Any]:
     """What describes the model in a file in own format: the input's own description, or what its tensors show."""
     if format_ == "own":
         return {key: content[key] for key in DESCRIPTION if key in content}
+    classes = len(own["decoder.class_heads.0.bias"])
     try:
-        stated = find_unshown(content, format_, source) if None in (temperature, offset) else Unshown()
-        unshown = stated._replace(
-            temperatures=stated.temperatures if temperature is None else (temperature, temperature),
-            offset=stated.offset if offset is None else offset,
-        )
-        described = with_description(content, own, unshown, source)
+        described = with_description(content, own, _unshown(content, format_, source, position), source)
     except DataError as error:
         print(f"no description: {error}")
-        described = name_classes(content, len(own["decoder.class_heads.0.bias"]))
-    if described["names"] == coco_names(len(described["names"])):
-        print(f"names: those of COCO, because the model has {len(described['names'])} classes")
+        described = name_classes(content, classes)
+    if described["names"] == coco_names(classes):
+        print(f"names: those of COCO, because the model has {classes} classes")
     return {key: described[key] for key in DESCRIPTION if key in described}
+
+
+def _unshown(content: dict[str, Any], format_: str, source: str, position: _Position) -> Unshown:
+    """What no tensor shows: as stated, else as the file says.
+
+    Raises:
+        DataError: neither says it.
+    """
+    found = find_unshown(content, format_, source) if None in position else Unshown()
+    if position.temperature is not None:
+        found = found._replace(temperatures=(position.temperature,) * 2)
+    return found if position.offset is None else found._replace(offset=position.offset)
+
+
+def _report_on(content: dict[str, Any], about: Any, copy: str, name: str) -> Report | None:
+    """The report of loading a file into the network that `about` describes; None where that can't be built here."""
+    try:
+        network = build_network(json.loads(about["config"]))
+    except Exception:  # a description can hold anything; `dino predict` says what is wrong with it
+        return None
+    return load_weights(network, content, copy=copy, name=name)
 
 
 def _write_safetensors(path: Path, state: StateDict, extra: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from math import isqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from dino.modeling.detector import Preprocessing
@@ -49,6 +50,7 @@ _DINO_ARGUMENTS = {
     ),
 }
 _RES = ["res2", "res3", "res4", "res5"]  # maps of a backbone, finest first
+_NONE = torch.zeros(())  # stands for an absent tensor
 _Node = dict[str, Any]
 
 
@@ -250,19 +252,18 @@ def _describe_resnet(own: StateDict) -> _Node | None:
 
 def _describe_swin(own: StateDict) -> _Node | None:
     """Describe Detectron2's Swin, whose names are those of Swin's authors; None for any other backbone."""
-    stages = _count(own, rf"{re.escape(_BACKBONE)}layers\.")
-    tables = [own.get(f"{_BACKBONE}layers.{i}.blocks.0.attn.relative_position_bias_table") for i in range(stages)]
-    stem = own.get(f"{_BACKBONE}patch_embed.proj.weight")
-    if not tables or stem is None or any(table is None or table.ndim != 2 for table in tables):
+    stages = range(_count(own, r"neck\.backbone\.layers\."))
+    tables = [own.get(f"neck.backbone.layers.{i}.blocks.0.attn.relative_position_bias_table", _NONE) for i in stages]
+    stem = own.get("neck.backbone.patch_embed.proj.weight")
+    if stem is None or not {table.ndim for table in tables} == {2}:
         return None
-    maps = sorted(int(m[1]) for m in (re.fullmatch(r"neck\.backbone\.norm(\d)\.weight", key) for key in own) if m)
     return {
         "_target_": "detectron2.modeling.SwinTransformer",
         "embed_dim": len(stem),
-        "depths": [_count(own, rf"neck\.backbone\.layers\.{i}\.blocks\.") for i in range(stages)],
+        "depths": [_count(own, rf"neck\.backbone\.layers\.{i}\.blocks\.") for i in stages],
         "num_heads": [table.shape[1] for table in tables],
         "window_size": (isqrt(len(tables[0])) + 1) // 2,
-        "out_indices": maps,
+        "out_indices": [index for index in stages if f"neck.backbone.norm{index}.weight" in own],
     }
 
 
