@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         "checkpoint", help="a checkpoint of this or another DINO program, an address, or a name of `dino weights`"
     )
     parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="image, folder, glob, video, or the number of a webcam"
+        "inputs", nargs="+", metavar="INPUT", help="image, its address, folder, glob, video, or webcam's number"
     )
     parser.add_argument("--output", type=Path, help="folder to write to (default: a new one, output/predictions)")
     parser.add_argument(

@@ -23,6 +23,8 @@ from dino.modeling import DINO, TorchvisionBackbone, variants
 from dino.modeling.detector import Detector, Preprocessing
 from dino.utils.files import DataError
 
+from .checkpoint_formats import recognise
+from .detector_backbones import name_any_detector
 from .inferred_description import open_checkpoint
 from .loading import load_weights
 from .names import StateDict
@@ -95,6 +97,15 @@ def _build_model(content: Mapping, path: str | Path, copy: str) -> _ModelFromChe
     return _ModelFromCheckpoint(network.eval(), names, preprocessing)
 
 
+def _name_kind(content: Mapping) -> str:
+    """What a file without a description seems to be, for a message; "" where nothing shows."""
+    with suppress(ValueError):  # a DataError too
+        state = weights_of(content)
+        kind = name_any_detector(state) or ("a bare state dict" if recognise(state) == "own" else "no detector")
+        return f": it is {kind}"
+    return ""
+
+
 def check_network_size(config: Mapping, content: Mapping, path: str | Path, copy: str = "auto") -> bool:
     """Check that a described network is not larger than the weights of its file, before memory is taken for it.
 
@@ -134,8 +145,8 @@ def read_description(content: Mapping, path: str | Path) -> tuple[dict, list[str
     about, names = content.get("about"), content.get("names")
     if not isinstance(about, Mapping) or not isinstance(about.get("config"), str) or not _is_list_of(names, str):
         raise DataError(
-            f"{path} does not describe its model: only checkpoints of this project do. `dino convert` makes one from a "
-            "file of another program"
+            f"{path} does not describe its model{_name_kind(content)}. Give a detector's checkpoint; of others' "
+            "files, `dino convert` says what they lack"
         )
     try:
         _check_names(names)

@@ -101,7 +101,7 @@ def open_checkpoint(source: str | Path) -> tuple[str, dict[str, Any]]:
     path = locate(str(source))
     content = read_content(path)
     try:
-        return path, describe_content(content, str(source))
+        return path, describe_content(content, str(source) if find(str(source)) else path)
     except Exception as error:  # names and shapes that no program writes can raise anything
         raise DataError(f"can't use the weights {path}: {reason_of(error)}") from error
 

@@ -405,5 +405,6 @@ def _check_shared(chosen: StateDict, target: _Target) -> None:
         if other != name and not chosen[name].is_meta and not torch.equal(chosen[name], chosen[other]):
             raise DataError(
                 f"the model's decoder layers share their heads, but the file has separate heads ({name} differs from "
-                f"{other}): build the model without share_heads"
+                f"{other}): build the model without share_heads (in a recipe: "
+                "model.network.decoder._target_=dino.modeling.Decoder)"
             )
