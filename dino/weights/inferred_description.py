@@ -255,7 +255,7 @@ def _describe_swin(own: StateDict) -> _Node | None:
     stages = range(_count(own, r"neck\.backbone\.layers\."))
     tables = [own.get(f"neck.backbone.layers.{i}.blocks.0.attn.relative_position_bias_table", _NONE) for i in stages]
     stem = own.get("neck.backbone.patch_embed.proj.weight")
-    if stem is None or not {table.ndim for table in tables} == {2}:
+    if stem is None or {table.ndim for table in tables} != {2}:
         return None
     return {
         "_target_": "detectron2.modeling.SwinTransformer",
