@@ -9,7 +9,7 @@ from PIL import Image
 
 from dino.inference.predictor import Predictor
 from dino.modeling import TorchvisionBackbone, build_dino
-from dino.weights import load_weights
+from dino.weights import load_weights, locate
 from dino.weights.published import PUBLISHED
 
 from ..file_server import Reply
@@ -32,27 +32,22 @@ def release(server, tmp_path):
     return {"DINO_MIRROR": server.url, "DINO_CACHE": str(tmp_path / "cache")}
 
 
-def test_one_command_draws_a_picture(release, server, tmp_path):
+def test_one_command_draws_a_picture(release, server, tmp_path, monkeypatch):
     folder = tmp_path / "empty"
     folder.mkdir()
     words = ["predict", NAME, "https://example.org/pictures/photo.png", "--score-thresh", "0", "--max-detections", "5"]
-    for output in ("first", "second"):
-        result = run_verb(*words, "--output", output, folder=folder, **release)
-        assert result.returncode == 0, result.stderr
-    found = json.loads((folder / "first/predictions.json").read_text())
+    result = run_verb(*words, folder=folder, **release)
+    assert result.returncode == 0, result.stderr
+    drawn = folder / "output/predictions"
+    found = json.loads((drawn / "predictions.json").read_text())
     assert (len(found["categories"]), found["categories"][17]["name"], len(found["annotations"])) == (80, "horse", 5)
-    assert Image.open(folder / "first/photo.png").size == (256, 256)
-    downloads = [path for path, _ in server.requests if path.endswith(".pth")]
-    assert len(downloads) == 1  # the second call finds the file in the cache
+    assert Image.open(drawn / "photo.png").size == (256, 256)
 
-
-def test_the_same_in_python_and_in_a_network_of_the_recipe(release, monkeypatch):
     for name, value in release.items():
         monkeypatch.setenv(name, value)
     predictor = Predictor.from_pretrained(NAME)
     assert predictor.network.position_encoding.temperatures == (10000.0, 10000.0)  # of the table: no tensor shows it
     assert predictor.names[:2] == ["person", "bicycle"]
     again = build_dino(backbone=TorchvisionBackbone("resnet18"), num_classes=80, **SIZES)
-    from dino.weights import locate
-
     assert not load_weights(again, locate(NAME)).fresh
+    assert sum(path.endswith(".pth") for path, _ in server.requests) == 1  # the cache serves all but the first

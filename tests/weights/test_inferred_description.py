@@ -27,7 +27,7 @@ SIZES = {"embed_dim": 32, "hidden_dim": 16, "encoder_layers": 1, "decoder_layers
 
 
 def network(**changes):
-    return randomise(build_dino(backbone=TorchvisionBackbone("resnet50"), **{"num_classes": 91, **SIZES, **changes}))
+    return randomise(build_dino(backbone=TorchvisionBackbone("resnet18"), **{"num_classes": 91, **SIZES, **changes}))
 
 
 def official_file(path, model, **args):
