@@ -124,7 +124,8 @@ class Checkpointer(DetectionCheckpointer):
             raise DataError(f"can't use the checkpoint {path}: {str(error)[:500]}") from error
         finally:
             self._parsed_url_during_load = None  # after an error Detectron2 leaves it set, and refuses the next load
-        if "names" in extra and not same_names(extra["names"], self.names):
+        by_name = self._wishes.get("class_rows") == "name"  # the report says which rows were kept
+        if "names" in extra and not by_name and not same_names(extra["names"], self.names):
             logger.warning(f"{path} was trained for the classes {extra['names']}, the data has {self.names}")
         return extra
 
@@ -167,7 +168,7 @@ class Checkpointer(DetectionCheckpointer):
             classes=self.names,
             **self._wishes,
         )
-        logger.info(f"weights: {self.report}")
+        logger.log(logging.WARNING if self.report.doubts else logging.INFO, f"weights: {self.report}")
         self.problems = self.report.problems
         checkpoint.pop("model", None)
 

@@ -52,7 +52,7 @@ def locate(address: str) -> str:
     resolver = _RESOLVERS.get(found[1].lower()) if found else None
     if found and resolver:
         return resolver(found[2])
-    if os.path.exists(address):
+    if os.path.isfile(address):
         return address
     if found or _OTHER_ADDRESS.match(address):
         raise UserError(

@@ -22,7 +22,7 @@ from .coco_classes import RAW_COCO_CLASSES, coco_names
 from .description import build_network
 from .file_weights import FileWeights, read_weights
 from .inferred_description import Unshown, find_unshown, name_classes, with_description
-from .load_report import Report, reason_of
+from .load_report import reason_of
 from .loading import load_weights
 from .names import StateDict
 from .reading import DESCRIPTION, read_content
@@ -57,7 +57,7 @@ def convert_file(
 
     Raises:
         DataError: `source` can't be used, or the other program can't express the model.
-        UserError: `target` exists.
+        UserError: `target` exists, or one of the two constants is missing.
     """
     if target.exists():
         raise UserError(f"{target} exists: choose another name, or move it away")
@@ -71,10 +71,9 @@ def convert_file(
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise DataError(f"can't convert {source}: {reason_of(error)}") from error
     position = _Position(temperature, offset)
+    _check_position(position, found.format)
     extra = _describe(content, own, found.format, str(source), position) if describable else {}
-    about = extra.get("about") or content.get("about")
-    report = _report_on(content, about, copy, str(source)) if about else None
-    print("\n".join(found.notes) if report is None else f"weights: {report}")
+    _print_report(content, extra.get("about") or content.get("about"), found, copy, str(source))
     target.parent.mkdir(parents=True, exist_ok=True)
     if "safetensors" in (to, target.suffix.removeprefix(".")):
         _write_safetensors(target, state, extra)
@@ -86,10 +85,18 @@ def convert_file(
         _print_dropped(own, to)
 
 
+def _check_position(position: _Position, format_: str) -> None:
+    """Raise a UserError where one constant is stated, and the other could be any of those that the program has used."""
+    if format_ in ("detrex", "mmdetection") and (position.temperature is None) != (position.offset is None):
+        raise UserError(f"--temperature and --offset belong together for a file of {format_}: give both")
+
+
 def _print_dropped(own: StateDict, to: str) -> None:
     """Say what the format of another program has no place for."""
     if UNUSED_LABELS in own and to == "detrex":
         print("dropped: the label embeddings that belong to no class; detrex has no place for them")
+    if to == "detrex":
+        print("dropped: the constants of the position encoding; remember them, detrex has no place for them either")
     if any(key.startswith(BRANCHES) for key in own):
         print(f"dropped: the branches, which only training uses; the {to} format has no place for them")
 
@@ -117,7 +124,7 @@ def _describe(
     try:
         described = with_description(content, own, _unshown(content, format_, source, position), source)
     except DataError as error:
-        print(f"no description: {error}")
+        print(f"warning: no description, so the file serves with a recipe alone: {error}")
         described = name_classes(content, classes)
     if described["names"] == coco_names(classes):
         print(f"names: those of COCO, because the model has {classes} classes")
@@ -136,13 +143,15 @@ def _unshown(content: dict[str, Any], format_: str, source: str, position: _Posi
     return found if position.offset is None else found._replace(offset=position.offset)
 
 
-def _report_on(content: dict[str, Any], about: Any, copy: str, name: str) -> Report | None:
-    """The report of loading a file into the network that `about` describes; None where that can't be built here."""
+def _print_report(content: dict[str, Any], about: Any, found: FileWeights, copy: str, name: str) -> None:
+    """Print the report of loading the file into the network that `about` describes; without one, notes on the file."""
     try:
         network = build_network(json.loads(about["config"]))
-    except Exception:  # a description can hold anything; `dino predict` says what is wrong with it
-        return None
-    return load_weights(network, content, copy=copy, name=name)
+    except Exception:  # a description can be absent, or hold anything; `dino predict` says what is wrong with it
+        for note in found.notes:
+            print(note)
+    else:
+        print(f"weights: {load_weights(network, content, copy=copy, name=name)}")
 
 
 def _write_safetensors(path: Path, state: StateDict, extra: dict[str, Any]) -> None:

@@ -101,8 +101,12 @@ def _name_kind(content: Mapping) -> str:
     """What a file without a description seems to be, for a message; "" where nothing shows."""
     with suppress(ValueError):  # a DataError too
         state = weights_of(content)
-        kind = name_any_detector(state) or ("a bare state dict" if recognise(state) == "own" else "no detector")
-        return f": it is {kind}"
+        if recognise(state) == "own":
+            return (
+                ": it is a bare state dict. Convert its original again (detrex' with --temperature and --offset), or "
+                "use it with a recipe"
+            )
+        return f": it is {name_any_detector(state) or 'no detector'}"
     return ""
 
 

@@ -174,7 +174,9 @@ def check_file(path: Path, sha256: str = "", size: int | None = None) -> None:
     """
     problem = _difference(path, [sha256.lower()], size)
     if problem:
-        raise UserError(f"{path} is damaged, or another file: {problem}. Remove it")
+        raise UserError(
+            f"{path} is damaged, or another file: {problem}. Remove it, unless it is the hash that is wrong"
+        )
 
 
 def _difference(path: Path, hashes: list[str], size: int | None) -> str:

@@ -42,6 +42,7 @@ class Report:
         notes: sentences for people.
         without_detector: names of tensors that keep their initial values, because only a backbone was loaded.
         why_missing: {name: reason} of missing tensors.
+        doubts: sentences on what may be wrong.
     """
 
     source: str
@@ -53,6 +54,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     without_detector: list[str] = field(default_factory=list)
     why_missing: dict[str, str] = field(default_factory=dict)
+    doubts: list[str] = field(default_factory=list)
 
     @property
     def form(self) -> str:
@@ -96,7 +98,8 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.source} (format: {self.format})", *self._table(), f"  {self.summary}"]
         lines += [f"  {what}: {shorten(names)}" for what, names in self._named().items() if names]
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join([*lines, *(f"  warning: {doubt}" for doubt in self.doubts)])
 
     def _table(self) -> list[str]:
         """Lines with the number of tensors, by part of the model and by outcome."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dino.layers import SinePositionEncoding
 from dino.modeling import DINO, TimmBackbone
 from dino.modeling.detector import Detector
 from dino.utils.files import DataError
@@ -17,6 +18,7 @@ from dino.utils.files import DataError
 from .checkpoint_formats import CLASS_KEYS
 from .class_rows import fit_classes
 from .detector_backbones import cut_backbone, name_any_detector
+from .file_facts import Position, find_position
 from .file_weights import read_weights
 from .imagenet import ADDED, check_network, doubts_of_name, fit_backbone
 from .levels import fit_levels
@@ -32,9 +34,9 @@ _QUERY_KEYS = re.compile(r"(query_selection|branches\.[^.]+)\.content\.weight")
 _LAYER_KEYS = re.compile(r"((?:encoder|decoder)\.(?:layers|class_heads|box_heads)\.)(\d+)\.")
 _LEVEL_KEYS = re.compile(r"neck\.(lateral|extra_levels)\.\d+\..+")
 _ATTENTION_KEYS = re.compile(r".+\.(sampling_offsets|attention_weights)\.(weight|bias)")
-_DETREX_NOTE = (
+_UNKNOWN_POSITION = (
     "the file does not name the position encoding that it was trained with: detrex' 12-epoch models need "
-    "model.network.position_encoding.temperatures=[10000,10000] model.network.position_encoding.offset=-0.5, its "
+    "'model.network.position_encoding.temperatures=[10000,10000]' model.network.position_encoding.offset=-0.5, its "
     "24-epoch models [20,20] and 0"
 )
 
@@ -161,7 +163,8 @@ def _choose(network: DINO, content: Mapping, report: Report, wishes: _Wishes) ->
     found = read_weights(content, wishes.copy)
     target = _Target.of(network)
     report.format = found.format
-    report.notes += [*found.notes, *([_DETREX_NOTE] if _may_need_constants(found.format, network) else [])]
+    report.notes += found.notes
+    report.doubts += _doubt_position(content, report, network)
     if report.format == "backbone":
         chosen = _choose_backbone(_read_backbone(found.state, network, report, wishes), target, report, wishes)
     elif wishes.parts == "backbone":
@@ -234,9 +237,17 @@ def _choose_backbone(own: StateDict, target: _Target, report: Report, wishes: _W
     return _compare(own, backbone, _Sizes.of(own), report, wishes, {})
 
 
-def _may_need_constants(format_: str, network: DINO) -> bool:
-    """Whether a file does not name its position encoding, and the network has the most usual one."""
-    return format_ == "detrex" and getattr(network.position_encoding, "temperatures", None) == (20.0, 20.0)
+def _doubt_position(content: Mapping, report: Report, network: DINO) -> list[str]:
+    """Say where the network's position encoding may not be that of another program's file."""
+    encoding = network.position_encoding
+    if report.format in ("own", "backbone") or not isinstance(encoding, SinePositionEncoding):
+        return []
+    theirs = find_position(content, report.format, report.source)
+    if theirs is None:
+        return [_UNKNOWN_POSITION] if report.format == "detrex" and encoding.temperatures == (20.0, 20.0) else []
+    ours = Position(tuple(encoding.temperatures), encoding.offset)
+    same = theirs == ours
+    return [] if same else [f"the file was trained with the position encoding {theirs}, the model has {ours}"]
 
 
 def _rename_backbone(own: StateDict, network: DINO) -> StateDict:

@@ -57,7 +57,7 @@ def read_content(path: str | Path) -> dict[str, Any]:
     except _AlteredError as error:
         raise DataError(f"can't use the weights {path}: the file was altered since it was written ({error})") from None
     except Exception as error:  # a broken file can raise anything
-        raise DataError(f"can't read the weights {path}: {_reason(error)}") from error
+        raise DataError(f"can't read the weights {path}: {_name_other(path) or _reason(error)}") from error
     if not isinstance(content, Mapping):
         raise DataError(f"can't use the weights {path}: a dict was expected, not {type(content).__name__}")
     return dict(content)
@@ -75,6 +75,17 @@ def _reason(error: Exception) -> str:
     if isinstance(error, DataError):
         return str(error)[:300]
     return f"the file is cut short, or no weight file ({type(error).__name__})"
+
+
+def _name_other(path: Path) -> str:
+    """What a file is that people often have in place of weights, for a message; "" for anything else."""
+    with open(path, "rb") as file:
+        start = file.read(200).lstrip().lower()
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is a web page, such as one that asks to confirm a download: fetch the file itself"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a pointer of git-lfs: fetch the file itself (git lfs pull)"
+    return "" if start else "it is empty"
 
 
 def _read_torch(path: Path) -> Any:

@@ -44,9 +44,16 @@ def test_detrex_and_back(tmp_path, capsys):
     torch.save({"model": detrex_state(model)}, tmp_path / "detrex.pth")
     convert(tmp_path / "detrex.pth", tmp_path / "own.pth", "own")
     output = capsys.readouterr().out
-    assert "no description: " in output
+    assert "warning: no description" in output
     assert "give --temperature and --offset" in output
     assert equal(convert(tmp_path / "own.pth", tmp_path / "again.pth", "detrex"), detrex_state(model))
+
+
+def test_half_of_the_constants_is_refused(tmp_path):
+    torch.save({"model": detrex_state(randomise(tiny_network()))}, tmp_path / "detrex.pth")
+    with pytest.raises(UserError, match="--temperature and --offset belong together for a file of detrex: give both"):
+        convert(tmp_path / "detrex.pth", tmp_path / "own.pth", "own", temperature=10000.0)
+    assert not (tmp_path / "own.pth").exists()
 
 
 def test_what_is_lost_is_said(tmp_path, capsys):

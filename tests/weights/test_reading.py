@@ -142,3 +142,17 @@ def test_missing_files_and_other_content(tmp_path):
         read_content(write(tmp_path / "list.pth", [1, 2]))
     with pytest.raises(DataError, match="the file has no weights: its entries are epoch, names"):
         weights_of({"epoch": 1, "names": ["a"]})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\n<!DOCTYPE html><title>Google Drive</title>", "it is a web page, such as one that asks to confirm"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "it is a pointer of git-lfs"),
+        (b"", "it is empty"),
+    ],
+)
+def test_what_people_have_in_place_of_weights(tmp_path, content, message):
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(DataError, match=f"can't read the weights .*a.pth: {message}"):
+        read_content(tmp_path / "a.pth")
