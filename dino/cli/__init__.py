@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import io
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -76,6 +77,9 @@ def report_errors(run: Callable[[], int | None]) -> int:
     """Call a program. Returns its exit code; prints an error that a person can correct as one line."""
     try:
         return run() or 0
+    except BrokenPipeError:  # as of `dino weights | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush finds no pipe
+        return 1
     except (UserError, FloatingPointError, OSError) as error:  # OSError: a full disk, a folder of somebody else
         print(f"error: {message_of(error)}", file=sys.stderr)
         return 1

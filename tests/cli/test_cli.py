@@ -136,3 +136,11 @@ def test_errors_are_one_line(monkeypatch, capsys, error, code, message):
     monkeypatch.setattr(importlib.import_module("dino.cli.check"), "main", fail)
     assert cli.main(["check"]) == code
     assert capsys.readouterr().err == message
+
+
+def test_a_pipe_that_ends_early_is_no_error():
+    command = [sys.executable, "-m", "dino", "weights"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()  # as `head` does
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
