@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from dino.d2.training.parallel import from_main
 from dino.modeling import TimmBackbone, TorchvisionBackbone
 from dino.modeling.backbones import timm_pixel_statistics
-from dino.modeling.detector import IMAGENET_MEAN, IMAGENET_STD
+from dino.modeling.detector import Preprocessing
 from dino.utils.files import UserError
 from dino.weights.file_facts import FileFacts, read_facts
 
@@ -26,7 +26,8 @@ _HEADS = {False: "dino.modeling.Decoder", True: "dino.modeling.SharedHeadsDecode
 _DECODER = "model.network.decoder._target_"
 _POSITION = "model.network.position_encoding"
 _BACKBONE = "model.network.neck.backbone"
-_PIXELS = {"model.pixel_mean": IMAGENET_MEAN, "model.pixel_std": IMAGENET_STD}  # with what stands for nothing set
+_NOT_SET = Preprocessing()
+_PIXELS = {"model.pixel_mean": _NOT_SET.pixel_mean, "model.pixel_std": _NOT_SET.pixel_std}
 _MAP_NORM = f"{_BACKBONE}.map_norm"
 _DEFAULTS = {f"{_POSITION}.temperatures": [20.0, 20.0], f"{_POSITION}.offset": 0.0, _MAP_NORM: "none"}  # of the classes
 
