@@ -11,9 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote, urlsplit
 
-import torch
-import torchvision
-
 from dino.utils.files import DataError, UserError
 from dino.utils.printable import printable
 
@@ -131,6 +128,8 @@ def _inside(folder: Path, name: str) -> Path | None:
 
 def _in_torch_hub(name: str) -> Path | None:
     """A file that torchvision or timm put into PyTorch's cache."""
+    import torch  # here, because `dino weights` needs no PyTorch
+
     return _inside(Path(torch.hub.get_dir()) / "checkpoints", name)
 
 
@@ -197,6 +196,8 @@ def _token() -> str:
 
 def _locate_torchvision(name: str) -> str:
     """`NAME/WEIGHTS` -> the local file."""
+    import torchvision
+
     model, _, weights = name.partition("/")
     try:
         entry = torchvision.models.get_model_weights(model)[weights]
