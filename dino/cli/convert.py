@@ -1,4 +1,4 @@
-"""`dino convert`: convert checkpoints between this project, the official program, detrex and Hugging Face."""
+"""`dino convert`: convert checkpoints from and to the formats of other DINO programs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ _EXAMPLES = """
 examples:
   the official 12-epoch checkpoint as one of this project, with COCO's 80 classes and their names inside:
     %(prog)s checkpoint0011_4scale.pth dino_r50_4scale.pth --to own --coco80
-  detrex' 12-epoch checkpoint, whose position encoding has other constants:
-    %(prog)s dino_r50_4scale_12ep_49_2AP.pth own.pth --to own --temperature 10000 --offset -0.5
+  published weights by name: %(prog)s dino_r50_4scale_12ep own.pth --to own
+  a checkpoint of your training with detrex, which does not store its position encoding:
+    %(prog)s model_final.pth own.pth --to own --temperature 10000 --offset -0.5
   back to the official program: %(prog)s own.pth official.pth --to official
 Training and evaluation read all of these formats directly: train.init_checkpoint=checkpoint0011_4scale.pth
 """
@@ -43,8 +44,10 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="ema: the running average; auto: the running average if the file has one",
     )
-    parser.add_argument("--temperature", type=float, help="of the position encoding that IN was trained with (20)")
-    parser.add_argument("--offset", type=float, help="of the same position encoding (0)")
+    parser.add_argument(
+        "--temperature", type=float, help="of the position encoding that IN was trained with, where IN does not say it"
+    )
+    parser.add_argument("--offset", type=float, help="of the same position encoding")
     return parser
 
 

@@ -10,7 +10,7 @@ _MODULES = {
     "checkpoint_formats": ("convert", "recognise"),
     "class_rows": ("same_names",),
     "load_report": ("Report",),
-    "loading": ("MIN_BACKBONE", "compare_weights", "load_weights"),
+    "loading": ("MIN_BACKBONE", "load_weights"),
     "names": ("resnet_to_detectron2", "resnet_to_torchvision", "to_current_names"),
     "reading": ("read_content", "weights_of"),
 }
@@ -19,7 +19,6 @@ __all__ = [
     "MIN_BACKBONE",
     "SCHEMES",
     "Report",
-    "compare_weights",
     "convert",
     "load_weights",
     "locate",

@@ -1,4 +1,4 @@
-"""Conversion of checkpoint files between this project, the official program, detrex and Hugging Face."""
+"""Conversion of checkpoint files from and to the formats of other DINO programs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def convert_file(
     Args:
         source: a checkpoint in any known format (.pth, .safetensors), an address, or the name of published weights.
         target: the file to write; must not exist.
-        to: the format to write: own, official, detrex, huggingface, or "safetensors" for own format in such a file.
+        to: the format to write: own, official, detrex, huggingface, mmdetection, or "safetensors" for own format in
+            such a file.
         coco80: of 91 classes (raw ids), keep the 80 that COCO has.
         copy: "model", "ema", or "auto" for the running average if the file has one.
         temperature, offset: of the position encoding that `source` was trained with, for the description.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from math import isqrt
 from pathlib import Path
@@ -22,7 +21,7 @@ from .file_weights import read_weights
 from .levels import count_projections
 from .load_report import reason_of
 from .mmdetection import classes_of
-from .names import StateDict, resnet_to_detectron2
+from .names import StateDict, count_parts, resnet_to_detectron2
 from .published import find, find_file
 from .reading import read_content
 
@@ -223,7 +222,7 @@ def describe_network(own: StateDict, backbone: _Node, unshown: Unshown) -> _Node
         "hidden_dim": len(own["encoder.layers.0.feed_forward.linear1.bias"]),
     }
     encoder, decoder = (
-        {**attention, "num_layers": _count(own, rf"{part}\.layers\.")} for part in ("encoder", "decoder")
+        {**attention, "num_layers": count_parts(own, f"{part}.layers.")} for part in ("encoder", "decoder")
     )
     kind = "SharedHeadsDecoder" if has_shared_heads(own) else "Decoder"
     neck = {**_read_maps(backbone, own), "out_channels": embed_dim, "num_levels": levels}
@@ -243,8 +242,8 @@ def describe_network(own: StateDict, backbone: _Node, unshown: Unshown) -> _Node
 def _describe_resnet(own: StateDict) -> _Node | None:
     """Describe a ResNet by the number of its blocks; None for any other backbone."""
     named = resnet_to_detectron2({k: v for k, v in own.items() if k.startswith(_BACKBONE)})
-    blocks = [_count(named, rf"neck\.backbone\.res{stage}\.") for stage in range(2, 6)]
-    name = _RESNETS.get((*blocks, _count(named, r"neck\.backbone\.res2\.0\.conv")))
+    blocks = [count_parts(named, f"neck.backbone.res{stage}.") for stage in range(2, 6)]
+    name = _RESNETS.get((*blocks, count_parts(named, "neck.backbone.res2.0.conv")))
     if name is None or "neck.backbone.stem.conv1.weight" not in named:
         return None
     return {"_target_": "dino.modeling.TorchvisionBackbone", "name": name, "out_features": _RES, "norm": "FrozenBN"}
@@ -252,7 +251,7 @@ def _describe_resnet(own: StateDict) -> _Node | None:
 
 def _describe_swin(own: StateDict) -> _Node | None:
     """Describe Detectron2's Swin, whose names are those of Swin's authors; None for any other backbone."""
-    stages = range(_count(own, r"neck\.backbone\.layers\."))
+    stages = range(count_parts(own, "neck.backbone.layers."))
     tables = [own.get(f"neck.backbone.layers.{i}.blocks.0.attn.relative_position_bias_table", _NONE) for i in stages]
     stem = own.get("neck.backbone.patch_embed.proj.weight")
     if stem is None or {table.ndim for table in tables} != {2}:
@@ -260,7 +259,7 @@ def _describe_swin(own: StateDict) -> _Node | None:
     return {
         "_target_": "detectron2.modeling.SwinTransformer",
         "embed_dim": len(stem),
-        "depths": [_count(own, rf"neck\.backbone\.layers\.{i}\.blocks\.") for i in stages],
+        "depths": [count_parts(own, f"neck.backbone.layers.{i}.blocks.") for i in stages],
         "num_heads": [table.shape[1] for table in tables],
         "window_size": (isqrt(len(tables[0])) + 1) // 2,
         "out_indices": [index for index in stages if f"neck.backbone.norm{index}.weight" in own],
@@ -275,8 +274,3 @@ def _read_maps(backbone: _Node, own: StateDict) -> _Node:
         return {"backbone": {**backbone, "out_features": features}, "in_features": features}
     maps = [f"p{index}" for index in backbone.get("out_indices", range(2, 7))]  # of a Swin; of a ViT with a pyramid
     return {"backbone": backbone, "in_features": maps[-number:]}
-
-
-def _count(state_dict: StateDict, front: str) -> int:
-    """Count the different numbers that follow the regular expression `front` at the beginning of keys."""
-    return len({match[1] for match in (re.match(rf"{front}(\d+)\.", key) for key in state_dict) if match})

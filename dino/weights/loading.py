@@ -118,16 +118,6 @@ def load_weights(
     return report
 
 
-def compare_weights(
-    model: nn.Module, source: str | Path | Mapping, *, name: str = "the state dict", **wishes: Any
-) -> Report:
-    """The report of `load_weights` without the loading: the model, which may be on the meta device, is unchanged.
-
-    Arguments and errors as of `load_weights`.
-    """
-    return _read(model, source, name, _Wishes(**wishes))[1]
-
-
 def _read(model: nn.Module, source: str | Path | Mapping, name: str, wishes: _Wishes) -> tuple[StateDict, Report]:
     """Choose what `load_weights` loads, and report on it."""
     if wishes.parts not in ("all", "backbone") or wishes.class_rows not in ("auto", "name"):
@@ -413,7 +403,7 @@ def _check_shared(chosen: StateDict, target: _Target) -> None:
         if not name.startswith("decoder."):
             continue
         other = first.setdefault(target.first[name], name)
-        if other != name and not chosen[name].is_meta and not torch.equal(chosen[name], chosen[other]):
+        if other != name and not torch.equal(chosen[name], chosen[other]):
             raise DataError(
                 f"the model's decoder layers share their heads, but the file has separate heads ({name} differs from "
                 f"{other}): build the model without share_heads (in a recipe: "

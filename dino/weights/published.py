@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import NamedTuple
 
+from .coco_classes import COCO_IDS, RAW_COCO_CLASSES
+
 _DETREX_FILES = "https://github.com/IDEA-Research/detrex-storage/releases/download/"
 _DETREX_PAGE = "https://github.com/IDEA-Research/detrex/tree/main/projects/dino"
 _OFFICIAL_PAGE = "https://drive.google.com/drive/folders/1qD5m1NmK0kjE5hh-G17XUX751WsEG-h_"
-_LICENCE = "Apache-2.0"  # of all these repositories; none states another one for its weights
 _MMDETECTION_PAGE = "https://github.com/open-mmlab/mmdetection/tree/main/configs/dino"
 _BY_HAND = "_official"  # end of the names of files without a plain download
 
@@ -21,18 +22,26 @@ class Published(NamedTuple):
     address: str  # of a plain download, or ""
     page: str  # for people: where the file is linked or lies
     file: str  # its name
-    size: int | None  # bytes, where published
-    sha256: str  # all digits or the first ones, where published, or ""
     owner: str
-    licence: str
     ap: float  # published box AP on COCO val2017, percent
     format: str  # official, detrex or mmdetection
     temperature: float  # of the position encoding that it was trained with
     offset: float  # of the same
-    shared_heads: bool  # whether all decoder layers have the same pair of heads
-    num_classes: int  # 80, or 91 for labels that are COCO's raw ids
     megabytes: int  # 10^6 bytes of its tensors: what the file has at least
     note: str = ""  # other differences to the recipe
+    size: int | None = None  # bytes, where published: nowhere yet
+    sha256: str = ""  # all digits or the first ones, where published
+    licence: str = "Apache-2.0"  # of all these repositories; none states another one for its weights
+
+    @property
+    def shared_heads(self) -> bool:
+        """Whether all decoder layers have the same pair of heads."""
+        return self.format == "official"
+
+    @property
+    def num_classes(self) -> int:
+        """80, or 91 for labels that are COCO's raw ids."""
+        return RAW_COCO_CLASSES if self.format == "official" else len(COCO_IDS)
 
 
 def _of_detrex(
@@ -46,16 +55,11 @@ def _of_detrex(
         address=_DETREX_FILES + file,
         page=_DETREX_PAGE,
         file=file.rpartition("/")[2],
-        size=None,
-        sha256="",
         owner="detrex",
-        licence=_LICENCE,
         ap=ap,
         format="detrex",
         temperature=temperature,
         offset=offset,
-        shared_heads=False,
-        num_classes=80,
         megabytes=megabytes,
         note=note,
     )
@@ -69,16 +73,11 @@ def _of_official(recipe: str, file: str, ap: float, megabytes: int, recorded: st
         address="",
         page=_OFFICIAL_PAGE,
         file=file,
-        size=None,
-        sha256="",
         owner="IDEA-Research/DINO",
-        licence=_LICENCE,
         ap=ap,
         format="official",
         temperature=20.0,
         offset=0.0,
-        shared_heads=True,
-        num_classes=91,
         megabytes=megabytes,
         note=f"LibreYOLO's documentation records the SHA-256 {recorded}" if recorded else "",
     )
@@ -93,16 +92,12 @@ def _of_mmdetection(recipe: str, address: str, ap: float, megabytes: int, *, pos
         address=address,
         page=_MMDETECTION_PAGE,
         file=address.rpartition("/")[2],
-        size=None,
         sha256=PurePath(address).stem.rpartition("-")[2],
         owner="mmdetection",
-        licence=_LICENCE,
         ap=ap,
         format="mmdetection",
         temperature=temperature,
         offset=offset,
-        shared_heads=False,
-        num_classes=80,
         megabytes=megabytes,
     )
 
@@ -282,16 +277,11 @@ _ENTRIES = (
         address="",
         page="https://drive.google.com/file/d/12xSxD_Z9KI8bejSlO1td1XcZ-Ns00rTi/view",
         file="aligndetr_k=2_r50_4scale_12ep.pth",
-        size=None,
-        sha256="",
         owner="Align-DETR",
-        licence=_LICENCE,
         ap=50.3,
         format="detrex",
         temperature=10000.0,
         offset=-0.5,
-        shared_heads=False,
-        num_classes=80,
         megabytes=191,
         note="the page holds this file alone; it may have another name there",
     ),

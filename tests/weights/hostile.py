@@ -7,8 +7,10 @@ processor, bytes that the memory grew].
 import argparse
 import io
 import json
+import os
 import pickle
 import struct
+import subprocess
 import sys
 import tarfile
 import time
@@ -58,9 +60,24 @@ def described(network=None, text=None, names=("a", "b", "c"), **more):
     return write
 
 
-def pickled(body, *, protocol=2, tensors=False):
+def run_apart(module, folder):
+    """What `python -m module folder` prints. It must end well, and leave no trace of code that a file held."""
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", module, str(folder)]
+    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert not (root / "hostile_trace").exists()
+    return run.stdout
+
+
+def pickled(body, *, protocol=2):
     """A `.pkl` file, and a `.pth` file, of one pickle that stores what `body` makes under the key "x"."""
-    data = b"\x80" + bytes([protocol]) + b"}X\x01\x00\x00\x00x" + body + b"s."
+    return of_pickle(b"\x80" + bytes([protocol]) + b"}X\x01\x00\x00\x00x" + body + b"s.")
+
+
+def of_pickle(data):
+    """A `.pkl` file of this pickle, and a `.pth` file with it in place of its own."""
 
     def write(path, state):
         if path.suffix == ".pkl":
@@ -156,15 +173,7 @@ def wide_claim(path, state):
 def hidden_methods(attribute):
     """A file whose content is an ordered dict with an attribute in place of a method."""
     made = call("collections.OrderedDict", b")") + pack({attribute: 5}) + b"b"
-    data = b"\x80\x02" + made + b"."
-
-    def write(path, state):
-        if path.suffix == ".pkl":
-            path.write_bytes(data)
-        else:
-            rewrite(path, {"w": torch.ones(3)}, lambda old: data)
-
-    return write
+    return of_pickle(b"\x80\x02" + made + b".")
 
 
 def safetensors(metadata=None, header=None):

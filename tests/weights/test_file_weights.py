@@ -57,14 +57,23 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_both_copies(layout):
-    raw, ema = two_states()
-    content = {key: value for key, value in LAYOUTS[layout](raw, ema).items() if value is not None}
+def content_of(layout, raw, ema):
+    return {key: value for key, value in LAYOUTS[layout](raw, ema).items() if value is not None}
+
+
+def assert_average(content, ema):
+    """The average is what a file gives, asked for or not."""
     for copy in ("auto", "ema"):
         found = read_weights(content, copy)
         assert equal(found.state, ema)
         assert found.notes[0] == AVERAGE_NOTE
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_both_copies(layout):
+    raw, ema = two_states()
+    content = content_of(layout, raw, ema)
+    assert_average(content, ema)
     found = read_weights(content, "model")
     assert equal(found.state, raw)
     assert AVERAGE_NOTE not in found.notes
@@ -74,12 +83,9 @@ def test_both_copies(layout):
 def test_an_average_alone(layout):
     """It is loaded; asking for anything else is an error."""
     _, ema = two_states()
-    content = {key: value for key, value in LAYOUTS[layout](None, ema).items() if value is not None}
-    for copy in ("auto", "ema"):
-        found = read_weights(content, copy)
-        assert equal(found.state, ema)
-        assert found.notes[0] == AVERAGE_NOTE
-        assert equal(convert(weights_of(content)), ema)
+    content = content_of(layout, None, ema)
+    assert_average(content, ema)
+    assert equal(convert(weights_of(content)), ema)
     for read in (read_weights, average_of):
         with pytest.raises(DataError, match=r"no weights but their running average \(EMA\): copy=model"):
             read(content, "model")

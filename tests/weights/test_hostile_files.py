@@ -1,14 +1,11 @@
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from dino.weights.description import build_network
 
-from .hostile import DESCRIPTIONS, FILES, NETWORK, described
+from .hostile import DESCRIPTIONS, FILES, NETWORK, described, run_apart
 
 SECONDS, BYTES = 5, 10**9  # of the processor, many times what is needed here; of memory
 
@@ -21,13 +18,7 @@ def results(tmp_path_factory):
     described()(folder / "ordinary.pth", state)
     for name, write in FILES.items():
         write(folder / name, state)
-    command = [sys.executable, "-m", "tests.weights.hostile", str(folder)]
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert not (root / "hostile_trace").exists()
-    return json.loads(run.stdout)
+    return json.loads(run_apart("tests.weights.hostile", folder))
 
 
 def test_the_ordinary_file_is_read(results):
