@@ -16,7 +16,7 @@ from dino.utils.files import DataError
 from .checkpoint_formats import convert, recognise
 from .mmdetection import MMDETECTION_POSITION, position_of
 from .names import StateDict
-from .published import find, find_file
+from .published import find_source
 from .reading import read_content, weights_of
 
 _HEADS = re.compile(r"(decoder\.(?:class|box)_heads\.)\d+(\..+)")
@@ -168,7 +168,7 @@ def _stated_position(content: Mapping, format_: str) -> Position | None:
 
 def _published_position(format_: str, source: str | Path) -> Position | None:
     """That of a published file, known by its name."""
-    entry = find(str(source)) or find_file(source)
+    entry = find_source(source)
     return Position((entry.temperature,) * 2, entry.offset) if entry and entry.format == format_ else None
 
 

@@ -10,7 +10,6 @@ from dino.utils.files import DataError
 from .checkpoint_formats import convert
 from .mmdetection import position_of
 from .names import StateDict
-from .other_detectors import name_detector
 from .reading import average_of, weights_of
 from .signatures import Copies, split_copies
 from .values import check_layout
@@ -24,7 +23,6 @@ class FileWeights(NamedTuple):
     state: StateDict  # of a DINO, in own format; of anything else, with its own names and no prefixes
     format: str  # of the file: a key of `SIGNATURES`, or "backbone" for anything else than a DINO
     notes: list[str]  # sentences for people
-    detector: str | None  # the name of another detector that the tensors are of
 
 
 def read_weights(content: Mapping[str, Any], copy: str = "auto") -> FileWeights:
@@ -45,11 +43,11 @@ def read_weights(content: Mapping[str, Any], copy: str = "auto") -> FileWeights:
     notes = _describe_copy(copies, average)
     if copies.format is None:
         state = _without_prefixes(copies) | (_without_prefixes(split_copies(average)) if average else {})
-        return FileWeights(state, "backbone", notes, name_detector(stored))
+        return FileWeights(state, "backbone", notes)
     own = convert(stored)
     if average is not None:
         own |= convert(average)
-    return FileWeights(own, copies.format, notes + _describe_position(content, copies.format), None)
+    return FileWeights(own, copies.format, notes + _describe_position(content, copies.format))
 
 
 def _without_prefixes(copies: Copies) -> StateDict:

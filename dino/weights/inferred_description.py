@@ -22,7 +22,7 @@ from .levels import count_projections
 from .load_report import reason_of
 from .mmdetection import classes_of
 from .names import StateDict, count_parts, resnet_to_detectron2
-from .published import find, find_file
+from .published import find, find_source
 from .reading import read_content
 
 # Numbers of blocks in the stages, and of convolutions in a block.
@@ -199,7 +199,7 @@ def name_classes(content: Mapping, number: int) -> _Node:
 
 def _describe_published(source: str) -> _Node | None:
     """The backbone of published weights that tensors do not show; None for all others."""
-    published = find(source) or find_file(source)
+    published = find_source(source)
     return published and next((node for start, node in BACKBONES.items() if published.recipe.startswith(start)), None)
 
 

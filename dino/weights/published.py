@@ -298,3 +298,8 @@ def find_file(path: str | PurePath) -> Published | None:
     """The entry of a downloaded file, by the file's name alone. Compare its format before you use the constants."""
     name = PurePath(path).name
     return next((entry for entry in PUBLISHED.values() if entry.file == name), None)
+
+
+def find_source(source: str | PurePath) -> Published | None:
+    """The entry of a name or of a downloaded file, see `find` and `find_file`."""
+    return find(str(source)) or find_file(source)

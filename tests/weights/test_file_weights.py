@@ -7,6 +7,7 @@ from safetensors.torch import save_file, save_model
 from dino.utils.files import DataError
 from dino.weights import convert, load_weights, read_content
 from dino.weights.conversion import convert_file
+from dino.weights.detector_backbones import name_any_detector
 from dino.weights.file_facts import find_position
 from dino.weights.file_weights import read_weights
 from dino.weights.mmdetection import classes_of
@@ -117,7 +118,7 @@ def test_an_average_of_parameters_alone():
 def test_the_average_of_a_backbone():
     raw, ema = ({"conv1.weight": torch.randn(4, 3), "bn1.bias": torch.randn(4)} for _ in range(2))
     found = read_weights({"state_dict": prefixed("module.", raw), "state_dict_ema": ema})
-    assert (found.format, found.detector, found.notes[0]) == ("backbone", None, AVERAGE_NOTE)
+    assert (found.format, found.notes[0]) == ("backbone", AVERAGE_NOTE)
     assert equal(found.state, ema)
     assert equal(read_weights({"state_dict": prefixed("module.", raw), "state_dict_ema": ema}, "model").state, raw)
 
@@ -128,7 +129,7 @@ def test_each_format(name):
     found = read_weights({"model": files[name]})
     found.state.pop("denoising.unused_labels", None)
     assert equal(found.state, own)
-    assert (found.format, found.detector) == (name, None)
+    assert found.format == name
     assert bool(found.notes) == (name == "mmdetection")
     found = read_weights(prefixed("lit._orig_mod.", files[name]))
     front = "lit.model." if name == "huggingface" else "lit."
@@ -164,8 +165,8 @@ def test_other_detectors_have_a_name():
     found = read_weights(
         {"model": {"model.22.cv2.0.0.conv.weight": torch.zeros(3), "model.22.dfl.conv.weight": torch.ones(1)}}
     )
-    assert (found.format, found.detector) == ("backbone", "a YOLO")
-    assert read_weights({"model": {"conv1.weight": torch.zeros(3)}}).detector is None
+    assert (found.format, name_any_detector(found.state)) == ("backbone", "a YOLO")
+    assert name_any_detector(read_weights({"model": {"conv1.weight": torch.zeros(3)}}).state) is None
 
 
 def test_joined_parameters():

@@ -86,7 +86,7 @@ def test_detrex_files_need_their_constants(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"mine.pth: it is detrex'.*--temperature and --offset.*10000 -0.5 for most"):
         detector_from_checkpoint(path)
     published = argparse.Namespace(format="detrex", temperature=10000.0, offset=-0.5)
-    monkeypatch.setattr(file_facts, "find_file", lambda source: published if "mine" in source else None)
+    monkeypatch.setattr(file_facts, "find_source", lambda source: published if "mine" in source else None)
     found = detector_from_checkpoint(path)
     assert (found.network.position_encoding.temperatures, found.network.position_encoding.offset) == ((1e4, 1e4), -0.5)
     assert found.names == [f"class {label}" for label in range(5)]
