@@ -21,6 +21,8 @@ from torch import Tensor
 
 from dino.utils.device import recording, to_device
 
+SCORE_THRESH = 0.4  # lowest score of a detection that is drawn or listed, unless somebody says otherwise; AP uses all
+
 
 class Target(NamedTuple):
     """The objects of one image."""

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import dino
-from dino.utils.files import UserError, message_of
+from dino.utils.files import UsageError, UserError, message_of
 
 for message in (".*torch.jit.*is deprecated.*", ".*pkg_resources is deprecated.*", ".*broadcast_buffers.*"):
     warnings.filterwarnings("ignore", message=message)  # of Detectron2 itself; must come before its import
@@ -82,7 +82,7 @@ def report_errors(run: Callable[[], int | None]) -> int:
         return 1
     except (UserError, FloatingPointError, OSError) as error:  # OSError: a full disk, a folder of somebody else
         print(f"error: {message_of(error)}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
     except ImportError as error:  # Detectron2 is missing, or a library of an extra
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -17,6 +17,10 @@ class DataError(UserError):
     """A data set, an image or a checkpoint can't be used; the message names the file and says what to do."""
 
 
+class UsageError(UserError):
+    """A mistyped argument or key; the message names the nearest right form. The exit code is 2."""
+
+
 def message_of(error: BaseException) -> str:
     """The text of an error for a terminal, without the traceback that a data loader's worker puts around it."""
     text = str(error)
