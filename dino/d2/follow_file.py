@@ -15,9 +15,9 @@ from dino.modeling import TimmBackbone, TorchvisionBackbone
 from dino.modeling.backbones import timm_pixel_statistics
 from dino.modeling.detector import Preprocessing
 from dino.utils.files import UserError
+from dino.utils.run_folder import checkpoints
 from dino.weights.file_facts import FileFacts, read_facts
 
-from .checkpoint import newest_first
 from .recipe_description import full_name
 from .sources import local_file
 
@@ -93,7 +93,7 @@ def _on_main(cfg: DictConfig, resume: bool) -> tuple[str, FileFacts]:
 
 def _read(cfg: DictConfig, resume: bool) -> tuple[str, FileFacts]:
     """The file and what it says. Loading it says what is wrong with a broken one."""
-    last = newest_first(Path(cfg.train.output_dir)) if resume else []
+    last = checkpoints(Path(cfg.train.output_dir)) if resume else []
     start = [cfg.train.init_checkpoint] if cfg.train.init_checkpoint and not last else []
     for path in [*map(str, last), *map(local_file, start)]:
         try:

@@ -6,7 +6,8 @@ import difflib
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,11 +15,12 @@ import torch
 from detectron2.config import LazyCall, LazyConfig, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from dino.d2.training.parallel import from_main, restarted, started_by_same
+from dino.d2.training.parallel import entered_by_main
 from dino.data.images import check_input_range
 from dino.modeling.variants import Branches, CombinedCriterion
-from dino.utils.files import DataError, UserError, free_name
+from dino.utils.files import DataError, UserError
 from dino.utils.recipes import find_recipe
+from dino.utils.run_folder import claim_run, new_folder
 
 from .data_loading import class_names, dataset
 
@@ -228,26 +230,29 @@ def use_epochs(cfg: DictConfig, num_images: int) -> None:
     logger.info(f"1 epoch = {per_epoch} iterations, {train.max_iter} iterations in all")
 
 
-def choose_output(cfg: DictConfig, *, eval_only: bool = False, resume: bool = False) -> bool:
-    """Keep runs apart: an evaluation gets a folder of its own below `train.output_dir`, a new training a fresh one.
+@contextmanager
+def claim_output(
+    cfg: DictConfig, *, eval_only: bool = False, resume: bool = False, overwrite: bool = False
+) -> Iterator[bool]:
+    """Keep runs apart: hold the folder of a training, and give an evaluation a new folder below `train.output_dir`.
 
-    Returns:
+    All processes must enter the block together; the main one holds the folder, see `claim_run`.
+
+    Yields:
         whether the training resumes: on request, or because torchrun or Slurm restarts the run that it started.
 
     Raises:
-        UserError: the folder holds another run, or there is nothing to evaluate.
+        UserError: the folder holds another run or is in use, or there is nothing to evaluate or to resume.
     """
-    folder = Path(cfg.train.output_dir)
+    if eval_only and not cfg.train.init_checkpoint:
+        raise UserError("--eval-only needs weights: write train.init_checkpoint=PATH")
+    folder = cfg.train.output_dir
     if eval_only:
-        if not cfg.train.init_checkpoint:
-            raise UserError("--eval-only needs weights: write train.init_checkpoint=PATH")
-        cfg.train.output_dir = from_main(str(free_name(folder / "evaluation")))
-        return False
-    again = restarted() and started_by_same(folder)
-    resume, used = from_main((resume or again, any(folder.glob("*.pth"))))
-    if used and not resume:
-        raise UserError(f"{folder} holds the checkpoints of a run: add --resume, or choose another train.output_dir")
-    return resume
+        with entered_by_main(lambda: new_folder(Path(folder, "evaluation"))) as cfg.train.output_dir:
+            yield False
+    else:
+        with entered_by_main(lambda: claim_run(folder, resume=resume, overwrite=overwrite)) as again:
+            yield again
 
 
 def scale_to_batch(cfg: DictConfig, overrides: Sequence[str]) -> None:

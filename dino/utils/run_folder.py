@@ -17,11 +17,12 @@ from filelock import FileLock, Timeout
 from .files import UsageError, UserError, finished_name, free_name, make_folder, make_free_folder, write_whole
 from .printable import printable
 
-LOCK = "run.lock"
+_LOCK = "run.lock"
+_RESULTS_LOCK = ".dino.lock"  # of a folder that is no run's; removed at the end
 _STARTER = "started_by"
 _NUMBERED = re.compile(r"model_\d{7,}\.pth")
 _RUN_FILES = (
-    *("*.pth", "last_checkpoint", "config.yaml", "log.txt", "log.txt.rank*", "metrics.json", "evaluations.json"),
+    *("config.yaml", "log.txt", "metrics.json", "*.pth", "last_checkpoint", "log.txt.rank*", "evaluations.json"),
     *("results.json", "curves.png", "train_batch*.png", "val_predictions.png", "inference"),
     *("events.out.tfevents.*", "wandb_id"),
 )
@@ -54,7 +55,7 @@ def claim_run(folder: str | Path, *, resume: bool = False, overwrite: bool = Fal
     """
     if resume and overwrite:
         raise UsageError("--resume continues the run, --overwrite starts anew: give one of them")
-    with _locked(Path(folder), LOCK, _WAYS) as path:
+    with _locked(Path(folder), _LOCK, _WAYS) as path:
         again = restarted() and started_by_same(path)
         if not again:
             _check_use(path, resume, overwrite)
@@ -73,18 +74,32 @@ def claim_folder(folder: Path | None, default: str) -> Iterator[Path]:
     Raises:
         UserError: another process holds the folder, or it can't be written.
     """
-    made = None if folder else make_free_folder(Path(default))
-    with _locked(folder or made, ".dino.lock", "choose another --output", made=bool(made)) as path:
+    if folder is None:
+        with new_folder(Path(default)) as name:
+            yield Path(name)
+        return
+    with _locked(folder, _RESULTS_LOCK, "choose another --output"):
         try:
-            yield path
+            yield folder
         finally:
-            (path / ".dino.lock").unlink(missing_ok=True)
+            (folder / _RESULTS_LOCK).unlink(missing_ok=True)
 
 
 @contextmanager
-def _locked(folder: Path, name: str, advice: str, *, made: bool = False) -> Iterator[Path]:
-    """Hold the lock `name` in a folder; at the end remove the lock, and a new folder, where nothing else was written."""
-    made = made or not folder.exists()
+def new_folder(path: Path) -> Iterator[str]:
+    """Make a folder of a free name, see `make_free_folder`; remove it at the end of the block if it is empty."""
+    folder = make_free_folder(path)
+    try:
+        yield str(folder)
+    finally:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+@contextmanager
+def _locked(folder: Path, name: str, advice: str) -> Iterator[Path]:
+    """Hold the lock `name` in a folder; at the end remove it, and a new folder, if nothing else was written."""
+    made = not folder.exists()
     lock = _acquire(folder, name, advice)
     try:
         yield folder

@@ -27,7 +27,7 @@ from dino.d2.recipe import names_of, use_epochs
 from dino.d2.recipe_description import describe
 from dino.layers.cpu_feed_forward import use_cpu_feed_forward
 from dino.training.progress import Progress
-from dino.utils.files import DataError
+from dino.utils.files import DataError, clean_up
 from dino.weights import load_weights
 
 from .batch_pictures import MOST_IMAGES, BatchPictures, draw_predictions
@@ -36,7 +36,7 @@ from .evaluation_hook import Evaluation
 from .gpu_speed import compile_if_wanted, replayed, use_precision
 from .hooks import AverageWeights, Checkpoints, ProgressBar, StopOnSignal
 from .memory_saving import checkpoint_activations
-from .parallel import drop_shards, from_main, gather_shards, note_start, unwrapped, wrap_ddp_or_fsdp
+from .parallel import drop_shards, from_main, gather_shards, unwrapped, wrap_ddp_or_fsdp
 from .run_summary import describe_run, summarise_data, summarise_plan
 from .sampler import seed_random
 from .trainer import EndOfTraining, Trainer
@@ -92,7 +92,7 @@ def train(cfg: DictConfig, resume: bool) -> dict:
         logger.info(f"training ended after {trainer.iter + 1} of {cfg.train.max_iter} iterations")
     finally:
         if comm.is_main_process():
-            draw_curves(cfg.train.output_dir)
+            clean_up(draw_curves, cfg.train.output_dir)
     return results
 
 
@@ -135,7 +135,6 @@ def _watch_ap(progress: Progress, completed: int, results: dict) -> None:
 def _start_folder(cfg: DictConfig) -> str:
     """Prepare the folder of a run -> the text of its recipe."""
     folder = Path(cfg.train.output_dir)
-    note_start(folder)
     LazyConfig.save(cfg, str(folder / "config.yaml"))
     return (folder / "config.yaml").read_text()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ class Job(NamedTuple):
         files: data that replaces the recipe's.
         eval_only: evaluate `train.init_checkpoint`, train nothing.
         resume: continue the run in `train.output_dir`.
+        overwrite: move the files of the run in `train.output_dir` aside.
     """
 
     config_file: str
@@ -33,6 +35,7 @@ class Job(NamedTuple):
     files: recipe.DataFiles = recipe.NO_FILES
     eval_only: bool = False
     resume: bool = False
+    overwrite: bool = False
 
 
 def run(job: Job, processes: parallel.Processes) -> None:
@@ -47,17 +50,18 @@ def run(job: Job, processes: parallel.Processes) -> None:
 def _work(job: Job) -> None:
     """One process."""
     keep_freed_memory()
+    logging.raiseExceptions = False  # a full disk that takes no more of log.txt is no reason for tracebacks
     job = job._replace(config_file=str(find_recipe(job.config_file)))
     cfg = recipe.load_recipe(job.config_file, job.overrides, job.files, eval_only=job.eval_only)
-    resume = recipe.choose_output(cfg, eval_only=job.eval_only, resume=job.resume)
-    messages = follow_file.follow(cfg, job.overrides, resume=resume)
-    default_setup(cfg, job)  # opens the log and writes the recipe
-    follow_file.log(messages)
-    if job.eval_only:
-        engine.evaluate_checkpoint(cfg)
-    else:
-        recipe.scale_to_batch(cfg, job.overrides)
-        engine.train(cfg, resume)
+    with recipe.claim_output(cfg, eval_only=job.eval_only, resume=job.resume, overwrite=job.overwrite) as resume:
+        messages = follow_file.follow(cfg, job.overrides, resume=resume)
+        default_setup(cfg, job)  # opens the log and writes the recipe
+        follow_file.log(messages)
+        if job.eval_only:
+            engine.evaluate_checkpoint(cfg)
+        else:
+            recipe.scale_to_batch(cfg, job.overrides)
+            engine.train(cfg, resume)
 
 
 def launch(function: Callable, processes: parallel.Processes, *args: Any) -> None:

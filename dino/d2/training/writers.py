@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import json
-import math
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -13,7 +10,10 @@ from pathlib import Path
 import torch
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, get_event_storage
 
+from dino.training.metrics_file import forget_metrics, is_number, read_metrics
 from dino.utils.files import DataError, write_whole
+
+__all__ = ["ConsoleWriter", "WandbWriter", "draw_curves", "forget_metrics"]
 
 _MAIN_LOSSES = ("total_loss", "loss_ce", "loss_bbox", "loss_giou")
 
@@ -122,25 +122,8 @@ def draw_curves(folder: str) -> None:
 def _read_metrics(path: Path) -> dict[str, dict[int, float]]:
     """Key -> iteration -> value."""
     series: dict[str, dict[int, float]] = defaultdict(dict)
-    for entry in _entries(path):
+    for entry in read_metrics(path):
         for key, value in entry.items():
-            if isinstance(value, int | float) and math.isfinite(value):
+            if is_number(value):
                 series[key][entry["iteration"]] = value
     return series
-
-
-def _entries(path: Path) -> list[dict]:
-    """The lines of a metrics.json, without one that a kill has truncated."""
-    found = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return found
-
-
-def forget_metrics(path: Path, start: int) -> dict[int, float]:
-    """Remove the metrics of iterations from `start` on, where a resumed run continues -> the total losses before."""
-    kept = [x for x in _entries(path) if x["iteration"] < start or (x["iteration"] == start and "total_loss" not in x)]
-    if path.is_file():
-        write_whole(path, lambda part: part.write_text("".join(json.dumps(x, sort_keys=True) + "\n" for x in kept)))
-    return {x["iteration"]: x["total_loss"] for x in kept if "total_loss" in x}
