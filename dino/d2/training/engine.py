@@ -27,7 +27,7 @@ from dino.d2.recipe import names_of, use_epochs
 from dino.d2.recipe_description import describe
 from dino.layers.cpu_feed_forward import use_cpu_feed_forward
 from dino.training.progress import Progress
-from dino.utils.files import DataError, clean_up
+from dino.utils.files import DataError, clean_up, write_whole
 from dino.weights import load_weights
 
 from .batch_pictures import MOST_IMAGES, BatchPictures, draw_predictions
@@ -40,7 +40,7 @@ from .parallel import drop_shards, from_main, gather_shards, unwrapped, wrap_ddp
 from .run_summary import describe_run, summarise_data, summarise_plan
 from .sampler import seed_random
 from .trainer import EndOfTraining, Trainer
-from .writers import ConsoleWriter, WandbWriter, draw_curves, forget_metrics
+from .writers import ConsoleWriter, MetricsWriter, WandbWriter, draw_curves, forget_metrics
 
 logger = logging.getLogger("detectron2.dino")
 
@@ -135,7 +135,7 @@ def _watch_ap(progress: Progress, completed: int, results: dict) -> None:
 def _start_folder(cfg: DictConfig) -> str:
     """Prepare the folder of a run -> the text of its recipe."""
     folder = Path(cfg.train.output_dir)
-    LazyConfig.save(cfg, str(folder / "config.yaml"))
+    write_whole(folder / "config.yaml", lambda part: LazyConfig.save(cfg, str(part)))
     return (folder / "config.yaml").read_text()
 
 
@@ -254,7 +254,7 @@ def _list_writers(cfg: DictConfig) -> list[EventWriter]:
     folder, window = cfg.train.output_dir, max(1, cfg.train.log_period)
     writers = [
         ConsoleWriter(cfg.train.max_iter),
-        JSONWriter(os.path.join(folder, "metrics.json"), window),
+        MetricsWriter(os.path.join(folder, "metrics.json"), window),
         TensorboardXWriter(folder, window),
     ]
     if cfg.train.wandb.enabled:

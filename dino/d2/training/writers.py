@@ -8,12 +8,12 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from detectron2.utils.events import CommonMetricPrinter, EventWriter, get_event_storage
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, get_event_storage
 
 from dino.training.metrics_file import forget_metrics, is_number, read_metrics
-from dino.utils.files import DataError, write_whole
+from dino.utils.files import DataError, UserError, write_whole
 
-__all__ = ["ConsoleWriter", "WandbWriter", "draw_curves", "forget_metrics"]
+__all__ = ["ConsoleWriter", "MetricsWriter", "WandbWriter", "draw_curves", "forget_metrics"]
 
 _MAIN_LOSSES = ("total_loss", "loss_ce", "loss_bbox", "loss_giou")
 
@@ -50,6 +50,30 @@ class ConsoleWriter(CommonMetricPrinter):
 def _known(histories: dict, *names: str) -> list[str]:
     """Those of the names that the event storage holds."""
     return [name for name in names if name in histories]
+
+
+class MetricsWriter(JSONWriter):
+    """Detectron2's writer of metrics.json; an error names the file.
+
+    Args:
+        path: of the file, which grows.
+        window: iterations over which values are averaged.
+    """
+
+    def __init__(self, path: str, window: int):
+        super().__init__(path, window)
+        self.path = path
+
+    def write(self) -> None:
+        """Append the values of the event storage.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        try:
+            super().write()
+        except OSError as error:
+            raise UserError(f"can't write {self.path}: {error}") from error
 
 
 class WandbWriter(EventWriter):
