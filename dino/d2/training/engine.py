@@ -92,7 +92,7 @@ def train(cfg: DictConfig, resume: bool) -> dict:
         logger.info(f"training ended after {trainer.iter + 1} of {cfg.train.max_iter} iterations")
     finally:
         if comm.is_main_process():
-            draw_curves(cfg.train.output_dir)
+            draw_curves(cfg.train.output_dir, checkpointer.names)
     return results
 
 
@@ -223,7 +223,7 @@ def _list_hooks(
         if not from_main(os.path.exists(picture)):
             _show_predictions(cfg, model, names, picture)
         if main:
-            draw_curves(folder)
+            draw_curves(folder, names)
         return results
 
     writers = _list_writers(cfg) if main else []
@@ -314,7 +314,7 @@ def _show_predictions(cfg: DictConfig, model: nn.Module, names: list[str], path:
     batch = [{**x, **mapper(x)} for x in islice(instantiate(cfg.dataloader.test.dataset), MOST_IMAGES)]
     training = model.training
     gather_shards(model)
-    draw_predictions(model.eval(), batch, names, path, threshold=0.3)
+    draw_predictions(model.eval(), batch, names, path)
     drop_shards(model)
     model.train(training)
 
