@@ -185,7 +185,11 @@ def add_average(path, seed=1):
     torch.save({**content, "ema": {"model": noisy, "updates": 3}}, path)
 
 
-@pytest.mark.parametrize("categories", [(7, 40, 900), (40, 7)], ids=["all classes", "some classes"])
+@pytest.mark.parametrize(
+    "categories",
+    [pytest.param((7, 40, 900), marks=pytest.mark.slow), (40, 7)],
+    ids=["all classes", "some classes"],
+)
 def test_both_roads_find_the_same(tmp_path, categories, capsys):
     """With Detectron2 and without: AP of raw and averaged weights."""
     files = write_coco(tmp_path / "val", category_ids=categories)
