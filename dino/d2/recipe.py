@@ -18,6 +18,7 @@ from dino.d2.training.parallel import from_main, restarted, started_by_same
 from dino.data.images import check_input_range
 from dino.modeling.variants import Branches, CombinedCriterion
 from dino.utils.files import DataError, UserError, free_name
+from dino.utils.overrides import apply
 from dino.utils.recipes import find_recipe
 
 from .data_loading import class_names, dataset
@@ -81,8 +82,7 @@ def complete(
     _use_files(cfg, files, eval_only)
     if cfg.train.get("reference_batch") is None:
         cfg.train.reference_batch = OmegaConf.select(cfg, _BATCH)
-    check_overrides(cfg, overrides)
-    cfg = LazyConfig.apply_overrides(cfg, list(overrides))
+    cfg = apply(cfg, overrides)
     _prefer_epochs(cfg, _keys(overrides))
     if not torch.cuda.is_available() and str(cfg.train.device).startswith("cuda"):
         cfg.train.device = "cpu"
