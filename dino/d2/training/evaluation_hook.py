@@ -151,8 +151,7 @@ def _read_record(path: str) -> list[dict]:
         return sorted(record, key=lambda entry: entry["iteration"])
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
-            f"{path} is damaged: {str(error)[:200]}. Remove the file to continue without the "
-            "best value so far"
+            f"{path} is damaged: {str(error)[:200]}. Remove the file to continue without the best value so far"
         ) from error
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import datetime
-import os
 from collections import defaultdict
 from pathlib import Path
 
 import torch
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, get_event_storage
 
-from dino.training.metrics_file import forget_metrics, is_number, read_metrics
+from dino.training.curves import draw_curves
+from dino.training.metrics_file import forget_metrics
 from dino.utils.files import DataError, UserError, write_whole
 
 __all__ = ["ConsoleWriter", "MetricsWriter", "WandbWriter", "draw_curves", "forget_metrics"]
@@ -119,35 +119,3 @@ class WandbWriter(EventWriter):
     def close(self) -> None:
         """End the run."""
         self.run.finish()
-
-
-def draw_curves(folder: str) -> None:
-    """Draw `curves.png` from a run's metrics.json: losses, and APs of the evaluations."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    series = _read_metrics(Path(folder) / "metrics.json")
-    measured = [key for key in series if key.endswith(("bbox/AP", "bbox/AP50"))]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for axes, keys, title in ((left, _MAIN_LOSSES, "losses"), (right, measured, "evaluation")):
-        for key in keys:
-            if key in series:
-                axes.plot(*zip(*sorted(series[key].items()), strict=True), label=key, marker="." * (axes is right))
-        axes.set(title=title, xlabel="iteration", ylim=(0, None))
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
-    write_whole(os.path.join(folder, "curves.png"), lambda part: figure.savefig(part, format="png", dpi=100))
-    pyplot.close(figure)
-
-
-def _read_metrics(path: Path) -> dict[str, dict[int, float]]:
-    """Key -> iteration -> value."""
-    series: dict[str, dict[int, float]] = defaultdict(dict)
-    for entry in read_metrics(path):
-        for key, value in entry.items():
-            if is_number(value):
-                series[key][entry["iteration"]] = value
-    return series
