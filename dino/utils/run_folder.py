@@ -64,23 +64,15 @@ def claim_run(folder: str | Path, *, resume: bool = False, overwrite: bool = Fal
 
 
 @contextmanager
-def claim_folder(folder: Path | None, default: str) -> Iterator[Path]:
-    """Hold a folder for results within the block, so that no other program of this project writes into it.
-
-    Args:
-        folder: made if it is missing; None for a new one of the name `default`, `default.1`, …
-        default: see `folder`.
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Hold a folder of results within the block: no other program of this project writes into it. Make it if needed.
 
     Raises:
         UserError: another process holds the folder, or it can't be written.
     """
-    if folder is None:
-        with new_folder(Path(default)) as name:
-            yield Path(name)
-        return
     with _locked(folder, _RESULTS_LOCK, "choose another --output"):
         try:
-            yield folder
+            yield
         finally:
             (folder / _RESULTS_LOCK).unlink(missing_ok=True)
 
@@ -98,19 +90,24 @@ def new_folder(path: Path) -> Iterator[str]:
 
 @contextmanager
 def _locked(folder: Path, name: str, advice: str) -> Iterator[Path]:
-    """Hold the lock `name` in a folder; at the end remove it, and a new folder, if nothing else was written."""
-    made = not folder.exists()
+    """Hold the lock `name` in a folder; where no other file was added by the end, leave the folder as it was."""
+    made, before = not folder.exists(), _names(folder)
     lock = _acquire(folder, name, advice)
     try:
         yield folder
     finally:
         with suppress(OSError):
-            if not {path.name for path in folder.iterdir()} - {name, _STARTER}:
-                (folder / _STARTER).unlink(missing_ok=True)
-                (folder / name).unlink(missing_ok=True)
+            added = _names(folder) - before
+            if added <= {name, _STARTER}:
+                for own in added:
+                    (folder / own).unlink()
                 if made:
                     folder.rmdir()
         lock.release()
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 def _acquire(folder: Path, name: str, advice: str) -> FileLock:
@@ -171,7 +168,7 @@ def _plain(folder: Path) -> Path:
 
 def run_files(folder: Path) -> list[str]:
     """Names in a folder that the files of a run have, the telling ones first; none where there is no folder."""
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    names = sorted(_names(folder))
     return [name for pattern in _RUN_FILES for name in names if fnmatch(name, pattern)]
 
 
@@ -247,7 +244,7 @@ def drop_old(folder: Path, keep: int) -> None:
 
     Only the process that holds the folder may call this.
     """
-    names = sorted(path.name for path in folder.iterdir())
+    names = sorted(_names(folder))
     numbered = [name for name in names if _NUMBERED.fullmatch(name)]
     unfinished = [name for name in names if _matches(finished_name(name), _RUN_FILES)]
     earlier = [name for name in names if name.endswith(".part") and _NUMBERED.fullmatch(name[: -len(".part")])]
