@@ -262,7 +262,7 @@ def test_numbers_out_of_range(options, message):
         (np.zeros((3, 4, 5), np.uint8), r"\(3, 4, 5\) of uint8"),
         (np.zeros((4, 5, 3), np.float32), "float32"),
         (np.zeros((0, 5, 3), np.uint8), "holds no picture"),
-        (np.zeros((1, 2, 3, 3), np.uint8), "must be"),
+        (np.zeros((1, 2, 3, 4), np.uint8), "must be"),
         (torch.zeros(4, 5, 3), r"not \(4, 5, 3\)"),
         (torch.zeros(3, 0, 3), r"not \(3, 0, 3\)"),
         (torch.full((3, 4, 5), 2.0), r"must lie in \[0, 1\]"),
@@ -413,7 +413,7 @@ def test_drawing():
 
 
 def test_colours_differ():
-    from dino.inference.drawing import _colour_of
+    from dino.inference.palette import colour_of as _colour_of
 
     colours = np.array([_colour_of(label) for label in range(18)], float)
     distances = np.abs(colours[:, None] - colours[None]).sum(2) + 999 * np.eye(18)
