@@ -15,9 +15,10 @@ from torch import Tensor
 from dino.d2.meta_arch import DINODetector
 from dino.inference.drawing import Colour, draw_boxes, tile_images
 from dino.layers.boxes import cxcywh_to_xyxy
+from dino.training.shards import unwrapped
 from dino.utils.files import write_whole
 
-from .parallel import drop_shards, gather_shards, unwrapped
+from .parallel import drop_shards, gather_shards
 
 _TRUTH, _POSITIVE, _NEGATIVE, _FOUND = (0, 255, 0), (0, 191, 255), (255, 0, 0), (255, 255, 0)
 MOST_IMAGES = 8

@@ -26,17 +26,18 @@ from dino.d2.data_loading import load_dataset
 from dino.d2.recipe import names_of, use_epochs
 from dino.d2.recipe_description import describe
 from dino.layers.cpu_feed_forward import use_cpu_feed_forward
+from dino.training.ema import Ema
+from dino.training.gpu_speed import compile_if_wanted, replayed, use_precision
+from dino.training.memory_saving import checkpoint_activations
 from dino.training.progress import Progress
+from dino.training.shards import unwrapped
 from dino.utils.files import DataError
 from dino.weights import load_weights
 
 from .batch_pictures import MOST_IMAGES, BatchPictures, draw_predictions
-from .ema import Ema
 from .evaluation_hook import Evaluation
-from .gpu_speed import compile_if_wanted, replayed, use_precision
 from .hooks import AverageWeights, Checkpoints, ProgressBar, StopOnSignal
-from .memory_saving import checkpoint_activations
-from .parallel import drop_shards, from_main, gather_shards, note_start, unwrapped, wrap_ddp_or_fsdp
+from .parallel import drop_shards, from_main, gather_shards, note_start, wrap_ddp_or_fsdp
 from .run_summary import describe_run, summarise_data, summarise_plan
 from .sampler import seed_random
 from .trainer import EndOfTraining, Trainer

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dino.d2.checkpoint import Checkpointer
+from dino.training.ema import Ema
 
-from .ema import Ema
 from .trainer import EndOfTraining
 
 logger = logging.getLogger("detectron2.dino")

@@ -10,11 +10,11 @@ from torch.multiprocessing import ProcessRaisedException
 
 from dino.d2 import follow_file, recipe
 from dino.inference.cpu import keep_freed_memory
+from dino.training.memory_saving import OutOfMemory
 from dino.utils.files import UserError
 from dino.utils.recipes import find_recipe
 
 from . import engine, parallel
-from .memory_saving import OutOfMemory
 
 
 class Job(NamedTuple):

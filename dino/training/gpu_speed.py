@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 from omegaconf import DictConfig
 from torch import nn
 
-from dino.d2.meta_arch import DINODetector
 from dino.modeling import compile_network, use_float32_precision
+from dino.modeling.detector import Detector
 from dino.utils.files import DataError
 
 
@@ -31,11 +31,11 @@ def compile_if_wanted(cfg: DictConfig, model: nn.Module) -> None:
     Writes PyTorch's warnings to the log of the run, such as that a function with too many graphs runs uncompiled.
 
     Raises:
-        DataError: the model is no `DINODetector`.
+        DataError: the model is no `Detector`.
     """
     if not cfg.train.compile:
         return
-    if not isinstance(model, DINODetector):
+    if not isinstance(model, Detector):
         raise DataError(f"train.compile=True: only DINODetector can be compiled, not {type(model).__name__}")
     for handler in logging.getLogger("detectron2").handlers:
         logging.getLogger("torch._dynamo").addHandler(handler)
@@ -43,5 +43,5 @@ def compile_if_wanted(cfg: DictConfig, model: nn.Module) -> None:
 
 
 def replayed(model: nn.Module, most: int) -> AbstractContextManager[None]:
-    """Context where a `DINODetector` replays CUDA graphs, see `Detector.replay`; other detectors stay as they are."""
-    return model.replay(most) if isinstance(model, DINODetector) else nullcontext()
+    """Context where a `Detector` replays CUDA graphs, see `Detector.replay`; other detectors stay as they are."""
+    return model.replay(most) if isinstance(model, Detector) else nullcontext()
