@@ -147,13 +147,17 @@ def class_names(name: str, annotations: str | None = None, images: str | None = 
 
 
 def _sanitise(name: str, dicts: list[dict]) -> list[dict]:
-    """Copy `dicts` with clean objects. Log how many boxes are dropped, and the first one's file."""
+    """Copy `dicts` with clean objects, and with the number of classes, which `DINODetector` compares with its own.
+
+    Log how many boxes are dropped, and the first one's file.
+    """
     num_classes = len(MetadataCatalog.get(name).get("thing_classes", ()))
+    known = {"num_classes": num_classes} if num_classes else {}
     clean, dropped, first = [], 0, ""
     for entry in dicts:
         found = clean_objects(_objects_of(entry, num_classes), entry["width"], entry["height"])
         objects = [{"category_id": c, "bbox": box, "bbox_mode": BoxMode.XYXY_ABS} for c, box in found.objects]
-        clean.append({**entry, "annotations": objects})
+        clean.append({**entry, **known, "annotations": objects})
         if found.dropped:
             dropped, first = dropped + found.dropped, first or entry["file_name"]
     if dropped:
