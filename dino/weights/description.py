@@ -302,11 +302,16 @@ class _Stages(NamedTuple):
 def _torchvision_resnet(
     *, stem: str, stages: _Stages, out_features: Sequence[str], freeze_at: int = 0
 ) -> TorchvisionBackbone:
-    """Detectron2's ResNet from torchvision's, which computes the same. `freeze_at` matters in training only."""
+    """Detectron2's ResNet from torchvision's, which computes the same.
+
+    Args:
+        freeze_at: 1 does not train the stem, 2 neither `res2`, and so on.
+    """
     norm = {"SyncBN": "BN"}.get(stages.norm, stages.norm)
     if stages.stride_in_1x1 or norm not in ("BN", "FrozenBN") or stem not in ("BN", "FrozenBN", "SyncBN"):
         raise DataError(f"a ResNet with {tuple(stages)} is not torchvision's: Detectron2 would be needed")
-    return TorchvisionBackbone(f"resnet{stages.depth}", out_features=out_features, norm=norm)
+    freeze = [*("conv1", "bn1")[: 2 * freeze_at], *(f"layer{stage}" for stage in range(1, min(freeze_at, 5)))]
+    return TorchvisionBackbone(f"resnet{stages.depth}", out_features=out_features, norm=norm, freeze=freeze)
 
 
 def _resnet_stem(*, in_channels: int = 3, out_channels: int = 64, norm: str = "BN") -> str:
