@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import convert_to_coco_json
-from detectron2.engine import default_setup
 from omegaconf import DictConfig
 
 from dino.data.coco import load_json
@@ -26,6 +25,7 @@ from .sources import local_file
 from .training import engine
 from .training.launch import launch
 from .training.parallel import Processes
+from .training.run_log import run_log
 
 
 class _Job(NamedTuple):
@@ -100,9 +100,9 @@ def _work(job: _Job) -> None:
     keep_freed_memory()
     cfg = _load(job)
     messages = follow_file.follow(cfg, job.overrides) if job.config_file else []  # else the recipe is the file's
-    default_setup(cfg, job)
-    follow_file.log(messages)
-    engine.evaluate_checkpoint(cfg)
+    with run_log(cfg, job):
+        follow_file.log(messages)
+        engine.evaluate_checkpoint(cfg)
 
 
 def _load(job: _Job) -> DictConfig:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping
+from typing import TextIO
 
 import torch
 from tqdm import tqdm
@@ -22,7 +23,7 @@ _WINDOW = 50  # iterations whose median time makes the ETA: an evaluation betwee
 
 
 class ProgressLine:
-    """Shows how far a training is: a context manager. It writes to the standard output.
+    """Shows how far a training is: a context manager.
 
     In a terminal it is a bar below the other output. In a file or a pipe it is a plain line every few seconds, without
     control characters.
@@ -32,24 +33,28 @@ class ProgressLine:
         stop: iterations of the whole training.
         every: seconds between two plain lines.
         label: what is counted.
+        stream: where to write; None for the standard output.
     """
 
-    def __init__(self, start: int, stop: int, every: float = 5.0, *, label: str = "iteration"):
+    def __init__(
+        self, start: int, stop: int, every: float = 5.0, *, label: str = "iteration", stream: TextIO | None = None
+    ):
         self._done, self._stop = start, stop
         self._every = every
         self._label = label
         self._times: deque[float] = deque(maxlen=_WINDOW)
         self._last = self._printed = 0.0  # seconds of the monotonic clock; 0: no line yet
         self._bar: tqdm | None = None
+        self._stream = stream or sys.stdout
 
     def __enter__(self) -> ProgressLine:
         self._last = time.monotonic()
-        if sys.stdout.isatty():
+        if self._stream.isatty():
             self._bar = tqdm(
                 desc=f"{self._label} ",
                 total=self._stop,
                 initial=self._done,
-                file=sys.stdout,
+                file=self._stream,
                 bar_format=_FORMAT,
                 dynamic_ncols=True,
                 leave=False,
@@ -80,7 +85,7 @@ class ProgressLine:
 
     def message(self, text: str) -> None:
         """Print a line above the bar."""
-        write_above_bar(text)
+        write_above_bar(text, self._stream)
 
     def _parts(self, values: Mapping[str, float]) -> list[str]:
         """The values, the remaining time and the memory, as text."""
@@ -89,10 +94,10 @@ class ProgressLine:
         return [*shown, f"ETA {datetime.timedelta(seconds=round(seconds))}", *_memory()]
 
 
-def write_above_bar(text: str) -> None:
-    """Print text to the standard output, above a bar if there is one."""
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+def write_above_bar(text: str, stream: TextIO) -> None:
+    """Print text, above a bar if there is one."""
+    tqdm.write(text, file=stream)
+    stream.flush()
 
 
 def _memory() -> list[str]:

@@ -18,6 +18,7 @@ _WIDTH = 110
 _COLUMN = 11  # width of the labels
 _MOST_CLASSES = 10  # whose numbers are shown
 _METRICS = ("AP", "AP50", "AP75")
+_TIED = "\xa0"  # a space at which no line breaks
 
 
 class Split(NamedTuple):
@@ -40,12 +41,12 @@ class Plan(NamedTuple):
     Args:
         batch: images of a step.
         iterations: length of the training.
-        per_epoch: iterations of an epoch.
+        per_epoch: iterations of an epoch; 0 where it is unknown.
         eval_period: iterations between evaluations; 0 for one at the end.
         rates: learning rates and what they are of, for example {"backbone": 1e-5, "the rest": 1e-4}.
         precision: of the forward pass, for example "bfloat16".
         device: "cpu", "cuda", …, with the number of processes if there are several.
-        operator: which form of the attention operator runs, see `operator_form`.
+        operator: which form of the attention operator runs, see `dino.layers.ops.operator_report`.
         start: completed iterations, more than 0 in a resumed run.
     """
 
@@ -102,21 +103,26 @@ def start_lines(
     return [*lines, *_warnings(warnings, MOST_LINES - len(lines))]
 
 
-def evaluation_lines(results: Mapping[str, Mapping], kind: str = "") -> list[str]:
-    """AP, AP50 and AP75 in one line, and the AP of each class in another, if they are at most ten.
+def evaluation_lines(results: Mapping[str, Mapping]) -> list[str]:
+    """AP, AP50 and AP75 of raw and averaged weights; of the better ones the AP of each class, if at most ten.
 
     Args:
-        results: as of Detectron2's evaluators: {"bbox": {"AP": percent, …, "AP-<class>": percent}}.
-        kind: of the weights, for example "averaged weights".
+        results: as of Detectron2's evaluators: {"bbox": {"AP": percent, …, "AP-<class>": percent}}; those of averaged
+            weights under "ema".
     """
-    values = results.get("bbox", {})
-    if "AP" not in values:
+    measured = {"raw weights": results.get("bbox", {}), "averaged weights": results.get("ema", {}).get("bbox", {})}
+    measured = {kind: values for kind, values in measured.items() if "AP" in values}
+    if not measured:
         return []
-    by_class = {key.removeprefix("AP-"): value for key, value in values.items() if key.startswith("AP-")}
-    label = f"{kind}: " if kind else ""
-    lines = [label + ", ".join(f"{key} {percent(values[key])}" for key in _METRICS if key in values)]
-    if 1 < len(by_class) <= _MOST_CLASSES:
-        lines += [f"  AP by class: {', '.join(f'{printable(n, 30)} {percent(v)}' for n, v in by_class.items())}"]
+    width = max(map(len, measured))
+    lines = [
+        f"{kind:<{width}}  " + "  ".join(f"{key} {percent(values[key])}" for key in _METRICS if key in values)
+        for kind, values in measured.items()
+    ]
+    best = max(measured.values(), key=lambda values: np.nan_to_num(values["AP"], nan=-1))
+    classes = {key.removeprefix("AP-"): value for key, value in best.items() if key.startswith("AP-")}
+    if 1 < len(classes) <= _MOST_CLASSES:
+        lines += ["AP by class  " + "  ".join(f"{printable(name, 30)} {percent(x)}" for name, x in classes.items())]
     return lines
 
 
@@ -133,7 +139,7 @@ def closing_lines(
     """
     folder = Path(folder)
     measured = [values["bbox"]["AP"] for values in (results, results.get("ema", {})) if "AP" in values.get("bbox", {})]
-    last = max(measured, default=float("nan"))
+    last = max((value for value in measured if value >= 0), default=float("nan"))
     file = next((x for x in (folder / "model_best.pth", folder / "model_final.pth") if x.exists()), folder)
     of_best = last if best is None else best
     checkpoint = shlex.quote(str(folder))
@@ -162,7 +168,7 @@ def _classes(objects: Mapping[str, int]) -> str:
     shown = dict(objects)
     if len(objects) > _MOST_CLASSES:
         shown = dict(sorted(objects.items(), key=lambda item: -item[1])[:_MOST_CLASSES])
-    names = [f"{printable(name, 30)} {number:,}" for name, number in shown.items()]
+    names = [f"{printable(name, 30)} {number:,}".replace(" ", _TIED) for name, number in shown.items()]
     more = [f"and {len(objects) - len(shown)} more"] if len(objects) > len(shown) else []
     total = counted(sum(objects.values()), "object")
     return f"{total} of {counted(len(objects), 'class', 'classes')}: {', '.join([*names, *more])}"
@@ -172,12 +178,12 @@ def _sizes(sizes: np.ndarray) -> str:
     if not len(sizes):
         return "unknown"
     low, median, high = np.percentile(sizes, (5, 50, 95))
-    return f"of objects after the resize: median {median:.0f} pixels; 5% below {low:.0f}, 5% above {high:.0f}"
+    return f"objects of {median:.0f} pixels after the resize (median; 5% below {low:.0f}, 5% above {high:.0f})"
 
 
 def _length(plan: Plan) -> str:
-    epochs = plan.iterations / plan.per_epoch
-    parts = [f"{plan.iterations:,} iterations = {epochs:.3g} epochs, {plan.batch} images each"]
+    epochs = f" = {plan.iterations / plan.per_epoch:.3g} epochs" if plan.per_epoch else ""
+    parts = [f"{plan.iterations:,} iterations of {counted(plan.batch, 'image')}{epochs}"]
     parts += [f"starts at iteration {plan.start:,}"] if plan.start else []
     parts += [f"an evaluation every {plan.eval_period:,}"] if plan.eval_period else ["an evaluation at the end"]
     return "; ".join(parts)
@@ -190,7 +196,7 @@ def _rates(rates: Mapping[str, float]) -> str:
 def _row(label: str, text: str) -> list[str]:
     """A labelled text in at most two lines."""
     indent = " " * (_COLUMN + 2)
-    return textwrap.wrap(
+    lines = textwrap.wrap(
         printable(text, None),
         width=_WIDTH,
         initial_indent=f"  {label:<{_COLUMN}}",
@@ -200,6 +206,7 @@ def _row(label: str, text: str) -> list[str]:
         max_lines=2,
         placeholder=" …",
     )
+    return [line.replace(_TIED, " ") for line in lines]
 
 
 def _warnings(warnings: Sequence[str], room: int) -> list[str]:
