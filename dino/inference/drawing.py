@@ -1,20 +1,18 @@
-"""Boxes drawn on pictures: with a name and a score, in the colour of the class or in one that is given."""
+"""Boxes drawn on pictures, with labels that can be read on any ground, and grids of pictures with a legend."""
 
 from __future__ import annotations
 
-import colorsys
-from collections.abc import Sequence
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
-import matplotlib
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-Colour = tuple[int, int, int]  # RGB, 0 to 255
+from .fonts import legible, load_font
+from .label_placement import Plate, Rectangle, place_labels
+from .palette import Colour, colour_of, ink_on
 
-_GOLDEN_RATIO = (5**0.5 - 1) / 2  # hues a step of this apart stay apart, however many there are
-_DARK, _LIGHT = (0, 0, 0), (255, 255, 255)
-_GROUND, _GAP = (40, 40, 40), 4  # of a grid of pictures: colour, pixels between them
+_GROUND, _INK, _SOFT, _GAP = (24, 26, 30), (236, 239, 244), (164, 172, 182), 6  # of a grid; the gap in pixels
+_NOTE = (24, 26, 30)  # ground of the note about labels that are left out
+_LEAST_FONT = 11  # pixels
 
 
 def draw_detections(
@@ -27,7 +25,7 @@ def draw_detections(
         labels: of the classes, which choose the colours.
         texts: what the boxes are called.
     """
-    return draw_boxes(image, boxes, [_colour_of(label) for label in labels], texts)
+    return draw_boxes(image, boxes, [colour_of(label) for label in labels], texts)
 
 
 def draw_boxes(
@@ -37,8 +35,11 @@ def draw_boxes(
     texts: Sequence[str] = (),
     *,
     width: int | None = None,
+    dash: int = 0,
 ) -> Image.Image:
     """A copy of an RGB image with boxes, the first ones on top.
+
+    Labels never cover each other: they move around their box, shrink, or are left out and counted in the corner.
 
     Args:
         boxes: xyxy in pixels. What reaches out of the image is cut off at its border; boxes that lie outside, or have
@@ -46,65 +47,136 @@ def draw_boxes(
         colours: one for each box.
         texts: one for each box; empty for none.
         width: of a line in pixels; None for one that suits the image.
+        dash: length of dashes in pixels; 0 for solid lines.
     """
     image = image.copy()
     canvas = ImageDraw.Draw(image)
-    width = width or max(1, round(min(image.size) / 300))
-    font = _load_font(max(11, round(min(image.size) / 36)))
+    side = (image.width * image.height) ** 0.5
+    width = width or max(1, round(side / 320))
     clipped = [_clip(box, image) for box in boxes]
-    visible = [i for i in reversed(range(len(boxes))) if clipped[i] is not None]
-    for i in visible:
-        canvas.rectangle(clipped[i], outline=colours[i], width=width)
-    for i in visible if texts else ():
-        _draw_plate(canvas, clipped[i][:2], texts[i], colours[i], font)
+    for box, colour in reversed([*zip(clipped, colours, strict=True)]):
+        if box is not None:
+            _draw_box(canvas, box, colour, width, dash)
+    plates, note = place_labels(image.size, clipped, texts, max(_LEAST_FONT, round(side / 38))) if texts else ([], None)
+    for plate in plates:
+        _draw_plate(canvas, plate, colours[plate.index])
+    if note:
+        _draw_plate(canvas, note, _NOTE)
     return image
 
 
-def tile_images(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Images of any sizes in one picture, row by row, on dark ground."""
-    width, height = (max(image.size[i] for image in images) + _GAP for i in (0, 1))
-    rows = -(-len(images) // columns)
-    grid = Image.new("RGB", (columns * width - _GAP, rows * height - _GAP), _GROUND)
-    for number, image in enumerate(images):
+def fit(image: Image.Image, width: int, height: int) -> tuple[Image.Image, float]:
+    """An image at the largest size inside `width` x `height` pixels, and its scale; at most four times as large."""
+    scale = min(width / image.width, height / image.height, 4)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.BICUBIC), scale
+
+
+def arrange(
+    rows: Sequence[Sequence[Image.Image]],
+    title: str,
+    heads: Sequence[str] = (),
+    legend: Mapping[str, Colour] | None = None,
+) -> Image.Image:
+    """Pictures of any sizes in rows below a title, on dark ground.
+
+    Args:
+        rows: of pictures; the last ones may be shorter.
+        heads: above the columns, repeated as often as they fit; empty for none.
+        legend: what the colours mean, below the pictures.
+    """
+    columns = max(map(len, rows))
+    width, height = (max(image.size[axis] for row in rows for image in row) + _GAP for axis in (0, 1))
+    whole = columns * width + _GAP
+    size = max(_LEAST_FONT, round(whole / 90))
+    bars = [_text_bar(whole, title, round(1.2 * size), _INK)]
+    if heads:
+        bars.append(_head_bar(width, [heads[column % len(heads)] for column in range(columns)], size))
+    grid = Image.new("RGB", (whole, len(rows) * height), _GROUND)
+    for number, image in ((n * columns + i, image) for n, row in enumerate(rows) for i, image in enumerate(row)):
         row, column = divmod(number, columns)
-        grid.paste(image, (column * width, row * height))
-    return grid
+        grid.paste(image, (_GAP + column * width + (width - _GAP - image.width) // 2, row * height))
+    return _stack([*bars, grid, *([_legend_bar(whole, legend, size)] if legend else [])])
 
 
-def _colour_of(label: int) -> Colour:
-    """The colour of a class. The hue walks in steps of the golden ratio; every six classes the shade changes."""
-    saturation, value = ((0.85, 0.95), (0.95, 0.7), (0.5, 1.0))[label // 6 % 3]
-    red, green, blue = colorsys.hsv_to_rgb((0.58 + label * _GOLDEN_RATIO) % 1, saturation, value)
-    return round(red * 255), round(green * 255), round(blue * 255)
+def _stack(bars: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one width below each other."""
+    page = Image.new("RGB", (bars[0].width, sum(bar.height for bar in bars)), _GROUND)
+    top = 0
+    for bar in bars:
+        page.paste(bar, (0, top))
+        top += bar.height
+    return page
 
 
-def _clip(box: Sequence[float], image: Image.Image) -> tuple[float, float, float, float] | None:
+def _text_bar(width: int, text: str, size: int, ink: Colour) -> Image.Image:
+    """One line of text, shortened to the width."""
+    bar = Image.new("RGB", (width, round(1.9 * size)), _GROUND)
+    line = _shorten(text, width - 2 * _GAP, size)
+    ImageDraw.Draw(bar).text((_GAP, round(1.3 * size)), line, fill=ink, font=load_font(line, size), anchor="ls")
+    return bar
+
+
+def _head_bar(width: int, heads: Sequence[str], size: int) -> Image.Image:
+    """The heads of columns."""
+    bar = Image.new("RGB", (width * len(heads) + _GAP, round(1.7 * size)), _GROUND)
+    for column, head in enumerate(heads):
+        bar.paste(_text_bar(width, head, size, _SOFT), (column * width, 0))
+    return bar
+
+
+def _legend_bar(width: int, legend: Mapping[str, Colour], size: int) -> Image.Image:
+    """Colours and what they mean, in as many lines as they need."""
+    places, x, y = [], _GAP, 0
+    for text, colour in legend.items():
+        line = _shorten(text, width - 2 * size - 2 * _GAP, size)
+        needed = round(2 * size + load_font(line, size).getlength(line))
+        if x > _GAP and x + needed > width - _GAP:
+            x, y = _GAP, y + round(1.7 * size)
+        places.append((x, y, line, colour))
+        x += needed + size
+    bar = Image.new("RGB", (width, y + 2 * size), _GROUND)
+    canvas = ImageDraw.Draw(bar)
+    for x, y, line, colour in places:
+        canvas.rectangle((x, y + round(0.5 * size), x + size, y + round(1.5 * size)), colour, ink_on(colour))
+        canvas.text((x + 1.5 * size, y + 1.4 * size), line, fill=_INK, font=load_font(line, size), anchor="ls")
+    return bar
+
+
+def _shorten(text: str, width: float, size: int) -> str:
+    """The text, or so much of its start and end as fits into `width` pixels."""
+    limit = len(text)
+    line = legible(text)
+    while limit > 3 and load_font(line, size).getlength(line) > width:
+        limit -= max(1, limit // 10)
+        line = legible(text, max(limit, 3))
+    return line
+
+
+def _clip(box: Sequence[float], image: Image.Image) -> Rectangle | None:
     """The part of a box that lies in the image, or None."""
     x0, y0, x1, y1 = max(box[0], 0), max(box[1], 0), min(box[2], image.width - 1), min(box[3], image.height - 1)
     return (x0, y0, x1, y1) if x1 >= x0 and y1 >= y0 else None
 
 
-def _draw_plate(
-    canvas: ImageDraw.ImageDraw, corner: Sequence[float], text: str, colour: Colour, font: ImageFont.FreeTypeFont
-) -> None:
-    """A text on a coloured ground, above the corner of a box; where that is outside the image, moved inside."""
-    left, top, right, bottom = canvas.textbbox((0, 0), text, font=font)
-    pad = max(1, font.size // 8)
-    width, height = right - left + 2 * pad, bottom - top + 2 * pad
-    image_width, image_height = canvas.im.size
-    x = max(0, min(corner[0], image_width - width))
-    y = max(0, min(corner[1] - height, image_height - height))
-    canvas.rectangle((x, y, x + width, y + height), fill=colour)
-    canvas.text((x + pad - left, y + pad - top), text, fill=_text_colour(colour), font=font)
+def _draw_box(canvas: ImageDraw.ImageDraw, box: Rectangle, colour: Colour, width: int, dash: int) -> None:
+    """An outline inside the box, with a thin edge of the opposite lightness outside."""
+    x0, y0, x1, y1 = box
+    edge = max(1, width // 3)
+    canvas.rectangle((x0 - edge, y0 - edge, x1 + edge, y1 + edge), outline=ink_on(colour), width=edge)
+    if not dash:
+        canvas.rectangle(box, outline=colour, width=width)
+        return
+    for x in range(int(x0), int(x1) + 1, 2 * dash):
+        for top in (y0, max(y0, y1 - width + 1)):
+            canvas.rectangle((x, top, min(x + dash - 1, x1), min(top + width - 1, y1)), fill=colour)
+    for y in range(int(y0), int(y1) + 1, 2 * dash):
+        for left in (x0, max(x0, x1 - width + 1)):
+            canvas.rectangle((left, y, min(left + width - 1, x1), min(y + dash - 1, y1)), fill=colour)
 
 
-def _text_colour(ground: Colour) -> Colour:
-    """Black or white, whichever is easier to read on `ground` (relative luminance of ITU-R BT.601)."""
-    red, green, blue = ground
-    return _DARK if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else _LIGHT
-
-
-@lru_cache(maxsize=8)
-def _load_font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib, `size` pixels high: it has Latin, Greek, Cyrillic and more."""
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size)
+def _draw_plate(canvas: ImageDraw.ImageDraw, plate: Plate, ground: Colour) -> None:
+    """A text on its ground."""
+    x0, y0, x1, y1 = plate.place
+    canvas.rectangle((x0, y0, x1 - 1, y1 - 1), fill=ground)
+    canvas.text(plate.anchor, plate.text, fill=ink_on(ground), font=plate.font, anchor="ls")

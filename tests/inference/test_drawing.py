@@ -1,7 +1,8 @@
 import numpy as np
 from PIL import Image
 
-from dino.inference.drawing import _colour_of, draw_boxes, draw_detections, tile_images
+from dino.inference.drawing import arrange, draw_boxes, draw_detections
+from dino.inference.palette import colour_of
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -46,14 +47,18 @@ def test_texts_stay_inside_the_image():
 
 def test_detections_have_the_colours_of_their_classes():
     drawn = draw_detections(grey(), [[10, 20, 30, 35], [40, 20, 50, 35]], [0, 7], ["", ""])
-    assert where(drawn, _colour_of(0)) is not None
-    assert where(drawn, _colour_of(7)) is not None
+    assert where(drawn, colour_of(0)) is not None
+    assert where(drawn, colour_of(7)) is not None
 
 
 def test_images_of_different_sizes_side_by_side():
     red, blue = Image.new("RGB", (10, 20), RED), Image.new("RGB", (30, 5), BLUE)
-    grid = tile_images([red, blue, red], columns=2)
-    assert grid.size == (64, 44)
-    assert grid.getpixel((0, 0)) == RED
-    assert where(grid, BLUE) == (34, 0, 63, 4)
-    assert grid.getpixel((9, 43)) == RED
+    grid = arrange([[red, blue], [red]], "a title", ["left", "right"], {"something": (1, 2, 3)})
+    x0, y0, x1, y1 = where(grid, BLUE)
+    assert (x1 - x0, y1 - y0) == (29, 4)
+    left, top, right, bottom = where(grid, RED)
+    assert right - left == 9
+    assert bottom - top == 19 + 20 + 6  # two rows and the gap between them
+    assert right < x0
+    assert top == y0
+    assert where(grid, (1, 2, 3))[1] > bottom  # the legend lies below

@@ -413,7 +413,7 @@ def test_drawing():
 
 
 def test_colours_differ():
-    from dino.inference.drawing import _colour_of
+    from dino.inference.palette import colour_of as _colour_of
 
     colours = np.array([_colour_of(label) for label in range(18)], float)
     distances = np.abs(colours[:, None] - colours[None]).sum(2) + 999 * np.eye(18)

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from dino.data.images import read_image
-from dino.inference.drawing import _colour_of
+from dino.inference.palette import colour_of as _colour_of
 from dino.weights import resnet_to_detectron2
 
 from .programs import ROOT, load_program

@@ -104,7 +104,7 @@ def train(cfg: DictConfig, resume: bool, recipe: str = "a recipe") -> dict:
         logger.info(f"training ended after {trainer.iter + 1} of {cfg.train.max_iter} iterations")
     finally:
         if comm.is_main_process():
-            draw_curves(folder)
+            draw_curves(folder, checkpointer.names)
     if comm.is_main_process():
         show(closing_lines(folder, results, _files_of(cfg.dataloader.test.dataset)))
     return results
@@ -253,7 +253,7 @@ def _list_hooks(
         if not from_main(os.path.exists(picture)):
             _show_predictions(cfg, model, names, picture)
         if main:
-            draw_curves(folder)
+            draw_curves(folder, names)
         return results
 
     writers = _list_writers(cfg) if main else []
@@ -347,7 +347,7 @@ def _show_predictions(cfg: DictConfig, model: nn.Module, names: list[str], path:
     batch = [{**x, **mapper(x)} for x in islice(instantiate(cfg.dataloader.test.dataset), MOST_IMAGES)]
     training = model.training
     gather_shards(model)
-    draw_predictions(model.eval(), batch, names, path, threshold=0.3)
+    draw_predictions(model.eval(), batch, names, path)
     drop_shards(model)
     model.train(training)
 

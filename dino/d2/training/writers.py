@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import math
-import os
 from collections import defaultdict
 from pathlib import Path
 
 import torch
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, get_event_storage
 
+from dino.training.curves import draw_curves
 from dino.utils.files import DataError, write_whole
+
+__all__ = ["ConsoleWriter", "WandbWriter", "draw_curves", "forget_metrics"]
 
 _MAIN_LOSSES = ("total_loss", "loss_ce", "loss_bbox", "loss_giou")
 
@@ -95,38 +96,6 @@ class WandbWriter(EventWriter):
     def close(self) -> None:
         """End the run."""
         self.run.finish()
-
-
-def draw_curves(folder: str) -> None:
-    """Draw `curves.png` from a run's metrics.json: losses, and APs of the evaluations."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    series = _read_metrics(Path(folder) / "metrics.json")
-    measured = [key for key in series if key.endswith(("bbox/AP", "bbox/AP50"))]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for axes, keys, title in ((left, _MAIN_LOSSES, "losses"), (right, measured, "evaluation")):
-        for key in keys:
-            if key in series:
-                axes.plot(*zip(*sorted(series[key].items()), strict=True), label=key, marker="." * (axes is right))
-        axes.set(title=title, xlabel="iteration", ylim=(0, None))
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
-    write_whole(os.path.join(folder, "curves.png"), lambda part: figure.savefig(part, format="png", dpi=100))
-    pyplot.close(figure)
-
-
-def _read_metrics(path: Path) -> dict[str, dict[int, float]]:
-    """Key -> iteration -> value."""
-    series: dict[str, dict[int, float]] = defaultdict(dict)
-    for entry in _entries(path):
-        for key, value in entry.items():
-            if isinstance(value, int | float) and math.isfinite(value):
-                series[key][entry["iteration"]] = value
-    return series
 
 
 def _entries(path: Path) -> list[dict]:

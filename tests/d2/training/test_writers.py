@@ -7,11 +7,12 @@ import pytest
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
-import numpy as np
 from detectron2.utils.events import EventStorage
 from PIL import Image
 
 from dino.d2.training import batch_pictures, writers
+from dino.inference.palette import colour_of
+from dino.training.run_pictures import NEGATIVE, POSITIVE, draw_val_predictions
 from dino.utils.files import DataError
 
 from ..tiny import random_input, tiny_detector
@@ -96,21 +97,6 @@ def test_metrics_after_the_checkpoint_are_forgotten(tmp_path):
     assert kept == [*first[:2], {"iteration": 2, "bbox/AP": 7.0}]
 
 
-def test_curves(tmp_path):
-    losses = [{"iteration": n, "total_loss": 20.0 / (n + 1), "loss_ce": 1.0} for n in range(5)]
-    write_metrics(tmp_path, *losses, {"iteration": 4, "bbox/AP": 3.0, "ema/bbox/AP": float("nan")})
-    assert writers._read_metrics(tmp_path / "metrics.json")["bbox/AP"] == {4: 3.0}
-    writers.draw_curves(str(tmp_path))
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.size == (1100, 400)
-    assert not list(tmp_path.glob("*.part"))
-
-
-def test_curves_of_a_run_that_logged_nothing(tmp_path):
-    writers.draw_curves(str(tmp_path))
-    assert (tmp_path / "curves.png").is_file()
-
-
 def colors(path):
     with Image.open(path) as image:
         return {color for _, color in image.convert("RGB").getcolors(maxcolors=2**24)}
@@ -122,17 +108,19 @@ def test_the_first_batch_is_drawn_with_its_denoising_queries(tmp_path):
     for x in batch:
         x["image"].fill_(128)
     batch_pictures._draw_batch(model, batch, ["red", "green", "blue"], str(tmp_path / "batch.png"))
-    green, blue, red = (0, 255, 0), (0, 191, 255), (255, 0, 0)
-    assert {green, blue, red} <= colors(tmp_path / "batch.png")
+    classes = {colour_of(label) for label in batch[0]["instances"].gt_classes.tolist()}
+    assert {POSITIVE, NEGATIVE, *classes} <= colors(tmp_path / "batch.png")
 
 
 def test_no_negative_of_a_crowd_is_drawn_as_a_positive(tmp_path, monkeypatch):
     """An image with more objects than the denoising budget shows as many queries of each kind as the budget holds."""
     model, drawn = tiny_detector(), []
     model.network.denoising.num_denoising = 3
-    monkeypatch.setattr(batch_pictures, "_draw", lambda picture, boxes, *_: (drawn.append(len(boxes)), picture)[1])
+    monkeypatch.setattr(batch_pictures, "draw_train_batch", lambda *arguments: drawn.append(arguments))
     batch_pictures._draw_batch(model, [random_input("a.png", 5)], ["x"] * 3, str(tmp_path / "batch.png"))
-    assert drawn == [3, 3, 5]  # negatives, positives, objects
+    [(_, _, boxes, labels, _, [queries])] = drawn
+    assert {colour: len(own) for colour, own in queries.items()} == {POSITIVE: 3, NEGATIVE: 3}
+    assert len(boxes[0]) == len(labels[0]) == 5
 
 
 def test_a_batch_without_objects_is_drawn(tmp_path):
@@ -140,15 +128,25 @@ def test_a_batch_without_objects_is_drawn(tmp_path):
     assert (tmp_path / "batch.png").is_file()
 
 
-def test_predictions_are_drawn_above_the_truth(tmp_path):
+def test_predictions_are_drawn_beside_the_truth(tmp_path, monkeypatch):
     x = random_input("a.png", height=64, width=80)
     x["image"].fill_(128)
-    x |= {"height": 128, "width": 160, "annotations": [{"bbox": [20.0, 20.0, 60.0, 60.0]}]}
-    path = tmp_path / "val.png"
+    x |= {"height": 128, "width": 160, "annotations": [{"bbox": [20.0, 20.0, 60.0, 60.0], "category_id": 2}]}
+    path, drawn = tmp_path / "val.png", []
     model = tiny_detector().eval()
+    monkeypatch.setattr(
+        batch_pictures,
+        "draw_val_predictions",
+        lambda *arguments: (drawn.append(arguments), draw_val_predictions(*arguments)),
+    )
     batch_pictures.draw_predictions(model, [x], ["red", "green", "blue"], str(path), threshold=0.0)
-    assert {(0, 255, 0), (255, 255, 0)} <= colors(path)
+    _, _, [found], [boxes], [labels], _, threshold = drawn[0]
+    assert boxes.tolist() == [[10.0, 10.0, 30.0, 30.0]]  # half the size
+    assert labels.tolist() == [2]
+    assert len(found.scores) > 0
+    assert threshold == 0
+    seen = colors(path)
+    assert {colour_of(label) for label in {*found.labels.tolist()}} & seen
     batch_pictures.draw_predictions(model, [x], ["red", "green", "blue"], str(path), threshold=1.1)
-    rows, columns = np.nonzero(np.array(Image.open(path))[..., 1] == 255)
-    assert (rows.min(), columns.min(), columns.max()) == (10, 10, 30)  # half the size
-    assert (255, 255, 0) not in colors(path)
+    assert colour_of(2) in colors(path)
+    assert not {colour_of(0), colour_of(1)} & colors(path)
