@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import dino
-from dino.utils.files import UsageError, UserError, message_of
+from dino.utils.files import Stopped, UsageError, UserError, message_of
 
 for message in (".*torch.jit.*is deprecated.*", ".*pkg_resources is deprecated.*", ".*broadcast_buffers.*"):
     warnings.filterwarnings("ignore", message=message)  # of Detectron2 itself; must come before its import
@@ -89,3 +89,7 @@ def report_errors(run: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130
+    except Stopped as stop:  # by a signal, after the checkpoint was written
+        if stop.message:
+            print(message_of(stop), file=sys.stderr)
+        return stop.code
