@@ -29,7 +29,9 @@ from dino.layers.cpu_feed_forward import use_cpu_feed_forward
 from dino.training.ema import Ema
 from dino.training.gpu_speed import compile_if_wanted, replayed, use_precision
 from dino.training.memory_saving import checkpoint_activations
+from dino.training.plan_summary import describe_run, start_plan, summarise_plan
 from dino.training.progress import Progress
+from dino.training.run_log import Watched, prints_to_log, show, take_warnings
 from dino.training.shards import unwrapped
 from dino.training.start_summary import closing_lines, evaluation_lines, start_lines
 from dino.utils.files import DataError
@@ -39,8 +41,7 @@ from .batch_pictures import MOST_IMAGES, BatchPictures, draw_predictions
 from .evaluation_hook import Evaluation
 from .hooks import AverageWeights, Checkpoints, ProgressBar, StopOnSignal
 from .parallel import drop_shards, from_main, gather_shards, note_start, wrap_ddp_or_fsdp
-from .run_log import Watched, prints_to_log, show, take_warnings
-from .run_summary import describe_run, start_plan, summarise_data, summarise_plan
+from .run_summary import summarise_data
 from .sampler import seed_random
 from .trainer import EndOfTraining, Trainer
 from .writers import ConsoleWriter, WandbWriter, draw_curves, forget_metrics
