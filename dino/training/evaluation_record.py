@@ -93,6 +93,13 @@ class EvaluationRecord:
         value = self.sign * self._score(entry)
         return BestWeights("averaged" if entry.get(f"ema/{self.metric}") == value else "raw", value)
 
+    @property
+    def best_ap(self) -> float | None:
+        """AP of the best weights in percent; None where they are the best in something else, or there are none."""
+        scores = [self._score(entry) for entry in self.entries]
+        known = self.metric == "bbox/AP" and scores and math.isfinite(max(scores))
+        return self.sign * max(scores) if known else None
+
     def _score(self, entry: Mapping[str, Any]) -> float:
         """Score of the better of raw and averaged weights; higher is better."""
         values = [entry.get(key) for key in (self.metric, f"ema/{self.metric}")]

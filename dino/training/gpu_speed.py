@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from omegaconf import DictConfig
 from torch import nn
 
@@ -23,6 +25,14 @@ def use_precision(cfg: DictConfig) -> None:
         use_float32_precision(cfg.train.float32_precision)
     except ValueError as error:
         raise DataError(f"train.float32_precision: {error}") from error
+
+
+def use_deterministic_kernels(cfg: DictConfig) -> None:
+    """Choose kernels that give the same bits again, where PyTorch has them, if `train.deterministic` asks for them."""
+    if cfg.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=True)  # a few kernels have no such form, see the docs
 
 
 def compile_if_wanted(cfg: DictConfig, model: nn.Module) -> None:

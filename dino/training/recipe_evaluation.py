@@ -20,6 +20,7 @@ from dino.utils.files import make_folder, write_whole
 from .ema import Ema
 from .gpu_speed import replayed
 from .progress_bar import ProgressLine
+from .run_pictures import MOST_IMAGES, draw_val_predictions
 
 
 def evaluate(cfg: DictConfig, detector: Detector, val: CocoImages, ema: Ema | None = None) -> dict[str, dict]:
@@ -66,6 +67,21 @@ def detect_in(cfg: DictConfig, detector: Detector, val: CocoImages, label: str) 
             found += zip(entries, [Detections(*(x.cpu() for x in result)) for result in results], strict=True)
             line.step(number, {})
     return found
+
+
+def show_predictions(detector: Detector, val: CocoImages, path: str | Path) -> None:
+    """Draw the detections in the first validation images beside the true boxes.
+
+    Args:
+        detector: is in evaluation mode afterwards.
+        path: of the PNG.
+    """
+    detector.eval()
+    images, objects, _ = zip(*(val[i] for i in range(min(len(val), MOST_IMAGES))), strict=True)
+    images = [image.as_subclass(torch.Tensor) for image in images]
+    found = detector.detect(images, batch_size=1)
+    boxes, labels = ([x[key].as_subclass(torch.Tensor) for x in objects] for key in ("boxes", "labels"))
+    draw_val_predictions(path, images, [Detections(*(x.cpu() for x in own)) for own in found], boxes, labels, val.names)
 
 
 def _evaluate_weights(

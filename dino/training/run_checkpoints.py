@@ -37,6 +37,13 @@ class RunCheckpoints:
         self.source = ""  # the last loaded file
         self.report: Report | None = None  # on its weights
 
+    @property
+    def summary(self) -> str:
+        """One line on the weights at the start."""
+        if self.report is None:
+            return "random: train.init_checkpoint is empty"
+        return f"{self.source}: {self.report.summary}"
+
     def save(self, name: str, **parts: Any) -> None:
         """Write `name`.pth, from which the run can continue."""
         self.save_weights(name, **parts)

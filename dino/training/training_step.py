@@ -12,6 +12,7 @@ from dino.layers.criterion import check_normalizer
 from dino.layers.matcher import takes
 from dino.modeling.detector import Detector
 
+from .memory_saving import advice
 from .non_finite import NonFiniteChecker
 from .shards import gradients_shared, local, shard_like, unwrapped, whole
 
@@ -88,6 +89,22 @@ class TrainingStep:
     def describe(self, sample: Any) -> dict:
         """An image of a batch as plain data, see `NonFiniteChecker`."""
         raise NotImplementedError
+
+    def take(self, parts: Sequence[list]) -> None:
+        """Compute the gradients of all parts, then update the weights.
+
+        Raises:
+            OutOfMemory: names the settings to try.
+        """
+        self.batch = [x for part in parts for x in part]
+        self.optimizer.zero_grad()
+        with advice():
+            losses = self.accumulate(parts)
+            self.after_backward()
+            self.update(losses)
+
+    def after_backward(self) -> None:
+        """For hooks between gradients and update."""
 
     def accumulate(self, parts: Sequence[list]) -> dict[str, Tensor]:
         """Compute the gradients of all parts -> the losses, summed over the parts, detached."""

@@ -27,7 +27,7 @@ from dino.d2.recipe import names_of, use_epochs
 from dino.d2.recipe_description import describe
 from dino.layers.cpu_feed_forward import use_cpu_feed_forward
 from dino.training.ema import Ema
-from dino.training.gpu_speed import compile_if_wanted, replayed, use_precision
+from dino.training.gpu_speed import compile_if_wanted, replayed, use_deterministic_kernels, use_precision
 from dino.training.memory_saving import checkpoint_activations
 from dino.training.plan_summary import describe_run, start_plan, summarise_plan
 from dino.training.progress import Progress
@@ -63,7 +63,9 @@ def train(cfg: DictConfig, resume: bool, recipe: str = "a recipe") -> dict:
     Raises:
         DataError: recipe, data or weights can't be used.
     """
-    _use_determinism(cfg)
+    if cfg.train.seed < 0:
+        cfg.train.seed = comm.shared_random_seed()
+    use_deterministic_kernels(cfg)
     use_precision(cfg)
     folder = cfg.train.output_dir
     images = instantiate(cfg.dataloader.train.dataset)
@@ -221,16 +223,6 @@ def _build_trainer(cfg: DictConfig, model: nn.Module, about: dict) -> tuple[Trai
         skip_non_finite=cfg.train.skip_non_finite,
     )
     return trainer, Ema(model, cfg.train.ema.decay) if cfg.train.ema.enabled else None
-
-
-def _use_determinism(cfg: DictConfig) -> None:
-    """Set the seed, the same for all processes, and deterministic kernels if the recipe enables them."""
-    if cfg.train.seed < 0:
-        cfg.train.seed = comm.shared_random_seed()
-    if cfg.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.benchmark = False
-        torch.use_deterministic_algorithms(True, warn_only=True)  # a few kernels have no such form, see the docs
 
 
 def _list_hooks(

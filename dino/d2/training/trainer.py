@@ -12,7 +12,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
-from dino.training.memory_saving import OutOfMemory, advice
+from dino.training.memory_saving import OutOfMemory
 from dino.training.training_step import TrainingStep
 from dino.utils.files import UserError
 
@@ -71,13 +71,8 @@ class Trainer(SimpleTrainer, TrainingStep):
         start = time.perf_counter()
         parts = [next(self._data_loader_iter) for _ in range(self.grad_accum_steps)]
         data_time = time.perf_counter() - start
-        self.batch = [x for part in parts for x in part]
         seed_random(self.seed, self.iter, comm.get_rank())
-        self.optimizer.zero_grad()
-        with advice():
-            losses = self.accumulate(parts)
-            self.after_backward()
-            self.update(losses)
+        self.take(parts)
         logs = (self.iter + 1) % self.gather_metric_period == 0 or self.iter + 1 == getattr(self, "max_iter", None)
         if logs or self.waits:
             self.checker.check()
