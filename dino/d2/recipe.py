@@ -59,7 +59,6 @@ def complete(
         files,
         eval_only=eval_only,
         names_of=names_of,
-        apply=LazyConfig.apply_overrides,
         schedule_of=lambda cfg: instantiate(cfg.lr_multiplier),
     )
 

@@ -7,14 +7,14 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from dino.data.images import check_input_range
 from dino.utils.files import DataError, UserError
+from dino.utils.overrides import apply
 
 from .recipe_data import class_names
 from .recipe_nodes import LazyCall, add_branch
@@ -48,26 +48,6 @@ class DataFiles(NamedTuple):
 NO_FILES = DataFiles()
 
 
-def _apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """Set keys of a recipe, in place, from texts key=value; a value is YAML or a number."""
-    for override in overrides:
-        key, _, text = override.partition("=")
-        OmegaConf.update(cfg, key, _value(text))
-    return cfg
-
-
-def _value(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-
-
 def complete(
     cfg: DictConfig,
     overrides: Sequence[str] = (),
@@ -75,7 +55,6 @@ def complete(
     *,
     eval_only: bool = False,
     names_of: Callable[[Mapping], list[str]] = class_names,
-    apply: Callable[[DictConfig, list[str]], DictConfig] = _apply_overrides,
     schedule_of: Callable[[DictConfig], object] = build_schedule,
 ) -> DictConfig:
     """Apply data files and overrides to a recipe, and fill in what follows from the data.
@@ -84,7 +63,6 @@ def complete(
         overrides: each key=value.
         eval_only: training data and schedule don't matter.
         names_of: the node of a data set -> its class names.
-        apply: recipe, overrides -> the recipe with them.
         schedule_of: builds the recipe's schedule.
 
     Raises:
@@ -94,8 +72,7 @@ def complete(
     _use_files(cfg, files, eval_only)
     if cfg.train.get("reference_batch") is None:
         cfg.train.reference_batch = OmegaConf.select(cfg, _BATCH)
-    check_overrides(cfg, overrides)
-    cfg = apply(cfg, list(overrides))
+    cfg = apply(cfg, overrides)
     _prefer_epochs(cfg, _keys(overrides))
     if not torch.cuda.is_available() and str(cfg.train.device).startswith("cuda"):
         cfg.train.device = "cpu"

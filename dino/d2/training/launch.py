@@ -27,6 +27,7 @@ class Job(NamedTuple):
         files: data that replaces the recipe's.
         eval_only: evaluate `train.init_checkpoint`, train nothing.
         resume: continue the run in `train.output_dir`.
+        overwrite: move a run that is in `train.output_dir` aside.
     """
 
     config_file: str
@@ -34,6 +35,7 @@ class Job(NamedTuple):
     files: recipe.DataFiles = recipe.NO_FILES
     eval_only: bool = False
     resume: bool = False
+    overwrite: bool = False
 
 
 def run(job: Job, processes: parallel.Processes) -> None:
