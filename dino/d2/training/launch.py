@@ -10,12 +10,12 @@ from torch.multiprocessing import ProcessRaisedException
 
 from dino.d2 import follow_file, recipe
 from dino.inference.cpu import keep_freed_memory
+from dino.training.memory_saving import OutOfMemory
 from dino.utils.files import UserError
 from dino.utils.recipes import find_recipe
 
 from . import engine, parallel
-from .memory_saving import OutOfMemory
-from .run_log import run_log
+from .run_setup import run_setup
 
 
 class Job(NamedTuple):
@@ -54,7 +54,7 @@ def _work(job: Job) -> None:
     cfg = recipe.load_recipe(job.config_file, job.overrides, job.files, eval_only=job.eval_only)
     resume = recipe.choose_output(cfg, eval_only=job.eval_only, resume=job.resume)
     messages = follow_file.follow(cfg, job.overrides, resume=resume)
-    with run_log(cfg, job):
+    with run_setup(cfg, job):
         follow_file.log(messages)
         if job.eval_only:
             engine.evaluate_checkpoint(cfg)

@@ -1,4 +1,4 @@
-"""Several processes: starting them, averaging gradients, and tensors of a sharded model."""
+"""Several processes: starting them, and a model that they share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import platform
 import signal
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +19,9 @@ from detectron2.engine.defaults import create_ddp_model
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map_only
 
 from dino.modeling.blocks import find_blocks
 from dino.utils.files import UserError, write_whole
@@ -156,18 +153,6 @@ def wrap_ddp_or_fsdp(model: nn.Module, cfg: DictConfig) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def gradients_shared(model: nn.Module, now: bool) -> AbstractContextManager:
-    """Within the block, backward passes average their gradients over the processes only if `now`."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(now)
-    return model.no_sync() if isinstance(model, DistributedDataParallel) and not now else nullcontext()
-
-
 def gather_shards(model: nn.Module) -> None:
     """Gather a sharded model on every process, and keep it whole: for evaluation, where batches are uneven."""
     for module in _sharded_modules(model):
@@ -185,20 +170,3 @@ def drop_shards(model: nn.Module) -> None:
 def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
     """The sharded parts of a model; none without `train.parallel=fsdp`."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
-def local(x: Tensor) -> Tensor:
-    """This process's shard of a tensor, with the same memory; the tensor itself if it is not sharded."""
-    return x.to_local() if isinstance(x, DTensor) else x
-
-
-def shard_like(x: Tensor, reference: Tensor) -> Tensor:
-    """Shard the whole tensor `x`, equal on all processes, as `reference` is sharded."""
-    if not isinstance(reference, DTensor) or x.shape != reference.shape:
-        return x
-    return distribute_tensor(x.to(reference.device), reference.device_mesh, reference.placements, src_data_rank=None)
-
-
-def whole(state):
-    """Gather all shards of a tensor or of a nested state; all processes must call it."""
-    return tree_map_only(DTensor, lambda x: x.full_tensor(), state)
