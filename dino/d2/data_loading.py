@@ -29,6 +29,7 @@ from dino.utils.files import DataError
 from dino.utils.printable import printable
 
 logger = logging.getLogger("detectron2.dino")
+_OF_A_JOB = ("custom_train", "custom_val")  # names of the data that `dino.d2.recipe.DataFiles` states
 
 
 def dataset(name: str, annotations: str | None = None, images: str | None = None, crowd: str = "ignore") -> list[dict]:
@@ -90,6 +91,15 @@ def _register(name: str, annotations: str, images: str, crowd: str) -> None:
         thing_dataset_id_to_contiguous_id=classes.labels,
         scores=scores,
     )
+
+
+def forget_files() -> None:
+    """Forget the data files of an earlier job of this process: the next one may have others, or changed ones."""
+    for name in _OF_A_JOB:
+        if name in DatasetCatalog:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+    load_dataset.cache_clear()
 
 
 def annotations_of(name: str) -> dict:

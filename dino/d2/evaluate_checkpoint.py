@@ -14,9 +14,9 @@ from omegaconf import DictConfig
 from dino.data.coco import load_json
 from dino.evaluation.report.evaluate import Detected
 from dino.inference.cpu import keep_freed_memory
-from dino.utils.files import DataError, UserError, make_folder, write_whole
+from dino.utils.files import UserError, make_folder, write_whole
 from dino.utils.recipes import find_recipe
-from dino.weights.class_rows import match_classes
+from dino.weights.class_rows import check_known
 from dino.weights.inferred_description import open_checkpoint
 
 from . import follow_file, recipe, recipe_description
@@ -128,14 +128,7 @@ def _load_described(job: _Job) -> DictConfig:
     path, content = open_checkpoint(job.weights)
     cfg = recipe_description.describe_evaluation(path, content)
     cfg = recipe.complete(cfg, job.overrides, job.files, eval_only=True)
-    known, wanted = content["names"], recipe.names_of(cfg.dataloader.test.dataset)
-    matched = match_classes(known, wanted)
-    unknown = [name for label, name in enumerate(wanted) if label not in matched]
-    if unknown and len(wanted) != len(known):
-        raise DataError(
-            f"{job.weights} has {len(known)} classes, the data has {len(wanted)}, and the model does not know "
-            f"{', '.join(unknown[:5])}{' and more' if len(unknown) > 5 else ''}"
-        )
+    check_known(content["names"], recipe.names_of(cfg.dataloader.test.dataset), job.weights)
     return cfg
 
 

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from dino.d2.training.parallel import from_main, restarted, started_by_same
 from dino.training import recipe_completion
-from dino.training.recipe_completion import NO_FILES, DataFiles, check_overrides, scale_to_batch, use_epochs
+from dino.training.recipe_completion import NO_FILES, DataFiles, scale_to_batch, use_epochs
 from dino.training.recipe_nodes import add_branch
 from dino.training.recipe_reading import check_recipe
 from dino.utils.files import UserError, free_name
@@ -21,7 +21,6 @@ from .data_loading import class_names
 __all__ = [
     "DataFiles",
     "add_branch",
-    "check_overrides",
     "check_recipe",
     "choose_output",
     "complete",

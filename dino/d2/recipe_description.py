@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from detectron2.config import LazyCall, LazyConfig
 from omegaconf import DictConfig
@@ -12,7 +11,7 @@ from omegaconf import DictConfig
 from dino.training.recipe_nodes import full_name
 from dino.training.recipe_parts import describe
 from dino.utils.recipes import find_recipe
-from dino.weights.description import check_network_size, read_description
+from dino.weights.description import check_network_size, read_description, set_classes
 from dino.weights.inferred_description import open_checkpoint
 
 from .data_loading import ShortSide
@@ -41,7 +40,7 @@ def describe_evaluation(path: str, content: Mapping) -> DictConfig:
     check_network_size(config, content, path)
     cfg = LazyConfig.load(str(find_recipe("dino_r50_4scale_12ep")))
     cfg.model = LazyCall(DINODetector)(
-        network=_follow_classes(config["network"], len(names)),
+        network=set_classes(config["network"], len(names), "${model.num_classes}"),
         criterion=None,
         num_classes=len(names),
         pixel_mean=list(preprocessing.pixel_mean),
@@ -53,13 +52,3 @@ def describe_evaluation(path: str, content: Mapping) -> DictConfig:
     cfg.dataloader.test.mapper.augmentations = [resize]
     cfg.train.init_checkpoint = path
     return cfg
-
-
-def _follow_classes(node: Any, classes: int) -> Any:
-    """Let the parts of a described network that have this number of classes take `model.num_classes`."""
-    if isinstance(node, list):
-        return [_follow_classes(child, classes) for child in node]
-    if not isinstance(node, dict):
-        return node
-    follows = {"num_classes": "${model.num_classes}"} if node.get("num_classes") == classes else {}
-    return {key: _follow_classes(child, classes) for key, child in node.items()} | follows

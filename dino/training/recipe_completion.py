@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 import os
@@ -14,14 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from dino.data.images import check_input_range
 from dino.utils.files import DataError, UserError
-from dino.utils.overrides import apply
+from dino.utils.overrides import apply, has_key, keys_of
 
 from .recipe_data import class_names
 from .recipe_nodes import LazyCall, add_branch
 from .recipe_parts import build_schedule
 from .recipe_reading import check_recipe
 
-__all__ = ["NO_FILES", "DataFiles", "add_branch", "check_overrides", "check_recipe", "complete", "use_epochs"]
+__all__ = ["NO_FILES", "DataFiles", "add_branch", "check_recipe", "complete", "use_epochs"]
 
 logger = logging.getLogger("detectron2.dino")
 
@@ -73,18 +72,14 @@ def complete(
     if cfg.train.get("reference_batch") is None:
         cfg.train.reference_batch = OmegaConf.select(cfg, _BATCH)
     cfg = apply(cfg, overrides)
-    _prefer_epochs(cfg, _keys(overrides))
+    _prefer_epochs(cfg, keys_of(overrides))
     if not torch.cuda.is_available() and str(cfg.train.device).startswith("cuda"):
         cfg.train.device = "cpu"
-    _use_classes(cfg, _keys(overrides), _common_names(cfg, eval_only, names_of))
+    _use_classes(cfg, keys_of(overrides), _common_names(cfg, eval_only, names_of))
     _use_input_range(cfg)
     if not eval_only:
         _check_schedule(cfg, schedule_of)
     return cfg
-
-
-def _keys(overrides: Sequence[str]) -> set[str]:
-    return {override.partition("=")[0] for override in overrides}
 
 
 def _prefer_epochs(cfg: DictConfig, stated: set[str]) -> None:
@@ -103,39 +98,6 @@ def _check_schedule(cfg: DictConfig, schedule_of: Callable[[DictConfig], object]
             f"lr_multiplier does not fit train.epochs={cfg.train.epochs}: {error}. Override "
             "lr_multiplier.milestones too"
         ) from error
-
-
-def check_overrides(cfg: DictConfig, overrides: Sequence[str]) -> None:
-    """Raise a UserError for an override whose key the recipe lacks. The message names the nearest key."""
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals:
-            raise UserError(f"{override!r} is no override: write key=value, and flags before overrides")
-        if not _has_key(cfg, key):
-            near = difflib.get_close_matches(key, _all_keys(cfg), n=1, cutoff=0)
-            raise UserError(f"the recipe has no key {key!r}; the nearest is {near[0]!r}")
-
-
-def _has_key(cfg: DictConfig, key: str) -> bool:
-    """Whether the recipe has the dotted `key`; lists are indexed by numbers. A value of None counts."""
-    *path, last = key.split(".")
-    node = OmegaConf.select(cfg, ".".join(path)) if path else cfg
-    if OmegaConf.is_list(node):
-        return last.isdigit() and int(last) < len(node)
-    return OmegaConf.is_dict(node) and (last in node or last == "_target_")
-
-
-def _all_keys(node, prefix: str = "") -> list[str]:
-    """Every dotted key of a config."""
-    if not OmegaConf.is_config(node):
-        return []
-    keys = range(len(node)) if OmegaConf.is_list(node) else [k for k in node if k != "_target_"]
-    found = []
-    for key in keys:
-        name = f"{prefix}{key}"
-        child = None if OmegaConf.is_interpolation(node, key) else node[key]
-        found += [name, *_all_keys(child, f"{name}.")]
-    return found
 
 
 def _use_files(cfg: DictConfig, files: DataFiles, eval_only: bool) -> None:
@@ -161,7 +123,7 @@ def _dataset_node(split: str, annotations: str, images: str) -> DictConfig:
 def _use_classes(cfg: DictConfig, stated: set[str], names: Sequence[str]) -> None:
     """Take the number of classes from the data's names. Where it is among the `stated` keys, it must agree."""
     classes = len(names)
-    key = next((key for key in _NUM_CLASSES if _has_key(cfg, key)), _NUM_CLASSES[0])
+    key = next((key for key in _NUM_CLASSES if has_key(cfg, key)), _NUM_CLASSES[0])
     current = OmegaConf.select(cfg, key)
     if not stated.isdisjoint(_NUM_CLASSES) and current != classes:
         raise UserError(f"{key}={current}, but the data has {classes} classes: write {key}={classes}")
@@ -212,7 +174,7 @@ def scale_to_batch(cfg: DictConfig, overrides: Sequence[str]) -> None:
     batch, reference = OmegaConf.select(cfg, _BATCH), cfg.train.reference_batch
     if not batch or batch == reference:
         return
-    stated = _keys(overrides)
+    stated = keys_of(overrides)
     changes = []
     if "optimizer.lr" not in stated and "lr" in cfg.optimizer:
         changes.append(f"optimizer.lr {cfg.optimizer.lr:.2e} -> {cfg.optimizer.lr * batch / reference:.2e}")
