@@ -316,3 +316,32 @@ class _Rates:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         return max(self.optimizer.param_groups, key=lambda group: len(group["params"]))["lr"]
+
+
+def evaluate_checkpoint(cfg: DictConfig) -> dict[str, dict]:
+    """Evaluate `train.init_checkpoint`, and its averaged weights if it has any.
+
+    Returns:
+        as of `train`.
+
+    Raises:
+        DataError: the file lacks a tensor of the recipe's model.
+    """
+    check_supported(cfg)
+    use_precision(cfg)
+    show(f"warning: {text}" for text in take_warnings())
+    val = val_images(cfg)
+    detector = build_detector(cfg, val.names, val.category_ids)
+    checkpoints = RunCheckpoints(cfg.train.output_dir, detector, {})
+    content = checkpoints.load_whole(cfg.train.init_checkpoint)
+    compile_if_wanted(cfg, detector)
+    if content.get("weights"):
+        logger.info(f"{cfg.train.init_checkpoint} holds {content['weights']} weights")
+    ema = None
+    if "ema" in content:
+        ema = Ema(detector, decay=0)
+        checkpoints.load_average(content)
+        ema.swap()
+    results = evaluate(cfg, detector, val, ema)
+    show(evaluation_lines(results))
+    return results
