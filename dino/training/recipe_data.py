@@ -74,6 +74,11 @@ def class_names(node: Mapping) -> list[str]:
     return list(_classes(files_of(node))[0])
 
 
+def forget_files() -> None:
+    """Forget the classes of files that an earlier job of this process has read: the files may have changed."""
+    _classes.cache_clear()
+
+
 class TrainLoader:
     """Endless batches: lists of (image (3, h, w) uint8 RGB, `Target`, {"file_name", "image_id", "height", "width"}).
 

@@ -46,8 +46,11 @@ class Processes(NamedTuple):
     dist_url: str = "auto"
 
 
-def launch(main: Callable, processes: Processes, *args: Any) -> None:
-    """Run `main(*args)` in every process: one of torchrun's, or `processes.num_gpus` new ones.
+def launch(main: Callable, processes: Processes, *args: Any) -> Any:
+    """Run `main(*args)` in every process: this one, one of torchrun's, or `processes.num_gpus` new ones.
+
+    Returns:
+        the value of `main` if this process is the only one.
 
     Raises:
         UserError: the numbers of processes make no sense.
@@ -58,15 +61,18 @@ def launch(main: Callable, processes: Processes, *args: Any) -> None:
             main(*args)
         finally:
             _leave_group()
-        return
+        return None
     num_gpus, num_machines, machine_rank, url = processes
     if torch.cuda.is_available() and num_gpus > torch.cuda.device_count():
         raise UserError(f"--num-gpus {num_gpus}, but this machine has {torch.cuda.device_count()}")
     if num_machines == 1:
         url = "auto"  # Detectron2's default port follows from the user: a second run would meet the first one
+    if num_gpus * num_machines == 1:
+        return main(*args)
     if num_gpus > 1:
         signal.signal(signal.SIGINT, lambda *_: None)  # left to the new processes, see `StopOnSignal`
     spawn(_work_in_group, num_gpus, num_machines, machine_rank, url, args=(main, args))
+    return None
 
 
 def _work_in_group(main: Callable, args: tuple) -> None:
