@@ -105,20 +105,24 @@ def main(argv: Sequence[str] | None = None, prog: str = _VERB) -> None:
     """Run the verb."""
     args = parse(argv, prog)
 
-    from dino.d2.recipe import DataFiles
-    from dino.d2.training.launch import Job, run
-    from dino.d2.training.parallel import Processes
+    from dino import api
 
-    files = DataFiles(args.train_json, args.train_images, args.val_json, args.val_images)
-    job = Job(
+    api.run(
         args.config_file,
         args.opts,
-        files,
+        train=(args.train_json, args.train_images),
+        val=(args.val_json, args.val_images),
         eval_only=args.eval_only,
         resume=args.resume,
         overwrite=args.overwrite,
+        engine=args.engine,
+        processes={
+            "num_gpus": args.num_gpus,
+            "num_machines": args.num_machines,
+            "machine_rank": args.machine_rank,
+            "dist_url": args.dist_url,
+        },
     )
-    run(job, Processes(args.num_gpus, args.num_machines, args.machine_rank, args.dist_url))
 
 
 def parse(argv: Sequence[str] | None, prog: str = _VERB) -> argparse.Namespace:

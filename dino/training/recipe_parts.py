@@ -37,6 +37,7 @@ _COUNTERPARTS: dict[str, Callable] = {
     "BasicStem": PARTS["detectron2.modeling.backbone.BasicStem"],
     "ResNet": PARTS["detectron2.modeling.ResNet"],
     "make_default_stages": PARTS["detectron2.modeling.ResNet.make_default_stages"],
+    "CombiningMapper": TrainMapper,
     "DINODetector": dict,
     "TrainLoader": TrainLoader,
     "TrainMapper": TrainMapper,
@@ -71,7 +72,7 @@ def find_part(path: str) -> Callable:
 
 def check_supported(cfg: DictConfig) -> None:
     """Raise a UserError that names the first setting which needs Detectron2."""
-    for key, path in _targets(cfg):
+    for key, path in sorted(_targets(cfg), key=lambda target: not target[0].startswith("model")):
         if _of_detectron2(path) and path.rpartition(".")[2] not in {*_COUNTERPARTS, *_READ_ELSEWHERE}:
             kind = "; the backbones of torchvision and timm do without" if "backbone" in key else ""
             raise UserError(f"{key} is {path}, {NEEDS_DETECTRON2}{kind}")

@@ -13,9 +13,9 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
 from dino.d2.checkpoint import Checkpointer
+from dino.training.ema import Ema
 from dino.training.progress_bar import ProgressLine
 
-from .ema import Ema
 from .trainer import EndOfTraining
 
 logger = logging.getLogger("detectron2.dino")
