@@ -7,8 +7,10 @@ import os
 from collections.abc import Sequence
 
 from dino.cli import new_parser
+from dino.cli.early_checks import check_data, check_output, check_weights, setting
 from dino.utils.files import UsageError
 from dino.utils.overrides import SHORT_NAMES, is_override
+from dino.utils.recipes import find_recipe
 
 _EXAMPLES = """
 examples:
@@ -86,6 +88,7 @@ def _setting_of(name: str, value: str) -> str:
 def main(argv: Sequence[str] | None = None, prog: str = "dino train") -> None:
     """Run the verb."""
     args = parse(argv, prog)
+    _check_paths(args)
 
     from dino.d2.recipe import DataFiles
     from dino.d2.training.launch import Job, run
@@ -101,6 +104,16 @@ def main(argv: Sequence[str] | None = None, prog: str = "dino train") -> None:
         overwrite=args.overwrite,
     )
     run(job, Processes(args.num_gpus, args.num_machines, args.machine_rank, args.dist_url))
+
+
+def _check_paths(args: argparse.Namespace) -> None:
+    """Name a missing recipe, file or folder at once."""
+    find_recipe(args.config_file)
+    check_data(args.train_json, args.train_images)
+    check_data(args.val_json, args.val_images)
+    if not args.resume:  # its weights are in the folder
+        check_weights(setting(args.opts, "train.init_checkpoint"))
+    check_output(setting(args.opts, "train.output_dir"))
 
 
 def parse(argv: Sequence[str] | None, prog: str = "dino train") -> argparse.Namespace:
