@@ -6,16 +6,15 @@ import importlib
 import io
 import os
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 
 import dino
 from dino.cli.parser import SCORE_THRESH, check_arguments, nearest, new_parser
 from dino.utils.files import Stopped, UsageError, UserError, message_of
+from dino.utils.library_warnings import hide_library_warnings
 from dino.utils.printable import printable
 
-for message in (".*torch.jit.*is deprecated.*", ".*pkg_resources is deprecated.*", ".*broadcast_buffers.*"):
-    warnings.filterwarnings("ignore", message=message)  # of Detectron2 itself; must come before its import
+hide_library_warnings()  # at import: the processes of a training on several GPUs import this too
 
 __all__ = ["SCORE_THRESH", "VERBS", "check_arguments", "main", "new_parser", "report_errors"]
 

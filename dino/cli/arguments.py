@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from dino.utils.files import UserError
-from dino.utils.paths import PICTURES, WEIGHTS, PathError
+from dino.utils.paths import PICTURES, WEIGHTS, PathError, expand
 from dino.utils.printable import printable
 
 _NAMES = {"cv2": "OpenCV (cv2)"}  # of modules, as people know them
@@ -45,6 +46,20 @@ def find_checkpoint(word: str) -> str:
     if "://" in word or (find(word) and not Path(word).exists()):
         return word  # is fetched when it is read
     return locate(word)
+
+
+def check_output(folder: str) -> None:
+    """Look whether a folder can be made and written, as far as its parents show.
+
+    Raises:
+        UserError: it can't.
+    """
+    path = Path(os.path.abspath(expand(folder)))
+    place = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+    if not os.path.isdir(place):
+        raise PathError(f"can't write into {printable(folder, 300)}: {printable(place, 200)} is no folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"can't write into {printable(folder, 300)}: no permission to write into {place}")
 
 
 def need(modules: Sequence[str], purpose: str, install: str) -> None:

@@ -141,14 +141,27 @@ def parse(argv: Sequence[str] | None, prog: str = _VERB) -> argparse.Namespace:
         raise UsageError(
             "--train without --val: give validation data of the same classes too: --val ANNOTATIONS IMAGES"
         )
-    if args.weights:
-        args.weights = arguments.find_checkpoint(args.weights)
     for key, value in (("train.init_checkpoint", args.weights), ("train.output_dir", args.output)):
         if value:
             args.opts.append(f"{key}={value}")
+    _check_paths(args.opts, resume=args.resume)
     if args.engine == "detectron2" and not arguments.is_installed("detectron2"):
         raise UserError("--engine detectron2 needs Detectron2, which is not installed: docs/quick_start.md says how")
     return args
+
+
+def _check_paths(overrides: Sequence[str], *, resume: bool) -> None:
+    """Look for the weights and the folder of the run among the overrides.
+
+    Raises:
+        UserError: there are no such weights, or the folder can't be written.
+    """
+    values = {key: text.strip("'\"") for key, _, text in (override.partition("=") for override in overrides)}
+    weights = values.get("train.init_checkpoint")
+    if weights and not resume:  # a run that resumes has its own
+        arguments.find_checkpoint(weights)
+    if values.get("train.output_dir"):
+        arguments.check_output(values["train.output_dir"])
 
 
 def _use_data(args: argparse.Namespace, split: str, prog: str) -> None:
