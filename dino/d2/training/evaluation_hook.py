@@ -14,10 +14,10 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 
 from dino.d2.checkpoint import Checkpointer
+from dino.training.ema import Ema
 from dino.training.metrics_file import is_number
 from dino.utils.files import DataError, write_whole
 
-from .ema import Ema
 from .parallel import from_main
 from .trainer import EndOfTraining
 
