@@ -99,9 +99,11 @@ setup(
     # Detectron2 is a peer dependency: no package index carries it, see README.md.
     install_requires=[
         "filelock",
+        "fvcore",  # schedules of recipes
         "jinja2",
         "matplotlib",
         "numpy>=2",
+        "omegaconf",  # recipes
         "pillow",
         "pycocotools",
         "pyyaml",

@@ -9,11 +9,13 @@ import importlib
 from .utils import moved
 
 __version__ = "0.1.0"
-__all__ = ["Detector", "Predictor", "load", "train"]
+__all__ = ["Detections", "Detector", "Predictor", "evaluate", "load", "train"]
 
 _LAZY = {
+    "Detections": ("dino.inference.detections", "Detections"),
     "Detector": ("dino.modeling.detector", "Detector"),
     "Predictor": ("dino.inference.predictor", "Predictor"),
+    "evaluate": ("dino.api", "evaluate"),
     "load": ("dino.weights.description", "detector_from_checkpoint"),
     "train": ("dino.training.plain", "train"),
 }

@@ -14,10 +14,11 @@ for message in (".*timm.models.layers.*", "torch.meshgrid"):
 import torch  # noqa: E402
 from detectron2.config import LazyConfig, instantiate  # noqa: E402
 
-from dino.d2.recipe import check_overrides, check_recipe  # noqa: E402
+from dino.d2.recipe import check_recipe  # noqa: E402
 from dino.layers.ops.operator import use_compiled  # noqa: E402
 from dino.modeling import network_cost  # noqa: E402
 from dino.utils.files import UserError  # noqa: E402
+from dino.utils.overrides import apply  # noqa: E402
 from dino.utils.recipes import find_recipe  # noqa: E402
 
 EXAMPLES = """
@@ -59,9 +60,8 @@ def load_model(path, overrides):
     path = str(find_recipe(path))
     cfg = LazyConfig.load(path)
     check_recipe(cfg, path)
-    check_overrides(cfg, overrides)
     try:
-        return instantiate(LazyConfig.apply_overrides(cfg, overrides).model)
+        return instantiate(apply(cfg, overrides).model)
     except (ValueError, ImportError) as error:
         raise UserError(f"the recipe's model can't be built: {error}") from error
 

@@ -8,13 +8,13 @@ from dino.cli import report_errors  # isort: skip  # silences warnings of Detect
 import torch
 from detectron2.config import LazyConfig, instantiate
 
-from dino.d2 import recipe
 from dino.d2.checkpoint import Checkpointer, read_names
 from dino.d2.recipe_description import describe
 from dino.inference.predict_files import plan, predict
 from dino.inference.predictor import Predictor
 from dino.modeling.detector import Detector, Preprocessing
 from dino.utils.files import UserError
+from dino.utils.overrides import apply
 
 EXAMPLE = """
 example:
@@ -42,8 +42,7 @@ def make_predictor(args):
         raise UserError(f"recipe not found: {args.config_file}")
     names = read_names(str(args.weights))
     cfg = LazyConfig.load(args.config_file)
-    recipe.check_overrides(cfg, args.opts)
-    cfg = LazyConfig.apply_overrides(cfg, args.opts)
+    apply(cfg, args.opts)
     cfg.model.num_classes = len(names)
     model = instantiate(cfg.model).to("cuda" if torch.cuda.is_available() else "cpu").eval()
     content = Checkpointer(model, names=names).load_whole(str(args.weights))

@@ -327,7 +327,11 @@ def yacs_rows() -> list[Row]:
     add_dino_config(cfg)
     meanings = arguments_of(DINODetector) | arguments_of(build_dino)
     return [
-        Row(code(f"MODEL.DINO.{key}"), code(value), described(f"MODEL.DINO.{key}", meanings.get(key.lower())))
+        Row(
+            code(f"MODEL.DINO.{key}"),
+            code(value),
+            described(f"MODEL.DINO.{key}", meanings.get(key.lower().removesuffix("_test"))),
+        )
         for key, value in cfg.MODEL.DINO.items()
     ]
 

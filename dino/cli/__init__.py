@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import io
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import dino
-from dino.utils.files import UsageError, UserError, message_of
+from dino.cli.parser import check_arguments, new_parser
+from dino.utils.files import Stopped, UsageError, UserError, message_of
 
 for message in (".*torch.jit.*is deprecated.*", ".*pkg_resources is deprecated.*", ".*broadcast_buffers.*"):
     warnings.filterwarnings("ignore", message=message)  # of Detectron2 itself; must come before its import
+
+__all__ = ["VERBS", "check_arguments", "main", "new_parser", "report_errors"]
 
 # Verb -> what it does. Its module here, of the same name, has `build_parser()` and `main(argv)`, imports nothing heavy
 # before the arguments are parsed, and raises a UserError for what a person can correct.
@@ -30,19 +32,6 @@ VERBS = {
     "convert": "convert checkpoints from and to the formats of other DINO programs",
     "env": "print what a bug report needs, and which attention operator runs",
 }
-
-
-def new_parser(prog: str, description: str, examples: str) -> argparse.ArgumentParser:
-    """A parser without arguments, whose `--help` keeps the line breaks of both texts."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(prog, description=description, epilog=examples, formatter_class=formatter)
-
-
-def check_arguments(parser: argparse.ArgumentParser, problems: Mapping[str, object]) -> None:
-    """Exit with the first message of `problems` whose condition holds."""
-    for message, holds in problems.items():
-        if holds:
-            parser.error(message)
 
 
 def _usage() -> str:
@@ -89,3 +78,7 @@ def report_errors(run: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130
+    except Stopped as stop:  # by a signal, after the checkpoint was written
+        if stop.message:
+            print(message_of(stop), file=sys.stderr)
+        return stop.code

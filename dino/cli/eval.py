@@ -61,11 +61,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.results:
         detected = evaluate.read_detections(args.results, args.val_json, args.val_images)
     else:
-        from dino.d2.evaluate_checkpoint import detect
+        from dino.api import detect
 
         detected = detect(
             folder,
-            weights=args.weights,
+            args.weights,
             config_file=args.config_file,
             overrides=args.opts,
             val_json=args.val_json,

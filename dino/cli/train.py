@@ -1,4 +1,4 @@
-"""`dino train`: train or evaluate a LazyConfig recipe."""
+"""`dino train`: train a recipe on your data, or evaluate one."""
 
 from __future__ import annotations
 
@@ -7,29 +7,57 @@ import os
 from collections.abc import Sequence
 
 from dino.cli import new_parser
+from dino.utils.files import UsageError
+from dino.utils.overrides import SHORT_NAMES, is_override
 
 _EXAMPLES = """
 examples:
+  train on your own data:
+    dino train dino_r18_small_data --train train.json images --val val.json images --output output/mine
   train on COCO (in the folder DETECTRON2_DATASETS), 8 GPUs:
-    %(prog)s --config-file dino_r50_4scale_12ep --num-gpus 8
-  train on your own data, no file edited:
-    %(prog)s --config-file dino_r18_small_data \\
-        --train-json train.json --train-images images --val-json val.json --val-images images
-  evaluate (`dino eval` also writes a report):
-    %(prog)s --config-file dino_r50_4scale_12ep --eval-only \\
-        train.init_checkpoint=output/model_final.pth
-  several machines, elastic: see docs/scaling.md
+    dino train dino_r50_4scale_12ep --num-gpus 8
+  start from published weights: add --weights dino_r50_4scale_12ep
   continue: add --resume. Change anything: append key=value, for example optimizer.lr=5e-5 train.amp.enabled=True
+  evaluate a recipe (`dino eval` also writes a report):
+    dino train dino_r50_4scale_12ep --eval-only --weights output/model_final.pth
+  several machines, elastic: see docs/scaling.md
 A recipe is a name or a file. A recipe is a Python program: run only recipes that you trust.
 """
+_ENGINES = ("auto", "detectron2", "plain")
 
 
 def build_parser(prog: str = "dino train") -> argparse.ArgumentParser:
-    """The flags of Detectron2's programs, and four for data in COCO format."""
-    parser = new_parser(prog, __doc__, _EXAMPLES)
-    parser.add_argument("--config-file", default="", metavar="FILE", help="recipe, by name or file")
-    parser.add_argument("--resume", action="store_true", help="continue the run in train.output_dir")
-    parser.add_argument("--eval-only", action="store_true", help="evaluate train.init_checkpoint, train nothing")
+    """The arguments, and those of Detectron2's programs."""
+    parser = new_parser(prog, __doc__, _EXAMPLES, setting_of=_setting_of)
+    parser.add_argument(
+        "opts",
+        nargs="*",
+        metavar="RECIPE [key=value ...]",
+        help="recipe, by name or file, and settings to change, such as train.epochs=25",
+    )
+    pair = ("ANNOTATIONS", "IMAGES")
+    parser.add_argument("--train", nargs=2, metavar=pair, help="data to train on: JSON file in COCO format, folder")
+    parser.add_argument("--val", nargs=2, metavar=pair, help="data to evaluate on, of the same classes")
+    parser.add_argument(
+        "--weights", metavar="CHECKPOINT", help="start from: a checkpoint, an address, or a name of `dino weights`"
+    )
+    parser.add_argument("--output", metavar="FOLDER", help="folder of the run (default: the recipe's train.output_dir)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in the output folder")
+    parser.add_argument("--overwrite", action="store_true", help="move a run that is in the output folder aside")
+    parser.add_argument(
+        "--engine",
+        choices=_ENGINES,
+        default="auto",
+        help="auto: Detectron2's where it is installed (default %(default)s)",
+    )
+    parser.add_argument("--eval-only", action="store_true", help="evaluate the weights, train nothing")
+    _add_processes(parser)
+    _add_old_forms(parser)
+    return parser
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    """The arguments of several processes, as of Detectron2's programs."""
     parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine, one for each GPU")
     parser.add_argument("--num-machines", type=int, default=1, help="number of machines")
     parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine, from 0 on")
@@ -39,27 +67,80 @@ def build_parser(prog: str = "dino train") -> argparse.ArgumentParser:
         default=f"tcp://127.0.0.1:{2**15 + 2**14 + user % 2**14}",  # as in Detectron2
         help="address of machine 0, such as tcp://HOST:29500; a single machine ignores it and takes a free port",
     )
-    _add_data_arguments(parser, "train")
-    _add_data_arguments(parser, "val")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the recipe, key=value")
-    return parser
 
 
-def _add_data_arguments(parser: argparse.ArgumentParser, split: str) -> None:
-    """The two arguments for one split of the data in COCO format."""
-    group = parser.add_argument_group(f"{split} data in COCO format, instead of the recipe's")
-    group.add_argument(f"--{split}-json", help="annotations")
-    group.add_argument(f"--{split}-images", help="folder of their images")
+def _add_old_forms(parser: argparse.ArgumentParser) -> None:
+    """Flags that have a new form: Detectron2's, and those of earlier versions."""
+    parser.add_argument("--config-file", default="", help=argparse.SUPPRESS)
+    for split in ("train", "val"):
+        for part in ("json", "images"):
+            parser.add_argument(f"--{split}-{part}", help=argparse.SUPPRESS)
+
+
+def _setting_of(name: str, value: str) -> str:
+    """The override that a flag such as --epochs or --train.epochs stands for; "" for none."""
+    key = name if "." in name else SHORT_NAMES.get(name.replace("-", "_").lower(), "")
+    return f"{key}={value or '...'}" if key else ""
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "dino train") -> None:
     """Run the verb."""
-    args = build_parser(prog).parse_args(argv)
+    args = parse(argv, prog)
 
     from dino.d2.recipe import DataFiles
     from dino.d2.training.launch import Job, run
     from dino.d2.training.parallel import Processes
 
     files = DataFiles(args.train_json, args.train_images, args.val_json, args.val_images)
-    job = Job(args.config_file, args.opts, files, eval_only=args.eval_only, resume=args.resume)
+    job = Job(
+        args.config_file,
+        args.opts,
+        files,
+        eval_only=args.eval_only,
+        resume=args.resume,
+        overwrite=args.overwrite,
+    )
     run(job, Processes(args.num_gpus, args.num_machines, args.machine_rank, args.dist_url))
+
+
+def parse(argv: Sequence[str] | None, prog: str = "dino train") -> argparse.Namespace:
+    """The arguments: `config_file`, `opts` (overrides alone), one path each for `train_json` and the others.
+
+    Raises:
+        UsageError: there is no recipe, or a word is neither a recipe nor an override.
+    """
+    parser = build_parser(prog)
+    args = parser.parse_args(argv)
+    args.config_file, args.opts = split_words(args.config_file, args.opts)
+    for split in ("train", "val"):
+        pair = getattr(args, split)
+        if pair:
+            setattr(args, f"{split}_json", pair[0])
+            setattr(args, f"{split}_images", pair[1])
+    for key, value in (("train.init_checkpoint", args.weights), ("train.output_dir", args.output)):
+        if value:
+            args.opts.append(f"{key}={value}")
+    if args.resume and args.overwrite:
+        parser.error("--resume and --overwrite exclude each other")
+    return args
+
+
+def split_words(recipe: str, words: Sequence[str]) -> tuple[str, list[str]]:
+    """Recipe and overrides of the positional words.
+
+    Args:
+        recipe: of `--config-file`; "" if the first word that is no override is the recipe.
+
+    Raises:
+        UsageError: there is no recipe, or a word is neither.
+    """
+    words = list(words)
+    place = next((i for i, word in enumerate(words) if not is_override(word) or os.path.isfile(word)), None)
+    if not recipe and place is not None:
+        recipe = words.pop(place)
+    if not recipe:
+        raise UsageError("name a recipe: dino train RECIPE, for example dino_r18_small_data")
+    wrong = next((i for i, word in enumerate(words) if not is_override(word)), None)
+    if wrong is not None:
+        raise UsageError(f"{words[wrong]!r} is no override: write key=value")
+    return recipe, words

@@ -53,6 +53,7 @@ def add_dino_config(cfg: CfgNode) -> None:
             "ENCODER_LAYERS": 6,
             "DECODER_LAYERS": 6,
             "MAX_DETECTIONS": 300,
+            "SCORE_THRESH_TEST": 0.0,  # lowest score of a returned detection; AP needs 0
         }
     )
 
@@ -94,4 +95,5 @@ def parts_from_config(cfg: CfgNode) -> dict:
         "pixel_mean": cfg.MODEL.PIXEL_MEAN,
         "pixel_std": cfg.MODEL.PIXEL_STD,
         "max_detections": dino.MAX_DETECTIONS,
+        "score_thresh": dino.get("SCORE_THRESH_TEST", 0.0),  # configs saved before the key was there lack it
     }

@@ -29,6 +29,7 @@ from dino.utils.files import DataError
 from dino.utils.printable import printable
 
 logger = logging.getLogger("detectron2.dino")
+_OF_A_JOB = ("custom_train", "custom_val")  # names of the data that `dino.d2.recipe.DataFiles` states
 
 
 def dataset(name: str, annotations: str | None = None, images: str | None = None, crowd: str = "ignore") -> list[dict]:
@@ -92,6 +93,15 @@ def _register(name: str, annotations: str, images: str, crowd: str) -> None:
     )
 
 
+def forget_files() -> None:
+    """Forget the data files of an earlier job of this process: the next one may have others, or changed ones."""
+    for name in _OF_A_JOB:
+        if name in DatasetCatalog:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+    load_dataset.cache_clear()
+
+
 def annotations_of(name: str) -> dict:
     """The annotations of a registered data set with a file, as training reads them. Without a list of annotations: [].
 
@@ -147,13 +157,17 @@ def class_names(name: str, annotations: str | None = None, images: str | None = 
 
 
 def _sanitise(name: str, dicts: list[dict]) -> list[dict]:
-    """Copy `dicts` with clean objects. Log how many boxes are dropped, and the first one's file."""
+    """Copy `dicts` with clean objects, and with the number of classes, which `DINODetector` compares with its own.
+
+    Log how many boxes are dropped, and the first one's file.
+    """
     num_classes = len(MetadataCatalog.get(name).get("thing_classes", ()))
+    known = {"num_classes": num_classes} if num_classes else {}
     clean, dropped, first = [], 0, ""
     for entry in dicts:
         found = clean_objects(_objects_of(entry, num_classes), entry["width"], entry["height"])
         objects = [{"category_id": c, "bbox": box, "bbox_mode": BoxMode.XYXY_ABS} for c, box in found.objects]
-        clean.append({**entry, "annotations": objects})
+        clean.append({**entry, **known, "annotations": objects})
         if found.dropped:
             dropped, first = dropped + found.dropped, first or entry["file_name"]
     if dropped:

@@ -9,15 +9,14 @@ from typing import Any, NamedTuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import convert_to_coco_json
-from detectron2.engine import default_setup
 from omegaconf import DictConfig
 
 from dino.data.coco import load_json
 from dino.evaluation.report.evaluate import Detected
 from dino.inference.cpu import keep_freed_memory
-from dino.utils.files import DataError, UserError, make_folder, write_whole
+from dino.utils.files import UserError, make_folder, write_whole
 from dino.utils.recipes import find_recipe
-from dino.weights.class_rows import match_classes
+from dino.weights.class_rows import check_known
 from dino.weights.inferred_description import open_checkpoint
 
 from . import follow_file, recipe, recipe_description
@@ -26,6 +25,7 @@ from .sources import local_file
 from .training import engine
 from .training.launch import launch
 from .training.parallel import Processes
+from .training.run_log import run_log
 
 
 class _Job(NamedTuple):
@@ -100,9 +100,9 @@ def _work(job: _Job) -> None:
     keep_freed_memory()
     cfg = _load(job)
     messages = follow_file.follow(cfg, job.overrides) if job.config_file else []  # else the recipe is the file's
-    default_setup(cfg, job)
-    follow_file.log(messages)
-    engine.evaluate_checkpoint(cfg)
+    with run_log(cfg, job):
+        follow_file.log(messages)
+        engine.evaluate_checkpoint(cfg)
 
 
 def _load(job: _Job) -> DictConfig:
@@ -128,14 +128,7 @@ def _load_described(job: _Job) -> DictConfig:
     path, content = open_checkpoint(job.weights)
     cfg = recipe_description.describe_evaluation(path, content)
     cfg = recipe.complete(cfg, job.overrides, job.files, eval_only=True)
-    known, wanted = content["names"], recipe.names_of(cfg.dataloader.test.dataset)
-    matched = match_classes(known, wanted)
-    unknown = [name for label, name in enumerate(wanted) if label not in matched]
-    if unknown and len(wanted) != len(known):
-        raise DataError(
-            f"{job.weights} has {len(known)} classes, the data has {len(wanted)}, and the model does not know "
-            f"{', '.join(unknown[:5])}{' and more' if len(unknown) > 5 else ''}"
-        )
+    check_known(content["names"], recipe.names_of(cfg.dataloader.test.dataset), job.weights)
     return cfg
 
 

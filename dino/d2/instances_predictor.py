@@ -9,6 +9,7 @@ import numpy as np
 from detectron2.data import Metadata
 from detectron2.structures import Boxes, Instances
 
+from dino.inference.detections import Detections
 from dino.inference.predictor import Predictor
 
 
@@ -48,7 +49,9 @@ class InstancesPredictor:
             DataError: the array is no picture.
             FloatingPointError: predictions are NaN or infinite.
         """
-        found = self.predictor(original_image, channels=self.input_format)
-        boxes = Boxes(found.boxes)
-        instances = Instances(found.image_size, pred_boxes=boxes, scores=found.scores, pred_classes=found.labels)
-        return {"instances": instances}
+        return {"instances": to_instances(self.predictor(original_image, channels=self.input_format))}
+
+
+def to_instances(found: Detections) -> Instances:
+    """The objects of a picture as Detectron2's `Instances`, see `Detections.to_instances`."""
+    return Instances(found.image_size, pred_boxes=Boxes(found.boxes), scores=found.scores, pred_classes=found.labels)

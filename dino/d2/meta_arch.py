@@ -13,10 +13,14 @@ from torch import Tensor, nn
 from dino.data.images import check_input_range
 from dino.modeling.detector import IMAGENET_MEAN, IMAGENET_STD, Detector, Preprocessing, to_target
 from dino.modeling.dino import DINO
-from dino.structures import Target
+from dino.structures import Detections, Target
 from dino.utils.device import to_device
 
 from .config import parts_from_config
+
+_SET_CLASSES = (
+    "set the number before the model is built, cfg.model.num_classes of a recipe or cfg.MODEL.DINO.NUM_CLASSES"
+)
 
 
 @META_ARCH_REGISTRY.register()
@@ -29,6 +33,7 @@ class DINODetector(Detector):
         num_classes: C, number of classes; the network's parts must have been built for the same number.
         pixel_mean, pixel_std: of the channels, for pixel values 0 to 255 in the order of the input.
         max_detections: detections per image.
+        score_thresh: lowest score of a returned detection, in [0, 1]; 0 for everything (AP is computed so).
         input_range: values [low, high] of grey images of more than 8 bits that become 0 and 255, in training and
             wherever the checkpoint is used; None for the rule by type, see `dino.data.images.read_image`.
     """
@@ -43,6 +48,7 @@ class DINODetector(Detector):
         pixel_mean: Sequence[float] = IMAGENET_MEAN,
         pixel_std: Sequence[float] = IMAGENET_STD,
         max_detections: int = 300,
+        score_thresh: float = 0.0,
         input_range: Sequence[float] | None = None,
     ):
         preprocessing = Preprocessing(
@@ -53,6 +59,7 @@ class DINODetector(Detector):
         )
         super().__init__(network, preprocessing, criterion=criterion)
         self.num_classes = num_classes
+        self.score_thresh = score_thresh
 
     @property
     def max_detections(self) -> int:
@@ -74,7 +81,8 @@ class DINODetector(Detector):
         Args:
             batched_inputs: for each image a dict with `image` (3, H, W), uint8 or float, 0 to 255; for training
                 `instances` with `gt_boxes` (xyxy in pixels of `image`) and `gt_classes`; for evaluation, optionally,
-                `height` and `width` of the picture that the boxes refer to.
+                `height` and `width` of the picture that the boxes refer to. `num_classes`, which `dataset` adds, is
+                that of the data.
             loss_options: see `Detector.losses`.
 
         Returns:
@@ -82,19 +90,32 @@ class DINODetector(Detector):
             `pred_boxes` (xyxy in pixels, not clipped), `scores` and `pred_classes`, best first.
 
         Raises:
-            ValueError: a label outside [0, C); names the image.
+            ValueError: the data has another number of classes, or a label is outside [0, C); names the image.
             FloatingPointError: a prediction is NaN or infinite; names the image.
         """
         images = [x["image"] for x in batched_inputs]
         sources = [_describe(x) for x in batched_inputs]
+        self._check_classes(batched_inputs)
         if self.training:
             targets = [self.to_target(x) for x in batched_inputs]
             return self.losses(images, targets, sources=sources, **loss_options)
         sizes = [(x.get("height", x["image"].shape[1]), x.get("width", x["image"].shape[2])) for x in batched_inputs]
-        return [
-            {"instances": Instances(size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=labels)}
-            for size, (boxes, scores, labels) in zip(sizes, self.detect(images, sizes, sources=sources), strict=True)
-        ]
+        found = self.detect(images, sizes, sources=sources)
+        return [{"instances": self._to_instances(*pair)} for pair in zip(sizes, found, strict=True)]
+
+    def _to_instances(self, size: tuple[int, int], found: Detections) -> Instances:
+        """The detections of an image (height, width) with a score of at least `score_thresh`."""
+        instances = Instances(size, pred_boxes=Boxes(found.boxes), scores=found.scores, pred_classes=found.labels)
+        return instances[found.scores >= self.score_thresh] if self.score_thresh > 0 else instances
+
+    def _check_classes(self, batched_inputs: list[dict]) -> None:
+        """Raise a ValueError if the data, as far as it states its number of classes, has another one than the model."""
+        for x in batched_inputs:
+            number = x.get("num_classes", self.num_classes)
+            if number != self.num_classes:
+                raise ValueError(
+                    f"{_describe(x)}: the data has {number} classes, the model {self.num_classes}: {_SET_CLASSES}"
+                )
 
     def to_target(self, x: dict) -> Target:
         """`Instances` in pixels -> labels and boxes as fractions of the image, on the device of the network."""
@@ -102,7 +123,9 @@ class DINODetector(Detector):
         labels = instances.gt_classes
         wrong = labels[(labels < 0) | (labels >= self.num_classes)]
         if len(wrong):
-            raise ValueError(f"{_describe(x)}: label {wrong[0].item()} is not in [0, {self.num_classes})")
+            raise ValueError(
+                f"{_describe(x)}: label {wrong[0].item()} is not in [0, {self.num_classes}): {_SET_CLASSES}"
+            )
         target = to_target(labels, instances.gt_boxes.tensor, instances.image_size)
         return Target(*(to_device(values, self.device) for values in target))
 

@@ -1,39 +1,23 @@
-"""The description of a recipe's model that a checkpoint stores, and a recipe made from such a description."""
+"""A recipe made from the description of a model that a checkpoint stores."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from detectron2.config import LazyCall, LazyConfig
-from detectron2.utils.registry import _convert_target_to_string as name_of
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from dino.data.images import check_input_range
-from dino.modeling.detector import Preprocessing
+from dino.training.recipe_nodes import full_name
+from dino.training.recipe_parts import describe
 from dino.utils.recipes import find_recipe
-from dino.weights.description import check_network_size, read_description
+from dino.weights.description import check_network_size, read_description, set_classes
 from dino.weights.inferred_description import open_checkpoint
 
 from .data_loading import ShortSide
 from .meta_arch import DINODetector
 
-
-def describe(cfg: DictConfig) -> dict[str, Any]:
-    """Make the `about` of a checkpoint: the recipe's model as JSON text, and the preprocessing of its images."""
-    resizes = [a for a in cfg.dataloader.test.mapper.augmentations if "sizes" in a]
-    size = {"short_side": int(max(resizes[-1].sizes)), "max_size": resizes[-1].get("max_size")} if resizes else {}
-    model = {
-        key: cfg.model[key] for key in ("pixel_mean", "pixel_std", "max_detections", "input_range") if key in cfg.model
-    }
-    model = {key: [float(x) for x in value] if "pixel" in key else value for key, value in model.items()}
-    model["input_range"] = check_input_range(model.get("input_range"))
-    return {
-        "config": json.dumps(_plain(OmegaConf.to_container(cfg.model, resolve=True))),
-        "preprocessing": Preprocessing(**model, **size)._asdict(),
-    }
+__all__ = ["describe", "describe_evaluation", "full_name", "recipe_of"]
 
 
 def recipe_of(source: str | Path) -> DictConfig:
@@ -56,7 +40,7 @@ def describe_evaluation(path: str, content: Mapping) -> DictConfig:
     check_network_size(config, content, path)
     cfg = LazyConfig.load(str(find_recipe("dino_r50_4scale_12ep")))
     cfg.model = LazyCall(DINODetector)(
-        network=_follow_classes(config["network"], len(names)),
+        network=set_classes(config["network"], len(names), "${model.num_classes}"),
         criterion=None,
         num_classes=len(names),
         pixel_mean=list(preprocessing.pixel_mean),
@@ -68,28 +52,3 @@ def describe_evaluation(path: str, content: Mapping) -> DictConfig:
     cfg.dataloader.test.mapper.augmentations = [resize]
     cfg.train.init_checkpoint = path
     return cfg
-
-
-def _follow_classes(node: Any, classes: int) -> Any:
-    """Let the parts of a described network that have this number of classes take `model.num_classes`."""
-    if isinstance(node, list):
-        return [_follow_classes(child, classes) for child in node]
-    if not isinstance(node, dict):
-        return node
-    follows = {"num_classes": "${model.num_classes}"} if node.get("num_classes") == classes else {}
-    return {key: _follow_classes(child, classes) for key, child in node.items()} | follows
-
-
-def _plain(node: Any) -> Any:
-    """Turn a config into JSON types: classes and functions become their names, other objects their `repr`."""
-    if isinstance(node, dict):
-        return {str(key): _plain(value) for key, value in node.items()}
-    if isinstance(node, list | tuple):
-        return [_plain(value) for value in node]
-    return node if node is None or isinstance(node, str | int | float) else full_name(node)
-
-
-def full_name(part: Any) -> str:
-    """The dotted path of a class or function; the `repr` of anything else."""
-    named = hasattr(part, "__qualname__") and hasattr(part, "__module__")
-    return name_of(part) if named and "<" not in part.__qualname__ else repr(part)

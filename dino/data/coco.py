@@ -15,7 +15,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from dino.modeling.detector import Detector, resized_size, to_target
-from dino.structures import Target
+from dino.structures import Detections, Target
 from dino.utils.files import DataError, UserError, counted, resolve_inside
 
 from .coco_values import LARGEST_AREA, crowds_as_objects, is_area, is_box, short, to_plain
@@ -398,3 +398,14 @@ def take_images(data: dict[str, Any], ids: set[int]) -> dict[str, Any]:
         "images": [image for image in data["images"] if image["id"] in ids],
         "annotations": [a for a in data["annotations"] if a["image_id"] in ids],
     }
+
+
+def to_results(found: Detections, image_id: int, category_ids: Sequence[int]) -> list[dict]:
+    """Detections of one image (xyxy in pixels of the file's size) -> entries of COCO's results format.
+
+    Args:
+        category_ids: label -> id in the annotations.
+    """
+    boxes = torch.cat([found.boxes[:, :2], found.boxes[:, 2:] - found.boxes[:, :2]], 1).tolist()
+    rows = zip(boxes, found.scores.tolist(), found.labels.tolist(), strict=True)
+    return [{"image_id": image_id, "category_id": category_ids[c], "bbox": b, "score": s} for b, s, c in rows]

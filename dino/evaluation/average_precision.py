@@ -13,28 +13,16 @@ from operator import itemgetter
 from typing import Any
 
 import numpy as np
-import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from dino.data.coco import classes_of
+from dino.data.coco import to_results as to_results
 from dino.data.coco_values import area_of
-from dino.layers import Detections
 
 _METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six of COCO's twelve
 _MOST_IOU = 1 - 1e-10  # COCO's bound of a threshold
 _IOU_75 = 5  # index of 0.75 among the ten IoU thresholds from 0.5 to 0.95
-
-
-def to_results(found: Detections, image_id: int, category_ids: list[int]) -> list[dict]:
-    """Detections of one image (xyxy in pixels of the file's size) -> entries of COCO's results format.
-
-    Args:
-        category_ids: label -> id in the annotations.
-    """
-    boxes = torch.cat([found.boxes[:, :2], found.boxes[:, 2:] - found.boxes[:, :2]], 1).tolist()
-    rows = zip(boxes, found.scores.tolist(), found.labels.tolist(), strict=True)
-    return [{"image_id": image_id, "category_id": category_ids[c], "bbox": b, "score": s} for b, s, c in rows]
 
 
 def evaluate(data: dict[str, Any], results: list[dict]) -> dict[str, float]:

@@ -23,7 +23,8 @@ from dino.utils.files import DataError, UserError, counted, make_folder, write_w
 from dino.utils.printable import printable
 
 from .cpu import keep_freed_memory
-from .predictor import Prediction, Predictor
+from .detections import Detections
+from .predictor import Predictor
 from .remote_images import fetch_images, is_remote, remote_name
 from .video import VIDEO_SUFFIXES, VideoReader, VideoWriter
 
@@ -192,7 +193,7 @@ def _predict_images(predictor: Predictor, jobs: Sequence[_Job], folder: Path, is
         print(f"only the first page of {counted(len(paged), 'file')} was used: {', '.join(paged[:_LISTED])}{more}")
 
 
-def _draw(found: Prediction, target: Path) -> None:
+def _draw(found: Detections, target: Path) -> None:
     """Write the drawn picture."""
     make_folder(target.parent)
     picture, form = found.draw(), _FORMATS.get(target.suffix.lower())
@@ -264,7 +265,7 @@ class _CocoWriter:
         """How many were added."""
         return len(self.entries)
 
-    def add(self, found: Prediction, **facts: Any) -> None:
+    def add(self, found: Detections, **facts: Any) -> None:
         """Add an image, with `facts` in its entry, and its objects."""
         height, width = found.image_size
         image_id = self.images + 1

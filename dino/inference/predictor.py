@@ -1,8 +1,8 @@
 """Detection in pictures, with nothing but a checkpoint.
 
-    from dino.inference.predictor import Predictor
+    from dino import Predictor
 
-    predictor = Predictor.from_checkpoint("model_final.pth")
+    predictor = Predictor("model_final.pth")
     found = predictor("photo.jpg")  # .boxes, .scores, .labels, .names
     found.draw().save("drawn.png")
 
@@ -11,8 +11,7 @@ Detectron2 is needed only for its own RegNet, Swin, MViT and ViT backbones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -20,91 +19,36 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from dino.data.images import list_images, read_image, resize_image
-from dino.layers import Detections
+from dino import structures
+from dino.data.images import read_image, resize_image
 from dino.modeling import DINO, CudaGraphs, compile_network, use_float32_precision
 from dino.modeling.cuda_graphs import MOST
 from dino.modeling.detector import Detector, Select
-from dino.utils.files import DataError
+from dino.structures import SCORE_THRESH
+from dino.utils.files import DataError, UserError
 from dino.weights.description import detector_from_checkpoint
 
 from .cpu import fold_norms, prepare_for_cpu
-from .drawing import draw_detections
-from .remote_images import fetch_images, is_remote
+from .detections import Detections
+from .picture_inputs import is_single, list_sources, to_pixels
 from .strips import Strips
-from .tiling import View, merge, scale, suppress, take, views
+from .tiling import View, merge, suppress, take, views
+
+Prediction = Detections  # the former name
 
 _CROPS = 16  # batches of crops that are resized at a time
-_DRAWN_SIDE = 8192  # pixels, of a drawing of a picture in strips
 _MERGE_IOU = 0.5  # of boxes from different views of one picture, where `nms` says nothing
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """`Detections` of one picture, on the CPU, together with the picture.
-
-    Attributes:
-        detections: K detections, boxes in pixels of the picture and not clipped to it, best first.
-        names: K class names.
-        image_size: height and width of the picture in pixels.
-        source: the given picture; a `Path` where it was read from a file, or from an address: then of a temporary file,
-            which is removed with this object.
-        channels: order of `source` if that is an array.
-        read: reads `source` if that is a file or a Pillow image.
-        strips: the file, where it is too large to be decoded whole.
-    """
-
-    detections: Detections
-    names: list[str]
-    image_size: tuple[int, int]
-    source: Any
-    channels: str = "RGB"
-    read: Callable[[Any], np.ndarray] = read_image
-    strips: Strips | None = None
-
-    @property
-    def boxes(self) -> Tensor:
-        """(K, 4) float32, xyxy in pixels of the picture."""
-        return self.detections.boxes
-
-    @property
-    def scores(self) -> Tensor:
-        """(K,) float32 in [0, 1]."""
-        return self.detections.scores
-
-    @property
-    def labels(self) -> Tensor:
-        """(K,) int64."""
-        return self.detections.labels
-
-    def __len__(self) -> int:
-        return len(self.scores)
-
-    def draw(self) -> Image.Image:
-        """Draw the detections on the picture; a file is read again, in `strips` at a size of at most 8,192 pixels.
-
-        Raises:
-            DataError: the file is gone.
-        """
-        texts = [f"{name} {score:.2f}" for name, score in zip(self.names, self.scores.tolist(), strict=True)]
-        size = self.image_size
-        if self.strips is None:
-            pixels = _to_pixels(self.source, self.channels, self.read)
-        else:
-            size = tuple(max(1, round(side * _DRAWN_SIDE / max(size))) for side in size)
-            pixels = self.strips.shrink(size)
-        boxes = scale(self.detections, self.image_size, size).boxes
-        return draw_detections(Image.fromarray(pixels), boxes.tolist(), self.labels.tolist(), texts)
 
 
 class Predictor:
     """Detects in pictures of any kind. Pictures of equal size after resizing run together, none is padded.
 
     Args:
-        detector: in evaluation mode; runs on the device and in the dtype of its network.
+        detector: in evaluation mode, see `dino.load`; runs on the device and in the dtype of its network. Or a
+            checkpoint: a file, an address, a name, see `from_checkpoint`, which has further options.
+        device: where to run; by default a GPU where there is one, and for a `Detector` the device of its network.
         score_thresh: lowest score that is returned, in [0, 1]; 0 for everything (AP is computed so).
         max_detections: per picture; the detector's number by default.
         nms: IoU in [0, 1] above which, of two boxes of one class, the worse is dropped. DINO needs none, AP is without.
@@ -118,13 +62,15 @@ class Predictor:
 
     Raises:
         ValueError: a number is out of its range.
+        UserError: the detector is in training mode; of a checkpoint, see `from_checkpoint`.
     """
 
     def __init__(
         self,
-        detector: Detector,
+        detector: Detector | str | Path,
         *,
-        score_thresh: float = 0.4,
+        device: str | torch.device | None = None,
+        score_thresh: float = SCORE_THRESH,
         max_detections: int | None = None,
         nms: float | None = None,
         select: Select | None = None,
@@ -134,6 +80,7 @@ class Predictor:
         cuda_graphs: int = MOST,
         max_pixels: int | None = None,
     ):
+        detector = _to_detector(detector, device)
         number = detector.preprocessing.max_detections if max_detections is None else max_detections
         self.max_detections = _within("max_detections", number, 1)
         preprocessing = detector.preprocessing._replace(max_detections=number)
@@ -197,12 +144,7 @@ class Predictor:
             UserError: it can't be fetched.
         """
         use_float32_precision(float32_precision)
-        detector = detector_from_checkpoint(path, copy)
-        fold_norms(detector.network)
-        detector.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        detector.network.to(dtype)  # pixel statistics stay float32
-        prepare_for_cpu(detector.network)
-        return cls(detector, **options)
+        return cls(_open_detector(path, device, dtype, copy), **options)
 
     @classmethod
     def from_pretrained(cls, name: str, **options: Any) -> Predictor:
@@ -220,29 +162,29 @@ class Predictor:
         compile_network(self.network, **options)
         return self
 
-    def __call__(self, images: Any, channels: str = "RGB") -> Prediction | list[Prediction]:
+    def __call__(self, images: Any, channels: str = "RGB") -> Detections | list[Detections]:
         """Detect in one picture, or in several.
 
         Args:
             images: a file; an https:// address; a folder or a glob such as "photos/*.jpg"; a PIL image; an array
-                (H, W, 3) or (H, W) uint8; a tensor (3, H, W) or (B, 3, H, W), RGB, uint8 or floats in [0, 1], which are
-                rounded to 8 bits; or an iterable of these.
-            channels: order in arrays, "RGB" or "BGR" (OpenCV's).
+                (H, W, 3), (H, W) or (B, H, W, 3) uint8; a tensor (3, H, W) or (B, 3, H, W), uint8 or floats in [0, 1],
+                which are rounded to 8 bits; or an iterable of these.
+            channels: order in arrays and tensors, "RGB" or "BGR" (OpenCV's). Files and PIL images state theirs.
 
         Returns:
-            a `Prediction` for a file, an address, an image, an array and a (3, H, W) tensor; a list for all else.
+            `Detections` for a file, an address, an image, an array or tensor of one picture; a list for all else.
 
         Raises:
-            DataError: a file is missing or broken, or an array is no picture.
+            DataError: a file is missing or broken, an array or tensor is no picture, or a list is empty.
             TypeError: `images` is of another type.
             FloatingPointError: predictions are NaN or infinite.
         """
         found = list(self.stream(images, channels))
-        return found[0] if _is_single(images) else found
+        return found[0] if is_single(images) else found
 
     def stream(
         self, images: Any, channels: str = "RGB", on_error: Callable[[DataError], object] | None = None
-    ) -> Iterator[Prediction]:
+    ) -> Iterator[Detections]:
         """As a call, one picture after another, so that any number of them fits into memory.
 
         Args:
@@ -256,7 +198,8 @@ class Predictor:
             for (source, pixels), found in zip(batch, results, strict=True):
                 names = [self.names[label] for label in found.labels.tolist()]
                 strips = pixels if isinstance(pixels, Strips) else None
-                yield Prediction(found, names, pixels.shape[:2], source, channels, self.read, strips)
+                size = pixels.shape[:2]
+                yield Detections(found, names, size, source, channels, self.read, strips, self.category_ids)
 
     def _read(
         self, images: Any, channels: str, on_error: Callable[[DataError], object] | None
@@ -264,10 +207,10 @@ class Predictor:
         """Read each source as pixels (H, W, 3), uint8, RGB; a very large file in strips if tiles are wanted."""
         if channels not in ("RGB", "BGR"):
             raise ValueError(f'channels must be "RGB" or "BGR", not {channels!r}')
-        for source in _list_sources(images):
+        for source in list_sources(images):
             try:
                 strips = self._open_strips(source)
-                yield source, _to_pixels(source, channels, self.read) if strips is None else strips
+                yield source, to_pixels(source, channels, self.read) if strips is None else strips
             except DataError as error:
                 if on_error is None:
                     raise
@@ -281,7 +224,7 @@ class Predictor:
 
     def detect(
         self, pictures: Sequence[np.ndarray | Strips], sources: Sequence[str] = (), **options: Any
-    ) -> list[Detections]:
+    ) -> list[structures.Detections]:
         """Detect in pictures (H, W, 3), uint8, RGB; results are on the CPU.
 
         Args:
@@ -298,7 +241,7 @@ class Predictor:
 
     def _detect_crops(
         self, crops: Sequence[tuple[np.ndarray | Strips, View]], sources: Sequence[str] = (), **options: Any
-    ) -> list[Detections]:
+    ) -> list[structures.Detections]:
         """Detections of views of pictures, a few of which are cut and resized at a time."""
         found = []
         for start in range(0, len(crops), _CROPS * self.batch_size):
@@ -323,9 +266,11 @@ class Predictor:
             pixels = resize_image(picture[view.y0 : view.y1, view.x0 : view.x1], size)
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
-    def _join(self, found: list[Detections], cuts: list[View], image_size: tuple[int, int]) -> Detections:
+    def _join(
+        self, found: list[structures.Detections], cuts: list[View], image_size: tuple[int, int]
+    ) -> structures.Detections:
         """Threshold and merge the detections of a picture's views; at most `max_detections`, on the CPU."""
-        found = [Detections(*(values.cpu() for values in d)) for d in found]
+        found = [structures.Detections(*(values.cpu() for values in d)) for d in found]
         found = [take(d, d.scores >= self.score_thresh) for d in found]
         if len(found) > 1:
             joined = merge(found, cuts, image_size, _MERGE_IOU if self.nms is None else self.nms)
@@ -341,61 +286,29 @@ def _within(name: str, value: float, low: float, high: float = float("inf")) -> 
     return value
 
 
-def _is_single(images: Any) -> bool:
-    """Whether `Predictor` returns one `Prediction`, not a list."""
-    if isinstance(images, str | Path):
-        return Path(images).is_file() or is_remote(images)
-    return isinstance(images, Image.Image | np.ndarray) or (isinstance(images, Tensor) and images.ndim != 4)
-
-
-def _list_sources(images: Any) -> Iterator[Any]:
-    """Paths, PIL images, arrays and (3, H, W) tensors, one by one, of the input of a `Predictor`."""
-    if isinstance(images, str | Path):
-        yield from fetch_images([images]) if is_remote(images) else list_images(images)
-    elif _is_single(images):
-        yield images
-    elif isinstance(images, Iterable) and not isinstance(images, bytes | dict):
-        for image in images:
-            yield from _list_sources(image)
-    else:
-        raise TypeError(f"a path, PIL image, array, tensor or list of them was expected, not {type(images).__name__}")
-
-
-def _to_pixels(source: Any, channels: str, read: Callable[[Any], np.ndarray]) -> np.ndarray:
-    """(H, W, 3) uint8, RGB, of one source; channels: the order in an array; read: reads files and Pillow images.
+def _to_detector(detector: Any, device: str | torch.device | None) -> Detector:
+    """The detector that is given, or that of a checkpoint, ready to predict.
 
     Raises:
-        DataError: it can't be read, or has another shape or type than a picture.
+        TypeError: it is neither.
+        UserError: it is in training mode, or the checkpoint can't be fetched.
     """
-    if isinstance(source, Path | Image.Image):
-        return read(source)
-    if isinstance(source, Tensor):
-        return _from_tensor(source)
-    return _from_array(source, channels)
+    if isinstance(detector, str | Path):
+        return _open_detector(detector, device)
+    if not isinstance(detector, Detector):
+        raise TypeError(f"a Detector, or the path or name of a checkpoint, was expected, not {type(detector).__name__}")
+    if detector.network.training:
+        raise UserError("the detector is in training mode: call detector.eval() first")
+    return detector if device is None else detector.to(device)
 
 
-def _from_array(source: np.ndarray, channels: str) -> np.ndarray:
-    """(H, W, 3) uint8, RGB, of an array (H, W, 3) or (H, W)."""
-    if source.dtype != np.uint8 or source.ndim not in (2, 3) or (source.ndim == 3 and source.shape[2] != 3):
-        raise DataError(
-            f"an array must be (H, W, 3) or (H, W) of uint8, not {source.shape} of {source.dtype}. "
-            "Tensors may be (3, H, W), and floats in [0, 1]"
-        )
-    if not source.size:
-        raise DataError(f"an array of the shape {source.shape} holds no picture")
-    if source.ndim == 2:
-        return np.repeat(source[:, :, None], 3, 2)
-    return np.ascontiguousarray(source if channels == "RGB" else source[:, :, ::-1])
-
-
-def _from_tensor(image: Tensor) -> np.ndarray:
-    """(H, W, 3) uint8 of a tensor (3, H, W) of uint8, or of floats in [0, 1]."""
-    if image.ndim != 3 or len(image) != 3 or not image.numel():
-        raise DataError(f"a tensor must be (3, H, W) or (B, 3, H, W), not {tuple(image.shape)}")
-    if image.is_floating_point():
-        if not (image.min() >= 0 and image.max() <= 1):  # NaN fails, too
-            raise DataError("a tensor of floats must lie in [0, 1]; it must not be normalised")
-        image = (image.float() * 255).round().to(torch.uint8)
-    if image.dtype != torch.uint8:
-        raise DataError(f"a tensor must be uint8 or floats in [0, 1], not {image.dtype}")
-    return image.permute(1, 2, 0).contiguous().cpu().numpy()
+def _open_detector(
+    path: str | Path, device: str | torch.device | None, dtype: torch.dtype = torch.float32, copy: str = "auto"
+) -> Detector:
+    """The detector of a checkpoint, made fast for prediction. Arguments as of `Predictor.from_checkpoint`."""
+    detector = detector_from_checkpoint(path, copy)
+    fold_norms(detector.network)
+    detector.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    detector.network.to(dtype)  # pixel statistics stay float32
+    prepare_for_cpu(detector.network)
+    return detector

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Callable
+import re
+import secrets
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 from .printable import printable
+
+_PART = re.compile(r"(.+)\.[0-9a-f]{8}\.part")  # name of an unfinished file, see `whole_file`
+_NAME_BYTES = 64  # every file system allows names of so many
 
 
 class UserError(ValueError):
@@ -19,6 +28,23 @@ class DataError(UserError):
 
 class UsageError(UserError):
     """A mistyped argument or key; the message names the nearest right form. The exit code is 2."""
+
+
+class Stopped(Exception):
+    """A signal has stopped a run that can be continued; raised after its checkpoint was written.
+
+    Args:
+        code: exit code of the program, 130 after Ctrl-C, 143 after SIGTERM.
+        message: printed at the end of the program; "" for none.
+    """
+
+    def __init__(self, code: int, message: str = ""):
+        super().__init__(code, message)
+        self.code = code
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 def message_of(error: BaseException) -> str:
@@ -57,17 +83,71 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
     Raises:
         UserError: the disk is full, or the folder can't be written. The old content of `path` stays.
     """
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    try:
+    with whole_file(path) as part:
         write(part)
+
+
+def write_picture(path: str | Path, picture: Any, **options: Any) -> None:
+    """Write one of Pillow's images whole, see `write_whole`.
+
+    The file is encoded in memory first: Pillow writes JPEG without noticing that a full disk takes less than it gets.
+
+    Args:
+        path: the file to write or replace.
+        picture: a `PIL.Image.Image`.
+        options: of its `save`; `format` is needed.
+    """
+    encoded = io.BytesIO()
+    picture.save(encoded, **options)
+    write_whole(path, lambda part: part.write_bytes(encoded.getbuffer()))
+
+
+@contextmanager
+def whole_file(path: str | Path, suffix: str = ".part") -> Iterator[Path]:
+    """Make an empty temporary file beside `path`; move it to `path` at the end of the block, remove it after an error.
+
+    No other program uses its name, NAME.01234567.part, which is no longer than file systems allow.
+
+    Args:
+        path: the file to write or replace.
+        suffix: of the temporary name.
+
+    Raises:
+        UserError: the disk is full, or the folder can't be written. The old content of `path` stays.
+    """
+    path, part = Path(path), None
+    try:
+        part = _make_part(path, suffix)
+        yield part
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        part.unlink(missing_ok=True)
         full = f"the disk is full, or the file is too large for its file system ({error})"
         raise UserError(f"can't write {path}: {error if isinstance(error, OSError) else full}") from error
+    finally:
+        if part:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+
+
+def _make_part(path: Path, suffix: str) -> Path:
+    """Make an empty file of a name that no file has."""
+    while True:
+        end = f".{secrets.token_hex(4)}{suffix}"
+        longest = max(len(os.fsencode(path.name)), _NAME_BYTES) - len(end)
+        part = path.with_name(os.fsencode(path.name)[:longest].decode(errors="ignore") + end)
+        try:
+            os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            return part
+        except FileExistsError:
+            continue
+
+
+def finished_name(name: str) -> str:
+    """The name that a temporary file of `whole_file` was to get; "" for the name of any other file."""
+    match = _PART.fullmatch(name)
+    return match[1] if match else ""
 
 
 def make_folder(path: Path) -> None:
@@ -85,7 +165,34 @@ def make_folder(path: Path) -> None:
 def free_name(path: Path) -> Path:
     """`path` if nothing is there, else the first free of `path.1`, `path.2`, …"""
     number, free = 0, path
-    while free.exists():
+    while os.path.lexists(free):
         number += 1
         free = path.with_name(f"{path.name}.{number}")
     return free
+
+
+def make_free_folder(path: Path) -> Path:
+    """Make a folder of a free name, see `free_name`; of several programs at once, each makes one of its own.
+
+    Raises:
+        UserError: the folder can't be made.
+    """
+    while True:
+        free = free_name(path)
+        try:
+            free.mkdir(parents=True)
+            return free
+        except FileExistsError:  # another program was faster
+            continue
+        except OSError as error:
+            raise UserError(f"can't make the folder {free}: {error}") from error
+
+
+def clean_up(function: Callable[..., object], *args: Any) -> None:
+    """Call `function(*args)` at the end of something; after an error, errors of the function do not hide it."""
+    error = sys.exception()
+    try:
+        function(*args)
+    except Exception:
+        if error is None:
+            raise

@@ -92,12 +92,12 @@ def _within_moved_packages() -> dict[str, str]:
 _MOVED |= _within_moved_packages()
 
 
-def _current_name(name: str) -> str:
+def current_name(name: str) -> str:
     """The path of a module today: of one that has moved, or that lies in a package that has; else `name`."""
     parent, _, last = name.rpartition(".")
     if name in _MOVED or not parent:
         return _MOVED.get(name, name)
-    return f"{_current_name(parent)}.{last}"
+    return f"{current_name(parent)}.{last}"
 
 
 class _Loader(Loader):
@@ -125,7 +125,7 @@ class _Loader(Loader):
 
 class _Finder(MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None):
-        target = _current_name(name) if name.startswith("dino.") else name
+        target = current_name(name) if name.startswith("dino.") else name
         found = find_spec(target) if target != name else None
         if found is None:
             return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -136,6 +137,22 @@ def match_classes(theirs: Sequence[str], ours: Sequence[str]) -> dict[int, int]:
         once = {side: _only_once(names) for side, names in free.items()}
         found |= {label: once["theirs"][name] for name, label in once["ours"].items() if name in once["theirs"]}
     return dict(sorted(found.items()))
+
+
+def check_known(theirs: Sequence[str], ours: Sequence[str], path: str | Path) -> None:
+    """Raise a DataError if the data has classes that a checkpoint lacks, unless both have as many.
+
+    Args:
+        theirs: classes of the checkpoint. ours: of the data.
+        path: the checkpoint, for the message.
+    """
+    matched = match_classes(theirs, ours)
+    unknown = [name for label, name in enumerate(ours) if label not in matched]
+    if unknown and len(ours) != len(theirs):
+        raise DataError(
+            f"{path} has {len(theirs)} classes, the data has {len(ours)}, and the model does not know "
+            f"{', '.join(unknown[:5])}{' and more' if len(unknown) > 5 else ''}"
+        )
 
 
 def _only_once(names: dict[int, str]) -> dict[str, int]:

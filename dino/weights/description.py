@@ -24,8 +24,10 @@ from dino.modeling.detector import Detector, Preprocessing
 from dino.utils.files import DataError
 
 from .checkpoint_formats import recognise
+from .class_rows import check_known
 from .detector_backbones import name_any_detector
 from .inferred_description import open_checkpoint
+from .load_report import Report
 from .loading import load_weights
 from .names import StateDict
 from .reading import average_of, weights_of
@@ -80,20 +82,78 @@ def model_from_checkpoint(path: str | Path, *, copy: str = "auto") -> _ModelFrom
     return _build_model(content, path, copy)
 
 
+def detector_for_classes(
+    content: Mapping, path: str | Path, names: Sequence[str], *, copy: str = "auto"
+) -> tuple[Detector, Report]:
+    """Build the `Detector` of a checkpoint for the classes of a data set, and report on its weights.
+
+    The detector has the rows of these classes, by name. As many other names leave all rows in place.
+
+    Args:
+        content: of the file, see `open_checkpoint`.
+        path: the file, for messages.
+        names: of the classes of the data.
+        copy: "model", "ema" or "auto", as of `load_weights`.
+
+    Returns:
+        the detector, in evaluation mode, on the CPU; and the report.
+
+    Raises:
+        DataError: see `model_from_checkpoint`; or the data has classes that the model lacks.
+    """
+    config, known, preprocessing = read_description(content, path)
+    check_known(known, names, path)
+    network = _build_bounded(config, content, path, copy, len(names) if len(names) != len(known) else None)
+    report = load_weights(network, content, copy=copy, name=str(path), classes=names)
+    _check_whole(report, path)
+    _check_heads(network, names, path)
+    return Detector(network, preprocessing, names).eval(), report
+
+
+def set_classes(node: Any, classes: int, wanted: Any) -> Any:
+    """Give the parts of a description that have this number of `classes` the `wanted` number."""
+    if isinstance(node, list):
+        return [set_classes(child, classes, wanted) for child in node]
+    if not isinstance(node, dict):
+        return node
+    follows = {"num_classes": wanted} if node.get("num_classes") == classes else {}
+    return {key: set_classes(child, classes, wanted) for key, child in node.items()} | follows
+
+
+def _build_bounded(config: dict, content: Mapping, path: str | Path, copy: str, classes: int | None = None) -> DINO:
+    """Build the network of a file, no larger than its weights, with random ones; for fewer `classes` than the file's.
+
+    Raises:
+        DataError: it is larger, or can't be built.
+    """
+    compared = check_network_size(config, content, path, copy)
+    node = config["network"] if classes is None else set_classes(config["network"], len(content["names"]), classes)
+    try:
+        with nullcontext() if compared else SizeGuard(_all_weights(content, copy)):
+            return build_network({"network": node})
+    except Exception as error:  # wrong arguments can raise anything
+        raise _cannot_build(path, error) from error
+
+
+def _check_whole(report: Report, path: str | Path) -> None:
+    """Raise a DataError if a file lacked tensors of its own model."""
+    if report.fresh:
+        raise DataError(f"{path} lacks weights of its own model: {', '.join(list(report.fresh)[:3])}")
+
+
+def _check_heads(network: DINO, names: Sequence[str], path: str | Path) -> None:
+    """Raise a DataError unless a network has a name for each of its classes."""
+    classes = len(network.decoder.class_heads[0].bias)
+    if len(names) != classes:
+        raise DataError(f"{path} has {len(names)} names for {classes} classes")
+
+
 def _build_model(content: Mapping, path: str | Path, copy: str) -> _ModelFromCheckpoint:
     """`model_from_checkpoint` for the content of a file."""
     config, names, preprocessing = read_description(content, path)
-    compared = check_network_size(config, content, path, copy)
-    try:
-        with nullcontext() if compared else SizeGuard(_all_weights(content, copy)):
-            network = build_network(config)
-    except Exception as error:  # wrong arguments can raise anything
-        raise _cannot_build(path, error) from error
-    fresh = load_weights(network, content, copy=copy, name=str(path)).fresh
-    if fresh:
-        raise DataError(f"{path} lacks weights of its own model: {', '.join(list(fresh)[:3])}")
-    if len(names) != len(network.decoder.class_heads[0].bias):
-        raise DataError(f"{path} has {len(names)} names for {len(network.decoder.class_heads[0].bias)} classes")
+    network = _build_bounded(config, content, path, copy)
+    _check_whole(load_weights(network, content, copy=copy, name=str(path)), path)
+    _check_heads(network, names, path)
     return _ModelFromCheckpoint(network.eval(), names, preprocessing)
 
 
@@ -302,11 +362,16 @@ class _Stages(NamedTuple):
 def _torchvision_resnet(
     *, stem: str, stages: _Stages, out_features: Sequence[str], freeze_at: int = 0
 ) -> TorchvisionBackbone:
-    """Detectron2's ResNet from torchvision's, which computes the same. `freeze_at` matters in training only."""
+    """Detectron2's ResNet from torchvision's, which computes the same.
+
+    Args:
+        freeze_at: 1 does not train the stem, 2 neither `res2`, and so on.
+    """
     norm = {"SyncBN": "BN"}.get(stages.norm, stages.norm)
     if stages.stride_in_1x1 or norm not in ("BN", "FrozenBN") or stem not in ("BN", "FrozenBN", "SyncBN"):
         raise DataError(f"a ResNet with {tuple(stages)} is not torchvision's: Detectron2 would be needed")
-    return TorchvisionBackbone(f"resnet{stages.depth}", out_features=out_features, norm=norm)
+    freeze = [*("conv1", "bn1")[: 2 * freeze_at], *(f"layer{stage}" for stage in range(1, min(freeze_at, 5)))]
+    return TorchvisionBackbone(f"resnet{stages.depth}", out_features=out_features, norm=norm, freeze=freeze)
 
 
 def _resnet_stem(*, in_channels: int = 3, out_channels: int = 64, norm: str = "BN") -> str:

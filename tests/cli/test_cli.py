@@ -93,7 +93,7 @@ def test_choices_are_those_of_the_engines():
 def test_checking_data_needs_no_detectron2():
     code = (
         "import sys; sys.modules['detectron2'] = None; from dino import cli; "
-        "print(cli.main(['check', 'absent.json', '.']), cli.main(['train']))"
+        "print(cli.main(['check', 'absent.json', '.']), cli.main(['train', 'dino_r18_small_data']))"
     )
     result = run_python(code)
     assert result.stdout.split() == ["1", "1"], result.stderr

@@ -18,11 +18,11 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from dino.d2.detectron2_backbones import AsBackbone, regnet, vitdet
-from dino.d2.recipe_description import _plain
 from dino.d2.training import engine
 from dino.d2.training.memory_saving import checkpoint_activations
 from dino.modeling import ChannelMapper, TimmBackbone, TorchvisionBackbone
 from dino.modeling.backbones import extract, padding_of
+from dino.training.recipe_nodes import plain
 
 from .recipes import tiny_recipe
 
@@ -180,7 +180,7 @@ def test_checkpoints_can_describe_them(name):
             "Detectron2's ResNet becomes torchvision's, under other names: see tests/weights/test_description.py"
         )
     backbone = statements(name)[0]
-    again = description._build(json.loads(json.dumps(_plain(OmegaConf.to_container(backbone)))))
+    again = description._build(json.loads(json.dumps(plain(OmegaConf.to_container(backbone)))))
     shapes = {key: value.shape for key, value in instantiate(backbone).state_dict().items()}
     assert {key: value.shape for key, value in again.state_dict().items()} == shapes
 

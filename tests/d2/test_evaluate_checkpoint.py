@@ -6,9 +6,12 @@ import pytest
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
+import numpy as np
+import torch
 from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
 
+import dino
 from dino import cli
 from dino.d2.checkpoint import Checkpointer
 from dino.d2.recipe_description import describe
@@ -157,3 +160,56 @@ def test_what_is_missing_is_named(trained, tmp_path, capsys, words, message):
     assert cli.main(["eval", *words, *file_arguments(val=files), "--output", str(tmp_path / "out")]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def annotate(files, results):
+    """Let every fourth detection be an object, shifted by a pixel, so that AP is neither 0 nor 1."""
+    boxes = [(r, [r["bbox"][0] + 1, *r["bbox"][1:]]) for r in results[::4]]
+    entries = [
+        {"id": n, "image_id": r["image_id"], "category_id": r["category_id"], "bbox": box, "iscrowd": 0}
+        for n, (r, box) in enumerate(boxes, 1)
+    ]
+    files.change(lambda content: content.update(annotations=entries))
+
+
+def add_average(path, seed=1):
+    """Add averaged weights to a checkpoint, which differ from the others."""
+    content = torch.load(path)
+    generator = torch.Generator().manual_seed(seed)
+    noisy = {
+        key: value + 0.05 * torch.randn(value.shape, generator=generator)
+        if key.startswith("network.decoder")
+        else value
+        for key, value in content["model"].items()
+    }
+    torch.save({**content, "ema": {"model": noisy, "updates": 3}}, path)
+
+
+@pytest.mark.parametrize(
+    "categories",
+    [pytest.param((7, 40, 900), marks=pytest.mark.slow), (40, 7)],
+    ids=["all classes", "some classes"],
+)
+def test_both_roads_find_the_same(tmp_path, categories, capsys):
+    """With Detectron2 and without: AP of raw and averaged weights."""
+    files = write_coco(tmp_path / "val", category_ids=categories)
+    every = write_coco(tmp_path / "every")
+    weights = save_model(tmp_path, ["red", "green", "blue"], *file_arguments(val=every))
+    add_average(weights)
+    roads = {"plain": tmp_path / "plain", "detectron2": tmp_path / "full"}
+    val = (files.annotations, files.images)
+    dino.evaluate(weights, val=val, output=tmp_path / "first", engine="plain")
+    annotate(files, results_of(tmp_path / "first"))
+    metrics = {road: dino.evaluate(weights, val=val, output=roads[road], engine=road) for road in roads}
+    assert 0.05 < metrics["plain"]["AP"] < 0.9
+    for key, value in metrics["detectron2"].items():
+        if isinstance(value, float):
+            assert metrics["plain"][key] == pytest.approx(value, abs=1e-6)
+    names = ("inference/coco_instances_results.json", "inference/averaged/coco_instances_results.json")
+    for name in names:
+        one, other = (json.loads((folder / name).read_text()) for folder in roads.values())
+        assert [r["category_id"] for r in one] == [r["category_id"] for r in other]
+        assert np.allclose([r["bbox"] for r in one], [r["bbox"] for r in other], atol=1e-3)
+        assert np.allclose([r["score"] for r in one], [r["score"] for r in other], atol=1e-5)
+    assert (roads["plain"] / names[0]).read_text() != (roads["plain"] / names[1]).read_text()
+    assert "averaged weights: AP " in capsys.readouterr().out

@@ -129,6 +129,23 @@ def test_labels_out_of_range_name_the_file(label):
         losses_of(tiny_detector(), inputs)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_data_of_another_number_of_classes_says_what_to_set(training):
+    """Of fewer classes no label is out of range, so that nothing else would notice it."""
+    model = tiny_detector().train(training)
+    with pytest.raises(ValueError, match=r"b.png: the data has 2 classes, the model 3: .*cfg\.model\.num_classes"):
+        model([random_input("a.png"), {**random_input("b.png"), "num_classes": 2}])
+
+
+def test_detections_below_the_threshold_are_left_out():
+    model, inputs = tiny_detector(), [random_input("a.png")]
+    everything = detect(model, inputs)[0]
+    model.score_thresh = everything.scores.median().item()
+    found = detect(model, inputs)[0]
+    assert 0 < len(found) < len(everything)
+    assert torch.equal(found.scores, everything.scores[everything.scores >= model.score_thresh])
+
+
 def test_non_finite_predictions_name_the_file():
     inputs = [random_input("good.png"), random_input("bad.png")]
     inputs[1]["image"] = torch.full((3, 64, 80), float("nan"))

@@ -16,7 +16,8 @@ from torch import nn
 
 from dino.d2 import recipe
 from dino.d2.checkpoint import Checkpointer
-from dino.d2.recipe_description import _plain, describe, recipe_of
+from dino.d2.recipe_description import describe, recipe_of
+from dino.training.recipe_nodes import plain
 from dino.utils.files import DataError, UserError
 from dino.weights.description import _PARTS_OF_DETECTRON2, model_from_checkpoint
 
@@ -90,10 +91,10 @@ def test_listed_names_are_those_that_recipes_store():
 def test_descriptions_are_plain_text():
     config = describe(small_recipe())["config"]
     assert json.loads(config)["network"]["decoder"]["num_classes"] == 3  # interpolations are resolved
-    assert _plain({"a": nn.GELU, "b": [nn.functional.relu, (1, 2.5)], "c": None, "d": True, "e": lambda x: x})["a"] == (
+    assert plain({"a": nn.GELU, "b": [nn.functional.relu, (1, 2.5)], "c": None, "d": True, "e": lambda x: x})["a"] == (
         "torch.nn.GELU"
     )
-    json.dumps(_plain({"a": object(), "b": lambda x: x}))
+    json.dumps(plain({"a": object(), "b": lambda x: x}))
 
 
 def test_a_resize_without_a_bound_is_described(tmp_path):

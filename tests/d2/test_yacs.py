@@ -93,6 +93,18 @@ def test_default_trainer_and_predictor(files, tmp_path):
     assert len(found) == 10
 
 
+def test_score_threshold(tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    scores = [DefaultPredictor(tiny_config(tmp_path, "MODEL.DINO.SCORE_THRESH_TEST", s))(picture) for s in (0.0, 1.0)]
+    assert [len(found["instances"]) for found in scores] == [10, 0]
+
+
+def test_configs_from_before_the_score_threshold_work(tmp_path):
+    cfg = tiny_config(tmp_path)
+    del cfg.MODEL.DINO["SCORE_THRESH_TEST"]
+    assert build_model(cfg).score_thresh == 0
+
+
 def test_adamw_as_published(tmp_path):
     cfg = tiny_config(tmp_path)
     model = build_model(cfg)

@@ -262,7 +262,7 @@ def test_numbers_out_of_range(options, message):
         (np.zeros((3, 4, 5), np.uint8), r"\(3, 4, 5\) of uint8"),
         (np.zeros((4, 5, 3), np.float32), "float32"),
         (np.zeros((0, 5, 3), np.uint8), "holds no picture"),
-        (np.zeros((1, 2, 3, 3), np.uint8), "must be"),
+        (np.zeros((1, 2, 3, 4), np.uint8), "must be"),
         (torch.zeros(4, 5, 3), r"not \(4, 5, 3\)"),
         (torch.zeros(3, 0, 3), r"not \(3, 0, 3\)"),
         (torch.full((3, 4, 5), 2.0), r"must lie in \[0, 1\]"),

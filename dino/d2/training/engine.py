@@ -27,6 +27,7 @@ from dino.d2.recipe import names_of, use_epochs
 from dino.d2.recipe_description import describe
 from dino.layers.cpu_feed_forward import use_cpu_feed_forward
 from dino.training.progress import Progress
+from dino.training.start_summary import closing_lines, evaluation_lines, start_lines
 from dino.utils.files import DataError
 from dino.weights import load_weights
 
@@ -37,7 +38,8 @@ from .gpu_speed import compile_if_wanted, replayed, use_precision
 from .hooks import AverageWeights, Checkpoints, ProgressBar, StopOnSignal
 from .memory_saving import checkpoint_activations
 from .parallel import drop_shards, from_main, gather_shards, note_start, unwrapped, wrap_ddp_or_fsdp
-from .run_summary import describe_run, summarise_data, summarise_plan
+from .run_log import Watched, prints_to_log, show, take_warnings
+from .run_summary import describe_run, start_plan, summarise_data, summarise_plan
 from .sampler import seed_random
 from .trainer import EndOfTraining, Trainer
 from .writers import ConsoleWriter, WandbWriter, draw_curves, forget_metrics
@@ -45,8 +47,13 @@ from .writers import ConsoleWriter, WandbWriter, draw_curves, forget_metrics
 logger = logging.getLogger("detectron2.dino")
 
 
-def train(cfg: DictConfig, resume: bool) -> dict:
+def train(cfg: DictConfig, resume: bool, recipe: str = "a recipe") -> dict:
     """Train a recipe to its end.
+
+    Args:
+        cfg: a complete recipe.
+        resume: continue the run in `train.output_dir`.
+        recipe: its name, for the console.
 
     Returns:
         the metrics of the last evaluation; those of averaged weights under "ema".
@@ -56,8 +63,9 @@ def train(cfg: DictConfig, resume: bool) -> dict:
     """
     _use_determinism(cfg)
     use_precision(cfg)
+    folder = cfg.train.output_dir
     images = instantiate(cfg.dataloader.train.dataset)
-    doubts = summarise_data(cfg, images, instantiate(cfg.dataloader.test.dataset))
+    data = summarise_data(cfg, images, instantiate(cfg.dataloader.test.dataset))
     use_epochs(cfg, len(images))
     about = describe_run(images, cfg.train.seed)
     del images
@@ -65,7 +73,7 @@ def train(cfg: DictConfig, resume: bool) -> dict:
     model = _build_model(cfg)
     checkpointer = Checkpointer(
         model,
-        cfg.train.output_dir,
+        folder,
         names=names_of(cfg.dataloader.train.dataset),
         category_ids=_category_ids_of(cfg.dataloader.train.dataset),
         about={**about, **describe(cfg)},
@@ -81,9 +89,12 @@ def train(cfg: DictConfig, resume: bool) -> dict:
         if part:
             checkpointer.add_checkpointable(key, part)
     start = trainer.iter + 1 if "trainer" in content else 0
-    progress = _start_progress(cfg, trainer, start, doubts)
+    progress = _start_progress(cfg, trainer, start, data.doubts)
     if comm.is_main_process():
         checkpointer.add_about(recipe=_start_folder(cfg))
+        plan = start_plan(cfg, unwrapped(trainer.model), trainer.optimizer, data.train.images, start)
+        weights = _describe_weights(checkpointer)
+        show(start_lines(recipe, data.train, data.val, data.sizes, plan, weights, folder, take_warnings()))
     results: dict = {}
     trainer.register_hooks(_list_hooks(cfg, trainer, checkpointer, ema, results, progress))
     try:
@@ -92,8 +103,24 @@ def train(cfg: DictConfig, resume: bool) -> dict:
         logger.info(f"training ended after {trainer.iter + 1} of {cfg.train.max_iter} iterations")
     finally:
         if comm.is_main_process():
-            draw_curves(cfg.train.output_dir, checkpointer.names)
+            draw_curves(folder, checkpointer.names)
+    if comm.is_main_process():
+        show(closing_lines(folder, results, _files_of(cfg.dataloader.test.dataset)))
     return results
+
+
+def _describe_weights(checkpointer: Checkpointer) -> str:
+    """One line on the weights at the start."""
+    if checkpointer.report is None:
+        return "random: train.init_checkpoint is empty"
+    return f"{checkpointer.source}: {checkpointer.report.summary}"
+
+
+def _files_of(node: DictConfig) -> tuple[str, str] | None:
+    """Annotations and images of the data set in a recipe's `L(dataset)(…)`; None for a registered set without them."""
+    metadata = MetadataCatalog.get(node.name)
+    files = metadata.get("json_file"), metadata.get("image_root")
+    return files if all(files) else None
 
 
 def _category_ids_of(node: DictConfig) -> list[int]:
@@ -137,7 +164,9 @@ def _start_folder(cfg: DictConfig) -> str:
     folder = Path(cfg.train.output_dir)
     note_start(folder)
     LazyConfig.save(cfg, str(folder / "config.yaml"))
-    return (folder / "config.yaml").read_text()
+    text = (folder / "config.yaml").read_text()
+    logger.info(f"complete recipe:\n{text}")
+    return text
 
 
 def _build_model(cfg: DictConfig) -> nn.Module:
@@ -279,6 +308,8 @@ def _evaluate(cfg: DictConfig, model: nn.Module, ema: Ema | None = None) -> dict
             averaged = _evaluate_weights(cfg, model, "averaged weights", folder="averaged")
             drop_shards(model)
         result = {**result, **({"ema": averaged} if averaged else {})}
+    if comm.is_main_process():
+        show(evaluation_lines(result))
     return result
 
 
@@ -294,8 +325,9 @@ def _evaluate_weights(cfg: DictConfig, model: nn.Module, kind: str, folder: str 
     amp = cfg.train.amp
     low = amp.enabled and amp.evaluation
     autocast = torch.autocast(torch.device(cfg.train.device).type, getattr(torch, amp.dtype)) if low else nullcontext()
-    with autocast, replayed(model, cfg.train.cuda_graphs):
-        result = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(evaluator))
+    loader = Watched(instantiate(cfg.dataloader.test), f"evaluation, {kind}: batch")
+    with autocast, replayed(model, cfg.train.cuda_graphs), prints_to_log():
+        result = inference_on_dataset(model, loader, instantiate(evaluator))
     if comm.is_main_process():
         print_csv_format(result)
     return result or {}
@@ -326,6 +358,8 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
         DataError: the file lacks a tensor of the recipe's model.
     """
     use_precision(cfg)
+    for text in take_warnings():
+        show([f"warning: {text}"])
     model = _build_model(cfg).eval()
     compile_if_wanted(cfg, model)
     names = names_of(cfg.dataloader.test.dataset)

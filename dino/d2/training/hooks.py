@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dino.d2.checkpoint import Checkpointer
+from dino.training.progress_bar import ProgressLine
 
 from .ema import Ema
 from .trainer import EndOfTraining
@@ -121,22 +120,23 @@ class StopOnSignal(HookBase):
 
 
 class ProgressBar(HookBase):
-    """A progress bar below the log on a terminal; nothing if the output is a file."""
+    """The progress on the console, see `ProgressLine`."""
+
+    def __init__(self):
+        self.line: ProgressLine | None = None
 
     def before_train(self) -> None:
-        """Draw the bar."""
-        start, stop = self.trainer.start_iter, self.trainer.max_iter
-        self.bar = tqdm(total=stop, initial=start, disable=None, unit="it", dynamic_ncols=True, leave=False)
-        self.redirect = logging_redirect_tqdm([logging.getLogger("detectron2")])
-        if not self.bar.disable:
-            self.redirect.__enter__()
+        """Start it."""
+        self.line = ProgressLine(self.trainer.start_iter, self.trainer.max_iter)
+        self.line.__enter__()
 
     def after_step(self) -> None:
-        """Advance the bar."""
-        self.bar.update()
+        """Advance it; the loss is that of the last logged iteration."""
+        latest = self.trainer.storage.latest()
+        values = {"loss": latest["total_loss"][0]} if "total_loss" in latest else {}
+        self.line.step(self.trainer.iter + 1, values)
 
     def after_train(self) -> None:
-        """Remove the bar."""
-        if not self.bar.disable:
-            self.redirect.__exit__(None, None, None)
-        self.bar.close()
+        """Remove it; an error may have come before its start."""
+        if self.line:
+            self.line.__exit__()

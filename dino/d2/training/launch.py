@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from detectron2.engine import default_setup
 from torch.multiprocessing import ProcessRaisedException
 
 from dino.d2 import follow_file, recipe
@@ -15,6 +15,7 @@ from dino.utils.recipes import find_recipe
 
 from . import engine, parallel
 from .memory_saving import OutOfMemory
+from .run_log import run_log
 
 
 class Job(NamedTuple):
@@ -26,6 +27,7 @@ class Job(NamedTuple):
         files: data that replaces the recipe's.
         eval_only: evaluate `train.init_checkpoint`, train nothing.
         resume: continue the run in `train.output_dir`.
+        overwrite: move a run that is in `train.output_dir` aside.
     """
 
     config_file: str
@@ -33,6 +35,7 @@ class Job(NamedTuple):
     files: recipe.DataFiles = recipe.NO_FILES
     eval_only: bool = False
     resume: bool = False
+    overwrite: bool = False
 
 
 def run(job: Job, processes: parallel.Processes) -> None:
@@ -51,13 +54,13 @@ def _work(job: Job) -> None:
     cfg = recipe.load_recipe(job.config_file, job.overrides, job.files, eval_only=job.eval_only)
     resume = recipe.choose_output(cfg, eval_only=job.eval_only, resume=job.resume)
     messages = follow_file.follow(cfg, job.overrides, resume=resume)
-    default_setup(cfg, job)  # opens the log and writes the recipe
-    follow_file.log(messages)
-    if job.eval_only:
-        engine.evaluate_checkpoint(cfg)
-    else:
-        recipe.scale_to_batch(cfg, job.overrides)
-        engine.train(cfg, resume)
+    with run_log(cfg, job):
+        follow_file.log(messages)
+        if job.eval_only:
+            engine.evaluate_checkpoint(cfg)
+        else:
+            recipe.scale_to_batch(cfg, job.overrides)
+            engine.train(cfg, resume, Path(job.config_file).stem)
 
 
 def launch(function: Callable, processes: parallel.Processes, *args: Any) -> None:

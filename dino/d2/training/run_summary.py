@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import subprocess
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,20 +23,33 @@ from torch import nn
 import dino
 from dino.d2.recipe import names_of
 from dino.data.coco import no_objects
-from dino.layers.ops.operator_report import operator_lines
+from dino.layers.ops.operator_report import operator_form, operator_lines
 from dino.modeling import float32_precision
 from dino.training.progress import Objects
+from dino.training.start_summary import Plan, Split
 from dino.utils.files import DataError
 from dino.utils.printable import printable
 
 logger = logging.getLogger("detectron2.dino")
 
 
-def summarise_data(cfg: DictConfig, images: list[dict], val_images: list[dict]) -> list[str]:
-    """Log a summary of the training data, and warn of classes without objects and of limits that are too low.
+class DataSummary(NamedTuple):
+    """The data of a training.
 
-    Returns:
-        what looks wrong in the data, see `Objects.doubts`.
+    Args:
+        train, val: numbers of images and objects.
+        sizes: (N,) square roots of the areas of training objects after the evaluation's resize, in pixels.
+        doubts: what looks wrong, see `Objects.doubts`.
+    """
+
+    train: Split
+    val: Split
+    sizes: np.ndarray
+    doubts: list[str]
+
+
+def summarise_data(cfg: DictConfig, images: list[dict], val_images: list[dict]) -> DataSummary:
+    """Log a summary of the training data, and warn of classes without objects and of limits that are too low.
 
     Raises:
         DataError: there are no images, or no objects; validation data without objects have no AP to stop early by.
@@ -59,7 +74,7 @@ def summarise_data(cfg: DictConfig, images: list[dict], val_images: list[dict]) 
     doubts = Objects(sizes, _shares(images), _count(names, images), _count(names, val_images), scores).doubts()
     for doubt in doubts:
         logger.warning(doubt)
-    return doubts
+    return DataSummary(_split(names, images), _split(names, val_images), sizes, doubts)
 
 
 def _refuse_no_objects(cfg: DictConfig, images: list[dict], val_images: list[dict]) -> None:
@@ -84,6 +99,12 @@ def _no_objects(name: str, images: list[dict]) -> str | None:
 def _count(names: list[str], images: list[dict]) -> Counter[str]:
     """Number of objects of each class, by its name."""
     return Counter(names[o["category_id"]] for x in images for o in x["annotations"])
+
+
+def _split(names: list[str], images: list[dict]) -> Split:
+    """Numbers of images and objects."""
+    counts = _count(names, images)
+    return Split(len(images), sum(not x["annotations"] for x in images), {name: counts[name] for name in names})
 
 
 def _shares(images: list[dict]) -> np.ndarray:
@@ -162,6 +183,40 @@ def summarise_plan(cfg: DictConfig, model: nn.Module, optimizer: torch.optim.Opt
             ]
         )
     )
+
+
+def start_plan(cfg: DictConfig, model: nn.Module, optimizer: torch.optim.Optimizer, images: int, start: int) -> Plan:
+    """The training plan for the summary on the console.
+
+    Args:
+        images: number of training images.
+        start: completed iterations.
+    """
+    train, world = cfg.train, comm.get_world_size()
+    device = torch.device(train.device)
+    batch = cfg.dataloader.train.get("total_batch_size", 0)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return Plan(
+        batch=batch,
+        iterations=train.max_iter,
+        per_epoch=math.ceil(images / batch) if batch else 0,
+        eval_period=train.eval_period,
+        rates=_rates_by_part(model, optimizer),
+        precision=train.amp.dtype if train.amp.enabled else "float32",
+        device=f"{world} processes on {where}" if world > 1 else where,
+        operator=operator_form(device),
+        start=start,
+    )
+
+
+def _rates_by_part(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The highest learning rate of the backbone and that of all other parameters."""
+    slow = {id(p) for name, p in model.named_parameters() if "backbone." in name}
+    rates: dict[str, float] = {}
+    for group in optimizer.param_groups:
+        for part in {"backbone" if id(p) in slow else "the rest" for p in group["params"]}:
+            rates[part] = max(group["lr"], rates.get(part, 0.0))
+    return rates if len(set(rates.values())) > 1 else {"all": max(rates.values())}
 
 
 def _learning_rates(optimizer: torch.optim.Optimizer) -> str:

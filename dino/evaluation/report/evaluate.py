@@ -56,11 +56,14 @@ def choose_folder(wanted: Path | None) -> Path:
     return folder
 
 
-def write_evaluation(folder: Path, detected: Detected, shown: int = 24) -> None:
+def write_evaluation(folder: Path, detected: Detected, shown: int = 24) -> dict[str, Any]:
     """Write the report and, for data with annotations, the metrics; print a table of them.
 
     Args:
         shown: number of images to draw.
+
+    Returns:
+        the content of metrics.json: AP in [0, 1], -1 where undefined; nothing for data without annotations.
 
     Raises:
         DataError: the detections are broken or don't belong to the data.
@@ -73,12 +76,14 @@ def write_evaluation(folder: Path, detected: Detected, shown: int = 24) -> None:
     shown_in = f"{len({entry['image_id'] for entry in found}):,} of {len(data['images']):,} images"
     print(f"comparing {len(found):,} detections in {shown_in}", flush=True)
     analysis = write_report(page, data=data, results=found, files=files, details=details, shown=shown)
+    metrics = {}
     if analysis:
-        _write_metrics(folder / "metrics.json", analysis)
+        metrics = _write_metrics(folder / "metrics.json", analysis)
         print(_table(analysis))
     else:
         print(f"{details['Data']} has no annotations: the page shows {len(found)} predictions, no AP")
     print(f"report written to {page}")
+    return metrics
 
 
 def _table(analysis: Analysis) -> str:
@@ -108,8 +113,8 @@ def _cost_lines(analysis: Analysis) -> list[str]:
     ]
 
 
-def _write_metrics(path: Path, analysis: Analysis) -> None:
-    """The figures of the tables as JSON: AP in [0, 1], -1 where undefined."""
+def _write_metrics(path: Path, analysis: Analysis) -> dict[str, Any]:
+    """Write the figures of the tables as JSON: AP in [0, 1], -1 where undefined -> the content."""
     content = {
         **analysis.ap,
         "threshold": analysis.threshold,
@@ -118,4 +123,6 @@ def _write_metrics(path: Path, analysis: Analysis) -> None:
         "classes": [row._asdict() for row in analysis.rows],
         "error_costs": [cost._asdict() for cost in analysis.costs],
     }
-    write_whole(path, lambda part: part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))
+    text = json.dumps(content, indent=1)
+    write_whole(path, lambda part: part.write_text(f"{text}\n", encoding="utf-8"))
+    return json.loads(text)

@@ -20,6 +20,12 @@ def operator_lines() -> list[str]:
     return lines
 
 
+def operator_form(device: torch.device) -> str:
+    """Which form of the operator runs on a device; why, if it is not the compiled one."""
+    form = _runs(operator.requested(), device)
+    return form.partition(":")[0] if form.startswith("the compiled") else form
+
+
 def _build(part: str, file: os.PathLike) -> str:
     if not os.path.exists(file):
         return f"none; {operator.HINT}"

@@ -22,7 +22,8 @@ BATCH = "dataloader.train.total_batch_size"
 
 
 def summarise(cfg):
-    return run_summary.summarise_data(cfg, *(instantiate(cfg.dataloader[key].dataset) for key in ("train", "test")))
+    data = [instantiate(cfg.dataloader[key].dataset) for key in ("train", "test")]
+    return run_summary.summarise_data(cfg, *data).doubts
 
 
 def edit(split, folder, **values):
