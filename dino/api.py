@@ -37,11 +37,12 @@ def evaluate(
         DataError: checkpoint or data can't be used.
     """
     from dino.evaluation.report.evaluate import choose_folder, write_evaluation
+    from dino.training.curves import run_curves
 
     folder = choose_folder(Path(output) if output else None)
     val_json, val_images = _pair("val", val)
     detected = detect(folder, str(checkpoint), val_json=val_json, val_images=val_images, engine=engine)
-    return write_evaluation(folder, detected, shown)
+    return write_evaluation(folder, detected, shown, run_curves(detected.details.get("Weights")))
 
 
 def detect(
