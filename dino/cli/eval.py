@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("`dino eval` starts its processes itself: write --num-gpus N instead of torchrun")
 
     from dino.evaluation.report import evaluate
+    from dino.training.curves import run_curves
 
     with evaluate.claim_report(args.output) as folder:
         if args.results:
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 dataset=args.dataset,
                 num_gpus=args.num_gpus,
             )
-        evaluate.write_evaluation(folder, detected, args.shown)
+        evaluate.write_evaluation(folder, detected, args.shown, run_curves(detected.details.get("Weights")))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -299,7 +299,7 @@ def test_names_with_spaces_unicode_and_what_can_be_no_file(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "error: missing files (2)" in out
     assert "1 errors" not in out
-    assert "bild ü.png: 1 objects" in (tmp_path / "preview.html").read_text()
+    assert "bild ü.png: 1 object" in (tmp_path / "preview.html").read_text()
 
 
 def test_huge_and_strange_pictures_are_unreadable_not_fatal(tmp_path):
