@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
-from dino.d2.training.parallel import from_main, whole
+from dino.d2.training.parallel import from_main
+from dino.training.shards import whole
 from dino.utils.files import DataError, UserError, write_whole
 from dino.utils.run_folder import drop_old, last_whole
 from dino.weights import MIN_BACKBONE, Report, load_weights, read_content, same_names

@@ -26,21 +26,23 @@ from dino.d2.data_loading import load_dataset
 from dino.d2.recipe import names_of, use_epochs
 from dino.d2.recipe_description import describe
 from dino.layers.cpu_feed_forward import use_cpu_feed_forward
+from dino.training.ema import Ema
+from dino.training.gpu_speed import compile_if_wanted, replayed, use_deterministic_kernels, use_precision
+from dino.training.memory_saving import checkpoint_activations
+from dino.training.plan_summary import describe_run, start_plan, summarise_plan
 from dino.training.progress import Progress
 from dino.training.recipe_reading import save_recipe
+from dino.training.run_log import Watched, prints_to_log, show, take_warnings
+from dino.training.shards import unwrapped
 from dino.training.start_summary import closing_lines, evaluation_lines, start_lines
 from dino.utils.files import DataError, clean_up
 from dino.weights import load_weights
 
 from .batch_pictures import MOST_IMAGES, BatchPictures, draw_predictions
-from .ema import Ema
 from .evaluation_hook import Evaluation
-from .gpu_speed import compile_if_wanted, replayed, use_precision
 from .hooks import AverageWeights, Checkpoints, ProgressBar, StopOnSignal
-from .memory_saving import checkpoint_activations
-from .parallel import drop_shards, from_main, gather_shards, unwrapped, wrap_ddp_or_fsdp
-from .run_log import Watched, prints_to_log, show, take_warnings
-from .run_summary import describe_run, start_plan, summarise_data, summarise_plan
+from .parallel import drop_shards, from_main, gather_shards, wrap_ddp_or_fsdp
+from .run_summary import summarise_data
 from .sampler import seed_random
 from .trainer import EndOfTraining, Trainer
 from .writers import ConsoleWriter, MetricsWriter, WandbWriter, draw_curves, forget_metrics
@@ -62,7 +64,9 @@ def train(cfg: DictConfig, resume: bool, recipe: str = "a recipe") -> dict:
     Raises:
         DataError: recipe, data or weights can't be used.
     """
-    _use_determinism(cfg)
+    if cfg.train.seed < 0:
+        cfg.train.seed = comm.shared_random_seed()
+    use_deterministic_kernels(cfg)
     use_precision(cfg)
     folder = cfg.train.output_dir
     images = instantiate(cfg.dataloader.train.dataset)
@@ -219,16 +223,6 @@ def _build_trainer(cfg: DictConfig, model: nn.Module, about: dict) -> tuple[Trai
         skip_non_finite=cfg.train.skip_non_finite,
     )
     return trainer, Ema(model, cfg.train.ema.decay) if cfg.train.ema.enabled else None
-
-
-def _use_determinism(cfg: DictConfig) -> None:
-    """Set the seed, the same for all processes, and deterministic kernels if the recipe enables them."""
-    if cfg.train.seed < 0:
-        cfg.train.seed = comm.shared_random_seed()
-    if cfg.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.benchmark = False
-        torch.use_deterministic_algorithms(True, warn_only=True)  # a few kernels have no such form, see the docs
 
 
 def _list_hooks(

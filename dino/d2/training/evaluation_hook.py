@@ -17,7 +17,7 @@ from dino.d2.checkpoint import Checkpointer
 from dino.training.metrics_file import is_number
 from dino.utils.files import DataError, write_whole
 
-from .ema import Ema
+
 from .parallel import from_main
 from .trainer import EndOfTraining
 

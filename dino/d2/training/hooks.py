@@ -10,10 +10,9 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
 from dino.d2.checkpoint import Checkpointer
+from dino.training.ema import Ema
 from dino.training.progress_bar import ProgressLine
 from dino.training.stop_signal import Stopped, StopSignal
-
-from .ema import Ema
 
 logger = logging.getLogger("detectron2.dino")
 

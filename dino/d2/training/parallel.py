@@ -1,4 +1,4 @@
-"""Several processes: starting them, averaging gradients, and tensors of a sharded model."""
+"""Several processes: starting them, and a model that they share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -18,13 +18,10 @@ from detectron2.engine.defaults import create_ddp_model
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.multiprocessing import ProcessExitedException
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map_only
 
 from dino.modeling.blocks import find_blocks
 from dino.utils.files import Stopped, UserError
@@ -48,8 +45,11 @@ class Processes(NamedTuple):
     dist_url: str = "auto"
 
 
-def launch(main: Callable, processes: Processes, *args: Any) -> None:
-    """Run `main(*args)` in every process: one of torchrun's, or `processes.num_gpus` new ones.
+def launch(main: Callable, processes: Processes, *args: Any) -> Any:
+    """Run `main(*args)` in every process: this one, one of torchrun's, or `processes.num_gpus` new ones.
+
+    Returns:
+        the value of `main` if this process is the only one.
 
     Raises:
         UserError: the numbers of processes make no sense.
@@ -60,15 +60,14 @@ def launch(main: Callable, processes: Processes, *args: Any) -> None:
             main(*args)
         finally:
             _leave_group()
-        return
+        return None
     num_gpus, num_machines, machine_rank, url = processes
     if torch.cuda.is_available() and num_gpus > torch.cuda.device_count():
         raise UserError(f"--num-gpus {num_gpus}, but this machine has {torch.cuda.device_count()}")
     if num_machines == 1:
         url = "auto"  # Detectron2's default port follows from the user: a second run would meet the first one
     if num_gpus * num_machines == 1:
-        main(*args)
-        return
+        return main(*args)
     code = multiprocessing.get_context("spawn").Value("i", 0)
     with _signals_passed_on() as received:
         try:
@@ -79,6 +78,7 @@ def launch(main: Callable, processes: Processes, *args: Any) -> None:
             raise UserError(f"the training ended: {error}. Is the memory of the machine full?") from error
     if code.value:
         raise Stopped(code.value)
+    return None
 
 
 @contextmanager
@@ -187,18 +187,6 @@ def wrap_ddp_or_fsdp(model: nn.Module, cfg: DictConfig) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def gradients_shared(model: nn.Module, now: bool) -> AbstractContextManager:
-    """Within the block, backward passes average their gradients over the processes only if `now`."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(now)
-    return model.no_sync() if isinstance(model, DistributedDataParallel) and not now else nullcontext()
-
-
 def gather_shards(model: nn.Module) -> None:
     """Gather a sharded model on every process, and keep it whole: for evaluation, where batches are uneven."""
     for module in _sharded_modules(model):
@@ -216,20 +204,3 @@ def drop_shards(model: nn.Module) -> None:
 def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
     """The sharded parts of a model; none without `train.parallel=fsdp`."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
-def local(x: Tensor) -> Tensor:
-    """This process's shard of a tensor, with the same memory; the tensor itself if it is not sharded."""
-    return x.to_local() if isinstance(x, DTensor) else x
-
-
-def shard_like(x: Tensor, reference: Tensor) -> Tensor:
-    """Shard the whole tensor `x`, equal on all processes, as `reference` is sharded."""
-    if not isinstance(reference, DTensor) or x.shape != reference.shape:
-        return x
-    return distribute_tensor(x.to(reference.device), reference.device_mesh, reference.placements, src_data_rank=None)
-
-
-def whole(state):
-    """Gather all shards of a tensor or of a nested state; all processes must call it."""
-    return tree_map_only(DTensor, lambda x: x.full_tensor(), state)

@@ -13,10 +13,11 @@ from detectron2.utils.events import EventWriter
 from torch import nn
 
 from dino.d2.checkpoint import Checkpointer
-from dino.d2.training.ema import Ema
-from dino.d2.training.evaluation_hook import Evaluation, _read_record
+from dino.d2.training.evaluation_hook import Evaluation
 from dino.d2.training.hooks import AverageWeights, Checkpoints
 from dino.d2.training.trainer import EndOfTraining
+from dino.training.ema import Ema
+from dino.training.evaluation_record import read_record
 from dino.utils.files import DataError
 
 
@@ -174,7 +175,7 @@ def test_damaged_records_of_any_bytes(tmp_path):
             content[place : place + 1] = [draw.choice(b'{}[]",:0123456789.eE-+ \x00\xff')]
         path.write_bytes(content)
         try:
-            record = _read_record(str(path))
+            record = read_record(path)
         except DataError as error:
             assert "evaluations.json is damaged" in str(error)  # noqa: PT017
         else:
