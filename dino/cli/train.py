@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 
 from dino.cli import new_parser
-from dino.utils.files import UsageError
+from dino.utils.files import UsageError, UserError
 from dino.utils.overrides import SHORT_NAMES, is_override
 
 _EXAMPLES = """
@@ -87,19 +87,24 @@ def main(argv: Sequence[str] | None = None, prog: str = "dino train") -> None:
     """Run the verb."""
     args = parse(argv, prog)
 
-    from dino.d2.recipe import DataFiles
+    from dino.api import choose_engine
+    from dino.training.recipe_completion import DataFiles
+
+    files = DataFiles(args.train_json, args.train_images, args.val_json, args.val_images)
+    wishes = {"eval_only": args.eval_only, "resume": args.resume, "overwrite": args.overwrite}
+    if choose_engine(args.engine) == "plain":
+        if args.num_gpus > 1 or args.num_machines > 1:
+            raise UserError("several processes need Detectron2 (README.md says how to install it)")
+        from dino.training.recipe_run import RecipeJob
+        from dino.training.recipe_run import run as run_plain
+
+        run_plain(RecipeJob(args.config_file, args.opts, files, **wishes))
+        return
+
     from dino.d2.training.launch import Job, run
     from dino.d2.training.parallel import Processes
 
-    files = DataFiles(args.train_json, args.train_images, args.val_json, args.val_images)
-    job = Job(
-        args.config_file,
-        args.opts,
-        files,
-        eval_only=args.eval_only,
-        resume=args.resume,
-        overwrite=args.overwrite,
-    )
+    job = Job(args.config_file, args.opts, files, **wishes)
     run(job, Processes(args.num_gpus, args.num_machines, args.machine_rank, args.dist_url))
 
 

@@ -92,7 +92,8 @@ def train(cfg: DictConfig, *, resume: bool = False, recipe: str = "a recipe") ->
     checkpoints.about["recipe"] = (folder / "config.yaml").read_text(encoding="utf-8")
     summarise_plan(cfg, detector, run.step.optimizer, about)
     plan = start_plan(cfg, detector, run.step.optimizer, len(images), start)
-    show(start_lines(recipe, data.train, data.val, data.sizes, plan, checkpoints.summary, folder, take_warnings()))
+    numbers = (data.train, data.val, data.sizes, plan)
+    show(start_lines(recipe, *numbers, checkpoints.summary, folder, take_warnings(), tensorboard=False))
     try:
         run.train(start, data.doubts)
     finally:
