@@ -181,7 +181,7 @@ class _Run:
                 line.step(iteration + 1, self._shown())
                 if stop.requested and iteration + 1 < self.length:
                     self._save(f"model_{iteration:07d}", iteration)
-                    raise Stopped(f"stopped after {iteration + 1} iterations; --resume continues", stop.exit_code)
+                    raise Stopped(stop.exit_code, f"stopped after {iteration + 1} iterations; --resume continues")
         if self.ended:
             logger.info(f"training ended before {self.length} iterations")
         else:
