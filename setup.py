@@ -129,6 +129,7 @@ setup(
             "pillow-heif",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "pyvips[binary]",
             "radon",
             "ruff",

@@ -36,12 +36,12 @@ def evaluate(
         UserError: `output` holds a report, or Detectron2 is wanted and missing.
         DataError: checkpoint or data can't be used.
     """
-    from dino.evaluation.report.evaluate import choose_folder, write_evaluation
+    from dino.evaluation.report.evaluate import claim_report, write_evaluation
 
-    folder = choose_folder(Path(output) if output else None)
     val_json, val_images = _pair("val", val)
-    detected = detect(folder, str(checkpoint), val_json=val_json, val_images=val_images, engine=engine)
-    return write_evaluation(folder, detected, shown)
+    with claim_report(Path(output) if output else None) as folder:
+        detected = detect(folder, str(checkpoint), val_json=val_json, val_images=val_images, engine=engine)
+        return write_evaluation(folder, detected, shown)
 
 
 def detect(

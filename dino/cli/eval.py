@@ -57,23 +57,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from dino.evaluation.report import evaluate
 
-    folder = evaluate.choose_folder(args.output)
-    if args.results:
-        detected = evaluate.read_detections(args.results, args.val_json, args.val_images)
-    else:
-        from dino.api import detect
+    with evaluate.claim_report(args.output) as folder:
+        if args.results:
+            detected = evaluate.read_detections(args.results, args.val_json, args.val_images)
+        else:
+            from dino.api import detect
 
-        detected = detect(
-            folder,
-            args.weights,
-            config_file=args.config_file,
-            overrides=args.opts,
-            val_json=args.val_json,
-            val_images=args.val_images,
-            dataset=args.dataset,
-            num_gpus=args.num_gpus,
-        )
-    evaluate.write_evaluation(folder, detected, args.shown)
+            detected = detect(
+                folder,
+                args.weights,
+                config_file=args.config_file,
+                overrides=args.opts,
+                val_json=args.val_json,
+                val_images=args.val_images,
+                dataset=args.dataset,
+                num_gpus=args.num_gpus,
+            )
+        evaluate.write_evaluation(folder, detected, args.shown)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

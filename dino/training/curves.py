@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -20,6 +18,8 @@ from matplotlib.ticker import LogLocator, NullLocator
 from dino.inference.fonts import font_families, legible
 from dino.inference.palette import colour_of, hex_of
 from dino.utils.files import write_whole
+
+from .metrics_file import is_number, read_metrics
 
 Series = dict[int, float]  # iteration -> value
 
@@ -216,13 +216,10 @@ def _plain(name: str, limit: int) -> str:
 
 
 def _read_series(path: Path) -> dict[str, Series]:
-    """Key -> iteration -> value, finite ones only; lines that a kill has truncated are skipped."""
+    """Key -> iteration -> value, finite ones only; damaged lines are skipped."""
     series: dict[str, Series] = defaultdict(dict)
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        entry: dict = {}
-        with contextlib.suppress(ValueError):
-            entry = json.loads(line)
+    for entry in read_metrics(path):
         for key, value in entry.items():
-            if isinstance(value, int | float) and math.isfinite(value):
+            if is_number(value):
                 series[key][entry["iteration"]] = value
     return series

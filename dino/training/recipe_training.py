@@ -16,7 +16,7 @@ import torch
 from omegaconf import DictConfig
 
 from dino.data.coco import CocoImages
-from dino.utils.files import DataError
+from dino.utils.files import DataError, clean_up
 
 from .curves import draw_curves
 from .denoising_boxes import denoising_boxes
@@ -97,7 +97,7 @@ def train(cfg: DictConfig, *, resume: bool = False, recipe: str = "a recipe") ->
     try:
         run.train(start, data.doubts)
     finally:
-        draw_curves(folder, detector.names)
+        clean_up(draw_curves, folder, detector.names)
     show(closing_lines(folder, run.results, files_of(cfg.dataloader.test.dataset)[:2], run.record.best_ap))
     return run.results
 
@@ -259,7 +259,7 @@ class _Run:
         self._watch_ap(completed)
         improved, stop = self.record.note(completed, values)
         if improved:
-            self._save_best(completed)
+            self._save_best()
         picture = self.folder / "val_predictions.png"
         if not picture.exists():
             show_predictions(self.detector, self.val, picture)
@@ -267,7 +267,7 @@ class _Run:
         self.detector.train()
         if stop and completed < self.length:
             self.ended = True
-            logger.info(f"{self.record.patience} evaluations without a better {self.record.metric}: training ends")
+            logger.info(self.record.reason_to_stop)
 
     def _watch_ap(self, completed: int) -> None:
         """Warn of an AP of 0, of raw and averaged weights."""
@@ -277,14 +277,11 @@ class _Run:
         if message:
             logger.warning(message)
 
-    def _save_best(self, completed: int) -> None:
+    def _save_best(self) -> None:
         """Write the better weights of the last evaluation alone: for prediction, not for resuming."""
-        kind, value = self.record.best_of(self.record.entries[-1])
-        with self.ema.applied() if self.ema and kind == "averaged" else nullcontext():
-            self.checkpoints.save_weights(
-                "model_best", weights=kind, iteration=completed - 1, metric=self.record.metric, value=value
-            )
-        logger.info(f"best {self.record.metric} so far: {value:.4f}, {kind} weights, in model_best.pth")
+        about = self.record.describe_best()
+        with self.ema.applied() if self.ema and about["weights"] == "averaged" else nullcontext():
+            self.checkpoints.save_weights("model_best", **about)
 
     def _draw_batch(self) -> None:
         """Draw the batch of this step as `train_batch.png`."""

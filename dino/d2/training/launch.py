@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,17 +51,18 @@ def run(job: Job, processes: parallel.Processes) -> None:
 def _work(job: Job) -> None:
     """One process."""
     keep_freed_memory()
+    logging.raiseExceptions = False  # a full disk that takes no more of log.txt is no reason for tracebacks
     job = job._replace(config_file=str(find_recipe(job.config_file)))
     cfg = recipe.load_recipe(job.config_file, job.overrides, job.files, eval_only=job.eval_only)
-    resume = recipe.choose_output(cfg, eval_only=job.eval_only, resume=job.resume)
-    messages = follow_file.follow(cfg, job.overrides, resume=resume)
-    with run_setup(cfg, job):
-        follow_file.log(messages)
-        if job.eval_only:
-            engine.evaluate_checkpoint(cfg)
-        else:
-            recipe.scale_to_batch(cfg, job.overrides)
-            engine.train(cfg, resume, Path(job.config_file).stem)
+    with recipe.claim_output(cfg, eval_only=job.eval_only, resume=job.resume, overwrite=job.overwrite) as resume:
+        messages = follow_file.follow(cfg, job.overrides, resume=resume)
+        with run_setup(cfg, job):
+            follow_file.log(messages)
+            if job.eval_only:
+                engine.evaluate_checkpoint(cfg)
+            else:
+                recipe.scale_to_batch(cfg, job.overrides)
+                engine.train(cfg, resume, Path(job.config_file).stem)
 
 
 def launch(function: Callable, processes: parallel.Processes, *args: Any) -> None:
