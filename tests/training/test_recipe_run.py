@@ -1,0 +1,64 @@
+"""The console's way without Detectron2: a recipe by name, a folder that is held, an evaluation alone."""
+
+import json
+
+import pytest
+
+from dino import cli
+from dino.inference.predictor import Predictor
+from dino.training import recipe_training
+
+from .tiny_recipe import SHRINK, write_sets
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """They take most of the time of a tiny run."""
+    monkeypatch.setattr(recipe_training, "draw_curves", lambda *_: None)
+
+
+def test_train_resume_and_evaluate(tmp_path, capsys):
+    """A real recipe and its backbone, at a small size."""
+    train, val = write_sets(tmp_path, counts=(1, 2))
+    words = ["train", "dino_r18_small_data", "--engine", "plain", "--train", *train, "--val", *val, *SHRINK]
+    words += ["--output", str(tmp_path / "run"), "train.eval_period=0"]
+    assert cli.main([*words, "train.max_iter=1"]) == 0
+    said = capsys.readouterr().out
+    assert "training dino_r18_small_data" in said
+    assert "tensorboard" not in said
+    assert f"dino predict {tmp_path / 'run'} photo.jpg" in said
+    log = (tmp_path / "run/log.txt").read_text()
+    assert "engine: plain, without Detectron2" in log
+
+    assert cli.main([*words, "train.max_iter=2"]) == 1  # the folder is in use
+    assert "add --resume" in capsys.readouterr().err
+    assert cli.main([*words, "--resume", "train.max_iter=2"]) == 0
+    lines = map(json.loads, (tmp_path / "run/metrics.json").read_text().splitlines())
+    assert [line["iteration"] for line in lines if "total_loss" in line] == [0, 1]
+    assert "starts at iteration 1" in capsys.readouterr().out
+
+    weights = tmp_path / "run/model_final.pth"
+    predictor = Predictor.from_checkpoint(weights)
+    assert predictor.names == ["red", "green", "blue"]
+    assert cli.main([*words, "--eval-only", "--weights", str(weights)]) == 0
+    assert (tmp_path / "run/evaluation/inference/coco_instances_results.json").is_file()
+    assert "AP50" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num-gpus", "2"], "several processes need Detectron2"),
+        (["--resume"], "nothing to resume"),
+        (["--eval-only"], "--eval-only needs weights"),
+        (["train.wandb.enabled=True"], "train.wandb.enabled=True needs Detectron2"),
+    ],
+)
+def test_one_line_for_what_is_wrong(tmp_path, capsys, words, message):
+    train, val = write_sets(tmp_path, counts=(1,))
+    given = ["train", "dino_r18_small_data", "--engine", "plain", "--train", *train, "--val", *val, *words]
+    assert cli.main([*given, "--output", str(tmp_path / "run")]) in (1, 2)
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
