@@ -28,6 +28,7 @@ __all__ = [
     "complete",
     "load_recipe",
     "names_of",
+    "read_recipe",
     "scale_to_batch",
     "use_epochs",
 ]
@@ -44,10 +45,19 @@ def load_recipe(
     Raises:
         UserError: the recipe is missing or incomplete; see `complete`.
     """
+    return complete(read_recipe(config_file), overrides, files, eval_only=eval_only)
+
+
+def read_recipe(config_file: str) -> DictConfig:
+    """Read a recipe by its name or file.
+
+    Raises:
+        UserError: the recipe is missing or lacks a part.
+    """
     path = str(find_recipe(config_file))
     cfg = LazyConfig.load(path)
     check_recipe(cfg, path)
-    return complete(cfg, overrides, files, eval_only=eval_only)
+    return cfg
 
 
 def complete(

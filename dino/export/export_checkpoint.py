@@ -10,6 +10,7 @@ from typing import Any
 from dino.data.images import IMAGE_SUFFIXES
 from dino.inference.cpu import fold_norms
 from dino.modeling.detector import Detector
+from dino.structures import SCORE_THRESH
 from dino.utils.files import DataError, UserError, make_folder, write_new
 from dino.weights.description import detector_from_checkpoint
 
@@ -25,7 +26,7 @@ def export_checkpoint(
     form: str,
     fixed: Fixed | None = None,
     sampling: str = "grid",
-    thresholds: Sequence[float] = (0.5,),
+    thresholds: Sequence[float] = (SCORE_THRESH,),
     copy: str = "auto",
     verify: Path | None = None,
     verify_json: Path | None = None,

@@ -39,16 +39,16 @@ class Job(NamedTuple):
     overwrite: bool = False
 
 
-def run(job: Job, processes: parallel.Processes) -> None:
-    """Do a job.
+def run(job: Job, processes: parallel.Processes) -> dict:
+    """Do a job -> the results of the last evaluation, {} of several processes.
 
     Raises:
         UserError: recipe, data or weights are missing or don't fit; see `launch`.
     """
-    launch(_work, processes, job)
+    return launch(_work, processes, job) or {}
 
 
-def _work(job: Job) -> None:
+def _work(job: Job) -> dict:
     """One process."""
     keep_freed_memory()
     logging.raiseExceptions = False  # a full disk that takes no more of log.txt is no reason for tracebacks
@@ -59,20 +59,19 @@ def _work(job: Job) -> None:
         with run_setup(cfg, job):
             follow_file.log(messages)
             if job.eval_only:
-                engine.evaluate_checkpoint(cfg)
-            else:
-                recipe.scale_to_batch(cfg, job.overrides)
-                engine.train(cfg, resume, Path(job.config_file).stem)
+                return engine.evaluate_checkpoint(cfg)
+            recipe.scale_to_batch(cfg, job.overrides)
+            return engine.train(cfg, resume, Path(job.config_file).stem)
 
 
-def launch(function: Callable, processes: parallel.Processes, *args: Any) -> None:
-    """Call `function(*args)` in each process.
+def launch(function: Callable, processes: parallel.Processes, *args: Any) -> Any:
+    """Call `function(*args)` in each process -> its value; None of several processes.
 
     Raises:
         UserError: memory ran out, or one of several processes failed; the message is the last line of its error.
     """
     try:
-        parallel.launch(function, processes, *args)
+        return parallel.launch(function, processes, *args)
     except OutOfMemory as error:
         raise UserError(str(error)) from error
     except ProcessRaisedException as error:

@@ -45,8 +45,11 @@ class Processes(NamedTuple):
     dist_url: str = "auto"
 
 
-def launch(main: Callable, processes: Processes, *args: Any) -> None:
-    """Run `main(*args)` in every process: one of torchrun's, or `processes.num_gpus` new ones.
+def launch(main: Callable, processes: Processes, *args: Any) -> Any:
+    """Run `main(*args)` in every process: this one, one of torchrun's, or `processes.num_gpus` new ones.
+
+    Returns:
+        the value of `main` if this process is the only one.
 
     Raises:
         UserError: the numbers of processes make no sense.
@@ -57,15 +60,14 @@ def launch(main: Callable, processes: Processes, *args: Any) -> None:
             main(*args)
         finally:
             _leave_group()
-        return
+        return None
     num_gpus, num_machines, machine_rank, url = processes
     if torch.cuda.is_available() and num_gpus > torch.cuda.device_count():
         raise UserError(f"--num-gpus {num_gpus}, but this machine has {torch.cuda.device_count()}")
     if num_machines == 1:
         url = "auto"  # Detectron2's default port follows from the user: a second run would meet the first one
     if num_gpus * num_machines == 1:
-        main(*args)
-        return
+        return main(*args)
     code = multiprocessing.get_context("spawn").Value("i", 0)
     with _signals_passed_on() as received:
         try:
@@ -76,6 +78,7 @@ def launch(main: Callable, processes: Processes, *args: Any) -> None:
             raise UserError(f"the training ended: {error}. Is the memory of the machine full?") from error
     if code.value:
         raise Stopped(code.value)
+    return None
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from matplotlib import figure as plot
+
 from dino.data.coco import read_images
 from dino.utils.files import UserError, make_folder, write_whole
 from dino.utils.printable import printable
@@ -62,11 +64,14 @@ def claim_report(wanted: Path | None) -> Iterator[Path]:
             yield folder
 
 
-def write_evaluation(folder: Path, detected: Detected, shown: int = 24) -> dict[str, Any]:
+def write_evaluation(
+    folder: Path, detected: Detected, shown: int = 24, run: plot.Figure | None = None
+) -> dict[str, Any]:
     """Write the report and, for data with annotations, the metrics; print a table of them.
 
     Args:
         shown: number of images to draw.
+        run: curves of the training, see `write_report`.
 
     Returns:
         the content of metrics.json: AP in [0, 1], -1 where undefined; nothing for data without annotations.
@@ -81,7 +86,7 @@ def write_evaluation(folder: Path, detected: Detected, shown: int = 24) -> dict[
     page = folder / "report.html"
     shown_in = f"{len({entry['image_id'] for entry in found}):,} of {len(data['images']):,} images"
     print(f"comparing {len(found):,} detections in {shown_in}", flush=True)
-    analysis = write_report(page, data=data, results=found, files=files, details=details, shown=shown)
+    analysis = write_report(page, data=data, results=found, files=files, details=details, shown=shown, run=run)
     metrics = {}
     if analysis:
         metrics = _write_metrics(folder / "metrics.json", analysis)
