@@ -48,7 +48,7 @@ def test_train_resume_and_evaluate(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--num-gpus", "2"], "several processes need Detectron2"),
+        (["--num-gpus", "2"], "several processes needs Detectron2"),
         (["--resume"], "nothing to resume"),
         (["--eval-only"], "--eval-only needs weights"),
         (["train.wandb.enabled=True"], "train.wandb.enabled=True needs Detectron2"),

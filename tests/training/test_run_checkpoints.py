@@ -58,7 +58,7 @@ def test_nothing_to_continue_with(tmp_path):
 def test_a_file_that_lacks_weights_is_refused_for_an_evaluation(tmp_path):
     written(tmp_path)
     content = torch.load(tmp_path / "model_final.pth", weights_only=True)
-    del content["model"]["network.level_embed"]
+    del content["model"]["network.decoder.layers.0.self_norm.weight"]
     torch.save(content, tmp_path / "part.pth")
     checkpoints = RunCheckpoints(tmp_path, tiny_detector(), {})
     with pytest.raises(DataError, match="does not fit the recipe: 1 tensors are missing or of another shape"):

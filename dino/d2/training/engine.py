@@ -16,7 +16,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine import hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
+from detectron2.utils.events import EventWriter, TensorboardXWriter
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -263,7 +263,7 @@ def _list_hooks(
         return results
 
     writers = _list_writers(cfg) if main else []
-    metrics = [writer for writer in writers if isinstance(writer, JSONWriter)]
+    metrics = [writer for writer in writers if isinstance(writer, MetricsWriter)]
     checkpoints = Checkpoints(checkpointer, **cfg.train.checkpointer, writers=metrics)
     return [
         hooks.IterationTimer(),
