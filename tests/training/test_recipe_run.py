@@ -1,14 +1,20 @@
 """The console's way without Detectron2: a recipe by name, a folder that is held, an evaluation alone."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
 from dino import cli
 from dino.inference.predictor import Predictor
 from dino.training import recipe_training
+from dino.training.recipe_reading import save_recipe
 
-from .tiny_recipe import SHRINK, write_sets
+from ..d2.processes import ROOT, assert_same, checkpoint, losses
+from .tiny_recipe import SHRINK, tiny_recipe, write_sets
 
 
 @pytest.fixture(autouse=True)
@@ -62,3 +68,38 @@ def test_one_line_for_what_is_wrong(tmp_path, capsys, words, message):
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+KILLED = """
+import os, signal, sys
+from dino.cli import main
+from dino.training.recipe_step import RecipeStep
+
+take = RecipeStep.take
+
+def take_or_die(step, parts):
+    if step.iter == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    take(step, parts)
+
+RecipeStep.take = take_or_die
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_a_run_that_resumes_to_the_same_bits(tmp_path):
+    """Six iterations equal three, kill -9 and three more; the kernel frees the lock. The reading process is another."""
+    wishes = ("train.max_iter=6", "train.ema.enabled=True", "train.eval_period=3", "train.checkpointer.period=2")
+    cfg = tiny_recipe(tmp_path, *wishes, "dataloader.train.num_workers=1", counts=(2, 0, 3, 1, 2, 1))
+    save_recipe(cfg, tmp_path / "tiny.yaml")
+    words = ["train", str(tmp_path / "tiny.yaml"), "--engine", "plain", "--output"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 300}
+    killed = subprocess.run([sys.executable, "-c", KILLED, *words, str(tmp_path / "broken/run")], **options)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    for name, more in (("broken", ["--resume"]), ("whole", [])):
+        result = subprocess.run([sys.executable, "-m", "dino", *words, str(tmp_path / name / "run"), *more], **options)
+        assert result.returncode == 0, result.stdout + result.stderr
+    assert_same(*(checkpoint(tmp_path / name) for name in ("broken", "whole")))
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
