@@ -39,6 +39,7 @@ from .recipe_parts import (
     check_supported,
     describe,
     train_loader,
+    train_mapper,
     val_images,
 )
 from .recipe_reading import save_recipe
@@ -79,6 +80,7 @@ def train(cfg: DictConfig, *, resume: bool = False, recipe: str = "a recipe") ->
     images = as_dicts(loader.images.data)
     data = summarise_files(cfg, loader.images.data, images, val)
     use_epochs(cfg, len(images))
+    loader.mapper = train_mapper(cfg)  # now the length is known
     about = describe_run(images, cfg.train.seed)
     seed_random(cfg.train.seed)
     detector = build_detector(cfg, val.names, val.category_ids)
@@ -133,6 +135,7 @@ class _Run:
         self.record = EvaluationRecord(self.folder, settings.eval_period, **settings.best)
         self.progress = Progress(self.length, {}, "optimizer.lr", self.rates.highest)
         self.times: deque[float] = deque(maxlen=max(1, settings.log_period))
+        self.pictures = {loader.mapper.first_combined: "train_batch_combined.png", 0: "train_batch.png"}
         self.results: dict[str, dict] = {}
         self.ended = False  # early
 
@@ -203,8 +206,8 @@ class _Run:
         self.times.append(time.perf_counter() - begin)
         if self.ema:
             self.ema.update()
-        if iteration == 0:
-            self._draw_batch()
+        if iteration in self.pictures:
+            self._draw_batch(self.folder / self.pictures[iteration])
         if logs:
             self._log(iteration, {"data_time": data_time, "lr": rate, "time": statistics.median(self.times)})
         self._after_step(iteration)
@@ -283,14 +286,14 @@ class _Run:
         with self.ema.applied() if self.ema and about["weights"] == "averaged" else nullcontext():
             self.checkpoints.save_weights("model_best", **about)
 
-    def _draw_batch(self) -> None:
-        """Draw the batch of this step as `train_batch.png`."""
+    def _draw_batch(self, path: Path) -> None:
+        """Draw the batch of this step."""
         batch = self.step.batch[:MOST_IMAGES]
         images, targets, _ = zip(*batch, strict=True)
         on_device = [type(target)(*(x.to(self.detector.device) for x in target)) for target in targets]
         queries = denoising_boxes(self.detector.network, on_device, [image.shape[1:] for image in images])
         boxes, labels = [boxes_in_pixels(x) for x in batch], [target.labels for target in targets]
-        draw_train_batch(self.folder / "train_batch.png", images, boxes, labels, self.detector.names, queries)
+        draw_train_batch(path, images, boxes, labels, self.detector.names, queries)
 
 
 class _Rates:
