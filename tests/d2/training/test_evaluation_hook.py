@@ -17,7 +17,7 @@ from dino.d2.training.evaluation_hook import Evaluation
 from dino.d2.training.hooks import AverageWeights, Checkpoints
 from dino.d2.training.trainer import EndOfTraining
 from dino.training.ema import Ema
-from dino.training.evaluation_record import read_record
+from dino.training.evaluation_record import _read
 from dino.utils.files import DataError
 
 
@@ -175,7 +175,7 @@ def test_damaged_records_of_any_bytes(tmp_path):
             content[place : place + 1] = [draw.choice(b'{}[]",:0123456789.eE-+ \x00\xff')]
         path.write_bytes(content)
         try:
-            record = read_record(path)
+            record = _read(path)
         except DataError as error:
             assert "evaluations.json is damaged" in str(error)  # noqa: PT017
         else:
