@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from dino.utils.files import DataError, write_whole
 
+from .metrics_file import is_number
+
 
 class BestWeights(NamedTuple):
     """The better weights of an evaluation.
@@ -107,15 +109,24 @@ class EvaluationRecord:
 
 
 def _read(path: Path) -> list[dict]:
-    """The evaluations of a run.
+    """The evaluations of a run: their iterations, and values that are numbers, or None where undefined.
 
     Raises:
-        DataError: the file is damaged.
+        DataError: the file is damaged, or can't be read.
     """
     try:
-        record = json.loads(path.read_bytes())
-        return [entry for entry in record if isinstance(entry["iteration"], int)]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, list) or not all(map(_is_entry, record)):
+            raise ValueError("it is no list of evaluations")
+        return sorted(record, key=lambda entry: entry["iteration"])
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(
-            f"{path} is damaged: {error}. Remove the file to continue without the best value so far"
+            f"{path} is damaged: {str(error)[:200]}. Remove the file to continue without the best value so far"
         ) from error
+
+
+def _is_entry(entry: object) -> bool:
+    """Whether a part of the record holds an iteration, and values that are numbers, or None where undefined."""
+    if not isinstance(entry, dict) or type(entry.get("iteration")) is not int:
+        return False
+    return all(value is None or is_number(value) for value in entry.values())

@@ -92,7 +92,8 @@ def train(cfg: DictConfig, *, resume: bool = False, recipe: str = "a recipe") ->
     checkpoints.about["recipe"] = (folder / "config.yaml").read_text(encoding="utf-8")
     summarise_plan(cfg, detector, run.step.optimizer, about)
     plan = start_plan(cfg, detector, run.step.optimizer, len(images), start)
-    show(start_lines(recipe, data.train, data.val, data.sizes, plan, checkpoints.summary, folder, take_warnings()))
+    numbers = (data.train, data.val, data.sizes, plan)
+    show(start_lines(recipe, *numbers, checkpoints.summary, folder, take_warnings(), tensorboard=False))
     try:
         run.train(start, data.doubts)
     finally:
@@ -180,7 +181,7 @@ class _Run:
                 line.step(iteration + 1, self._shown())
                 if stop.requested and iteration + 1 < self.length:
                     self._save(f"model_{iteration:07d}", iteration)
-                    raise Stopped(f"stopped after {iteration + 1} iterations; --resume continues", stop.exit_code)
+                    raise Stopped(stop.exit_code, f"stopped after {iteration + 1} iterations; --resume continues")
         if self.ended:
             logger.info(f"training ended before {self.length} iterations")
         else:

@@ -70,6 +70,8 @@ def start_lines(
     weights: str,
     folder: str | Path,
     warnings: Sequence[str] = (),
+    *,
+    tensorboard: bool = True,
 ) -> list[str]:
     """At most MOST_LINES lines to print before the first iteration.
 
@@ -81,6 +83,7 @@ def start_lines(
         weights: one line, for example `Report.summary` with the name of the file.
         folder: of the run.
         warnings: what a person can act on; log.txt must hold them all.
+        tensorboard: the run writes its files too.
     """
     folder = Path(folder)
     rows = {
@@ -96,8 +99,8 @@ def start_lines(
         "writes": f"{folder}, every detail to log.txt in it",
         "look at": f"{folder / 'train_batch.png'} after the first iteration: do the boxes fit?",
         "": f"{folder / 'curves.png'} after each evaluation",
-        " ": f"tensorboard --logdir {shlex.quote(str(folder))}",
     }
+    paths |= {" ": f"tensorboard --logdir {shlex.quote(str(folder))}"} if tensorboard else {}
     lines = [f"training {printable(recipe)}", *(line for label, text in rows.items() for line in _row(label, text))]
     lines += [f"  {label:<{_COLUMN}}{printable(text, None)}" for label, text in paths.items()]
     return [*lines, *_warnings(warnings, MOST_LINES - len(lines))]

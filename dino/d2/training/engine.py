@@ -32,6 +32,7 @@ from dino.training.memory_saving import checkpoint_activations
 from dino.training.plan_summary import describe_run, start_plan, summarise_plan
 from dino.training.progress import Progress
 from dino.training.recipe_reading import save_recipe
+from dino.training.run_checkpoints import refuse_other_engine
 from dino.training.run_log import Watched, prints_to_log, show, take_warnings
 from dino.training.shards import unwrapped
 from dino.training.start_summary import closing_lines, evaluation_lines, start_lines
@@ -194,7 +195,9 @@ def _start_weights(cfg: DictConfig, checkpointer: Checkpointer, resume: bool) ->
     if resume and not last:
         logger.warning(f"nothing to resume in {cfg.train.output_dir}: starting at iteration 0")
     if last:
-        return checkpointer.load(last, checkpointables=[])
+        content = checkpointer.load(last, checkpointables=[])
+        refuse_other_engine(checkpointer.state, checkpointer.model, last)
+        return content
     checkpointer.load_start(cfg.train.init_checkpoint, cfg.train.get("init_parts", "all"))
     return {}
 
