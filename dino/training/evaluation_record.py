@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dino.utils.files import DataError, write_whole
 
 from .metrics_file import is_number
 
-
-class BestWeights(NamedTuple):
-    """The better weights of an evaluation.
-
-    Args:
-        kind: "raw" or "averaged".
-        value: of the metric.
-    """
-
-    kind: str
-    value: float
+logger = logging.getLogger("detectron2.dino")
 
 
 class EvaluationRecord:
@@ -90,10 +81,18 @@ class EvaluationRecord:
         waited = len(scores) - 1 - scores.index(max(scores))
         return waited == 0 and math.isfinite(scores[-1]), bool(self.patience) and waited >= self.patience
 
-    def best_of(self, entry: Mapping[str, Any]) -> BestWeights:
-        """The better weights of an evaluation."""
+    def describe_best(self) -> dict[str, Any]:
+        """What `model_best.pth` says of the better weights of the last evaluation, which is the best one."""
+        entry = self.entries[-1]
         value = self.sign * self._score(entry)
-        return BestWeights("averaged" if entry.get(f"ema/{self.metric}") == value else "raw", value)
+        kind = "averaged" if entry.get(f"ema/{self.metric}") == value else "raw"
+        logger.info(f"best {self.metric} so far: {value:.4f}, {kind} weights, in model_best.pth")
+        return {"weights": kind, "iteration": entry["iteration"] - 1, "metric": self.metric, "value": value}
+
+    @property
+    def reason_to_stop(self) -> str:
+        """Why a training stops early."""
+        return f"{self.patience} evaluations without a better {self.metric}: training stops early"
 
     @property
     def best_ap(self) -> float | None:

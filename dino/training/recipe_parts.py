@@ -217,6 +217,11 @@ def train_loader(cfg: DictConfig) -> TrainLoader:
     return _build(cfg.dataloader.train, "dataloader.train")
 
 
+def train_mapper(cfg: DictConfig) -> TrainMapper:
+    """Build the mapper of the recipe's training loader, which must know `train.max_iter` where it combines images."""
+    return instantiate(cfg.dataloader.train.mapper, find_part)
+
+
 def val_images(cfg: DictConfig) -> CocoImages:
     """Open the recipe's validation images, augmented as it says. Errors as of `files_of` and `read_annotations`."""
     mapper = cfg.dataloader.test.mapper

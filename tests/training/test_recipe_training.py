@@ -207,6 +207,21 @@ def test_parts_of_a_batch_are_the_whole_batch(tmp_path):
     torch.testing.assert_close(weights, others, rtol=1e-4, atol=2e-5)
 
 
+def combine(cfg):
+    parts = {"mosaic": {"_target_": "dino.data.mixing.Mosaic", "probability": 1.0, "side": 32}}
+    parts["mixup"] = {"_target_": "dino.data.mixing.MixUp", "probability": 0.5}
+    cfg.dataloader.train.mapper.update(_target_="dino.d2.combining_mapper.CombiningMapper", **parts)
+    cfg.dataloader.train.mapper.update(begin=0.5, end=1.0, max_iter="${train.max_iter}")
+
+
+def test_combined_images_have_a_picture_of_their_own(tmp_path):
+    """The part of the training in which they are shown needs its length, which follows from the epochs."""
+    train(tmp_path, "train.max_iter=null", "train.epochs=1", "train.eval_period=0", counts=(1, 1, 1, 1), change=combine)
+    names = {path.name for path in (tmp_path / "run").glob("train_batch*.png")}
+    assert names == {"train_batch.png", "train_batch_combined.png"}
+    assert [iteration for iteration, _ in losses(tmp_path)] == [0, 1]
+
+
 def test_bfloat16_and_checkpointed_activations(tmp_path):
     low = ("train.amp.enabled=True", "train.amp.evaluation=True", "train.max_iter=1", "train.eval_period=0")
     train(tmp_path, *low, "train.activation_checkpointing=[encoder,decoder]")

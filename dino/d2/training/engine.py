@@ -16,7 +16,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine import hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
+from detectron2.utils.events import EventWriter, TensorboardXWriter
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -65,9 +65,7 @@ def train(cfg: DictConfig, resume: bool, recipe: str = "a recipe") -> dict:
     Raises:
         DataError: recipe, data or weights can't be used.
     """
-    if cfg.train.seed < 0:
-        cfg.train.seed = comm.shared_random_seed()
-    use_deterministic_kernels(cfg)
+    _use_determinism(cfg)
     use_precision(cfg)
     folder = cfg.train.output_dir
     images = instantiate(cfg.dataloader.train.dataset)
@@ -87,14 +85,7 @@ def train(cfg: DictConfig, resume: bool, recipe: str = "a recipe") -> dict:
     )
     content = _start_weights(cfg, checkpointer, resume)
     trainer, ema = _build_trainer(cfg, model, about)
-    if "trainer" in content:
-        trainer.load_state_dict(content["trainer"])
-        if ema and "ema" in content:
-            ema.load_state_dict(content["ema"])
-    for key, part in (("trainer", trainer), ("ema", ema)):
-        if part:
-            checkpointer.add_checkpointable(key, part)
-    start = trainer.iter + 1 if "trainer" in content else 0
+    start = _restore(content, trainer, ema, checkpointer)
     progress = _start_progress(cfg, trainer, start, data.doubts)
     if comm.is_main_process():
         checkpointer.add_about(recipe=_start_folder(cfg))
@@ -228,6 +219,25 @@ def _build_trainer(cfg: DictConfig, model: nn.Module, about: dict) -> tuple[Trai
     return trainer, Ema(model, cfg.train.ema.decay) if cfg.train.ema.enabled else None
 
 
+def _use_determinism(cfg: DictConfig) -> None:
+    """Set the seed, the same for all processes, and deterministic kernels if the recipe enables them."""
+    if cfg.train.seed < 0:
+        cfg.train.seed = comm.shared_random_seed()
+    use_deterministic_kernels(cfg)
+
+
+def _restore(content: dict, trainer: Trainer, ema: Ema | None, checkpointer: Checkpointer) -> int:
+    """Continue from the content of a checkpoint, and let the next ones hold trainer and averages -> completed steps."""
+    if "trainer" in content:
+        trainer.load_state_dict(content["trainer"])
+        if ema and "ema" in content:
+            ema.load_state_dict(content["ema"])
+    for key, part in (("trainer", trainer), ("ema", ema)):
+        if part:
+            checkpointer.add_checkpointable(key, part)
+    return trainer.iter + 1 if "trainer" in content else 0
+
+
 def _list_hooks(
     cfg: DictConfig,
     trainer: Trainer,
@@ -253,7 +263,7 @@ def _list_hooks(
         return results
 
     writers = _list_writers(cfg) if main else []
-    metrics = [writer for writer in writers if isinstance(writer, JSONWriter)]
+    metrics = [writer for writer in writers if isinstance(writer, MetricsWriter)]
     checkpoints = Checkpoints(checkpointer, **cfg.train.checkpointer, writers=metrics)
     return [
         hooks.IterationTimer(),
