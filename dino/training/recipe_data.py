@@ -89,6 +89,11 @@ def _unchanged(image: Any, objects: Any) -> tuple[Any, Any]:
     return image, objects
 
 
+def forget_files() -> None:
+    """Forget the classes of files that an earlier job of this process has read: the files may have changed."""
+    _open.cache_clear()
+
+
 class TrainLoader:
     """Endless batches: lists of (image (3, h, w) uint8 RGB, `Target`, {"file_name", "image_id", "height", "width"}).
 
