@@ -145,7 +145,7 @@ WRONG = [
 @pytest.mark.parametrize("options", WRONG)
 def test_wrong_parameter_groups(options):
     for make in (get_default_optimizer_params, parameter_groups):
-        with pytest.raises(ValueError, match="lr|bias"):
+        with pytest.raises(ValueError, match=r"lr|bias"):
             make(torch.nn.Linear(2, 2), **options)
 
 
