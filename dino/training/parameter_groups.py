@@ -107,7 +107,7 @@ def layerwise_params(model: nn.Module, base_lr: float, rate: float, **options) -
         model: a `Detector`.
         base_lr: learning rate outside the backbone.
         rate: factor from block to block, for example 0.7 for ViT-B and 0.8 for ViT-L.
-        options: of `parameter_groups`, for example `weight_decay_norm=0.0`.
+        options: of Detectron2's `get_default_optimizer_params`, for example `weight_decay_norm=0.0`.
 
     Raises:
         ValueError: no known blocks in the backbone.
