@@ -16,11 +16,8 @@ from dino.utils.files import DataError, UserError
 from dino.utils.overrides import apply, has_key, keys_of
 
 from .recipe_data import class_names
-from .recipe_nodes import LazyCall, add_branch
+from .recipe_nodes import LazyCall
 from .recipe_parts import build_schedule, check_supported
-from .recipe_reading import check_recipe
-
-__all__ = ["NO_FILES", "DataFiles", "add_branch", "check_recipe", "complete", "use_epochs"]
 
 logger = logging.getLogger("detectron2.dino")
 
