@@ -132,6 +132,7 @@ setup(
             "pillow-heif",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "pyvips[binary]",
             "radon",
             "ruff",

@@ -143,12 +143,13 @@ def evaluate(
         UserError: `output` holds a report; Detectron2 is wanted and missing.
         DataError: checkpoint or data can't be used.
     """
-    from dino.evaluation.report.evaluate import choose_folder, write_evaluation
+    from dino.evaluation.report.evaluate import claim_report, write_evaluation
+    from dino.training.curves import run_curves
 
     val_json, val_images = _pair("val", val)
-    folder = choose_folder(Path(output) if output else None)
-    detected = detect(folder, str(checkpoint), val_json=val_json, val_images=val_images, engine=engine)
-    return write_evaluation(folder, detected, shown)
+    with claim_report(Path(output) if output else None) as folder:
+        detected = detect(folder, str(checkpoint), val_json=val_json, val_images=val_images, engine=engine)
+        return write_evaluation(folder, detected, shown, run_curves(detected.details.get("Weights")))
 
 
 def detect(

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
 from dino.data.augmentations import Augmentations
-from dino.data.coco import CocoImages, classes_of, read_annotations
+from dino.data.coco import CocoImages
 from dino.data.images import read_image
 from dino.data.mixing import Combination, Picture
 from dino.modeling.detector import to_target
@@ -64,19 +64,34 @@ def files_of(node: Mapping) -> SplitFiles:
     return SplitFiles(str(annotations), str(images))
 
 
-@functools.lru_cache(maxsize=2)
-def _classes(files: SplitFiles) -> tuple[list[str], list[int]]:
-    return tuple(classes_of(read_annotations(*files)))
-
-
 def class_names(node: Mapping) -> list[str]:
     """Class names of a data set in a recipe, by label. Errors as of `files_of` and `read_annotations`."""
-    return list(_classes(files_of(node))[0])
+    return list(open_images(files_of(node)).names)
+
+
+def open_images(files: SplitFiles) -> CocoImages:
+    """Open a data set, without transforms; the last two stay in memory, until their files change.
+
+    Raises:
+        DataError: see `read_annotations`.
+    """
+    path = Path(files.annotations)
+    return _open(files, path.stat().st_mtime_ns if path.is_file() else 0)
+
+
+@functools.lru_cache(maxsize=2)
+def _open(files: SplitFiles, changed: int) -> CocoImages:
+    """`open_images` of a file that was `changed` at this time."""
+    return CocoImages(files.annotations, files.images, _unchanged, crowd=files.crowd)
+
+
+def _unchanged(image: Any, objects: Any) -> tuple[Any, Any]:
+    return image, objects
 
 
 def forget_files() -> None:
     """Forget the classes of files that an earlier job of this process has read: the files may have changed."""
-    _classes.cache_clear()
+    _open.cache_clear()
 
 
 class TrainLoader:
@@ -100,7 +115,7 @@ class TrainLoader:
         repeat_threshold: float = 0.0,
         sorted_batches: int = 1,
     ):
-        self.images = _Entries(CocoImages(dataset.annotations, dataset.images, None, crowd=dataset.crowd))
+        self.images = _Entries(open_images(dataset))
         self.mapper = mapper
         self.total_batch_size = total_batch_size
         self.num_workers = num_workers

@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
 
-import dino
 from dino.utils.files import UserError, make_folder
+from dino.utils.library_warnings import is_own
 from dino.utils.printable import printable
 
 from .progress_bar import ProgressLine, write_above_bar
@@ -21,7 +20,6 @@ from .shards import process_rank
 
 logger = logging.getLogger("detectron2")
 console = logging.getLogger("detectron2.dino.console")  # for people: the console shows it, log.txt too
-_PACKAGE = str(Path(dino.__file__).parent)
 _LOGGERS = ("detectron2", "fvcore")
 _COLOURS = re.compile("\x1b\\[[0-9;]*m")
 
@@ -163,7 +161,7 @@ def _open_file(folder: Path, rank: int) -> logging.Handler:
 
 def _log_warning(message, category, filename, lineno, *_) -> None:
     """Log a warning of Python's `warnings`: on the console too if it is of this project."""
-    if filename.startswith(_PACKAGE + os.sep):
+    if is_own(filename):
         logging.getLogger("detectron2.dino").warning(str(message))
     else:
         logger.warning(f"{filename}:{lineno}: {category.__name__}: {message}")

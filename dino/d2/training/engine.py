@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.engine import hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
@@ -31,20 +31,21 @@ from dino.training.gpu_speed import compile_if_wanted, replayed, use_determinist
 from dino.training.memory_saving import checkpoint_activations
 from dino.training.plan_summary import describe_run, start_plan, summarise_plan
 from dino.training.progress import Progress
+from dino.training.recipe_reading import save_recipe
 from dino.training.run_log import Watched, prints_to_log, show, take_warnings
 from dino.training.shards import unwrapped
 from dino.training.start_summary import closing_lines, evaluation_lines, start_lines
-from dino.utils.files import DataError
+from dino.utils.files import DataError, clean_up
 from dino.weights import load_weights
 
 from .batch_pictures import MOST_IMAGES, BatchPictures, draw_predictions
 from .evaluation_hook import Evaluation
 from .hooks import AverageWeights, Checkpoints, ProgressBar, StopOnSignal
-from .parallel import drop_shards, from_main, gather_shards, note_start, wrap_ddp_or_fsdp
+from .parallel import drop_shards, from_main, gather_shards, wrap_ddp_or_fsdp
 from .run_summary import summarise_data
 from .sampler import seed_random
 from .trainer import EndOfTraining, Trainer
-from .writers import ConsoleWriter, WandbWriter, draw_curves, forget_metrics
+from .writers import ConsoleWriter, MetricsWriter, WandbWriter, draw_curves, forget_metrics
 
 logger = logging.getLogger("detectron2.dino")
 
@@ -107,7 +108,7 @@ def train(cfg: DictConfig, resume: bool, recipe: str = "a recipe") -> dict:
         logger.info(f"training ended after {trainer.iter + 1} of {cfg.train.max_iter} iterations")
     finally:
         if comm.is_main_process():
-            draw_curves(folder, checkpointer.names)
+            clean_up(draw_curves, folder, checkpointer.names)
     if comm.is_main_process():
         show(closing_lines(folder, results, _files_of(cfg.dataloader.test.dataset)))
     return results
@@ -166,8 +167,7 @@ def _watch_ap(progress: Progress, completed: int, results: dict) -> None:
 def _start_folder(cfg: DictConfig) -> str:
     """Prepare the folder of a run -> the text of its recipe."""
     folder = Path(cfg.train.output_dir)
-    note_start(folder)
-    LazyConfig.save(cfg, str(folder / "config.yaml"))
+    save_recipe(cfg, folder / "config.yaml")
     text = (folder / "config.yaml").read_text()
     logger.info(f"complete recipe:\n{text}")
     return text
@@ -278,7 +278,7 @@ def _list_writers(cfg: DictConfig) -> list[EventWriter]:
     folder, window = cfg.train.output_dir, max(1, cfg.train.log_period)
     writers = [
         ConsoleWriter(cfg.train.max_iter),
-        JSONWriter(os.path.join(folder, "metrics.json"), window),
+        MetricsWriter(os.path.join(folder, "metrics.json"), window),
         TensorboardXWriter(folder, window),
     ]
     if cfg.train.wandb.enabled:

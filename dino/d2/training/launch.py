@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,16 +51,17 @@ def run(job: Job, processes: parallel.Processes) -> dict:
 def _work(job: Job) -> dict:
     """One process."""
     keep_freed_memory()
+    logging.raiseExceptions = False  # a full disk that takes no more of log.txt is no reason for tracebacks
     job = job._replace(config_file=str(find_recipe(job.config_file)))
     cfg = recipe.load_recipe(job.config_file, job.overrides, job.files, eval_only=job.eval_only)
-    resume = recipe.choose_output(cfg, eval_only=job.eval_only, resume=job.resume)
-    messages = follow_file.follow(cfg, job.overrides, resume=resume)
-    with run_setup(cfg, job):
-        follow_file.log(messages)
-        if job.eval_only:
-            return engine.evaluate_checkpoint(cfg)
-        recipe.scale_to_batch(cfg, job.overrides)
-        return engine.train(cfg, resume, Path(job.config_file).stem)
+    with recipe.claim_output(cfg, eval_only=job.eval_only, resume=job.resume, overwrite=job.overwrite) as resume:
+        messages = follow_file.follow(cfg, job.overrides, resume=resume)
+        with run_setup(cfg, job):
+            follow_file.log(messages)
+            if job.eval_only:
+                return engine.evaluate_checkpoint(cfg)
+            recipe.scale_to_batch(cfg, job.overrides)
+            return engine.train(cfg, resume, Path(job.config_file).stem)
 
 
 def launch(function: Callable, processes: parallel.Processes, *args: Any) -> Any:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import LazyConfig
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from omegaconf import DictConfig
 
+from dino.training.recipe_reading import save_recipe
 from dino.training.run_log import run_log
 
 logger = logging.getLogger("detectron2")
@@ -46,7 +46,7 @@ def _set_up(cfg: DictConfig, job: Any, folder: Path, rank: int) -> None:
     if job.config_file:
         logger.info(f"contents of {job.config_file}:\n{Path(job.config_file).read_text(encoding='utf-8')}")
     if not rank:
-        LazyConfig.save(cfg, str(folder / "config.yaml"))
+        save_recipe(cfg, folder / "config.yaml")
     seed = cfg.train.get("seed", -1)
     seed_all_rng(None if seed < 0 else seed + rank)
     if not job.eval_only:

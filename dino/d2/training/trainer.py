@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from dino.training.memory_saving import OutOfMemory
 from dino.training.training_step import TrainingStep
-from dino.utils.files import UserError
+from dino.utils.files import Stopped, UserError
 
 from .sampler import TrainLoader, seed_random
 
@@ -26,7 +27,7 @@ class EndOfTraining(Exception):
 
 
 # Detectron2 logs a traceback of every error that ends a training; the program prints these in one line.
-_ONE_LINE_ERRORS = (UserError, FloatingPointError, OutOfMemory, EndOfTraining, OSError)
+_ONE_LINE_ERRORS = (UserError, FloatingPointError, OutOfMemory, EndOfTraining, Stopped, OSError)
 logging.getLogger("detectron2.engine.train_loop").addFilter(
     lambda record: not (record.exc_info and isinstance(record.exc_info[1], _ONE_LINE_ERRORS))
 )
@@ -65,6 +66,21 @@ class Trainer(SimpleTrainer, TrainingStep):
     def request_stop(self) -> None:
         """Ask for an end of the training; all processes learn of it in the next step, see `NonFiniteChecker`."""
         self.stop_requested = True
+
+    def after_train(self) -> None:
+        """Let every hook clean up. An error that ends the training is not hidden by one of a hook, which may follow it:
+        of a hook whose `before_train` never ran, or by the same full disk.
+        """
+        self.storage.iter = self.iter
+        ending = sys.exception()
+        first = None if isinstance(ending, EndOfTraining | Stopped) else ending
+        for hook in self._hooks:
+            try:
+                hook.after_train()
+            except Exception as error:
+                first = first or error
+        if first is not None and first is not ending:
+            raise first
 
     def run_step(self) -> None:
         """Run one iteration."""
