@@ -182,7 +182,8 @@ def _sizes(sizes: np.ndarray) -> str:
 
 
 def _length(plan: Plan) -> str:
-    epochs = f" = {plan.iterations / plan.per_epoch:.3g} epochs" if plan.per_epoch else ""
+    number = f"{plan.iterations / plan.per_epoch:.3g}" if plan.per_epoch else ""
+    epochs = f" = {number} epoch{'' if number == '1' else 's'}" if number else ""
     parts = [f"{plan.iterations:,} iterations of {counted(plan.batch, 'image')}{epochs}"]
     parts += [f"starts at iteration {plan.start:,}"] if plan.start else []
     parts += [f"an evaluation every {plan.eval_period:,}"] if plan.eval_period else ["an evaluation at the end"]

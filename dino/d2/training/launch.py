@@ -11,6 +11,7 @@ from torch.multiprocessing import ProcessRaisedException
 from dino.d2 import follow_file, recipe
 from dino.inference.cpu import keep_freed_memory
 from dino.utils.files import UserError
+from dino.utils.library_warnings import quiet_children
 from dino.utils.recipes import find_recipe
 
 from . import engine, parallel
@@ -70,7 +71,8 @@ def launch(function: Callable, processes: parallel.Processes, *args: Any) -> Non
         UserError: memory ran out, or one of several processes failed; the message is the last line of its error.
     """
     try:
-        parallel.launch(function, processes, *args)
+        with quiet_children():
+            parallel.launch(function, processes, *args)
     except OutOfMemory as error:
         raise UserError(str(error)) from error
     except ProcessRaisedException as error:
