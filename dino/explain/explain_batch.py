@@ -9,7 +9,8 @@ import torch
 
 from dino.data.coco import CocoImages, collate
 from dino.layers import HungarianMatcher, SetCriterion
-from dino.utils.files import DataError, make_folder
+from dino.utils.files import DataError
+from dino.utils.run_folder import hold_folder
 from dino.weights.description import detector_from_checkpoint
 
 from . import scenes
@@ -59,8 +60,8 @@ def explain_batch(
     except ValueError as error:
         raise DataError(f"{weights}: {error}") from error
     scene = Scene(recorded, 0, pixels[0].permute(1, 2, 0).numpy() / 255, targets, detector.names)
-    make_folder(folder)
-    for name, draw in scenes.SCENES.items():
-        save(draw(scene), folder / f"{name}.png")
-    save(scenes.noise(detector.network.denoising), folder / "noise.png")
+    with hold_folder(folder):
+        for name, draw in scenes.SCENES.items():
+            save(draw(scene), folder / f"{name}.png")
+        save(scenes.noise(detector.network.denoising), folder / "noise.png")
     print(f"{len(scenes.SCENES) + 1} pictures written to {folder}")

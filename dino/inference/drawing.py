@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from statistics import median
 
 from PIL import Image, ImageDraw
 
@@ -12,7 +14,7 @@ from .palette import Colour, colour_of, ink_on
 
 _GROUND, _INK, _SOFT, _GAP = (24, 26, 30), (236, 239, 244), (164, 172, 182), 6  # of a grid; the gap in pixels
 _NOTE = (24, 26, 30)  # ground of the note about labels that are left out
-_LEAST_FONT = 11  # pixels
+_LEAST_FONT, _EDGE = 12, 120  # pixels; opacity of the edge of a box, of 255
 
 
 def draw_detections(
@@ -50,19 +52,26 @@ def draw_boxes(
         dash: length of dashes in pixels; 0 for solid lines.
     """
     image = image.copy()
-    canvas = ImageDraw.Draw(image)
+    canvas = ImageDraw.Draw(image, "RGBA")
     side = (image.width * image.height) ** 0.5
-    width = width or max(1, round(side / 320))
+    width = width or max(1 if side < 150 else 2, round(side / 300))
     clipped = [_clip(box, image) for box in boxes]
     for box, colour in reversed([*zip(clipped, colours, strict=True)]):
         if box is not None:
             _draw_box(canvas, box, colour, width, dash)
-    plates, note = place_labels(image.size, clipped, texts, max(_LEAST_FONT, round(side / 38))) if texts else ([], None)
+    plates, note = place_labels(image.size, clipped, texts, _font_size(side, clipped)) if texts else ([], None)
     for plate in plates:
         _draw_plate(canvas, plate, colours[plate.index])
     if note:
         _draw_plate(canvas, note, _NOTE)
     return image
+
+
+def _font_size(side: float, boxes: Sequence[Rectangle | None]) -> int:
+    """Pixels of the labels' font: of the picture's size, smaller for many boxes and for small ones."""
+    heights = [box[3] - box[1] for box in boxes if box is not None]
+    size = side / 38 * min(1, 20 / max(len(heights), 1)) ** 0.25
+    return max(_LEAST_FONT, round(min(size, max(side / 75, 0.3 * median(heights or [0])))))
 
 
 def fit(image: Image.Image, width: int, height: int) -> tuple[Image.Image, float]:
@@ -85,17 +94,21 @@ def arrange(
         heads: above the columns, repeated as often as they fit; empty for none.
         legend: what the colours mean, below the pictures.
     """
-    columns = max(map(len, rows))
-    width, height = (max(image.size[axis] for row in rows for image in row) + _GAP for axis in (0, 1))
-    whole = columns * width + _GAP
+    width = max(image.width for row in rows for image in row)
+    group = max(len(heads), 1)
+    lefts = [_GAP + i * (width + _GAP) + (2 * _GAP * (i // group) if heads else 0) for i in range(max(map(len, rows)))]
+    tops = list(accumulate((max(image.height for image in row) + _GAP for row in rows), initial=0))
+    whole = lefts[-1] + width + _GAP
     size = max(_LEAST_FONT, round(whole / 90))
+    grid = Image.new("RGB", (whole, tops[-1]), _GROUND)
+    for row, top in zip(rows, tops, strict=False):
+        for image, left in zip(row, lefts, strict=False):
+            grid.paste(image, (left + (width - image.width) // 2, top))
     bars = [_text_bar(whole, title, round(1.2 * size), _INK)]
     if heads:
-        bars.append(_head_bar(width, [heads[column % len(heads)] for column in range(columns)], size))
-    grid = Image.new("RGB", (whole, len(rows) * height), _GROUND)
-    for number, image in ((n * columns + i, image) for n, row in enumerate(rows) for i, image in enumerate(row)):
-        row, column = divmod(number, columns)
-        grid.paste(image, (_GAP + column * width + (width - _GAP - image.width) // 2, row * height))
+        bars.append(Image.new("RGB", (whole, round(1.8 * size)), _GROUND))
+        for column, left in enumerate(lefts):
+            bars[1].paste(_text_bar(width, heads[column % group], size, _SOFT), (left - _GAP, 0))
     return _stack([*bars, grid, *([_legend_bar(whole, legend, size)] if legend else [])])
 
 
@@ -114,14 +127,6 @@ def _text_bar(width: int, text: str, size: int, ink: Colour) -> Image.Image:
     bar = Image.new("RGB", (width, round(1.9 * size)), _GROUND)
     line = _shorten(text, width - 2 * _GAP, size)
     ImageDraw.Draw(bar).text((_GAP, round(1.3 * size)), line, fill=ink, font=load_font(line, size), anchor="ls")
-    return bar
-
-
-def _head_bar(width: int, heads: Sequence[str], size: int) -> Image.Image:
-    """The heads of columns."""
-    bar = Image.new("RGB", (width * len(heads) + _GAP, round(1.7 * size)), _GROUND)
-    for column, head in enumerate(heads):
-        bar.paste(_text_bar(width, head, size, _SOFT), (column * width, 0))
     return bar
 
 
@@ -163,7 +168,7 @@ def _draw_box(canvas: ImageDraw.ImageDraw, box: Rectangle, colour: Colour, width
     """An outline inside the box, with a thin edge of the opposite lightness outside."""
     x0, y0, x1, y1 = box
     edge = max(1, width // 3)
-    canvas.rectangle((x0 - edge, y0 - edge, x1 + edge, y1 + edge), outline=ink_on(colour), width=edge)
+    canvas.rectangle((x0 - edge, y0 - edge, x1 + edge, y1 + edge), outline=(*ink_on(colour), _EDGE), width=edge)
     if not dash:
         canvas.rectangle(box, outline=colour, width=width)
         return

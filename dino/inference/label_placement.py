@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -10,10 +11,10 @@ from PIL import ImageFont
 
 from .fonts import legible, load_font
 
-_MOST_COVERED = 0.3  # of the picture, by labels; more would hide it
+_MOST_COVERED = 0.25  # of the picture, by labels; more would hide it
 _SIZES = (1.0, 0.75)  # of the font, tried in this order
 _WIDEST = 0.6  # of the picture's width, for one label
-_LEAST_FONT, _LEAST_COLUMNS = 9, 4
+_LEAST_FONT, _LEAST_COLUMNS, _MOST_COLUMNS = 9, 4, 36
 
 Rectangle = tuple[float, float, float, float]  # xyxy in pixels
 
@@ -97,21 +98,24 @@ def _find_place(
     return None
 
 
+@lru_cache(maxsize=4096)
 def _shape(index: int, text: str, font_size: int, size: tuple[int, int]) -> Plate | None:
     """A plate at (0, 0) whose text is shortened until it fits; None where nothing fits."""
     pad = max(2, round(font_size / 5))
     text = legible(text)
-    limit = min(len(text), 80)
+    widest = max(_WIDEST * size[0], min(size[0], 12 * font_size)) - 2 * pad
+    limit = min(len(text), _MOST_COLUMNS)
     while limit >= min(_LEAST_COLUMNS, len(text)):
         line = legible(text, max(limit, 3))
         font = load_font(line, font_size)
         left, top, _, bottom = font.getbbox(line + "Åg", anchor="ls")
-        width = font.getlength(line) + 2 * pad
-        height = bottom - top + pad
-        if width <= max(_WIDEST * size[0], min(size[0], 12 * font_size)) and height <= size[1]:
-            anchor = (pad - min(left, 0), pad / 2 - top)
-            return Plate(index, (0, 0, int(np.ceil(width)), int(np.ceil(height))), line, font, anchor)
-        limit -= max(1, limit // 8)
+        length, height = font.getlength(line), bottom - top + pad
+        if height > size[1]:
+            return None
+        if length <= widest:
+            place = (0, 0, int(np.ceil(length)) + 2 * pad, int(np.ceil(height)))
+            return Plate(index, place, line, font, (pad - min(left, 0), pad / 2 - top))
+        limit = min(limit - 1, int(limit * max(widest, 0) / length) + 1)
     return None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 Colour = tuple[int, int, int]  # RGB, 0 to 255
 
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
@@ -12,6 +14,19 @@ a8a870 0000e8 e88090 4038a8 d068d8 ffc8b0 901030 389080 c0e8a0 a0b8ff a800c0 00f
 60c8a0 585018 ff38c8 8050b8 5000e0 6800b0 605080 b00888 90b018 00e068 c848ff c08800 50a0ff d86840 ff88d0 784050 5068c0
 c8a0c8 e8b860 ff5070 d098ff 286850 b07878 088840 70a8c8 d89878""")
 _COUNT = len(_CLASSES) // 3
+
+
+class Look(NamedTuple):
+    """Colours of a figure's text, frame, main line and ground, as matplotlib takes them."""
+
+    ink: str
+    soft: str
+    accent: str
+    paper: str
+
+
+ON_WHITE = Look("#1f2933", "#5b6673", "#2456d6", "#ffffff")
+ON_PAGE = Look("#010203", "#040506", "#070809", "#0a0b0c")  # placeholders for a page's colours, light or dark
 
 
 def colour_of(label: int) -> Colour:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
@@ -18,8 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from dino.inference.fonts import font_families, legible
-from dino.inference.palette import colour_of, hex_of
+from dino.inference.palette import ON_PAGE, ON_WHITE, Look, colour_of, hex_of
 from dino.utils.files import write_whole
+
+from .metrics_file import is_number, read_metrics
 
 Series = dict[int, float]  # iteration -> value
 
@@ -29,18 +28,6 @@ _EMA = "ema/"  # in front of the keys of averaged weights
 _MOST_POINTS = 1500  # drawn of a curve
 _MOST_NAMED = 8  # classes with a colour of their own
 _COLUMNS = 22  # of a class name
-
-
-class Look(NamedTuple):
-    """Colours of a figure's text and lines, as matplotlib takes them."""
-
-    ink: str = "#1f2933"
-    soft: str = "#5b6673"
-    accent: str = "#2456d6"
-    paper: str = "#ffffff"
-
-
-_ON_WHITE = Look()
 
 
 def draw_curves(folder: str | Path, names: Sequence[str] = ()) -> None:
@@ -54,7 +41,7 @@ def draw_curves(folder: str | Path, names: Sequence[str] = ()) -> None:
         UserError: the file can't be written.
     """
     folder = Path(folder)
-    series = _read_series(folder / "metrics.json")
+    series = read_series(folder / "metrics.json")
     texts = [legible(key) for key in series] + [legible(folder.resolve().name)]
     with rc_context({"font.family": font_families(texts)}):
         figure = curves_figure(series, folder.resolve().name, names)
@@ -62,7 +49,20 @@ def draw_curves(folder: str | Path, names: Sequence[str] = ()) -> None:
         write_whole(folder / "curves.png", lambda part: figure.savefig(part, format="png", dpi=100))
 
 
-def curves_figure(series: dict[str, Series], title: str, names: Sequence[str] = (), look: Look = _ON_WHITE) -> Figure:
+def run_curves(checkpoint: str | Path | None) -> Figure | None:
+    """The curves of the run whose folder holds a checkpoint, for a page; None where there is no such run.
+
+    Raises:
+        UserError: metrics.json can't be read.
+    """
+    folder = Path(checkpoint or "").parent
+    if not checkpoint or not Path(checkpoint).is_file() or not (folder / "metrics.json").is_file():
+        return None
+    series = read_series(folder / "metrics.json")
+    return curves_figure(series, folder.resolve().name, look=ON_PAGE) if series else None
+
+
+def curves_figure(series: dict[str, Series], title: str, names: Sequence[str] = (), look: Look = ON_WHITE) -> Figure:
     """A figure of all curves.
 
     Args:
@@ -70,7 +70,7 @@ def curves_figure(series: dict[str, Series], title: str, names: Sequence[str] = 
         title: above all.
         names: of the classes, by label.
     """
-    figure = Figure(figsize=(12, 7.6), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(12, 7.6), layout="constrained", facecolor=look.paper)
     figure.suptitle(_plain(title, 60), color=look.ink, fontsize=14, fontweight="bold")
     (losses, ap), (rate, classes) = figure.subplots(2, 2, gridspec_kw={"height_ratios": (1.25, 1)})
     _draw_losses(losses, series, look)
@@ -215,14 +215,15 @@ def _plain(name: str, limit: int) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
-def _read_series(path: Path) -> dict[str, Series]:
-    """Key -> iteration -> value, finite ones only; lines that a kill has truncated are skipped."""
+def read_series(path: str | Path) -> dict[str, Series]:
+    """Key -> iteration -> value of a metrics.json, finite numbers only.
+
+    Raises:
+        UserError: see `read_metrics`.
+    """
     series: dict[str, Series] = defaultdict(dict)
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        entry: dict = {}
-        with contextlib.suppress(ValueError):
-            entry = json.loads(line)
+    for entry in read_metrics(path):
         for key, value in entry.items():
-            if isinstance(value, int | float) and math.isfinite(value):
+            if is_number(value):
                 series[key][entry["iteration"]] = value
     return series

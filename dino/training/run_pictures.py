@@ -11,7 +11,7 @@ from torch import Tensor
 from dino.inference.drawing import arrange, draw_boxes, draw_detections, fit
 from dino.inference.palette import Colour, colour_of
 from dino.structures import SCORE_THRESH, Detections
-from dino.utils.files import write_whole
+from dino.utils.files import counted, write_whole
 
 POSITIVE, NEGATIVE = (0, 200, 130), (255, 90, 0)  # denoising queries
 _TRUE = (255, 255, 255)  # objects beside their denoising queries
@@ -53,7 +53,7 @@ def draw_train_batch(
     legend = _legend(seen, names)
     if pairs:
         legend |= {"positive query": POSITIVE, "negative query": NEGATIVE, "dashed: the object": _TRUE}
-    title = f"Training batch: {len(images[:MOST_IMAGES])} of {len(images)} augmented images"
+    title = f"Training batch: {counted(len(images[:MOST_IMAGES]), 'augmented image')}"
     _save(path, shown, title, heads, legend)
 
 
@@ -93,7 +93,13 @@ def draw_val_predictions(
         shown.append(draw_detections(picture, (predicted.boxes * scale).tolist(), predicted.labels.tolist(), texts))
         shown.append(_draw_objects(picture, boxes[number] * scale, labels[number], names))
     heads = [f"predicted, scores of {score_thresh:.2f} and more", "true"]
-    _save(path, shown, f"Predictions on {len(images[:MOST_IMAGES])} validation images", heads, _legend(seen, names))
+    _save(
+        path,
+        shown,
+        f"Predictions on {counted(len(images[:MOST_IMAGES]), 'validation image')}",
+        heads,
+        _legend(seen, names),
+    )
 
 
 def _fit_panel(image: Tensor, count: int, pairs: bool) -> tuple[Image.Image, float]:

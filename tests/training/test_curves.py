@@ -27,7 +27,7 @@ def evaluation(iteration, ap, names=(), prefix=""):
 def test_curves(tmp_path):
     losses = [{"iteration": n, "total_loss": 20.0 / (n + 1), "loss_ce": 1.0, "lr": 1e-4} for n in range(5)]
     write_metrics(tmp_path, *losses, {"iteration": 4, "bbox/AP": 3.0, "ema/bbox/AP": float("nan")}, end='{"iterat')
-    assert curves._read_series(tmp_path / "metrics.json")["bbox/AP"] == {4: 3.0}
+    assert curves.read_series(tmp_path / "metrics.json")["bbox/AP"] == {4: 3.0}
     curves.draw_curves(tmp_path)
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.size == (1200, 760)
@@ -42,7 +42,7 @@ def test_a_run_that_logged_nothing(tmp_path):
 
 def read(folder, *entries):
     write_metrics(folder, *entries)
-    return curves._read_series(folder / "metrics.json")
+    return curves.read_series(folder / "metrics.json")
 
 
 def test_the_best_evaluation_is_marked_whichever_weights_it_has(tmp_path):

@@ -7,22 +7,25 @@ import warnings
 
 import numpy as np
 from markupsafe import Markup
-from matplotlib import rc_context
+from matplotlib import patheffects, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from dino.inference.palette import ON_PAGE, colour_of, hex_of
 from dino.utils.printable import printable
 
 from .error_analysis import THRESHOLDS, Analysis, f1_of, rates
 
-_INK, _SOFT, _ACCENT = "#010203", "#040506", "#070809"  # placeholders for the page's colours, light or dark
-_COLOURS = ("#14a05a", "#e0353f", "#f2a100", "#a04be0", "#0a93c7", "#d35aa8", "#8a6d3b", "#3f51d6")
-_MOST_CURVES = len(_COLOURS)  # classes with a colour of their own
+_INK, _SOFT, _ACCENT, _PAPER = ON_PAGE
+_PRECISION, _RECALL = "#0a93c7", "#f2a100"
+_MOST_CURVES = 8  # classes with a colour of their own
+_PAGE = ("currentColor", "var(--soft)", "var(--accent)", "var(--card)")  # what ON_PAGE stands for
+_EDGE = [patheffects.withStroke(linewidth=2.4, foreground=_SOFT)]  # pale lines are seen on pale ground
 _RECALLS = np.linspace(0, 1, 101)
 
 
-def _to_svg(figure: Figure) -> Markup:
+def to_svg(figure: Figure) -> Markup:
     """Render a figure as inline SVG in the page's colours."""
     buffer = io.StringIO()
     FigureCanvasSVG(figure)
@@ -31,7 +34,7 @@ def _to_svg(figure: Figure) -> Markup:
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the page's fonts draw the text
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
-    for placeholder, value in ((_INK, "currentColor"), (_SOFT, "var(--soft)"), (_ACCENT, "var(--accent)")):
+    for placeholder, value in zip(ON_PAGE, _PAGE, strict=True):
         text = text.replace(placeholder, value)
     return Markup(text[text.index("<svg") :])
 
@@ -70,9 +73,9 @@ def _precision_recall(analysis: Analysis) -> Markup:
     at_half = analysis.precision[0]
     defined = [k for k in range(len(analysis.names)) if (at_half[:, k] > -1).any()]
     named = len(defined) <= _MOST_CURVES
-    for number, k in enumerate(defined):
+    for k in defined:
         look = (
-            {"color": _COLOURS[number], "label": _plain(analysis.names[k])}
+            {"color": hex_of(colour_of(k)), "label": _plain(analysis.names[k]), "path_effects": _EDGE}
             if named
             else {"color": _SOFT, "alpha": 0.25}
         )
@@ -82,19 +85,19 @@ def _precision_recall(analysis: Analysis) -> Markup:
         strict = analysis.precision[5][:, defined].mean(1)
         axes.plot(_RECALLS, strict, color=_ACCENT, linewidth=2, linestyle="--", label="mean, IoU 0.75")
         _add_legend(axes)
-    return _to_svg(figure)
+    return to_svg(figure)
 
 
 def _over_threshold(analysis: Analysis) -> Markup:
     """Draw precision, recall and F1 of all classes together over the score threshold."""
     figure, axes = _new_chart("score threshold", "precision, recall, F1")
     precision, recall = rates(analysis.tally)
-    axes.plot(THRESHOLDS, precision, color=_COLOURS[4], linewidth=2, label="precision")
-    axes.plot(THRESHOLDS, recall, color=_COLOURS[2], linewidth=2, label="recall")
+    axes.plot(THRESHOLDS, precision, color=_PRECISION, linewidth=2, label="precision")
+    axes.plot(THRESHOLDS, recall, color=_RECALL, linewidth=2, label="recall")
     axes.plot(THRESHOLDS, f1_of(precision, recall), color=_ACCENT, linewidth=3, label="F1")
     axes.axvline(analysis.threshold, color=_INK, linewidth=1, linestyle=":", label=f"best F1: {analysis.threshold:.2f}")
     _add_legend(axes)
-    return _to_svg(figure)
+    return to_svg(figure)
 
 
 def _plain(name: str) -> str:

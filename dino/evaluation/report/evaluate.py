@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from matplotlib import figure as plot
+
 from dino.data.coco import read_images
-from dino.utils.files import UserError, free_name, make_folder, write_whole
+from dino.utils.files import UserError, make_folder, write_whole
 from dino.utils.printable import printable
+from dino.utils.run_folder import hold_folder, new_folder
 
 from .error_analysis import COLUMNS, ERROR_WORDS, Analysis, show
 from .report import image_paths, write_report
@@ -44,23 +49,29 @@ def read_detections(results: Path, annotations: str, images: str) -> Detected:
     return Detected(data, image_paths(data, images), results, details)
 
 
-def choose_folder(wanted: Path | None) -> Path:
-    """The folder of the report.
+@contextmanager
+def claim_report(wanted: Path | None) -> Iterator[Path]:
+    """Hold the folder of the report within the block; None: a new one, output/evaluation, output/evaluation.1, …
 
     Raises:
-        UserError: it holds a report already.
+        UserError: it holds a report already, or another process writes one.
     """
-    folder = wanted or free_name(Path("output/evaluation"))
-    if (folder / "report.html").exists():
-        raise UserError(f"{folder / 'report.html'} exists: choose another --output")
-    return folder
+    with nullcontext(str(wanted)) if wanted else new_folder(Path("output/evaluation")) as name:
+        folder = Path(name)
+        with hold_folder(folder):
+            if (folder / "report.html").exists():
+                raise UserError(f"{folder / 'report.html'} exists: choose another --output")
+            yield folder
 
 
-def write_evaluation(folder: Path, detected: Detected, shown: int = 24) -> dict[str, Any]:
+def write_evaluation(
+    folder: Path, detected: Detected, shown: int = 24, run: plot.Figure | None = None
+) -> dict[str, Any]:
     """Write the report and, for data with annotations, the metrics; print a table of them.
 
     Args:
         shown: number of images to draw.
+        run: curves of the training, see `write_report`.
 
     Returns:
         the content of metrics.json: AP in [0, 1], -1 where undefined; nothing for data without annotations.
@@ -75,7 +86,7 @@ def write_evaluation(folder: Path, detected: Detected, shown: int = 24) -> dict[
     page = folder / "report.html"
     shown_in = f"{len({entry['image_id'] for entry in found}):,} of {len(data['images']):,} images"
     print(f"comparing {len(found):,} detections in {shown_in}", flush=True)
-    analysis = write_report(page, data=data, results=found, files=files, details=details, shown=shown)
+    analysis = write_report(page, data=data, results=found, files=files, details=details, shown=shown, run=run)
     metrics = {}
     if analysis:
         metrics = _write_metrics(folder / "metrics.json", analysis)

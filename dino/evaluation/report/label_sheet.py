@@ -76,7 +76,7 @@ def _try_to_draw(
 ) -> list[Figure]:
     """The surroundings of a proposal, with all annotations there; none where the image can't be read."""
     others = [a for a in neighbours if a is not error.annotation]
-    marks = [Mark(a["bbox"], names[a["category_id"]], "class-1") for a in others]
+    marks = [Mark(a["bbox"], names[a["category_id"]], "class") for a in others]
     if error.annotation:
         rather = f", rather {names[error.category_id]}" if error.kind == "class" else ""
         text = f"annotated: {names[error.annotation['category_id']]}{rather}"

@@ -14,6 +14,7 @@ from PIL import Image
 
 import dino
 from dino.data.images import read_image
+from dino.inference.palette import Colour, hex_of, ink_on
 from dino.utils.files import write_whole
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -29,6 +30,7 @@ class Mark(NamedTuple):
         kind: CSS class, which sets the colour.
         score: threshold above which it is hidden; None for never.
         title: tooltip.
+        colour: instead of that of the kind.
     """
 
     box: Sequence[float]
@@ -36,25 +38,37 @@ class Mark(NamedTuple):
     kind: str
     score: float | None = None
     title: str = ""
+    colour: Colour | None = None
 
 
 class Figure(NamedTuple):
-    """A picture with boxes. `source` is a data URI; width and height are those of the image in pixels."""
+    """A picture with boxes. `source` is a data URI, empty for one that can't be drawn; width and height in pixels.
+
+    Args:
+        groups: words for the page's filter.
+        flags: what is wrong with the image, level ("error", "warning") and text.
+    """
 
     source: str
     width: int
     height: int
     caption: str
     marks: list[Mark]
-    groups: str = ""  # words for the page's filter
+    groups: str = ""
+    flags: Sequence[tuple[str, str]] = ()
 
     def place(self, mark: Mark) -> str:
-        """CSS of a mark, in percent of the picture, cut off at its borders."""
+        """CSS of a mark: its place in percent of the picture, cut off at its borders, and its colour."""
         x, y, width, height = mark.box
-        x0, y0 = max(x, 0) / self.width, max(y, 0) / self.height
-        x1, y1 = min(x + width, self.width) / self.width, min(y + height, self.height) / self.height
+        x0, y0 = min(max(x / self.width, 0), 1), min(max(y / self.height, 0), 1)
+        x1, y1 = min((x + width) / self.width, 1), min((y + height) / self.height, 1)
         sides = {"left": x0, "top": y0, "width": max(x1 - x0, 0), "height": max(y1 - y0, 0)}
-        return ";".join(f"{side}:{100 * part:.2f}%" for side, part in sides.items())
+        return ";".join(f"{side}:{100 * part:.2f}%" for side, part in sides.items()) + tones(mark.colour)
+
+
+def tones(colour: Colour | None) -> str:
+    """CSS of a colour and of the text on it; none for None."""
+    return f";--tone:{hex_of(colour)};--on:{hex_of(ink_on(colour))}" if colour else ""
 
 
 def draw(path: Path, caption: str, marks: list[Mark], groups: str = "", window: Sequence[int] | None = None) -> Figure:
@@ -67,13 +81,20 @@ def draw(path: Path, caption: str, marks: list[Mark], groups: str = "", window: 
     if window:
         x0, y0, x1, y1 = window
         pixels = pixels[y0:y1, x0:x1]
-        marks = [mark._replace(box=[mark.box[0] - x0, mark.box[1] - y0, *mark.box[2:]]) for mark in marks]
+        moved = [mark._replace(box=[mark.box[0] - x0, mark.box[1] - y0, *mark.box[2:]]) for mark in marks]
+        marks = [mark for mark in moved if _meets(mark.box, x1 - x0, y1 - y0)]
     image = Image.fromarray(pixels)
     image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=82)
     source = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
     return Figure(source, pixels.shape[1], pixels.shape[0], caption, marks, groups)
+
+
+def _meets(box: Sequence[float], width: float, height: float) -> bool:
+    """Whether a part of a box (xywh) lies in a picture."""
+    x, y, w, h = box
+    return x < width and y < height and x + w > 0 and y + h > 0
 
 
 def _include(name: str) -> Markup:
@@ -91,5 +112,5 @@ def write_page(path: str | Path, template: str, **values: Any) -> None:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    text = environment.get_template(template).render(include=_include, version=dino.__version__, **values)
+    text = environment.get_template(template).render(include=_include, tones=tones, version=dino.__version__, **values)
     write_whole(path, lambda part: part.write_bytes(text.encode("utf-8", "replace")))

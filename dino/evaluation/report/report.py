@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib import figure as plot
 
 from dino.data.coco import classes_of
 from dino.evaluation.label_errors import find_label_errors
+from dino.inference.palette import colour_of
+from dino.structures import SCORE_THRESH
 from dino.utils.files import DataError, resolve_inside
 
-from .charts import draw_charts
+from .charts import draw_charts, to_svg
 from .error_analysis import COLUMNS, ERROR_WORDS, THRESHOLDS, Analysis, Found, Object, analyse, confusion, show
 from .label_sheet import draw_label_errors, write_proposals
 from .page import Figure, Mark, draw, write_page
@@ -21,6 +24,7 @@ from .page import Figure, Mark, draw, write_page
 _LOWEST = float(THRESHOLDS[0])  # least score that is drawn; start of the slider
 _MOST_MARKS, _MOST_OBJECTS = 300, 1000  # detections and objects drawn in one image
 _MOST_CLASSES = 25  # rows of the confusion matrix
+_DRAWN_SET, _MOST_DRAWN = "images.html", 100  # the page of the set, its images
 _DOUBTS_SHOWN = 6  # label errors of a kind
 _MOST_PAIRS = 8  # of confused classes, named above the matrix
 _WORDS = {"found": "right", "missed": "missed", **ERROR_WORDS}
@@ -53,8 +57,9 @@ def write_report(
     files: dict[int, Path],
     details: dict[str, str],
     shown: int = 24,
+    run: plot.Figure | None = None,
 ) -> Analysis | None:
-    """Write the page, which needs no other file and no network, and label_errors.json next to it.
+    """Write the page, which needs no other file and no network; next to it images.html and label_errors.json.
 
     Args:
         path: of the page.
@@ -62,7 +67,8 @@ def write_report(
         results: COCO-format detections, as from `read_results`.
         files: the image file of each id; unreadable ones are not drawn.
         details: lines for the head of the page, such as the data set and the weights.
-        shown: number of images to draw.
+        shown: number of images to draw; 0 also leaves out images.html, which has up to 100.
+        run: curves of the training, in the colours ON_PAGE.
 
     Returns:
         the figures; None without annotations.
@@ -71,26 +77,32 @@ def write_report(
         DataError: the page can't be written.
     """
     entries = {image["id"]: image for image in data["images"]}
-    values = {"details": details, "num_images": len(entries), "lowest": _LOWEST, "words": _WORDS}
+    values = {"details": details, "num_images": len(entries), "lowest": _LOWEST, "words": _WORDS, "start": SCORE_THRESH}
     if not any(not a.get("iscrowd") for a in data["annotations"]):
         figures = _draw_predictions(data, results, files, shown)
         write_page(path, "predictions.html.j2", figures=figures, classes=_count_classes(data, results), **values)
         return None
     analysis = analyse(data, results)
     label_errors = find_label_errors(data, results)
+    values |= {"analysis": analysis, "show": show}
+    values["tally"] = {kind: [int(n) for n in counts] for kind, counts in analysis.tally.items()}
     write_page(
         path,
         "report.html.j2",
-        analysis=analysis,
         columns=COLUMNS,
-        show=show,
         charts=draw_charts(analysis),
-        figures=_draw_worst(analysis, entries, files, shown),
+        run=run and to_svg(run),
+        figures=_draw_images(analysis, entries, files, _choose_worst(_sums_of(_count_errors(analysis)), shown)),
+        drawn_set=_DRAWN_SET if shown else "",
         label_errors=draw_label_errors(data, label_errors, files, min(shown, _DOUBTS_SHOWN)),
-        tally={kind: [int(n) for n in counts] for kind, counts in analysis.tally.items()},
         **_confused_classes(confusion(analysis), analysis.names),
         **values,
     )
+    if shown:
+        figures = _draw_images(analysis, entries, files, _choose_evenly(entries))
+        write_page(
+            Path(path).with_name(_DRAWN_SET), "images.html.j2", figures=figures, report=Path(path).name, **values
+        )
     write_proposals(Path(path).with_name("label_errors.json"), data, label_errors)
     return analysis
 
@@ -103,30 +115,35 @@ def _count_classes(data: dict[str, Any], results: list[dict]) -> list[tuple[str,
 
 
 def _draw_predictions(data: dict[str, Any], results: list[dict], files: dict[int, Path], shown: int) -> list[Figure]:
-    """Images with the most detections of 0.3 or more."""
+    """Images with the most detections of SCORE_THRESH or more, in the colours of their classes."""
     names = {c["id"]: c["name"] for c in data["categories"]}
+    labels = {number: label for label, number in enumerate(sorted(names))}
     detections = defaultdict(list)
     for r in results:
         if r["score"] >= _LOWEST:
             detections[r["image_id"]].append(r)
-    counts = {image["id"]: sum(r["score"] >= 0.3 for r in detections[image["id"]]) for image in data["images"]}
+    counts = {image["id"]: sum(r["score"] >= SCORE_THRESH for r in detections[image["id"]]) for image in data["images"]}
     figures = []
     for image in sorted(data["images"], key=lambda image: -counts[image["id"]]):
         if len(figures) == shown:
             break
         best = sorted(detections[image["id"]], key=lambda r: -r["score"])[:_MOST_MARKS]
         marks = [
-            Mark(r["bbox"], _label_of(names[r["category_id"]], r["score"]), "prediction", r["score"]) for r in best
+            Mark(
+                r["bbox"], _label_of(name, r["score"]), "class", r["score"], colour=colour_of(labels[r["category_id"]])
+            )
+            for r, name in ((r, names[r["category_id"]]) for r in best)
         ]
         figures += _try_to_draw(files[image["id"]], image["file_name"], marks, "")
     return figures
 
 
-def _draw_worst(analysis: Analysis, entries: dict[int, dict], files: dict[int, Path], shown: int) -> list[Figure]:
-    """Draw the images with the most errors of each group at the analysis' threshold, most errors first."""
+def _draw_images(
+    analysis: Analysis, entries: dict[int, dict], files: dict[int, Path], chosen: Collection[int]
+) -> list[Figure]:
+    """Draw images with their objects and detections, most errors at the analysis' threshold first."""
     errors = _count_errors(analysis)
-    sums = {image: {g: sum(n[kind] for kind in kinds) for g, kinds in _GROUPS.items()} for image, n in errors.items()}
-    chosen = _choose_worst(sums, shown)
+    sums = _sums_of({image: errors[image] for image in chosen})
     found, objects = _by_image(analysis.found, chosen), _by_image(analysis.objects, chosen)
     figures = []
     for image in sorted(chosen, key=lambda i: -errors[i].total()):
@@ -135,6 +152,16 @@ def _draw_worst(analysis: Analysis, entries: dict[int, dict], files: dict[int, P
         caption = _caption(entries[image]["file_name"], errors[image], len(objects[image]))
         figures += _try_to_draw(files[image], caption, marks, groups)
     return figures
+
+
+def _sums_of(errors: dict[int, Counter]) -> dict[int, dict[str, int]]:
+    """Image -> number of errors of each group."""
+    return {image: {g: sum(n[kind] for kind in kinds) for g, kinds in _GROUPS.items()} for image, n in errors.items()}
+
+
+def _choose_evenly(entries: dict[int, dict]) -> list[int]:
+    """Up to _MOST_DRAWN images, spread over the whole set."""
+    return list(entries)[:: max(1, -(-len(entries) // _MOST_DRAWN))]
 
 
 def _marks_of(analysis: Analysis, objects: list[Object], found: list[Found]) -> list[Mark]:
@@ -170,7 +197,7 @@ def _count_errors(analysis: Analysis) -> dict[int, Counter]:
     return errors
 
 
-def _by_image(entries: Iterable[Found | Object], chosen: dict[int, None]) -> dict[int, list]:
+def _by_image(entries: Iterable[Found | Object], chosen: Collection[int]) -> dict[int, list]:
     """The detections or objects of the chosen images, highest scores first."""
     groups = defaultdict(list)
     for entry in entries:
@@ -201,7 +228,8 @@ def _caption(name: str, errors: Counter, objects: int) -> str:
     drawn = (
         f"; {_MOST_OBJECTS:,} of {objects:,} objects drawn, the missed ones first" if objects > _MOST_OBJECTS else ""
     )
-    return f"{name}: " + ", ".join(f"{errors[kind]} {word}" for kind, word in _WORDS.items() if errors[kind]) + drawn
+    counts = ", ".join(f"{errors[kind]} {word}" for kind, word in _WORDS.items() if errors[kind])
+    return f"{name}: {counts or 'no errors'}{drawn}"
 
 
 def _try_to_draw(path: Path, text: str, marks: list[Mark], groups: str) -> list[Figure]:

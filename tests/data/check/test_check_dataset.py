@@ -255,7 +255,7 @@ BROKEN = {
 def test_broken_annotations(tmp_path, capsys, content, message):
     if content is not None:
         (tmp_path / "a.json").write_bytes(content)
-    assert check(tmp_path / "a.json", tmp_path) == 1
+    assert check(tmp_path / "a.json", tmp_path) == (2 if content is None else 1)
     error = capsys.readouterr().err
     assert message in error
     assert "a.json" in error
@@ -281,7 +281,7 @@ def test_an_empty_set_and_a_missing_folder(tmp_path, capsys):
     path.write_text('{"images": [], "annotations": [], "categories": []}')
     assert check(path, tmp_path) == 1
     assert "there are no categories" in capsys.readouterr().out
-    assert check(path, tmp_path / "absent") == 1
+    assert check(path, tmp_path / "absent") == 2
     assert "image folder not found" in capsys.readouterr().err
 
 
@@ -299,7 +299,7 @@ def test_names_with_spaces_unicode_and_what_can_be_no_file(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "error: missing files (2)" in out
     assert "1 errors" not in out
-    assert "bild ü.png: 1 objects" in (tmp_path / "preview.html").read_text()
+    assert "bild ü.png: 1 object" in (tmp_path / "preview.html").read_text()
 
 
 def test_huge_and_strange_pictures_are_unreadable_not_fatal(tmp_path):

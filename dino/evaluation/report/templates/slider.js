@@ -29,6 +29,7 @@ function update() {
   const threshold = Number(slider.value);
   document.getElementById("threshold-value").textContent = threshold.toFixed(2);
   showMarks(threshold);
+  placeAllLabels();
   if (counts) showTally(threshold);
 }
 
@@ -38,6 +39,7 @@ for (const button of document.querySelectorAll(".tabs button")) {
     for (const figure of figures) {
       figure.hidden = button.dataset.group !== "all" && !figure.dataset.groups.split(" ").includes(button.dataset.group);
     }
+    placeAllLabels();
   });
 }
 
