@@ -9,8 +9,9 @@ import pytest
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
-from dino.d2.training import engine, run_log
-from dino.utils.files import UserError
+from dino.d2.training import engine
+from dino.d2.training.run_setup import run_setup
+from dino.training import run_log
 
 from ..recipes import tiny_recipe
 
@@ -29,7 +30,7 @@ def logged(tmp_path_factory):
         )
         cfg = tiny_recipe(tmp_path_factory.mktemp("run log"), "train.ema.enabled=True", counts=(3, 0, 1))
         cfg.model.network.denoising.num_denoising = 1
-        with run_log.run_log(cfg, JOB):
+        with run_setup(cfg, JOB):
             warnings.warn_explicit("a library is old", UserWarning, "/elsewhere/library.py", 3)
             engine.train(cfg, resume=False, recipe="tiny")
     return cfg.train.output_dir, lines
@@ -76,36 +77,6 @@ def test_everything_is_in_the_file(logged):
     assert not [words for words in OF_LIBRARIES[:5] if words not in text]
     assert not [letter for letter in set(text) if ord(letter) < 32 and letter not in "\n\t"]
     assert not logging.getLogger("detectron2").handlers
-
-
-def test_warnings_come_before_an_error_too(tmp_path, capsys):
-    def fail():
-        with run_log.run_log(tiny_recipe(tmp_path), JOB):
-            logging.getLogger("detectron2.dino").warning("boxes\x1b[31m dropped")
-            logging.getLogger("detectron2.dino").info("a detail")
-            logging.getLogger("fvcore").warning("of another library")
-            assert not capsys.readouterr().out
-            raise ValueError("the end")
-
-    with pytest.raises(ValueError, match="the end"):
-        fail()
-    assert capsys.readouterr().out == "warning: boxes\\x1b[31m dropped\n"
-
-
-def test_own_warnings_are_shown_at_once_after_the_summary(tmp_path, capsys):
-    with run_log.run_log(tiny_recipe(tmp_path), JOB):
-        assert run_log.take_warnings() == []
-        logging.getLogger("detectron2.dino").warning("the loss rises")
-        warnings.warn_explicit("graphs are off", RuntimeWarning, run_log.__file__, 3)
-    assert capsys.readouterr().out == "warning: the loss rises\nwarning: graphs are off\n"
-
-
-def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
-    cfg = tiny_recipe(tmp_path)
-    (tmp_path / "file").touch()
-    cfg.train.output_dir = str(tmp_path / "file")
-    with pytest.raises(UserError, match="can't make the folder"), run_log.run_log(cfg, JOB):
-        raise AssertionError
 
 
 def test_importing_the_plugin_prints_nothing():
