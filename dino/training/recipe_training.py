@@ -47,7 +47,7 @@ from .recipe_summary import as_dicts, summarise_files
 from .run_checkpoints import RunCheckpoints
 from .run_log import show, take_warnings
 from .run_pictures import MOST_IMAGES, draw_train_batch
-from .start_summary import closing_lines, evaluation_lines, start_lines
+from .start_summary import best_line, closing_lines, evaluation_lines, start_lines
 from .stop_signal import Stopped, StopSignal
 
 logger = logging.getLogger("detectron2.dino")
@@ -169,7 +169,7 @@ class _Run:
         self.record.read(start)
         self.loader.begin(seed=self.step.seed, start=start, parts=self.cfg.train.grad_accum_steps)
         if self.record.missed(start, self.length):
-            logger.info(f"evaluating the weights of iteration {start}: the interrupted run did not")
+            show([f"evaluating the weights of iteration {start}: the interrupted run did not"])
             self._evaluate(start, start)
         with StopSignal() as stop, ProgressLine(start, self.length) as line:
             batches = iter(self.loader) if start < self.length else iter(())
@@ -266,7 +266,7 @@ class _Run:
         self.detector.train()
         if stop and completed < self.length:
             self.ended = True
-            logger.info(f"{self.record.patience} evaluations without a better {self.record.metric}: training ends")
+            show([f"{self.record.patience} evaluations without a better {self.record.metric}: training stops early"])
 
     def _watch_ap(self, completed: int) -> None:
         """Warn of an AP of 0, of raw and averaged weights."""
@@ -283,7 +283,7 @@ class _Run:
             self.checkpoints.save_weights(
                 "model_best", weights=kind, iteration=completed - 1, metric=self.record.metric, value=value
             )
-        logger.info(f"best {self.record.metric} so far: {value:.4f}, {kind} weights, in model_best.pth")
+        show([best_line(self.record.metric, value, kind)])
 
     def _draw_batch(self) -> None:
         """Draw the batch of this step as `train_batch.png`."""

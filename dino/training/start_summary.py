@@ -126,6 +126,17 @@ def evaluation_lines(results: Mapping[str, Mapping]) -> list[str]:
     return lines
 
 
+def best_line(metric: str, value: float, kind: str) -> str:
+    """The line about new best weights.
+
+    Args:
+        metric: for example "bbox/AP", in percent.
+        kind: of the weights, raw or averaged.
+    """
+    shown = percent(value) if metric.rpartition("/")[2].startswith("AP") else f"{value:.4g}"
+    return f"best {metric} so far: {shown}, {kind} weights, in model_best.pth"
+
+
 def closing_lines(
     folder: str | Path, results: Mapping[str, Mapping], val: tuple[str, str] | None = None, best: float | None = None
 ) -> list[str]:

@@ -109,8 +109,8 @@ def train(cfg: DictConfig, resume: bool, recipe: str = "a recipe") -> dict:
     finally:
         if comm.is_main_process():
             clean_up(draw_curves, folder, checkpointer.names)
-    if comm.is_main_process():
-        show(closing_lines(folder, results, _files_of(cfg.dataloader.test.dataset)))
+    best = next(hook.best_ap for hook in trainer._hooks if isinstance(hook, Evaluation))
+    show(closing_lines(folder, results, _files_of(cfg.dataloader.test.dataset), best))
     return results
 
 
@@ -302,8 +302,7 @@ def _evaluate(cfg: DictConfig, model: nn.Module, ema: Ema | None = None) -> dict
             averaged = _evaluate_weights(cfg, model, "averaged weights", folder="averaged")
             drop_shards(model)
         result = {**result, **({"ema": averaged} if averaged else {})}
-    if comm.is_main_process():
-        show(evaluation_lines(result))
+    show(evaluation_lines(result))
     return result
 
 

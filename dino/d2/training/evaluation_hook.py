@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 from collections.abc import Callable
@@ -16,12 +15,12 @@ from detectron2.utils import comm
 from dino.d2.checkpoint import Checkpointer
 from dino.training.ema import Ema
 from dino.training.metrics_file import is_number
+from dino.training.run_log import show
+from dino.training.start_summary import best_line
 from dino.utils.files import DataError, write_whole
 
 from .parallel import from_main
 from .trainer import EndOfTraining
-
-logger = logging.getLogger("detectron2.dino")
 
 
 class Evaluation(hooks.EvalHook):
@@ -73,7 +72,7 @@ class Evaluation(hooks.EvalHook):
         if comm.is_main_process() and start and os.path.isfile(self.path):
             self.record = [entry for entry in _read_record(self.path) if entry["iteration"] <= start]
         if from_main(self._due_at(start) and start not in {entry["iteration"] for entry in self.record}):
-            logger.info(f"evaluating the weights of iteration {start}: the interrupted run did not")
+            show([f"evaluating the weights of iteration {start}: the interrupted run did not"])
             self._do_eval()
 
     def _due_at(self, iteration: int) -> bool:
@@ -103,7 +102,7 @@ class Evaluation(hooks.EvalHook):
         if improved:
             self.save_best()
         if stop and self.completed < self.trainer.max_iter:
-            logger.info(f"{self.patience} evaluations without a better {self.metric}: training stops early")
+            show([f"{self.patience} evaluations without a better {self.metric}: training stops early"])
             raise EndOfTraining
         return results
 
@@ -134,7 +133,13 @@ class Evaluation(hooks.EvalHook):
             self.checkpointer.save_weights(
                 "model_best", weights=kind, iteration=self.completed - 1, metric=self.metric, value=value
             )
-        logger.info(f"best {self.metric} so far: {value:.4f}, {kind} weights, in model_best.pth")
+        show([best_line(self.metric, value, kind)])
+
+    @property
+    def best_ap(self) -> float | None:
+        """AP of the best weights in percent; None where they are the best in something else, or there are none."""
+        best = max(map(self.score, self.record), default=-math.inf)
+        return self.sign * best if self.metric == "bbox/AP" and math.isfinite(best) else None
 
 
 def _read_record(path: str) -> list[dict]:
