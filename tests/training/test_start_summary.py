@@ -1,11 +1,21 @@
 import numpy as np
 import pytest
 
-from dino.training.start_summary import MOST_LINES, Plan, Split, closing_lines, evaluation_lines, percent, start_lines
+from dino.training.start_summary import (
+    MOST_LINES,
+    Plan,
+    Split,
+    best_line,
+    closing_lines,
+    evaluation_lines,
+    percent,
+    start_lines,
+)
 
 TRAIN = Split(205, 3, {"RBC": 2381, "WBC": 214, "Platelets": 209})
 VAL = Split(1, 0, {"RBC": 12, "WBC": 1, "Platelets": 0})
-PLAN = Plan(4, 1040, 52, 52, {"backbone": 2e-5, "the rest": 2e-4}, "float32", "cpu", "plain PyTorch: it is not built")
+RATES = {"backbone": 2e-5, "the rest": 2e-4}
+PLAN = Plan(4, 1040, 52, 52, RATES, "float32", "cpu", "plain PyTorch: it is not built", tensorboard=True)
 SIZES = np.linspace(10, 110, 101)
 
 
@@ -53,6 +63,11 @@ def test_a_resumed_run_says_where_it_starts():
         "  length     1,040 iterations of 4 images = 20 epochs; starts at iteration 520; an evaluation at the end"
         in lines
     )
+
+
+def test_tensorboard_is_named_where_it_has_files():
+    lines = start_lines("x", TRAIN, VAL, SIZES, PLAN._replace(tensorboard=False), "random", "output")
+    assert not [line for line in lines if "tensorboard" in line]
 
 
 def test_an_evaluation_is_three_lines():

@@ -86,6 +86,18 @@ def train(cfg: DictConfig, resume: bool, recipe: str = "a recipe") -> dict:
     )
     content = _start_weights(cfg, checkpointer, resume)
     trainer, ema = _build_trainer(cfg, model, about)
+    start = _restore(checkpointer, trainer, ema, content)
+    progress = _start_progress(cfg, trainer, start, data.doubts)
+    if comm.is_main_process():
+        checkpointer.add_about(recipe=_start_folder(cfg))
+        plan = start_plan(cfg, model, trainer.optimizer, data.train.images, start)._replace(tensorboard=True)
+        weights = _describe_weights(checkpointer)
+        show(start_lines(recipe, data.train, data.val, data.sizes, plan, weights, folder, take_warnings()))
+    return _run(cfg, trainer, checkpointer, ema, progress, start)
+
+
+def _restore(checkpointer: Checkpointer, trainer: Trainer, ema: Ema | None, content: dict) -> int:
+    """Continue from the content of a checkpoint, if it has a training -> the completed iterations."""
     if "trainer" in content:
         trainer.load_state_dict(content["trainer"])
         if ema and "ema" in content:
@@ -93,14 +105,14 @@ def train(cfg: DictConfig, resume: bool, recipe: str = "a recipe") -> dict:
     for key, part in (("trainer", trainer), ("ema", ema)):
         if part:
             checkpointer.add_checkpointable(key, part)
-    start = trainer.iter + 1 if "trainer" in content else 0
-    progress = _start_progress(cfg, trainer, start, data.doubts)
-    if comm.is_main_process():
-        checkpointer.add_about(recipe=_start_folder(cfg))
-        plan = start_plan(cfg, unwrapped(trainer.model), trainer.optimizer, data.train.images, start)
-        weights = _describe_weights(checkpointer)
-        show(start_lines(recipe, data.train, data.val, data.sizes, plan, weights, folder, take_warnings()))
-    results: dict = {}
+    return trainer.iter + 1 if "trainer" in content else 0
+
+
+def _run(
+    cfg: DictConfig, trainer: Trainer, checkpointer: Checkpointer, ema: Ema | None, progress: Progress, start: int
+) -> dict:
+    """Train from iteration `start` on -> the metrics of the last evaluation."""
+    folder, results = cfg.train.output_dir, {}
     trainer.register_hooks(_list_hooks(cfg, trainer, checkpointer, ema, results, progress))
     try:
         trainer.train(start, cfg.train.max_iter)
