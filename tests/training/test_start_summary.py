@@ -104,6 +104,11 @@ def test_the_last_lines_name_the_next_commands(tmp_path):
     assert closing_lines(folder, {})[0] == f"best weights: {folder}/model_best.pth"
 
 
+def test_new_best_weights_are_named_by_their_metric():
+    assert best_line("bbox/AP", 49.04, "raw") == "best bbox/AP so far: 49.0, raw weights, in model_best.pth"
+    assert best_line("loss", 0.012349, "raw") == "best loss so far: 0.01235, raw weights, in model_best.pth"
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [(48.96, "49.0"), (0.0, "0.0"), (-1.0, "undefined"), (float("nan"), "undefined")]
 )

@@ -306,7 +306,7 @@ def _evaluate(cfg: DictConfig, model: nn.Module, ema: Ema | None = None) -> dict
     """
     _same_statistics(model)
     gather_shards(model)
-    result = _evaluate_weights(cfg, model, "weights as trained")
+    result = _evaluate_weights(cfg, model, "raw weights")
     drop_shards(model)
     if ema:
         with ema.applied():
