@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from matplotlib import rc_context
 
 from dino.data.coco import CocoImages, collate
+from dino.inference.fonts import font_families, legible
 from dino.layers import HungarianMatcher, SetCriterion
 from dino.utils.files import DataError, make_folder
 from dino.weights.description import detector_from_checkpoint
@@ -60,7 +62,8 @@ def explain_batch(
         raise DataError(f"{weights}: {error}") from error
     scene = Scene(recorded, 0, pixels[0].permute(1, 2, 0).numpy() / 255, targets, detector.names)
     make_folder(folder)
-    for name, draw in scenes.SCENES.items():
-        save(draw(scene), folder / f"{name}.png")
-    save(scenes.noise(detector.network.denoising), folder / "noise.png")
+    with rc_context({"font.family": font_families([legible(name) for name in detector.names])}):
+        for name, draw in scenes.SCENES.items():
+            save(draw(scene), folder / f"{name}.png")
+        save(scenes.noise(detector.network.denoising), folder / "noise.png")
     print(f"{len(scenes.SCENES) + 1} pictures written to {folder}")
