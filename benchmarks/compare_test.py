@@ -15,7 +15,7 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.evaluation import inference_on_dataset
 
 from dino.d2 import recipe
-from dino.d2.training.ema import Ema
+from dino.training.ema import Ema
 from dino.utils.files import write_whole
 from dino.weights import read_content
 

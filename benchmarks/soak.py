@@ -52,6 +52,11 @@ def start(folder: Path, launcher: tuple, *more: str) -> subprocess.Popen:
         )
 
 
+def again(folder: Path) -> list[str]:
+    """The flag that continues a training in the folder: a kill can come before the first checkpoint."""
+    return ["--resume"] if any(folder.glob("run/model_*.pth")) else ["--overwrite"]
+
+
 def children_of(process: subprocess.Popen) -> list[int]:
     """Its direct children: torchrun starts each worker in a session of its own."""
     path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -73,7 +78,7 @@ def run_with_kills(folder: Path, launcher: tuple, kills: int, seconds: float, dr
     """Kill `kills` times at moments of up to `seconds` after the start, then run to the end -> what each kill met."""
     met = []
     while len(met) < kills:
-        process = start(folder, launcher, "--resume")
+        process = start(folder, launcher, *again(folder))
         delay = draw.uniform(0, seconds)
         try:
             process.wait(timeout=delay)
@@ -86,7 +91,7 @@ def run_with_kills(folder: Path, launcher: tuple, kills: int, seconds: float, dr
         done = losses(folder) if (folder / "run/metrics.json").exists() else []
         written = [path.name for path in folder.glob("run/*.part")]
         met.append({"seconds": round(delay, 2), "iterations": len(done), "half written": written})
-    process = start(folder, launcher, "--resume")
+    process = start(folder, launcher, *again(folder))
     if process.wait():
         raise SystemExit(f"the training failed: {folder / 'output.txt'}")
     return met

@@ -17,7 +17,7 @@ _LAZY = {
     "Predictor": ("dino.inference.predictor", "Predictor"),
     "evaluate": ("dino.api", "evaluate"),
     "load": ("dino.weights.description", "detector_from_checkpoint"),
-    "train": ("dino.training.plain", "train"),
+    "train": ("dino.api", "train"),
 }
 
 moved.install()

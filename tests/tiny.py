@@ -70,3 +70,12 @@ def random_batch(images, height=64, width=64):
     padding[1:, height * 3 // 4 :] = True
     padding[1:, :, width * 3 // 4 :] = True
     return torch.randn(images, 3, height, width).masked_fill(padding[:, None], 0), padding
+
+
+@torch.no_grad()
+def stirred(model):
+    """Moves every trainable parameter a little: heads that begin at zero would hide what lies before them."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model

@@ -6,17 +6,17 @@ import importlib
 import io
 import os
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 
 import dino
-from dino.cli.parser import check_arguments, new_parser
+from dino.cli.parser import SCORE_THRESH, check_arguments, nearest, new_parser
 from dino.utils.files import Stopped, UsageError, UserError, message_of
+from dino.utils.library_warnings import hide_library_warnings
+from dino.utils.printable import printable
 
-for message in (".*torch.jit.*is deprecated.*", ".*pkg_resources is deprecated.*", ".*broadcast_buffers.*"):
-    warnings.filterwarnings("ignore", message=message)  # of Detectron2 itself; must come before its import
+hide_library_warnings()  # at import: the processes of a training on several GPUs import this too
 
-__all__ = ["VERBS", "check_arguments", "main", "new_parser", "report_errors"]
+__all__ = ["SCORE_THRESH", "VERBS", "check_arguments", "main", "new_parser", "report_errors"]
 
 # Verb -> what it does. Its module here, of the same name, has `build_parser()` and `main(argv)`, imports nothing heavy
 # before the arguments are parsed, and raises a UserError for what a person can correct.
@@ -32,6 +32,16 @@ VERBS = {
     "convert": "convert checkpoints from and to the formats of other DINO programs",
     "env": "print what a bug report needs, and which attention operator runs",
 }
+_OTHER_VERBS = {  # words of other programs, and parts of verbs
+    **dict.fromkeys(("detect", "infer", "inference", "demo", "draw", "visualize", "show"), "predict"),
+    **dict.fromkeys(("evaluate", "test", "val", "validate", "validation", "report", "benchmark"), "eval"),
+    **dict.fromkeys(("fit", "finetune", "fine-tune", "resume", "run"), "train"),
+    **dict.fromkeys(("import", "split", "merge", "dataset"), "data"),
+    **dict.fromkeys(("models", "zoo", "download", "list"), "weights"),
+    **dict.fromkeys(("info", "version", "checks", "doctor"), "env"),
+    **dict.fromkeys(("onnx", "deploy"), "export"),
+    **dict.fromkeys(("inspect", "lint"), "check"),
+}
 
 
 def _usage() -> str:
@@ -40,7 +50,8 @@ def _usage() -> str:
     verbs = "\n".join(f"  {name:<{width}}  {does}" for name, does in VERBS.items())
     return (
         f"usage: dino VERB [arguments]\n\nDINO for Detectron2, version {dino.__version__}\n\n{verbs}\n\n"
-        "example:\n  dino check train.json images\n`dino VERB --help` shows the arguments of a verb and examples."
+        "example:\n  dino predict dino_r50_4scale_12ep photo.jpg\n"
+        "`dino help VERB` shows the arguments of a verb and examples."
     )
 
 
@@ -53,13 +64,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words in (["--version"], ["-V"]):
         print(f"dino {dino.__version__}")
         return 0
-    if not words or words[0] in ("-h", "--help"):
+    if words[:1] == ["help"] and len(words) > 1:
+        words = [words[1], "--help"]
+    if not words or words[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0 if words else 2
     if words[0] not in VERBS:
-        print(f"error: no verb {words[0]!r}; there are {', '.join(VERBS)}", file=sys.stderr)
+        print(f"error: {_describe_unknown(words)}; see `dino --help`", file=sys.stderr)
         return 2
     return report_errors(lambda: importlib.import_module(f"dino.cli.{words[0]}").main(words[1:]))
+
+
+def _describe_unknown(words: Sequence[str]) -> str:
+    """What a first word that is no verb may mean."""
+    word = printable(words[0], 100)
+    verb = _OTHER_VERBS.get(words[0].lower(), nearest(words[0].lower().lstrip("-"), list(VERBS)))
+    if verb:
+        return f"no verb {word!r}; the nearest is {verb!r}"
+    if words[0].startswith("-"):
+        return f"no argument {word!r} before the verb: write dino VERB [arguments]"
+    if os.path.exists(words[0]):
+        return f"{word!r} is no verb: write dino VERB {word}, for example dino predict CHECKPOINT IMAGE"
+    return f"no verb {word!r}; there are {', '.join(VERBS)}"
 
 
 def report_errors(run: Callable[[], int | None]) -> int:

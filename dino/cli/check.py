@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dino.cli import check_arguments, new_parser
+from dino.cli import arguments, check_arguments, new_parser
+from dino.utils.paths import expand, find_data
 
 _EXAMPLES = """
 examples:
@@ -23,13 +24,13 @@ Errors make the exit code 1. Warnings leave it 0, but deserve a look.
 def build_parser() -> argparse.ArgumentParser:
     """The arguments."""
     parser = new_parser("dino check", __doc__, _EXAMPLES)
-    parser.add_argument("annotations", type=Path, help="JSON file in COCO format")
-    parser.add_argument("images", type=Path, help="folder of its images")
+    parser.add_argument("annotations", metavar="ANNOTATIONS", type=Path, help="JSON file in COCO format")
+    parser.add_argument("images", metavar="IMAGES", type=Path, help="folder of its images")
     parser.add_argument(
         "--val",
         nargs="+",
         type=Path,
-        metavar=("JSON", "FOLDER"),
+        metavar=("ANNOTATIONS", "IMAGES"),
         help="validation data, checked too and compared; the folder may be left out if both share it",
     )
     parser.add_argument("--no-images", action="store_true", help="don't open the image files")
@@ -113,9 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     drawn = args.label_errors and args.label_errors.with_suffix(".html")
     check_dataset.refuse_existing(*(args.fix or ()), args.preview, args.label_errors, drawn)
     resize = check_dataset.Resize(args.size, args.max_size)
-    files = [(args.annotations, args.images)]
-    if args.val:
-        files.append((args.val[0], args.val[1] if len(args.val) == 2 else args.images))
+    files = [(args.annotations, args.images), *([args.val] if args.val else [])]
     choices = check_dataset.Choices(args.crowd, args.exif)
     checked = check_dataset.check_all(files, resize, open_images=not args.no_images, choices=choices)
     train = checked[0]
@@ -159,4 +158,21 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--size, --max-size and --show must be positive": min(args.size, args.max_size, args.show) < 1,
     }
     check_arguments(parser, problems)
+    _find_files(args)
     return args
+
+
+def _find_files(args: argparse.Namespace) -> None:
+    """Look for the data and the models.
+
+    Raises:
+        UsageError: one is missing, or another thing.
+    """
+    args.annotations, args.images = map(Path, find_data(args.annotations, args.images, before="dino check"))
+    if args.val:
+        pair = (args.val[0], args.val[1] if len(args.val) == 2 else args.images)
+        args.val = tuple(map(Path, find_data(*pair, before="--val")))
+    args.weights = args.weights and [Path(arguments.find_checkpoint(str(path))) for path in args.weights]
+    for name in ("preview", "label_errors", "halves"):
+        path = getattr(args, name)
+        setattr(args, name, path and Path(expand(path)))

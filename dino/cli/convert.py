@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dino.cli import new_parser
+from dino.cli import arguments, new_parser
+from dino.utils.paths import expand
 
 _EXAMPLES = """
 examples:
@@ -16,7 +17,7 @@ examples:
   a checkpoint of your training with detrex, which does not store its position encoding:
     %(prog)s model_final.pth own.pth --to own --temperature 10000 --offset -0.5
   back to the official program: %(prog)s own.pth official.pth --to official
-Training and evaluation read all of these formats directly: train.init_checkpoint=checkpoint0011_4scale.pth
+Training and evaluation read all of these formats directly: --weights checkpoint0011_4scale.pth
 """
 _FORMATS = ("own", "official", "detrex", "huggingface", "mmdetection", "safetensors")
 
@@ -25,7 +26,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The arguments."""
     parser = new_parser("dino convert", __doc__, _EXAMPLES)
     parser.add_argument(
-        "input", metavar="IN", help="a checkpoint in any known format, an address, or a name of `dino weights`"
+        "input",
+        metavar="CHECKPOINT",
+        help="in any known format; or a run's folder, an address, or a name of `dino weights`",
     )
     parser.add_argument("output", metavar="OUT", type=Path, help="the file to write; it must not exist")
     parser.add_argument(
@@ -45,7 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="ema: the running average; auto: the running average if the file has one",
     )
     parser.add_argument(
-        "--temperature", type=float, help="of the position encoding that IN was trained with, where IN does not say it"
+        "--temperature",
+        type=float,
+        help="of the position encoding that IN was trained with, where the file does not say it",
     )
     parser.add_argument("--offset", type=float, help="of the same position encoding")
     return parser
@@ -54,7 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the verb."""
     options = vars(build_parser().parse_args(argv))
+    source = arguments.find_checkpoint(options.pop("input"))
 
     from dino.weights.conversion import convert_file
 
-    convert_file(options.pop("input"), options.pop("output"), **options)
+    convert_file(source, Path(expand(options.pop("output"))), **options)

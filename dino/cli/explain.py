@@ -6,12 +6,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dino.cli import new_parser
-from dino.utils.files import free_name
+from dino.cli import arguments, new_parser
+from dino.utils.files import UsageError, free_name
+from dino.utils.paths import expand, find_data
 
 _EXAMPLES = """
 example:
-  dino explain train.json images --weights output/mine/model_final.pth --image 0001.jpg --image 0002.jpg
+  dino explain output/mine/model_final.pth train.json images --image 0001.jpg --image 0002.jpg
 Draws the selected anchors, denoising queries, the attention mask, the boxes of each decoder layer, sampling points of
 the deformable attention, gradients and losses. docs/how_it_works.md and docs/method.md say how to read them.
 """
@@ -19,10 +20,16 @@ the deformable attention, gradients and losses. docs/how_it_works.md and docs/me
 
 def build_parser() -> argparse.ArgumentParser:
     """The arguments."""
-    parser = new_parser("dino explain", __doc__, _EXAMPLES)
-    parser.add_argument("annotations", type=Path, metavar="ANNOTATIONS.json", help="in COCO format")
-    parser.add_argument("images", type=Path, metavar="IMAGES_FOLDER", help="folder of the images")
-    parser.add_argument("--weights", required=True, help="a checkpoint, an address, or a name of `dino weights`")
+    usage = "CHECKPOINT ANNOTATIONS IMAGES [--image NAME] [--seed SEED] [--output FOLDER]"
+    parser = new_parser("dino explain", __doc__, _EXAMPLES, usage=usage)
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="CHECKPOINT ANNOTATIONS IMAGES",
+        help="a checkpoint, a run's folder, an address, or a name of `dino weights`; JSON file in COCO format; "
+        "folder of its images",
+    )
+    parser.add_argument("--weights", help=argparse.SUPPRESS)
     parser.add_argument(
         "--image", action="append", default=[], help="file name of an image of the batch, as in the annotations; the "
         "first one is drawn (default: the first two that have objects)"
@@ -34,9 +41,25 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the verb."""
-    args = build_parser().parse_args(argv)
+    args = _parse(argv)
 
     from dino.explain.explain_batch import explain_batch
 
-    folder = args.output or free_name(Path("output/explained"))
-    explain_batch(args.annotations, args.images, args.weights, folder, wanted=args.image, seed=args.seed)
+    folder = Path(expand(args.output)) if args.output else free_name(Path("output/explained"))
+    explain_batch(Path(args.annotations), Path(args.images), args.weights, folder, wanted=args.image, seed=args.seed)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, with `weights`, `annotations` and `images`.
+
+    Raises:
+        UsageError: one of these is missing, or another thing.
+    """
+    args = build_parser().parse_args(argv)
+    words = [*([args.weights] if args.weights else []), *args.words]
+    if len(words) != 3:
+        raise UsageError(f"write dino explain CHECKPOINT ANNOTATIONS IMAGES: three arguments, not {len(words)}")
+    arguments.check_order(*words, before="dino explain")
+    args.weights = arguments.find_checkpoint(words[0])
+    args.annotations, args.images = find_data(*words[1:], before=f"dino explain {words[0]}")
+    return args

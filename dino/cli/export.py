@@ -6,11 +6,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dino.cli import check_arguments, new_parser
+from dino.cli import SCORE_THRESH, arguments, check_arguments, new_parser
+from dino.utils.files import UserError
+from dino.utils.paths import expand, find_data, find_folder
 
 _EXAMPLES = """
 examples:
-  dino export model_final.pth model.onnx --verify images --verify-json val.json
+  dino export output/mine model.onnx --val val.json images                      (compares AP with the network)
   dino export model_final.pth model.onnx --size 640 640 --sampling gather       (one size; no GridSample)
   dino export model_final.pth model.ts --size 800 1333
 docs/export.md shows how to run the file. TensorRT and OpenVINO read the ONNX file.
@@ -24,7 +26,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The arguments."""
     parser = new_parser("dino export", __doc__, _EXAMPLES)
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="a checkpoint, an address, or a name of `dino weights`"
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a checkpoint, a run's folder, an address, or a name of `dino weights`",
     )
     parser.add_argument("output", metavar="OUT", type=Path, help="the file to write; it must not exist")
     parser.add_argument("--format", choices=_FORMATS, help="default: by the suffix of OUT (.onnx, .pt2, .ts)")
@@ -39,16 +43,19 @@ def build_parser() -> argparse.ArgumentParser:
         "--score-thresh",
         nargs="+",
         type=float,
-        default=[0.5],
-        help="stored in the file for programs that draw: one for all classes, or one for each (default 0.5)",
+        default=[SCORE_THRESH],
+        help=f"stored in the file for programs that draw: one, or one for each class (default {SCORE_THRESH})",
     )
     parser.add_argument(
         "--copy", choices=("auto", "model", "ema"), default="auto", help="ema: the running average of the weights"
     )
-    parser.add_argument("--verify", type=Path, metavar="IMAGES", help="folder of images to compare on")
     parser.add_argument(
-        "--verify-json", type=Path, metavar="JSON", help="their annotations in COCO format, to compare AP"
+        "--val", nargs=2, metavar=("ANNOTATIONS", "IMAGES"), help="data in COCO format to compare boxes and AP on"
     )
+    parser.add_argument(
+        "--verify", type=Path, metavar="IMAGES", help="folder of images to compare on, without annotations"
+    )
+    parser.add_argument("--verify-json", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=int, default=50, help="number of images to compare on (default %(default)s)")
     return parser
 
@@ -75,14 +82,43 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, with paths checked and libraries found.
+
+    Raises:
+        UserError: the checkpoint, the data or a library is missing.
+    """
     parser = build_parser()
     args = parser.parse_args(argv)
-    args.format = args.format or _SUFFIXES.get(args.output.suffix)
+    args.format = args.format or _SUFFIXES.get(args.output.suffix.lower())
+    arguments.check_order(args.checkpoint, str(args.output), before="dino export")
     problems = {
         f"OUT has none of the suffixes {', '.join(_SUFFIXES)}: give --format": args.format is None,
         "--size, --batch and --limit must be positive": min(*(args.size or [1]), args.batch, args.limit) < 1,
         "--batch needs --size; without --size, the file takes any batch": args.batch > 1 and not args.size,
         "--verify-json needs --verify: the folder of the images": args.verify_json and not args.verify,
+        "--val and --verify exclude each other": args.val and args.verify,
+        "--score-thresh must lie between 0 and 1": not all(0 <= score <= 1 for score in args.score_thresh),
     }
     check_arguments(parser, problems)
+    _find_files(args)
     return args
+
+
+def _find_files(args: argparse.Namespace) -> None:
+    """Look for checkpoint, data and libraries.
+
+    Raises:
+        UserError: one is missing, or another thing; or the output exists.
+    """
+    args.output = Path(expand(args.output))
+    if args.output.exists():
+        raise UserError(f"{args.output} exists: choose another name, or move it away")
+    args.checkpoint = arguments.find_checkpoint(args.checkpoint)
+    if args.val or args.verify_json:
+        args.verify_json, args.verify = map(
+            Path, find_data(*(args.val or (args.verify_json, args.verify)), before="--val")
+        )
+    elif args.verify:
+        args.verify = find_folder(args.verify, "image folder")
+    if args.format == "onnx":
+        arguments.need(("onnx", "onnxruntime", "onnxscript"), "ONNX", "'dino-detectron2[onnx]'")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
+SCORE_THRESH = 0.4  # of dino.structures, which imports torch
 _NUMBERS = {"int": "a whole number", "float": "a number"}  # types as argparse names them
 _KEYS = re.compile(r"--?([A-Za-z_][\w.-]*)")
 
@@ -61,12 +62,12 @@ class Parser(argparse.ArgumentParser):
             return f"{word!r} is one argument too many"
         following = words[words.index(word) + 1 : words.index(word) + 2]
         value = value or next((w for w in following if not w.startswith("-")), "")
-        near = nearest(flag.lower().replace("_", "-"), self._flags())
+        near = nearest(flag.lower().replace("_", "-").strip("-"), [name[2:] for name in self._flags()])
         name = _KEYS.match(flag)
         setting = self.setting_of(name[1], value) if name else ""
         if setting and (not near or "." in flag):
             return f"no argument {flag}: write {setting}"
-        return f"no argument {flag}" + (f"; the nearest is {near}" if near else "")
+        return f"no argument {flag}" + (f"; the nearest is --{near}" if near else "")
 
     def _flags(self) -> list[str]:
         """The flags that the help shows."""
@@ -86,6 +87,8 @@ class Parser(argparse.ArgumentParser):
 
     def _describe_choice(self, name: str, value: str) -> str:
         action = self._find_action(name)
+        if isinstance(action, argparse._SubParsersAction):
+            name = self.prog
         choices = [str(choice) for choice in action.choices] if action and action.choices else []
         near = nearest(value.lower(), choices)
         hint = f"; the nearest is {near}" if near else ""
@@ -93,9 +96,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def _describe_missing(parser: Parser, names: str) -> str:
-    usage = " ".join(parser.format_usage().removeprefix("usage: ").split())
-    usage = re.sub(r"\[-[^]]*\] ?", "", usage).strip()
-    return f"missing: {names} ({usage})"
+    form = " ".join(_form_of(action) for action in parser._actions if not action.option_strings)
+    return f"missing: {names} ({parser.prog} {form})"
+
+
+def _form_of(action: argparse.Action) -> str:
+    """A positional argument in a line of usage."""
+    return f"{action.metavar or action.dest}{'...' if action.nargs in ('+', '*') else ''}"
 
 
 _MESSAGES: dict[str, Callable[..., str]] = {  # of argparse, and what is said instead
@@ -114,16 +121,20 @@ _MESSAGES: dict[str, Callable[..., str]] = {  # of argparse, and what is said in
 def nearest(word: str, known: Sequence[str]) -> str:
     """The most similar of some names, or "" if none is similar."""
     folded = {name.lower(): name for name in known}
-    found = difflib.get_close_matches(word, folded, 1, 0.7)
+    found = difflib.get_close_matches(word, folded, 1, 0.6)
     return folded[found[0]] if found else ""
 
 
-def new_parser(
-    prog: str, description: str, examples: str, setting_of: Callable[[str, str], str] = lambda name, value: ""
-) -> Parser:
-    """A parser without arguments, whose `--help` keeps the line breaks of both texts."""
+def new_parser(prog: str, description: str, examples: str, **options: Any) -> Parser:
+    """A parser without arguments, whose `--help` keeps the line breaks of both texts.
+
+    Args:
+        options: of `Parser`; `usage` is the first line of the help, without the program.
+    """
+    if "usage" in options:
+        options["usage"] = f"{prog} {options['usage']}"
     formatter = argparse.RawDescriptionHelpFormatter
-    return Parser(prog, description=description, epilog=examples, formatter_class=formatter, setting_of=setting_of)
+    return Parser(prog, description=description, epilog=examples, formatter_class=formatter, **options)
 
 
 def check_arguments(parser: argparse.ArgumentParser, problems: Mapping[str, object]) -> None:

@@ -6,9 +6,11 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from dino.cli import new_parser
-from dino.utils.files import UsageError
-from dino.utils.overrides import SHORT_NAMES, is_override
+from dino.cli import arguments, check_arguments, new_parser
+from dino.utils.files import UsageError, UserError
+from dino.utils.overrides import PARTS, SHORT_NAMES, is_override
+from dino.utils.paths import find_data
+from dino.utils.recipes import find_recipe
 
 _EXAMPLES = """
 examples:
@@ -23,12 +25,27 @@ examples:
   several machines, elastic: see docs/scaling.md
 A recipe is a name or a file. A recipe is a Python program: run only recipes that you trust.
 """
+_USAGE = """RECIPE [--train ANNOTATIONS IMAGES] [--val ANNOTATIONS IMAGES] [--output FOLDER]
+                  [--resume | --overwrite] [more arguments] [key=value ...]"""
+_OLD_EXAMPLES = """
+examples:
+  train on COCO (in the folder DETECTRON2_DATASETS), 8 GPUs:
+    %(prog)s --config-file dino_r50_4scale_12ep --num-gpus 8
+  train on your own data, no file edited:
+    %(prog)s --config-file dino_r18_small_data \\
+        --train-json train.json --train-images images --val-json val.json --val-images images
+  evaluate: %(prog)s --config-file dino_r50_4scale_12ep --eval-only train.init_checkpoint=output/model_final.pth
+  continue: add --resume. Change anything: append key=value, for example optimizer.lr=5e-5 train.amp.enabled=True
+`dino train --help` shows shorter forms. A recipe is a Python program: run only recipes that you trust.
+"""
 _ENGINES = ("auto", "detectron2", "plain")
+_VERB = "dino train"
 
 
-def build_parser(prog: str = "dino train") -> argparse.ArgumentParser:
+def build_parser(prog: str = _VERB) -> argparse.ArgumentParser:
     """The arguments, and those of Detectron2's programs."""
-    parser = new_parser(prog, __doc__, _EXAMPLES, setting_of=_setting_of)
+    examples = _EXAMPLES if prog == _VERB else _OLD_EXAMPLES
+    parser = new_parser(prog, __doc__, examples, usage=_USAGE, setting_of=_setting_of)
     parser.add_argument(
         "opts",
         nargs="*",
@@ -52,7 +69,7 @@ def build_parser(prog: str = "dino train") -> argparse.ArgumentParser:
     )
     parser.add_argument("--eval-only", action="store_true", help="evaluate the weights, train nothing")
     _add_processes(parser)
-    _add_old_forms(parser)
+    _add_old_forms(parser, shown=prog != _VERB)
     return parser
 
 
@@ -69,12 +86,13 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_old_forms(parser: argparse.ArgumentParser) -> None:
+def _add_old_forms(parser: argparse.ArgumentParser, *, shown: bool) -> None:
     """Flags that have a new form: Detectron2's, and those of earlier versions."""
-    parser.add_argument("--config-file", default="", help=argparse.SUPPRESS)
+    help_of = (lambda text: text) if shown else lambda text: argparse.SUPPRESS
+    parser.add_argument("--config-file", default="", metavar="FILE", help=help_of("recipe, by name or file"))
     for split in ("train", "val"):
-        for part in ("json", "images"):
-            parser.add_argument(f"--{split}-{part}", help=argparse.SUPPRESS)
+        parser.add_argument(f"--{split}-json", help=help_of(f"annotations in COCO format, as in --{split}"))
+        parser.add_argument(f"--{split}-images", help=help_of("folder of their images"))
 
 
 def _setting_of(name: str, value: str) -> str:
@@ -83,50 +101,85 @@ def _setting_of(name: str, value: str) -> str:
     return f"{key}={value or '...'}" if key else ""
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "dino train") -> None:
+def main(argv: Sequence[str] | None = None, prog: str = _VERB) -> None:
     """Run the verb."""
     args = parse(argv, prog)
 
-    from dino.d2.recipe import DataFiles
-    from dino.d2.training.launch import Job, run
-    from dino.d2.training.parallel import Processes
+    from dino import api
 
-    files = DataFiles(args.train_json, args.train_images, args.val_json, args.val_images)
-    job = Job(
+    api.run(
         args.config_file,
         args.opts,
-        files,
+        train=(args.train_json, args.train_images),
+        val=(args.val_json, args.val_images),
         eval_only=args.eval_only,
         resume=args.resume,
         overwrite=args.overwrite,
+        engine=args.engine,
+        processes={
+            "num_gpus": args.num_gpus,
+            "num_machines": args.num_machines,
+            "machine_rank": args.machine_rank,
+            "dist_url": args.dist_url,
+        },
     )
-    run(job, Processes(args.num_gpus, args.num_machines, args.machine_rank, args.dist_url))
 
 
-def parse(argv: Sequence[str] | None, prog: str = "dino train") -> argparse.Namespace:
+def parse(argv: Sequence[str] | None, prog: str = _VERB) -> argparse.Namespace:
     """The arguments: `config_file`, `opts` (overrides alone), one path each for `train_json` and the others.
 
     Raises:
-        UsageError: there is no recipe, or a word is neither a recipe nor an override.
+        UserError: recipe, data or weights are missing, or another thing; a word is no override.
     """
     parser = build_parser(prog)
     args = parser.parse_args(argv)
-    args.config_file, args.opts = split_words(args.config_file, args.opts)
+    check_arguments(parser, {"--resume and --overwrite exclude each other": args.resume and args.overwrite})
+    args.config_file, args.opts = _split_words(args.config_file, args.opts, prog)
     for split in ("train", "val"):
-        pair = getattr(args, split)
-        if pair:
-            setattr(args, f"{split}_json", pair[0])
-            setattr(args, f"{split}_images", pair[1])
+        _use_data(args, split, prog)
+    if args.train_json and not args.val_json and not args.eval_only:
+        raise UsageError(
+            "--train without --val: give validation data of the same classes too: --val ANNOTATIONS IMAGES"
+        )
     for key, value in (("train.init_checkpoint", args.weights), ("train.output_dir", args.output)):
         if value:
             args.opts.append(f"{key}={value}")
-    if args.resume and args.overwrite:
-        parser.error("--resume and --overwrite exclude each other")
+    _check_paths(args.opts, resume=args.resume)
+    if args.engine == "detectron2" and not arguments.is_installed("detectron2"):
+        raise UserError("--engine detectron2 needs Detectron2, which is not installed: docs/quick_start.md says how")
     return args
 
 
-def split_words(recipe: str, words: Sequence[str]) -> tuple[str, list[str]]:
-    """Recipe and overrides of the positional words.
+def _check_paths(overrides: Sequence[str], *, resume: bool) -> None:
+    """Look for the weights and the folder of the run among the overrides.
+
+    Raises:
+        UserError: there are no such weights, or the folder can't be written.
+    """
+    values = {key: text.strip("'\"") for key, _, text in (override.partition("=") for override in overrides)}
+    weights = values.get("train.init_checkpoint")
+    if weights and not resume:  # a run that resumes has its own
+        arguments.find_checkpoint(weights)
+    if values.get("train.output_dir"):
+        arguments.check_output(values["train.output_dir"])
+
+
+def _use_data(args: argparse.Namespace, split: str, prog: str) -> None:
+    """Set the two paths of a split from either form of its flags.
+
+    Raises:
+        UsageError: one of two is missing, or another thing.
+    """
+    old = [f"{split}_json", f"{split}_images"]
+    pair = arguments.join_pairs(split, getattr(args, split), [getattr(args, name) for name in old])
+    if all(pair):
+        pair = find_data(*pair, before=f"--{split}")
+    for name, path in zip(old, pair, strict=True):
+        setattr(args, name, path)
+
+
+def _split_words(recipe: str, words: Sequence[str], prog: str) -> tuple[str, list[str]]:
+    """Recipe, found, and overrides of the positional words.
 
     Args:
         recipe: of `--config-file`; "" if the first word that is no override is the recipe.
@@ -134,13 +187,36 @@ def split_words(recipe: str, words: Sequence[str]) -> tuple[str, list[str]]:
     Raises:
         UsageError: there is no recipe, or a word is neither.
     """
-    words = list(words)
-    place = next((i for i, word in enumerate(words) if not is_override(word) or os.path.isfile(word)), None)
-    if not recipe and place is not None:
-        recipe = words.pop(place)
+    overrides = [word for word in words if is_override(word)]
+    others = [word for word in words if not is_override(word)]
+    if not recipe and others and not _is_key(others[0]):
+        recipe = others.pop(0)
+    elif not recipe and overrides and os.path.isfile(overrides[0]):
+        recipe = overrides.pop(0)  # a file with a = in its name
+    if others:
+        raise UsageError(_describe_word(others[0], words))
     if not recipe:
-        raise UsageError("name a recipe: dino train RECIPE, for example dino_r18_small_data")
-    wrong = next((i for i, word in enumerate(words) if not is_override(word)), None)
-    if wrong is not None:
-        raise UsageError(f"{words[wrong]!r} is no override: write key=value")
-    return recipe, words
+        raise UsageError(f"name a recipe: {prog} RECIPE, for example dino_r18_small_data")
+    find_recipe(recipe)
+    return recipe, overrides
+
+
+def _is_key(word: str) -> bool:
+    """Whether a word that is no recipe looks like the key of a setting, as in `train.epochs 3`."""
+    return word.split(".")[0] in PARTS and not os.path.exists(word)
+
+
+def _describe_word(word: str, words: Sequence[str]) -> str:
+    """What a word between overrides may mean: it is part of `key = value`, or of a value with spaces."""
+    place = list(words).index(word)
+    before, after = ([*words[:place]] or [""])[-1], [*words[place + 1 : place + 3], "...", "..."]
+    if word.startswith("=") and _is_key(before):
+        return f"write {before}={word[1:] or after[0]}, without spaces"
+    if _is_key(word):
+        value = (after[0][1:] or after[1]) if after[0].startswith("=") else after[0]
+        return f"write {word}={value}" + (", without spaces" if "=" in after[0] else "")
+    if before.endswith("="):
+        return f"write {before}{word}, without spaces"
+    if is_override(before):
+        return f'{word!r} is no override; for a value with spaces, write "{before} {word}", in quotes'
+    return f"{word!r} is no override: write key=value"

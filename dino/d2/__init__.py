@@ -1,6 +1,7 @@
 """DINO as a Detectron2 meta-architecture. The only part of the package that imports Detectron2."""
 
 import logging
+import warnings
 
 from dino.utils.printable import printable
 
@@ -14,8 +15,10 @@ except ImportError as error:
         f"tools/plain_train.py trains the same network without it. (The import said: {error})"
     ) from error
 
-from .config import add_dino_config, build_adamw
-from .meta_arch import DINODetector
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of Detectron2 about its own use of PyTorch
+    from .config import add_dino_config, build_adamw
+    from .meta_arch import DINODetector
 
 
 def _escape(record: logging.LogRecord) -> bool:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
-import re
-import zipfile
 from pathlib import Path
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
-from dino.d2.training.parallel import from_main, whole
+from dino.d2.training.parallel import from_main
+from dino.training.shards import whole
 from dino.utils.files import DataError, UserError, write_whole
+from dino.utils.run_folder import drop_old, last_whole
 from dino.weights import MIN_BACKBONE, Report, load_weights, read_content, same_names
 
 from .sources import local_file
 
 logger = logging.getLogger("detectron2.dino")
-_NUMBERED = re.compile(r"model_\d{7,}\.pth")
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -85,15 +84,7 @@ class Checkpointer(DetectionCheckpointer):
         Raises:
             DataError: all checkpoints are damaged.
         """
-        found, damaged = "", []
-        if self.save_to_disk:
-            for path in newest_first(Path(self.save_dir)):
-                damage = _damage_of(path)
-                if not damage:
-                    found = str(path)
-                    break
-                damaged.append(f"{path} {damage}")
-        found, damaged = from_main((found, damaged))
+        found, damaged = from_main(last_whole(Path(self.save_dir)) if self.save_to_disk else None)
         if damaged and not found:
             raise DataError(f"nothing to continue with: {'; '.join(damaged)}. Start in another train.output_dir")
         for damage in damaged:
@@ -102,9 +93,7 @@ class Checkpointer(DetectionCheckpointer):
 
     def keep(self, number: int) -> None:
         """Remove all but the newest `number` of the numbered checkpoints, and files that a kill left incomplete."""
-        files = sorted(path for path in Path(self.save_dir).glob("model_*.pth") if _NUMBERED.fullmatch(path.name))
-        for path in [*files[:-number], *Path(self.save_dir).glob("*.pth.part")]:
-            path.unlink(missing_ok=True)
+        drop_old(Path(self.save_dir), number)
 
     def load(self, path: str, *args, **kwargs) -> dict:
         """Load a file or an address, in any format that `dino.weights` knows.
@@ -171,25 +160,6 @@ class Checkpointer(DetectionCheckpointer):
         logger.log(logging.WARNING if self.report.doubts else logging.INFO, f"weights: {self.report}")
         self.problems = self.report.problems
         checkpoint.pop("model", None)
-
-
-def newest_first(folder: Path) -> list[Path]:
-    """The files in the folder of a run from which it could continue, the noted one first."""
-    files = [path for path in folder.glob("*.pth") if _NUMBERED.fullmatch(path.name) or path.name == "model_final.pth"]
-    note = folder / "last_checkpoint"
-    noted = folder / note.read_text().strip() if note.is_file() else folder
-    return sorted(files, key=lambda path: (path == noted, path.stat().st_mtime), reverse=True)
-
-
-def _damage_of(path: str | Path) -> str:
-    """How a file in torch's format is damaged; "" for an undamaged one."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            return "was altered since it was written" if file.testzip() else ""
-    except zipfile.BadZipFile:
-        return "is cut short or no checkpoint"
-    except OSError as error:
-        return f"can't be read: {error}"
 
 
 def read_names(path: str) -> list[str]:

@@ -6,19 +6,17 @@ from collections.abc import Sequence
 
 from detectron2.data import transforms as T
 
-from dino.data.mixing import MixUp, Mosaic, Picture
-from dino.utils.files import UserError
+from dino.data.mixing import Combination, MixUp, Mosaic
+from dino.training.image_order import Place
 
 from .data_loading import TrainMapper
-from .training.sampler import Place
 
 
 class CombiningMapper(TrainMapper):
     """As `TrainMapper`, with a mosaic and a mixture of images before the augmentations.
 
-    Both are off at the start and at the end of the training: images are then those of `TrainMapper`, bit for bit. In
-    between, so are the images that neither of the two changes. A mixture may have a mosaic in both of its parts, so it
-    shows up to eight images. `file_name` of the result lists the files of all of them, for messages.
+    Outside its part of the training, images are those of `TrainMapper`, bit for bit. Within it, so are the images that
+    neither of the two changes. `file_name` of the result lists the files of all images, for messages.
 
     Args:
         augmentations, input_range: as of `TrainMapper`.
@@ -44,36 +42,13 @@ class CombiningMapper(TrainMapper):
         input_range: Sequence[float] | None = None,
     ):
         super().__init__(augmentations, input_range)
-        if not 0 <= begin <= end <= 1:
-            raise UserError(f"begin={begin} and end={end} of mosaic and mixup must rise within [0, 1]")
-        self.mosaic = mosaic
-        self.mixup = mixup
-        self.begin = begin
-        self.end = end
-        self.max_iter = max_iter
+        self.combination = Combination(mosaic=mosaic, mixup=mixup, begin=begin, end=end, max_iter=max_iter)
 
     @property
     def first_iteration(self) -> int:
         """The first iteration that may show combined images."""
-        return self._iteration(self.begin)
+        return self.combination.first_iteration
 
     def __call__(self, entry: dict, place: Place) -> dict:
         """Dict of a data set, and its place in the training -> dict for `DINODetector`."""
-        if not self.first_iteration <= place.iteration < self._iteration(self.end):
-            return super().__call__(entry)
-        picture = self._scene(entry, place)
-        if place.numbers.random() < self.mixup.probability:
-            picture = self.mixup(picture, self._scene(*place.others(1), place), place.numbers)
-        return self.augment(entry, picture)
-
-    def _iteration(self, share: float) -> int:
-        """The iteration at a share of the training."""
-        if self.max_iter is None:
-            raise UserError("mosaic and mixup need the length of the training: set train.max_iter")
-        return round(share * self.max_iter)
-
-    def _scene(self, entry: dict, place: Place) -> Picture:
-        """The image of an entry, alone or in a mosaic."""
-        if place.numbers.random() >= self.mosaic.probability:
-            return self.read(entry)
-        return self.mosaic(map(self.read, [entry, *place.others(3)]), place.numbers)
+        return self.augment(entry, self.combination(entry, place, self.read))

@@ -25,7 +25,7 @@ from .sources import local_file
 from .training import engine
 from .training.launch import launch
 from .training.parallel import Processes
-from .training.run_log import run_log
+from .training.run_setup import run_setup
 
 
 class _Job(NamedTuple):
@@ -100,7 +100,7 @@ def _work(job: _Job) -> None:
     keep_freed_memory()
     cfg = _load(job)
     messages = follow_file.follow(cfg, job.overrides) if job.config_file else []  # else the recipe is the file's
-    with run_log(cfg, job):
+    with run_setup(cfg, job):
         follow_file.log(messages)
         engine.evaluate_checkpoint(cfg)
 

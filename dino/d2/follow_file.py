@@ -2,79 +2,37 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
 
 from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 
 from dino.d2.training.parallel import from_main
-from dino.modeling import TimmBackbone, TorchvisionBackbone
-from dino.modeling.backbones import timm_pixel_statistics
-from dino.modeling.detector import Preprocessing
+from dino.training.file_settings import Message, follow_facts, log_messages, read_start
 from dino.utils.files import UserError
-from dino.weights.file_facts import FileFacts, read_facts
+from dino.weights.file_facts import FileFacts
 
-from .checkpoint import newest_first
-from .recipe_description import full_name
 from .sources import local_file
 
-logger = logging.getLogger("detectron2.dino")
-_HEADS = {False: "dino.modeling.Decoder", True: "dino.modeling.SharedHeadsDecoder"}  # shared -> the decoder
-_DECODER = "model.network.decoder._target_"
-_POSITION = "model.network.position_encoding"
-_BACKBONE = "model.network.neck.backbone"
-_NOT_SET = Preprocessing()
-_PIXELS = {"model.pixel_mean": _NOT_SET.pixel_mean, "model.pixel_std": _NOT_SET.pixel_std}
-_MAP_NORM = f"{_BACKBONE}.map_norm"
-_DEFAULTS = {f"{_POSITION}.temperatures": [20.0, 20.0], f"{_POSITION}.offset": 0.0, _MAP_NORM: "none"}  # of the classes
-
-
-class Message(NamedTuple):
-    """A line for the log, which may not be open yet."""
-
-    level: int  # of `logging`
-    text: str
-
-
-class _Setting(NamedTuple):
-    """A setting that a file calls for."""
-
-    key: str
-    value: Any
-    stated: bool  # the recipe's own value counts as chosen by a person
+__all__ = ["follow", "log"]
+log = log_messages
 
 
 def follow(cfg: DictConfig, overrides: Sequence[str] = (), *, resume: bool = False) -> list[Message]:
-    """Set in a complete recipe what its weights will need: heads, position encoding, norms of maps, pixel statistics.
+    """Set in a complete recipe what its weights will need, see `follow_facts`.
 
-    That file is `train.init_checkpoint`, or the last checkpoint of a run that resumes. What an override states stays,
-    and so do pixel statistics of the recipe that are not ImageNet's. All processes must call this; the main one reads.
+    All processes must call this; the main one reads.
 
     Args:
         overrides: those of the command line, each key=value.
         resume: the run in `train.output_dir` continues.
-
-    Returns:
-        a message for each setting that changed, and a warning for each that contradicts the file.
 
     Raises:
         UserError: there is no such file, or its address can't be fetched.
     """
     if OmegaConf.select(cfg, "model.network") is None:
         return []
-    path, facts = _on_main(cfg, resume)
-    stated = [override.partition("=")[0] for override in overrides]
-    found = [_apply(cfg, setting, stated, path) for setting in _settings(cfg, facts)] if path else []
-    return [message for message in found if message]
-
-
-def log(messages: Sequence[Message]) -> None:
-    """Write messages to the log."""
-    for level, text in messages:
-        logger.log(level, text)
+    return follow_facts(cfg, overrides, *_on_main(cfg, resume))
 
 
 def _on_main(cfg: DictConfig, resume: bool) -> tuple[str, FileFacts]:
@@ -82,80 +40,10 @@ def _on_main(cfg: DictConfig, resume: bool) -> tuple[str, FileFacts]:
     path, facts, error = "", FileFacts(), None
     if comm.is_main_process():
         try:
-            path, facts = _read(cfg, resume)
+            path, facts = read_start(cfg, resume=resume, find=local_file)
         except UserError as problem:
             error = problem
     path, facts, error = from_main((path, facts, error))
     if error:
         raise error
     return path, facts
-
-
-def _read(cfg: DictConfig, resume: bool) -> tuple[str, FileFacts]:
-    """The file and what it says. Loading it says what is wrong with a broken one."""
-    last = newest_first(Path(cfg.train.output_dir)) if resume else []
-    start = [cfg.train.init_checkpoint] if cfg.train.init_checkpoint and not last else []
-    for path in [*map(str, last), *map(local_file, start)]:
-        try:
-            return path, read_facts(path)
-        except Exception:  # a broken or foreign file can raise anything
-            continue
-    return "", FileFacts()
-
-
-def _settings(cfg: DictConfig, facts: FileFacts) -> list[_Setting]:
-    """What the file calls for, as far as the recipe has such settings."""
-    found = []
-    if facts.shared_heads is not None and _target(cfg, _DECODER) in _HEADS.values():
-        found.append(_Setting(_DECODER, _HEADS[facts.shared_heads], False))
-    if facts.position and _target(cfg, f"{_POSITION}._target_") == "dino.layers.SinePositionEncoding":
-        found.append(_Setting(f"{_POSITION}.temperatures", list(facts.position.temperatures), False))
-        found.append(_Setting(f"{_POSITION}.offset", facts.position.offset, False))
-    if facts.map_norm and _target(cfg, f"{_BACKBONE}._target_") in map(full_name, (TimmBackbone, TorchvisionBackbone)):
-        found.append(_Setting(_MAP_NORM, facts.map_norm, False))
-    return found + _pixel_settings(cfg, facts)
-
-
-def _pixel_settings(cfg: DictConfig, facts: FileFacts) -> list[_Setting]:
-    """Those of a checkpoint, or those that timm's weights of a backbone expect."""
-    pixels = {"model.pixel_mean": facts.pixel_mean, "model.pixel_std": facts.pixel_std}
-    if facts.format == "backbone" and _target(cfg, f"{_BACKBONE}._target_") == full_name(TimmBackbone):
-        pixels = {f"model.{name}": x for name, x in timm_pixel_statistics(cfg.model.network.neck.backbone.name).items()}
-    return [
-        _Setting(key, list(values), not _same(OmegaConf.select(cfg, key), _PIXELS[key]))
-        for key, values in pixels.items()
-        if values and OmegaConf.select(cfg, key) is not None
-    ]
-
-
-def _target(cfg: DictConfig, key: str) -> str:
-    """The name of a class in a recipe; "" where there is none."""
-    target = OmegaConf.select(cfg, key)
-    return target if isinstance(target, str) else full_name(target) if target else ""
-
-
-def _apply(cfg: DictConfig, setting: _Setting, stated: Sequence[str], path: str) -> Message | None:
-    """Set what is not stated already."""
-    key, value = setting.key, setting.value
-    current = _target(cfg, key) if key == _DECODER else OmegaConf.select(cfg, key, default=_DEFAULTS.get(key))
-    if _same(current, value):
-        return None
-    wanted, before = _shown(key, value), _shown("", current)  # the update changes lists in place
-    if setting.stated or any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in stated):
-        return Message(logging.WARNING, f"{_shown(key, current)} stays as it is set, but {path} calls for {wanted}")
-    OmegaConf.update(cfg, key, value)
-    return Message(logging.INFO, f"follows the file: {wanted}, as {path} was trained, instead of {before}")
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two settings are equal; numbers up to rounding."""
-    if isinstance(a, str) or isinstance(b, str) or a is None or b is None:
-        return a == b
-    a, b = ([x] if isinstance(x, int | float) else list(x) for x in (a, b))
-    return len(a) == len(b) and all(abs(x - y) < 1e-3 for x, y in zip(a, b, strict=True))
-
-
-def _shown(key: str, value: Any) -> str:
-    """As an override for a shell; without a key, the value alone."""
-    text = value if isinstance(value, str | int | float | None) else f"[{','.join(map(str, value))}]"
-    return f"'{key}={text}'" if key and str(text).startswith("[") else f"{key}={text}" if key else str(text)

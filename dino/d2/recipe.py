@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from detectron2.config import LazyConfig, instantiate
 from omegaconf import DictConfig
 
-from dino.d2.training.parallel import from_main, restarted, started_by_same
+from dino.d2.training.parallel import entered_by_main
 from dino.training import recipe_completion
 from dino.training.recipe_completion import NO_FILES, DataFiles, scale_to_batch, use_epochs
 from dino.training.recipe_nodes import add_branch
 from dino.training.recipe_reading import check_recipe
-from dino.utils.files import UserError, free_name
+from dino.utils.files import UserError
 from dino.utils.recipes import find_recipe
+from dino.utils.run_folder import claim_run, new_folder
 
 from .data_loading import class_names
 
@@ -22,10 +24,11 @@ __all__ = [
     "DataFiles",
     "add_branch",
     "check_recipe",
-    "choose_output",
+    "claim_output",
     "complete",
     "load_recipe",
     "names_of",
+    "read_recipe",
     "scale_to_batch",
     "use_epochs",
 ]
@@ -42,10 +45,19 @@ def load_recipe(
     Raises:
         UserError: the recipe is missing or incomplete; see `complete`.
     """
+    return complete(read_recipe(config_file), overrides, files, eval_only=eval_only)
+
+
+def read_recipe(config_file: str) -> DictConfig:
+    """Read a recipe by its name or file.
+
+    Raises:
+        UserError: the recipe is missing or lacks a part.
+    """
     path = str(find_recipe(config_file))
     cfg = LazyConfig.load(path)
     check_recipe(cfg, path)
-    return complete(cfg, overrides, files, eval_only=eval_only)
+    return cfg
 
 
 def complete(
@@ -69,23 +81,26 @@ def names_of(node: DictConfig) -> list[str]:
     return class_names(node.name, node.get("annotations"), node.get("images"))
 
 
-def choose_output(cfg: DictConfig, *, eval_only: bool = False, resume: bool = False) -> bool:
-    """Keep runs apart: an evaluation gets a folder of its own below `train.output_dir`, a new training a fresh one.
+@contextmanager
+def claim_output(
+    cfg: DictConfig, *, eval_only: bool = False, resume: bool = False, overwrite: bool = False
+) -> Iterator[bool]:
+    """Keep runs apart: hold the folder of a training, and give an evaluation a new folder below `train.output_dir`.
 
-    Returns:
+    All processes must enter the block together; the main one holds the folder, see `claim_run`.
+
+    Yields:
         whether the training resumes: on request, or because torchrun or Slurm restarts the run that it started.
 
     Raises:
-        UserError: the folder holds another run, or there is nothing to evaluate.
+        UserError: the folder holds another run or is in use, or there is nothing to evaluate or to resume.
     """
-    folder = Path(cfg.train.output_dir)
+    if eval_only and not cfg.train.init_checkpoint:
+        raise UserError("--eval-only needs weights: write train.init_checkpoint=PATH")
+    folder = cfg.train.output_dir
     if eval_only:
-        if not cfg.train.init_checkpoint:
-            raise UserError("--eval-only needs weights: write train.init_checkpoint=PATH")
-        cfg.train.output_dir = from_main(str(free_name(folder / "evaluation")))
-        return False
-    again = restarted() and started_by_same(folder)
-    resume, used = from_main((resume or again, any(folder.glob("*.pth"))))
-    if used and not resume:
-        raise UserError(f"{folder} holds the checkpoints of a run: add --resume, or choose another train.output_dir")
-    return resume
+        with entered_by_main(lambda: new_folder(Path(folder, "evaluation"))) as cfg.train.output_dir:
+            yield False
+    else:
+        with entered_by_main(lambda: claim_run(folder, resume=resume, overwrite=overwrite)) as again:
+            yield again

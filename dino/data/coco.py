@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections import defaultdict
@@ -336,6 +337,12 @@ class CocoImages(Dataset):
                 f"the checkpoint was trained for the classes {detector.names}, {annotations} has {data.names}"
             )
         return data
+
+    def with_transforms(self, transforms: Callable, input_range: Sequence[float] | None = None) -> CocoImages:
+        """The same images, transformed and read in another way; arguments as of the class."""
+        other = copy.copy(self)
+        other.transforms, other.input_range = transforms, input_range
+        return other
 
     def __len__(self) -> int:
         return len(self.images)

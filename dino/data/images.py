@@ -17,6 +17,7 @@ from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageErr
 from torch import Tensor
 
 from dino.utils.files import DataError, UserError
+from dino.utils.paths import PathError, expand, hint
 
 _HEIF_SUFFIXES = {".heic", ".heif", ".hif"}  # with the plug-in pillow-heif
 IMAGE_SUFFIXES = {
@@ -285,7 +286,7 @@ def list_images(source: str | Path, suffixes: Collection[str] = IMAGE_SUFFIXES) 
     Raises:
         DataError: there is no such file or folder, or no image in it.
     """
-    path = Path(source)
+    path = Path(source := expand(source))
     if path.is_file():
         return [path]
     if path.is_dir():
@@ -293,7 +294,7 @@ def list_images(source: str | Path, suffixes: Collection[str] = IMAGE_SUFFIXES) 
     elif glob.has_magic(str(source)):
         found = [Path(name) for name in glob.glob(str(source), recursive=True)]
     else:
-        raise DataError(f"input not found: {source}")
+        raise PathError(f"input not found: {source}{hint(path, set())}")
     images = sorted(path for path in found if _is_wanted(path, suffixes))
     if not images:
         where = f"in the folder {source}" if path.is_dir() else f"match {source}"

@@ -6,8 +6,8 @@ caller passes, apart from those of other augmentations.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
@@ -145,6 +145,67 @@ class MixUp:
         image[:height, :width] = Image.blend(*pair, share)
         boxes, labels = (np.concatenate(both) for both in zip(first[1:3], second[1:3], strict=True))
         return Picture(image, boxes, labels, first.files + second.files)
+
+
+class _Place(Protocol):
+    """The place of an image in the training, see `dino.training.image_order.Place`."""
+
+    iteration: int
+    numbers: np.random.Generator
+
+    def others(self, count: int) -> list[Any]: ...
+
+
+class Combination:
+    """A mosaic and a mixture of images, in a part of the training.
+
+    Both are off at the start and at the end of the training. A mixture may have a mosaic in both of its parts, so it
+    shows up to eight images.
+
+    Args:
+        mosaic: joins four images.
+        mixup: blends two.
+        begin, end: the part of the training, in shares of its iterations; from `begin` to before `end`.
+        max_iter: length of the training in iterations; None until it is known.
+
+    Raises:
+        UserError: `begin` and `end` are not two rising numbers in [0, 1]; or, when called, `max_iter` is None.
+    """
+
+    def __init__(self, *, mosaic: Mosaic, mixup: MixUp, begin: float, end: float, max_iter: int | None):
+        if not 0 <= begin <= end <= 1:
+            raise UserError(f"begin={begin} and end={end} of mosaic and mixup must rise within [0, 1]")
+        self.mosaic = mosaic
+        self.mixup = mixup
+        self.begin = begin
+        self.end = end
+        self.max_iter = max_iter
+
+    @property
+    def first_iteration(self) -> int:
+        """The first iteration that may show combined images."""
+        return self._iteration(self.begin)
+
+    def __call__(self, entry: Any, place: _Place, read: Callable[[Any], Picture]) -> Picture:
+        """The picture that is shown for an entry of the data set, which `read` reads."""
+        if not self.first_iteration <= place.iteration < self._iteration(self.end):
+            return read(entry)
+        picture = self._scene(entry, place, read)
+        if place.numbers.random() < self.mixup.probability:
+            picture = self.mixup(picture, self._scene(*place.others(1), place, read), place.numbers)
+        return picture
+
+    def _iteration(self, share: float) -> int:
+        """The iteration at a share of the training."""
+        if self.max_iter is None:
+            raise UserError("mosaic and mixup need the length of the training: set train.max_iter")
+        return round(share * self.max_iter)
+
+    def _scene(self, entry: Any, place: _Place, read: Callable[[Any], Picture]) -> Picture:
+        """The image of an entry, alone or in a mosaic."""
+        if place.numbers.random() >= self.mosaic.probability:
+            return read(entry)
+        return self.mosaic(map(read, [entry, *place.others(3)]), place.numbers)
 
 
 def _probability(name: str, value: float) -> float:

@@ -10,7 +10,8 @@ from typing import Any
 from dino.data.images import IMAGE_SUFFIXES
 from dino.inference.cpu import fold_norms
 from dino.modeling.detector import Detector
-from dino.utils.files import DataError, UserError, make_folder, write_whole
+from dino.structures import SCORE_THRESH
+from dino.utils.files import DataError, UserError, make_folder, write_new
 from dino.weights.description import detector_from_checkpoint
 
 from .export_formats import FORMATS, write
@@ -25,7 +26,7 @@ def export_checkpoint(
     form: str,
     fixed: Fixed | None = None,
     sampling: str = "grid",
-    thresholds: Sequence[float] = (0.5,),
+    thresholds: Sequence[float] = (SCORE_THRESH,),
     copy: str = "auto",
     verify: Path | None = None,
     verify_json: Path | None = None,
@@ -63,7 +64,7 @@ def export_checkpoint(
         if issues := comparison.issues(Limits()):
             raise DataError(f"{output} is not written, since it differs from the network: {'; '.join(issues)}")
     make_folder(output.parent)
-    write_whole(output, lambda part: part.write_bytes(content))
+    write_new(output, lambda part: part.write_bytes(content))
     size = f"batch {fixed.batch}, {fixed.height} x {fixed.width}" if fixed else "any batch and size"
     checked = "" if verify else "; not compared with the network: --verify IMAGES does that"
     print(f"{output}: {form}, {size}, {len(detector.names)} classes, {len(content) / 1e6:.1f} MB{checked}")

@@ -61,7 +61,7 @@ class Comparison(NamedTuple):
         if self.ap:
             network, exported = (100 * value for value in self.ap)
             lines.append(
-                f"AP {network:.2f} of the network, {exported:.2f} exported, difference {exported - network:+.3f}"
+                f"AP {network:.1f} of the network, {exported:.1f} exported, difference {exported - network:+.3f}"
             )
         return "\n".join(lines)
 

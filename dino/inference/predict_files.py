@@ -7,7 +7,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn
@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from dino.data.images import IMAGE_SUFFIXES, list_images
 from dino.layers import detections, one_label_detections
-from dino.utils.files import DataError, UserError, counted, make_folder, write_whole
+from dino.utils.files import DataError, UserError, clean_up, counted, make_folder, make_part, write_picture
 from dino.utils.printable import printable
+from dino.utils.run_folder import hold_folder
 
 from .cpu import keep_freed_memory
 from .detections import Detections
@@ -30,6 +31,7 @@ from .video import VIDEO_SUFFIXES, VideoReader, VideoWriter
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LISTED = 5  # files that a message names
+_NAME_BYTES = 255  # of a file, on usual file systems
 _FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}  # of drawn pictures; others become PNG
 
 
@@ -76,13 +78,18 @@ def plan(inputs: Sequence[str], folder: Path) -> list[_Job]:
         DataError: an input does not exist, or its result would replace a file.
     """
     jobs = [_make_job(source, name, folder) for source, name in _names(_find_all(inputs)).items()]
+    _check_free(jobs, folder)
+    return jobs
+
+
+def _check_free(jobs: Sequence[_Job], folder: Path) -> None:
+    """Raise a DataError if a result would replace a file."""
     written = [(f"{job.source}: ", path) for job in jobs for path in _outputs(job)]
     written.append(("", folder / "predictions.json"))
     counts = Counter(path for _, path in written)
     for source, path in written:
         if path.exists() or counts[path] > 1:
             raise DataError(f"{source}{path} is taken. Choose another --output")
-    return jobs
 
 
 def _find_all(inputs: Sequence[str]) -> list[Path | int]:
@@ -132,8 +139,11 @@ def _target_name(source: Path | int) -> str:
     """Name of the drawn picture or video: that of the source, where the format can be kept."""
     if isinstance(source, int):
         return f"webcam_{source}.mp4"
-    kept = {".mp4"} if _is_video(source) else _FORMATS
-    return source.name if source.suffix.lower() in kept else f"{source.name}{'.mp4' if _is_video(source) else '.png'}"
+    kept, suffix = ({".mp4"}, ".mp4") if _is_video(source) else (_FORMATS, ".png")
+    if source.suffix.lower() in kept:
+        return source.name
+    name = f"{source.name}{suffix}"
+    return name if len(os.fsencode(name)) <= _NAME_BYTES else source.with_suffix(suffix).name
 
 
 def _outputs(job: _Job) -> list[Path]:
@@ -145,16 +155,18 @@ def predict(predictor: Predictor, jobs: Sequence[_Job], folder: Path) -> None:
     """Do the jobs. Unreadable inputs are skipped and reported at the end; finished results stay.
 
     Raises:
-        DataError: something could not be read or written.
+        DataError: something could not be read or written, or a result would replace a file.
+        UserError: another program of this project writes into the folder.
     """
-    make_folder(folder)
     images = [job for job in jobs if not _is_video(job.source)]
     issues: list[DataError] = []
-    if images:
-        _predict_images(predictor, images, folder, issues)
-    for job in jobs:
-        if _is_video(job.source):
-            _predict_video(predictor, job, issues)
+    with hold_folder(folder):
+        _check_free(jobs, folder)
+        if images:
+            _predict_images(predictor, images, folder, issues)
+        for job in jobs:
+            if _is_video(job.source):
+                _predict_video(predictor, job, issues)
     if issues:
         _report(issues, len(jobs))
 
@@ -196,8 +208,7 @@ def _predict_images(predictor: Predictor, jobs: Sequence[_Job], folder: Path, is
 def _draw(found: Detections, target: Path) -> None:
     """Write the drawn picture."""
     make_folder(target.parent)
-    picture, form = found.draw(), _FORMATS.get(target.suffix.lower())
-    write_whole(target, lambda part: picture.save(part, format=form, quality=92))
+    write_picture(target, found.draw(), format=_FORMATS.get(target.suffix.lower()), quality=92)
 
 
 def _has_pages(path: Path) -> bool:
@@ -239,7 +250,7 @@ def _predict_video(predictor: Predictor, job: _Job, issues: list[DataError]) -> 
         finally:
             video.close()
             if writer:
-                writer.close()
+                clean_up(writer.close)
     print(f"{counted(coco.images, 'frame')} with {counted(coco.objects, 'object')} written to {job.target}")
     if interrupted:
         raise KeyboardInterrupt
@@ -291,17 +302,26 @@ def _open_coco(path: Path, predictor: Predictor) -> Iterator[_CocoWriter]:
     Raises:
         DataError: it can't be written.
     """
-    part = path.with_name(f"{path.name}.part")
+    part = None
     try:
+        part = make_part(path)
         with open(part, "w", encoding="utf-8") as file:
             writer = _CocoWriter(file, predictor.names, predictor.category_ids)
             try:
                 yield writer
             finally:
-                writer.finish()
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(part, path)
+                clean_up(_finish, writer, part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise DataError(f"can't write {path}: {error}") from error
+    finally:
+        if part:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+
+
+def _finish(writer: _CocoWriter, part: Path, path: Path) -> None:
+    """Complete the file, and give it its name."""
+    writer.finish()
+    writer.file.flush()
+    os.fsync(writer.file.fileno())
+    os.replace(part, path)

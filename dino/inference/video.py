@@ -9,7 +9,7 @@ from types import ModuleType
 
 import numpy as np
 
-from dino.utils.files import DataError
+from dino.utils.files import DataError, make_part
 
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"}
 _USUAL_FPS = 25.0  # where a file or a camera states none
@@ -91,7 +91,10 @@ class VideoWriter:
     def __init__(self, path: Path, fps: float, image_size: tuple[int, int]):
         self.cv2 = _load_opencv()
         self.path = path
-        self.part = path.with_name(f"{path.stem}.part.mp4")
+        try:
+            self.part = make_part(path, ".part.mp4")
+        except OSError as error:
+            raise DataError(f"can't write {path}: {error}") from error
         self.height, self.width = (side - side % 2 for side in image_size)
         self.written = 0
         code = self.cv2.VideoWriter_fourcc(*"mp4v")

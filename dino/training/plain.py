@@ -28,7 +28,7 @@ from dino.layers.cpu_feed_forward import use_cpu_feed_forward
 from dino.modeling import TorchvisionBackbone, compile_network, use_float32_precision
 from dino.modeling.detector import Detector, Preprocessing, resized_size
 from dino.modeling.variants import PositionModulatedMatcher
-from dino.utils.files import DataError, UserError, free_name, write_whole
+from dino.utils.files import DataError, UserError, make_free_folder, write_whole
 from dino.utils.printable import printable
 from dino.weights import load_weights, locate, read_content, recognise, weights_of
 from dino.weights.description import build_network, read_description
@@ -174,8 +174,7 @@ def evaluate(
     _load(detector.network, weights, content, val.names)
     if settings.compile:
         compile_network(detector.network)
-    folder = free_name(Path(output) / "evaluation")  # the results of the training stay as they are
-    folder.mkdir(parents=True)
+    folder = make_free_folder(Path(output) / "evaluation")  # the results of the training stay as they are
     return _write_results(detector, val, settings, folder, seconds=0.0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import statistics
 import sys
 import time
@@ -19,6 +20,7 @@ except ImportError:  # Windows
     resource = None
 
 _FORMAT = "{desc}{percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}{postfix}]"
+_COLUMNS = 100  # of a terminal that does not know its width
 _WINDOW = 50  # iterations whose median time makes the ETA: an evaluation between two of them does not count
 
 
@@ -56,8 +58,8 @@ class ProgressLine:
                 initial=self._done,
                 file=self._stream,
                 bar_format=_FORMAT,
-                dynamic_ncols=True,
                 leave=False,
+                **_width(self._stream),
             )
         return self
 
@@ -92,6 +94,15 @@ class ProgressLine:
         shown = [f"{name} {value:.4g}" for name, value in values.items()]
         seconds = statistics.median(self._times) * (self._stop - self._done)
         return [*shown, f"ETA {datetime.timedelta(seconds=round(seconds))}", *_memory()]
+
+
+def _width(stream: TextIO) -> dict[str, int | bool]:
+    """tqdm's options for a terminal that may not know its width, as in a container."""
+    try:
+        known = os.get_terminal_size(stream.fileno()).columns > 0
+    except OSError:
+        known = False
+    return {"dynamic_ncols": True} if known else {"ncols": _COLUMNS}
 
 
 def write_above_bar(text: str, stream: TextIO) -> None:

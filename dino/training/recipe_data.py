@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
 from dino.data.augmentations import Augmentations
-from dino.data.coco import CocoImages, classes_of, read_annotations
+from dino.data.coco import CocoImages
 from dino.data.images import read_image
-from dino.data.mixing import Picture
+from dino.data.mixing import Combination, Picture
 from dino.modeling.detector import to_target
 from dino.structures import Target
 from dino.utils.files import DataError, UserError
@@ -64,14 +64,34 @@ def files_of(node: Mapping) -> SplitFiles:
     return SplitFiles(str(annotations), str(images))
 
 
-@functools.lru_cache(maxsize=2)
-def _classes(files: SplitFiles) -> tuple[list[str], list[int]]:
-    return tuple(classes_of(read_annotations(*files)))
-
-
 def class_names(node: Mapping) -> list[str]:
     """Class names of a data set in a recipe, by label. Errors as of `files_of` and `read_annotations`."""
-    return list(_classes(files_of(node))[0])
+    return list(open_images(files_of(node)).names)
+
+
+def open_images(files: SplitFiles) -> CocoImages:
+    """Open a data set, without transforms; the last two stay in memory, until their files change.
+
+    Raises:
+        DataError: see `read_annotations`.
+    """
+    path = Path(files.annotations)
+    return _open(files, path.stat().st_mtime_ns if path.is_file() else 0)
+
+
+@functools.lru_cache(maxsize=2)
+def _open(files: SplitFiles, changed: int) -> CocoImages:
+    """`open_images` of a file that was `changed` at this time."""
+    return CocoImages(files.annotations, files.images, _unchanged, crowd=files.crowd)
+
+
+def _unchanged(image: Any, objects: Any) -> tuple[Any, Any]:
+    return image, objects
+
+
+def forget_files() -> None:
+    """Forget the classes of files that an earlier job of this process has read: the files may have changed."""
+    _open.cache_clear()
 
 
 class TrainLoader:
@@ -95,7 +115,7 @@ class TrainLoader:
         repeat_threshold: float = 0.0,
         sorted_batches: int = 1,
     ):
-        self.images = _Entries(CocoImages(dataset.annotations, dataset.images, None, crowd=dataset.crowd))
+        self.images = _Entries(open_images(dataset))
         self.mapper = mapper
         self.total_batch_size = total_batch_size
         self.num_workers = num_workers
@@ -174,11 +194,18 @@ class TrainMapper:
     Args:
         augmentations: of `dino.data.augmentations`.
         input_range: of `read_image`.
+        combination: of several images, see `dino.data.mixing.Combination`.
     """
 
-    def __init__(self, augmentations: Sequence, input_range: Sequence[float] | None = None):
+    def __init__(self, augmentations: Sequence, input_range: Sequence[float] | None = None, **combination: Any):
         self.augmentations = Augmentations(augmentations)
         self.input_range = input_range
+        self.combination = Combination(**combination) if combination else None
+
+    @property
+    def first_combined(self) -> int | None:
+        """The first iteration that may show combined images; None where no images are combined."""
+        return self.combination and self.combination.first_iteration
 
     def __call__(self, entry: _Entry, place: Place) -> tuple[Tensor, Target, dict]:
         """An image of the data set -> an entry of a batch; drops objects that were cropped away.
@@ -186,7 +213,8 @@ class TrainMapper:
         Raises:
             DataError: the file can't be read, or its size is not that of the annotations.
         """
-        return self._augment(entry, self._read(entry))
+        picture = self.combination(entry, place, self._read) if self.combination else self._read(entry)
+        return self._augment(entry, picture)
 
     def _read(self, entry: _Entry) -> Picture:
         image = read_image(entry.path, self.input_range)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -25,7 +26,8 @@ class LazyCall:
 
     def __call__(self, **arguments: Any) -> DictConfig:
         """Make the node: the arguments, and the target under `_target_`."""
-        return DictConfig({**arguments, "_target_": self._target}, flags={"allow_objects": True})
+        target = full_name(self._target) if is_dataclass(self._target) else self._target  # omegaconf would read fields
+        return DictConfig({**arguments, "_target_": target}, flags={"allow_objects": True})
 
 
 def full_name(part: Any) -> str:

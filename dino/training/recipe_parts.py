@@ -17,12 +17,12 @@ from dino.data.coco import CocoImages
 from dino.data.images import check_input_range
 from dino.layers.cpu_feed_forward import use_cpu_feed_forward
 from dino.modeling.detector import Detector, Preprocessing
-from dino.utils.files import DataError, UserError
+from dino.utils.files import UserError
 from dino.weights.description import PARTS
 
 from .parameter_groups import parameter_groups
-from .recipe_data import SplitFiles, TrainLoader, TrainMapper, ValTransform, files_of
-from .recipe_nodes import instantiate, plain
+from .recipe_data import SplitFiles, TrainLoader, TrainMapper, ValTransform, files_of, open_images
+from .recipe_nodes import full_name, instantiate, plain
 from .recipe_reading import NEEDS_DETECTRON2, STOOD_IN
 from .schedules import warm_up
 
@@ -37,6 +37,7 @@ _COUNTERPARTS: dict[str, Callable] = {
     "BasicStem": PARTS["detectron2.modeling.backbone.BasicStem"],
     "ResNet": PARTS["detectron2.modeling.ResNet"],
     "make_default_stages": PARTS["detectron2.modeling.ResNet.make_default_stages"],
+    "CombiningMapper": TrainMapper,
     "DINODetector": dict,
     "TrainLoader": TrainLoader,
     "TrainMapper": TrainMapper,
@@ -46,6 +47,17 @@ _COUNTERPARTS: dict[str, Callable] = {
     "get_default_optimizer_params": parameter_groups,
 }
 _READ_ELSEWHERE = ("Evaluator", "build_detection_test_loader")  # their arguments are settings of the engine
+_ONLY = {  # key of a node -> last parts of its target
+    "model": ("DINODetector",),
+    "dataloader.train": ("TrainLoader",),
+    "dataloader.train.dataset": ("dataset",),
+    "dataloader.train.mapper": ("TrainMapper", "CombiningMapper"),
+    "dataloader.test": ("build_detection_test_loader",),
+    "dataloader.test.dataset": ("dataset",),
+    "dataloader.test.mapper": ("TestMapper",),
+    "dataloader.evaluator": ("Evaluator",),
+}
+_WITHOUT = NEEDS_DETECTRON2.removeprefix("which ")
 
 
 def _of_detectron2(path: Any) -> bool:
@@ -71,31 +83,60 @@ def find_part(path: str) -> Callable:
 
 def check_supported(cfg: DictConfig) -> None:
     """Raise a UserError that names the first setting which needs Detectron2."""
-    for key, path in _targets(cfg):
-        if _of_detectron2(path) and path.rpartition(".")[2] not in {*_COUNTERPARTS, *_READ_ELSEWHERE}:
-            kind = "; the backbones of torchvision and timm do without" if "backbone" in key else ""
-            raise UserError(f"{key} is {path}, {NEEDS_DETECTRON2}{kind}")
-    if cfg.train.get("parallel", "ddp") != "ddp":
-        raise UserError(f"train.parallel={cfg.train.parallel} needs Detectron2 (README.md says how to install it)")
+    for key, path in sorted(_targets(cfg), key=lambda target: not target[0].startswith("model")):
+        _check_target(key, path if isinstance(path, str) else full_name(path))
+    for key, node in _nodes(cfg.model.network, "model.network"):
+        if _last(node.get("_target_")) == "ResNet":
+            _check_resnet(key, node)
+    for key, expected in (("train.parallel", "ddp"), ("train.wandb.enabled", False)):
+        value = OmegaConf.select(cfg, key, default=expected)
+        if value != expected:
+            raise UserError(f"{key}={value} {_WITHOUT}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("several processes need Detectron2 (README.md says how to install it): start one")
-    if OmegaConf.select(cfg, "train.wandb.enabled"):
-        raise UserError("train.wandb.enabled=True needs Detectron2 (README.md says how to install it)")
+        raise UserError(f"a training in several processes {_WITHOUT}: start one process")
 
 
-def _targets(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def _last(path: Any) -> str:
+    """The last part of the dotted path of a target."""
+    return str(path).rpartition(".")[2]
+
+
+def _check_target(key: str, path: str) -> None:
+    """Raise a UserError if a target is Detectron2's, and nothing takes its place."""
+    last = _last(path)
+    known = last in _COUNTERPARTS or last in _READ_ELSEWHERE
+    if key in _ONLY and last not in _ONLY[key]:
+        raise UserError(f"{key} is {path}, {NEEDS_DETECTRON2}; without it, {' or '.join(_ONLY[key])} works")
+    if _of_detectron2(path) and not known:
+        cure = "; the backbones of torchvision and timm do without" if "backbone" in key else ""
+        cure = f"; augmentations that do without: {', '.join(BY_NAME)}" if "augmentations" in key else cure
+        raise UserError(f"{key} is {path}, {NEEDS_DETECTRON2}{cure}")
+
+
+def _check_resnet(key: str, node: DictConfig) -> None:
+    """Raise a UserError for norms of Detectron2's ResNet that torchvision's does not train in the same way."""
+    norms = {OmegaConf.select(node, part, default="BN") for part in ("stem.norm", "stages.norm")}
+    if len(norms) > 1 or (norms != {"FrozenBN"} and node.get("freeze_at", 2)):
+        raise UserError(
+            f"{key} mixes frozen and trained norms, {NEEDS_DETECTRON2}: set stem.norm, stages.norm and freeze_at to "
+            "FrozenBN, FrozenBN and 0 to 5, or to BN, BN and 0"
+        )
+
+
+def _targets(cfg: DictConfig) -> Iterator[tuple[str, Any]]:
     """The dotted key and the target of every node in a recipe."""
-    if OmegaConf.is_list(node):
-        children = ((str(i), node[i]) for i in range(len(node)))
-    elif OmegaConf.is_dict(node):
-        children = ((k, node[k]) for k in node if not OmegaConf.is_interpolation(node, k))
-    else:
+    return ((key, node["_target_"]) for key, node in _nodes(cfg) if "_target_" in node)
+
+
+def _nodes(node: Any, key: str = "") -> Iterator[tuple[str, DictConfig]]:
+    """The dotted key of each dict in a recipe, and the dict."""
+    if not OmegaConf.is_config(node):
         return
-    for name, child in children:
-        if name == "_target_":
-            yield key, child
-        else:
-            yield from _targets(child, f"{key}.{name}" if key else name)
+    if OmegaConf.is_dict(node):
+        yield key, node
+    for name in range(len(node)) if OmegaConf.is_list(node) else list(node):
+        if not OmegaConf.is_interpolation(node, name):
+            yield from _nodes(node[name], f"{key}.{name}" if key else str(name))
 
 
 def preprocessing_of(cfg: DictConfig) -> Preprocessing:
@@ -118,6 +159,20 @@ def describe(cfg: DictConfig) -> dict[str, Any]:
     return {"config": json.dumps(model), "preprocessing": {**preprocessing, **lists}}
 
 
+def _build(node: Any, key: str) -> Any:
+    """Build the node at a key of a recipe.
+
+    Raises:
+        UserError: a part refuses its arguments, or needs a library that is not installed.
+    """
+    try:
+        return instantiate(node, find_part)
+    except UserError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"{key} of the recipe can't be built: {error}") from error
+
+
 def build_detector(cfg: DictConfig, names: Sequence[str], category_ids: Sequence[int] = ()) -> Detector:
     """Build the recipe's detector and its criterion, with random weights, on `train.device`.
 
@@ -125,16 +180,12 @@ def build_detector(cfg: DictConfig, names: Sequence[str], category_ids: Sequence
         names, category_ids: of the classes, by label.
 
     Raises:
-        DataError: a part refuses its arguments, or needs a library that is not installed.
+        UserError: a part refuses its arguments, or needs a library that is not installed.
     """
-    try:
-        model = instantiate(cfg.model, find_part)
-        network, criterion = model["network"], model["criterion"]
-        detector = Detector(network, preprocessing_of(cfg), names, category_ids=category_ids, criterion=criterion).to(
-            cfg.train.device
-        )
-    except (ValueError, TypeError, ImportError) as error:
-        raise DataError(f"the recipe's model can't be built: {error}") from error
+    model = _build(cfg.model, "model")
+    network, criterion = model["network"], model["criterion"]
+    detector = Detector(network, preprocessing_of(cfg), names, category_ids=category_ids, criterion=criterion)
+    detector = detector.to(cfg.train.device)
     if torch.device(cfg.train.device).type == "cpu":
         use_cpu_feed_forward(detector)
     return detector
@@ -145,9 +196,11 @@ def build_optimizer(cfg: DictConfig, network: nn.Module) -> torch.optim.Optimize
 
     Args:
         network: the `Detector`: names of parameters begin with "network.".
+
+    Raises:
+        UserError: as of `build_detector`.
     """
-    arguments = {**cfg.optimizer, "params": {**cfg.optimizer.params, "model": network}}
-    return instantiate(arguments, find_part)
+    return _build({**cfg.optimizer, "params": {**cfg.optimizer.params, "model": network}}, "optimizer")
 
 
 def build_schedule(cfg: DictConfig) -> Callable[[float], float]:
@@ -161,13 +214,11 @@ def build_schedule(cfg: DictConfig) -> Callable[[float], float]:
 
 def train_loader(cfg: DictConfig) -> TrainLoader:
     """Build the recipe's training loader. Errors as of `files_of` and `read_annotations`."""
-    return instantiate(cfg.dataloader.train, find_part)
+    return _build(cfg.dataloader.train, "dataloader.train")
 
 
 def val_images(cfg: DictConfig) -> CocoImages:
     """Open the recipe's validation images, augmented as it says. Errors as of `files_of` and `read_annotations`."""
-    files, mapper = files_of(cfg.dataloader.test.dataset), cfg.dataloader.test.mapper
-    transform = ValTransform(instantiate(mapper.augmentations, find_part))
-    return CocoImages(
-        files.annotations, files.images, transform, crowd=files.crowd, input_range=mapper.get("input_range")
-    )
+    mapper = cfg.dataloader.test.mapper
+    transform = ValTransform(_build(mapper.augmentations, "dataloader.test.mapper.augmentations"))
+    return open_images(files_of(cfg.dataloader.test.dataset)).with_transforms(transform, mapper.get("input_range"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import os
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -33,8 +34,12 @@ _OWN = {  # what a recipe calls, or passes as a function
         for name in ("layerwise_params", "tenth_for_backbone", "tenth_for_backbone_and_offsets")
     },
 }
+_YAML = (".yaml", ".yml")
 _PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
-NEEDS_DETECTRON2 = "which needs Detectron2 (README.md says how to install it)"
+NEEDS_DETECTRON2 = (
+    "which needs Detectron2 (pip install --no-build-isolation "
+    "git+https://github.com/facebookresearch/detectron2.git, see README.md)"
+)
 
 
 class _Name:
@@ -79,14 +84,19 @@ def read_recipe(name_or_path: str) -> DictConfig:
     """
     path = str(find_recipe(name_or_path))
     try:
-        cfg = _read_yaml(path) if path.endswith((".yaml", ".yml")) else _select(_execute(path))
-    except UserError as error:
-        raise UserError(f"the recipe {path} can't be read: {error}") from error
+        cfg = _read_yaml(path) if path.endswith(_YAML) else _select(_execute(path))
     except Exception as error:  # a program can raise anything
-        raise UserError(f"the recipe {path} can't be read: {type(error).__name__}: {error}") from error
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        raise UserError(f"the recipe {path} can't be read: {_line_of(error)}{kind}{error}") from error
     check_recipe(cfg, path)
     _use_text(cfg)
     return cfg
+
+
+def _line_of(error: Exception) -> str:
+    """The line of a recipe that raised an error, for a message; "" where none of its lines did."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.name == "<module>"]
+    return f"line {lines[-1]}: " if lines else ""
 
 
 def check_recipe(cfg: DictConfig, path: str) -> None:
@@ -158,10 +168,10 @@ def _import(name: str, globals: Mapping | None = None, locals: Any = None, froml
 
 def _import_recipe(name: str, origin: Path, fromlist: tuple, level: int) -> ModuleType:
     """The module of `from .name import …` in the recipe `origin`; each import runs the file anew."""
-    folder = Path(os.path.abspath(origin)).parents[level - 1]
+    folder = Path(os.path.abspath(origin), *[".."] * level).resolve()
     path = folder.joinpath(*name.split(".")).with_suffix(".py")
     if not name or not path.is_file():
-        raise UserError(f"{origin} imports {'.' * level}{name}, but there is no file {path}")
+        raise UserError(f"it imports {'.' * level}{name}, but there is no file {path}")
     module = ModuleType(name)
     vars(module).update(_execute(str(path)))
     return module

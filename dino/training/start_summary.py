@@ -98,7 +98,7 @@ def start_lines(
         "": f"{folder / 'curves.png'} after each evaluation",
         " ": f"tensorboard --logdir {shlex.quote(str(folder))}",
     }
-    lines = [f"training {recipe}", *(line for label, text in rows.items() for line in _row(label, text))]
+    lines = [f"training {printable(recipe)}", *(line for label, text in rows.items() for line in _row(label, text))]
     lines += [f"  {label:<{_COLUMN}}{printable(text, None)}" for label, text in paths.items()]
     return [*lines, *_warnings(warnings, MOST_LINES - len(lines))]
 

@@ -7,14 +7,14 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from .printable import printable
 
-_PART = re.compile(r"(.+)\.[0-9a-f]{8}\.part")  # name of an unfinished file, see `whole_file`
+_PART = re.compile(r"(.+)\.[0-9a-f]{8}\.part")  # name of an unfinished file, see `make_part`
 _NAME_BYTES = 64  # every file system allows names of so many
 
 
@@ -83,8 +83,46 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
     Raises:
         UserError: the disk is full, or the folder can't be written. The old content of `path` stays.
     """
-    with whole_file(path) as part:
+    _write(Path(path), write, os.replace)
+
+
+def write_new(path: str | Path, write: Callable[[Path], object]) -> None:
+    """As `write_whole`, for a file that must not exist, not even since a moment ago.
+
+    Raises:
+        UserError: the file exists; see `write_whole`.
+    """
+    _write(Path(path), write, _move_to_new)
+
+
+def _move_to_new(part: Path, path: Path) -> None:
+    """Give a file another name, which no file has."""
+    taken = UserError(f"{path} exists: choose another name, or move it away")
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        raise taken from None
+    except OSError:  # a file system without links
+        if path.exists():
+            raise taken from None
+        os.replace(part, path)
+
+
+def _write(path: Path, write: Callable[[Path], object], move: Callable[[Path, Path], object]) -> None:
+    part = None
+    try:
+        part = make_part(path)
         write(part)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        move(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        full = f"the disk is full, or the file is too large for its file system ({error})"
+        raise UserError(f"can't write {path}: {error if isinstance(error, OSError) else full}") from error
+    finally:
+        if part:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
 
 
 def write_picture(path: str | Path, picture: Any, **options: Any) -> None:
@@ -102,37 +140,18 @@ def write_picture(path: str | Path, picture: Any, **options: Any) -> None:
     write_whole(path, lambda part: part.write_bytes(encoded.getbuffer()))
 
 
-@contextmanager
-def whole_file(path: str | Path, suffix: str = ".part") -> Iterator[Path]:
-    """Make an empty temporary file beside `path`; move it to `path` at the end of the block, remove it after an error.
+def make_part(path: Path, suffix: str = ".part") -> Path:
+    """Make an empty temporary file beside `path`: NAME.01234567.part.
 
-    No other program uses its name, NAME.01234567.part, which is no longer than file systems allow.
+    No other program uses its name, which is no longer than file systems allow.
 
     Args:
-        path: the file to write or replace.
+        path: the file that is to be written.
         suffix: of the temporary name.
 
     Raises:
-        UserError: the disk is full, or the folder can't be written. The old content of `path` stays.
+        OSError: the folder can't be written.
     """
-    path, part = Path(path), None
-    try:
-        part = _make_part(path, suffix)
-        yield part
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        full = f"the disk is full, or the file is too large for its file system ({error})"
-        raise UserError(f"can't write {path}: {error if isinstance(error, OSError) else full}") from error
-    finally:
-        if part:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
-
-
-def _make_part(path: Path, suffix: str) -> Path:
-    """Make an empty file of a name that no file has."""
     while True:
         end = f".{secrets.token_hex(4)}{suffix}"
         longest = max(len(os.fsencode(path.name)), _NAME_BYTES) - len(end)
@@ -145,7 +164,7 @@ def _make_part(path: Path, suffix: str) -> Path:
 
 
 def finished_name(name: str) -> str:
-    """The name that a temporary file of `whole_file` was to get; "" for the name of any other file."""
+    """The name that a file of `make_part` was to get; "" for the name of any other file."""
     match = _PART.fullmatch(name)
     return match[1] if match else ""
 

@@ -44,7 +44,7 @@ _OTHER_NAMES = {  # setting -> bare words for it: its own, those of other progra
     "model.network.query_selection.num_queries": "num_queries queries",
 }
 SHORT_NAMES = {name: key for key, names in _OTHER_NAMES.items() for name in names.split()}  # small letters
-_ORDER = ("train", "optimizer", "dataloader", "lr_multiplier", "model")  # of parts that share a bare word
+PARTS = ("train", "optimizer", "dataloader", "lr_multiplier", "model")  # of a recipe; the first with a bare word has it
 _OPEN = {  # settings that a recipe may leave at None -> a value of their type
     "model.input_range": [0.0, 1.0],
     "train.checkpointer.period": 1,
@@ -177,7 +177,7 @@ def _all_keys(node: Any, prefix: str = "") -> Iterator[str]:
 def _rank(key: str) -> tuple[int, int]:
     """The place of a key among those that share a bare word: by its part of the recipe, then by its depth."""
     part = key.partition(".")[0]
-    return (_ORDER.index(part) if part in _ORDER else len(_ORDER)), key.count(".")
+    return (PARTS.index(part) if part in PARTS else len(PARTS)), key.count(".")
 
 
 def _nearest(key: str, known: Sequence[str]) -> str:

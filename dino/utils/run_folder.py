@@ -17,11 +17,12 @@ from filelock import FileLock, Timeout
 from .files import UsageError, UserError, finished_name, free_name, make_folder, make_free_folder, write_whole
 from .printable import printable
 
-LOCK = "run.lock"
+_LOCK = "run.lock"
+_RESULTS_LOCK = ".dino.lock"  # of a folder that is no run's; removed at the end
 _STARTER = "started_by"
 _NUMBERED = re.compile(r"model_\d{7,}\.pth")
 _RUN_FILES = (
-    *("*.pth", "last_checkpoint", "config.yaml", "log.txt", "log.txt.rank*", "metrics.json", "evaluations.json"),
+    *("config.yaml", "log.txt", "metrics.json", "*.pth", "last_checkpoint", "log.txt.rank*", "evaluations.json"),
     *("results.json", "curves.png", "train_batch*.png", "val_predictions.png", "inference"),
     *("events.out.tfevents.*", "wandb_id"),
 )
@@ -54,7 +55,7 @@ def claim_run(folder: str | Path, *, resume: bool = False, overwrite: bool = Fal
     """
     if resume and overwrite:
         raise UsageError("--resume continues the run, --overwrite starts anew: give one of them")
-    with _locked(Path(folder), LOCK, _WAYS) as path:
+    with _locked(Path(folder), _LOCK, _WAYS) as path:
         again = restarted() and started_by_same(path)
         if not again:
             _check_use(path, resume, overwrite)
@@ -63,39 +64,50 @@ def claim_run(folder: str | Path, *, resume: bool = False, overwrite: bool = Fal
 
 
 @contextmanager
-def claim_folder(folder: Path | None, default: str) -> Iterator[Path]:
-    """Hold a folder for results within the block, so that no other program of this project writes into it.
-
-    Args:
-        folder: made if it is missing; None for a new one of the name `default`, `default.1`, …
-        default: see `folder`.
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Hold a folder of results within the block: no other program of this project writes into it. Make it if needed.
 
     Raises:
         UserError: another process holds the folder, or it can't be written.
     """
-    made = None if folder else make_free_folder(Path(default))
-    with _locked(folder or made, ".dino.lock", "choose another --output", made=bool(made)) as path:
+    with _locked(folder, _RESULTS_LOCK, "choose another --output"):
         try:
-            yield path
+            yield
         finally:
-            (path / ".dino.lock").unlink(missing_ok=True)
+            (folder / _RESULTS_LOCK).unlink(missing_ok=True)
 
 
 @contextmanager
-def _locked(folder: Path, name: str, advice: str, *, made: bool = False) -> Iterator[Path]:
-    """Hold the lock `name` in a folder; at the end remove the lock, and a new folder, where nothing else was written."""
-    made = made or not folder.exists()
+def new_folder(path: Path) -> Iterator[str]:
+    """Make a folder of a free name, see `make_free_folder`; remove it at the end of the block if it is empty."""
+    folder = make_free_folder(path)
+    try:
+        yield str(folder)
+    finally:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+@contextmanager
+def _locked(folder: Path, name: str, advice: str) -> Iterator[Path]:
+    """Hold the lock `name` in a folder; where no other file was added by the end, leave the folder as it was."""
+    made, before = not folder.exists(), _names(folder)
     lock = _acquire(folder, name, advice)
     try:
         yield folder
     finally:
         with suppress(OSError):
-            if not {path.name for path in folder.iterdir()} - {name, _STARTER}:
-                (folder / _STARTER).unlink(missing_ok=True)
-                (folder / name).unlink(missing_ok=True)
+            added = _names(folder) - before
+            if added <= {name, _STARTER}:
+                for own in added:
+                    (folder / own).unlink()
                 if made:
                     folder.rmdir()
         lock.release()
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 def _acquire(folder: Path, name: str, advice: str) -> FileLock:
@@ -156,7 +168,7 @@ def _plain(folder: Path) -> Path:
 
 def run_files(folder: Path) -> list[str]:
     """Names in a folder that the files of a run have, the telling ones first; none where there is no folder."""
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    names = sorted(_names(folder))
     return [name for pattern in _RUN_FILES for name in names if fnmatch(name, pattern)]
 
 
@@ -232,7 +244,7 @@ def drop_old(folder: Path, keep: int) -> None:
 
     Only the process that holds the folder may call this.
     """
-    names = sorted(path.name for path in folder.iterdir())
+    names = sorted(_names(folder))
     numbered = [name for name in names if _NUMBERED.fullmatch(name)]
     unfinished = [name for name in names if _matches(finished_name(name), _RUN_FILES)]
     earlier = [name for name in names if name.endswith(".part") and _NUMBERED.fullmatch(name[: -len(".part")])]

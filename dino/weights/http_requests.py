@@ -54,6 +54,10 @@ class Answer(NamedTuple):
     sha256: str
 
 
+class NoSuchFileError(UserError):
+    """A server says that it has no file of this address."""
+
+
 def check_address(url: str) -> str:
     """The address with special characters quoted and without its fragment.
 
@@ -238,7 +242,7 @@ def _refusal(url: str, host: str | None, response: http.client.HTTPResponse) -> 
     if status in (401, 403):
         said += ". The file needs a permission, or does not exist; for hf:// addresses, set HF_TOKEN"
     elif status in (404, 410):
-        said += ". There is no such file: check the address"
+        return NoSuchFileError(f"can't fetch {url}: {said}. There is no such file: check the address")
     return UserError(f"can't fetch {url}: {said}")
 
 

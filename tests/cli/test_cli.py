@@ -44,7 +44,9 @@ def test_help_of_a_verb_shows_an_example(name, capsys):
 
 def test_an_unknown_verb(capsys):
     assert cli.main(["chekc"]) == 2
-    assert f"error: no verb 'chekc'; there are {', '.join(cli.VERBS)}\n" in capsys.readouterr().err
+    assert capsys.readouterr().err == "error: no verb 'chekc'; the nearest is 'check'; see `dino --help`\n"
+    assert cli.main(["zzz"]) == 2
+    assert capsys.readouterr().err == f"error: no verb 'zzz'; there are {', '.join(cli.VERBS)}; see `dino --help`\n"
 
 
 def test_help_imports_nothing_heavy():
@@ -75,14 +77,19 @@ def test_arguments_are_parsed_in_cli_only():
 
 def test_choices_are_those_of_the_engines():
     """The parsers state them, so that `--help` imports no engine."""
+    from dino import structures
     from dino.cli import convert, export, predict
     from dino.export import export_formats
-    from dino.inference import predict_files
+    from dino.inference import predict_files, video
     from dino.modeling import cuda_graphs, precision
     from dino.weights import signatures
 
     assert tuple(predict_files._DTYPES) == predict._DTYPES
     assert predict._PRECISIONS == precision.PRECISIONS
+    assert predict._VIDEOS == video.VIDEO_SUFFIXES
+    assert cli.SCORE_THRESH == structures.SCORE_THRESH
+    assert predict.build_parser().get_default("score_thresh") == cli.SCORE_THRESH
+    assert export.build_parser().get_default("score_thresh") == [cli.SCORE_THRESH]
     assert predict.build_parser().get_default("cuda_graphs") == cuda_graphs.MOST
     assert tuple(export_formats.FORMATS) == export._FORMATS
     assert set(export._SUFFIXES.values()) == set(export_formats.FORMATS)
@@ -96,13 +103,13 @@ def test_checking_data_needs_no_detectron2():
         "print(cli.main(['check', 'absent.json', '.']), cli.main(['train', 'dino_r18_small_data']))"
     )
     result = run_python(code)
-    assert result.stdout.split() == ["1", "1"], result.stderr
+    assert result.stdout.split() == ["2", "1"], result.stderr
     assert "error: annotations not found: absent.json" in result.stderr
     assert "error: dino.d2 needs Detectron2" in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_a_recipe_is_trained_with_the_flags_of_the_command_line(monkeypatch):
+def test_a_recipe_is_trained_with_the_flags_of_the_command_line(monkeypatch, tmp_path):
     pytest.importorskip("detectron2", reason="Detectron2 is not installed")
     from dino.d2.recipe import DataFiles
     from dino.d2.training import launch
@@ -110,12 +117,26 @@ def test_a_recipe_is_trained_with_the_flags_of_the_command_line(monkeypatch):
 
     calls = []
     monkeypatch.setattr(launch, "run", lambda *args: calls.append(args))
+    monkeypatch.chdir(tmp_path)
+    for name in ("t", "v"):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}.json").write_text("{}")
+    (tmp_path / "mine.py").write_text("")
     files = ["--train-json", "t.json", "--train-images", "t", "--val-json", "v.json", "--val-images", "v"]
     place = ["--num-gpus", "8", "--num-machines", "2", "--machine-rank", "1", "--dist-url", "tcp://a:1"]
-    words = ["--config-file", "mine", "--resume", "--eval-only", *place, *files, "optimizer.lr=1", "train.epochs=2"]
+    words = ["--config-file", "mine.py", "--resume", "--eval-only", *place, *files, "optimizer.lr=1", "train.epochs=2"]
     assert cli.main(["train", *words]) == 0
-    job = launch.Job("mine", ["optimizer.lr=1", "train.epochs=2"], DataFiles("t.json", "t", "v.json", "v"), True, True)
+    job = launch.Job(
+        "mine.py", ["optimizer.lr=1", "train.epochs=2"], DataFiles("t.json", "t", "v.json", "v"), True, True
+    )
     assert calls == [(job, Processes(8, 2, 1, "tcp://a:1"))]
+
+    (tmp_path / "w.pth").write_text("")
+    words = ["optimizer.lr=1", "mine.py", "--train", "t.json", "t", "--val", "v.json", "v", "train.epochs=2", *place]
+    assert cli.main(["train", *words, "--weights", "w.pth", "--output", "a run [1]", "--overwrite"]) == 0
+    changes = ["optimizer.lr=1", "train.epochs=2", "train.init_checkpoint=w.pth", "train.output_dir=a run [1]"]
+    job = launch.Job("mine.py", changes, DataFiles("t.json", "t", "v.json", "v"), overwrite=True)
+    assert calls[1:] == [(job, Processes(8, 2, 1, "tcp://a:1"))]
 
 
 @pytest.mark.parametrize(

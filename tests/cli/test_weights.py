@@ -87,20 +87,21 @@ def test_download(capsys, monkeypatch, server):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "expected", "message"),
     [
         (
             ["dino_r50_4scale_36ep", "--download"],
+            1,
             "can't be downloaded by a program. Get checkpoint0033_4scale.pth from",
         ),
-        (["dino_r50_4scale12ep"], "weights not found: dino_r50_4scale12ep. Did you mean dino_r50_4scale_12ep"),
-        (["yolo"], "weights not found: yolo"),
-        (["swin", "--download"], "weights not found: swin"),
+        (["dino_r50_4scale12ep"], 2, "weights not found: dino_r50_4scale12ep. Did you mean dino_r50_4scale_12ep"),
+        (["yolo"], 2, "weights not found: yolo"),
+        (["swin", "--download"], 2, "weights not found: swin"),
     ],
 )
-def test_errors(capsys, arguments, message):
+def test_errors(capsys, arguments, expected, message):
     code, lines, error = run(capsys, *arguments)
-    assert (code, lines) == (1, [])
+    assert (code, lines) == (expected, [])
     assert message in error
 
 

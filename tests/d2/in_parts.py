@@ -12,10 +12,11 @@ from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
 from torch import nn
 
-from dino.d2.training.parallel import whole, wrap_ddp_or_fsdp
+from dino.d2.training.parallel import wrap_ddp_or_fsdp
 from dino.d2.training.trainer import Trainer
 from dino.layers import LossScaling, xyxy_to_cxcywh
 from dino.structures import DenoisingQueries, Target
+from dino.training.shards import whole
 
 from ..tiny import TinyBackbone
 from .recipes import ABLATIONS, RECIPES, ROOT

@@ -212,7 +212,7 @@ def test_the_recipe_combines_from_the_second_epoch_to_the_seventh(tmp_path):
     again = LazyConfig.load(str(tmp_path / "config.yaml"))
     again.train.max_iter = 12 * 7393
     mapper = instantiate(again.dataloader.train.mapper)
-    assert [mapper.first_iteration, mapper._iteration(mapper.end)] == [7393, 7 * 7393]
+    assert [mapper.first_iteration, mapper.combination._iteration(mapper.combination.end)] == [7393, 7 * 7393]
     assert len(mapper.augmentations.augs) == 2
 
 

@@ -19,9 +19,9 @@ from torch import nn
 
 from dino.d2.detectron2_backbones import AsBackbone, regnet, vitdet
 from dino.d2.training import engine
-from dino.d2.training.memory_saving import checkpoint_activations
 from dino.modeling import ChannelMapper, TimmBackbone, TorchvisionBackbone
 from dino.modeling.backbones import extract, padding_of
+from dino.training.memory_saving import checkpoint_activations
 from dino.training.recipe_nodes import plain
 
 from .recipes import tiny_recipe

@@ -416,8 +416,8 @@ def choose_output(folder, *words):
     """The output folder that the program would use."""
     args = parse(*words)
     cfg = LazyConfig.apply_overrides(load(SMALL), [f"train.output_dir={folder}", *args.opts])
-    recipe.choose_output(cfg, eval_only=args.eval_only, resume=args.resume)
-    return Path(cfg.train.output_dir)
+    with recipe.claim_output(cfg, eval_only=args.eval_only, resume=args.resume):
+        return Path(cfg.train.output_dir)
 
 
 def test_evaluation_without_weights_is_refused(tmp_path):
@@ -436,10 +436,14 @@ def test_folders_of_an_earlier_run_are_refused_and_left_alone(tmp_path):
     (tmp_path / "model_0000004.pth").write_bytes(b"precious")
     (tmp_path / "last_checkpoint").write_text("model_0000004.pth")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(UserError, match=r"holds the checkpoints of a run: add --resume, or choose another"):
+    with pytest.raises(
+        UserError, match=r"holds a run \(model_0000004\.pth, last_checkpoint\): add --resume, choose another"
+    ):
         choose_output(tmp_path)
     assert choose_output(tmp_path, "--resume") == tmp_path
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert {name: after[name] for name in before} == before
+    assert after.keys() - before.keys() <= {"run.lock", "started_by"}
 
 
 def test_fresh_folders_are_accepted(tmp_path):

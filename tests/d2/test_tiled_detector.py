@@ -7,8 +7,9 @@ from detectron2.config import instantiate
 
 from dino.d2.meta_arch import DINODetector
 from dino.d2.tiled_detector import TiledDetector
-from dino.d2.training import engine, gpu_speed
+from dino.d2.training import engine
 from dino.modeling import CudaGraphs, detector
+from dino.training import gpu_speed
 
 from ..modeling.test_cuda_graphs import FakeRecorder
 from ..tiny import default_criterion, tiny_network

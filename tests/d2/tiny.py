@@ -5,7 +5,7 @@ from detectron2.structures import Boxes, Instances
 
 from dino.d2 import DINODetector
 
-from ..tiny import default_criterion, random_boxes, tiny_network
+from ..tiny import default_criterion, random_boxes, stirred, tiny_network
 
 
 def tiny_detector(*, num_classes=3, max_detections=20, **changes):
@@ -14,15 +14,6 @@ def tiny_detector(*, num_classes=3, max_detections=20, **changes):
         network=network, criterion=default_criterion(), num_classes=num_classes, max_detections=max_detections
     )
     return stirred(model)
-
-
-@torch.no_grad()
-def stirred(model):
-    """Moves every trainable parameter a little: heads that begin at zero would hide what lies before them."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
 
 
 def random_input(name, count=2, height=64, width=80, num_classes=3):

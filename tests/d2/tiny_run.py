@@ -1,7 +1,8 @@
 """Trains the tiny recipe in a process of its own, which can be killed: `python -m tests.d2.tiny_run --folder F`.
 
 KILL_AT=rank:iteration in the environment kills that process with SIGKILL when it first comes to the iteration;
-INTERRUPT_AT sends SIGINT to its whole group, as a terminal does. A process that ends with gloo threads exits with 3.
+INTERRUPT_AT sends a signal to its whole group, as a terminal does: SIGINT, or SIGTERM with SIGNAL=TERM. A process that
+ends with gloo threads exits with 3.
 """
 
 import atexit
@@ -13,10 +14,12 @@ from pathlib import Path
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from dino.cli import report_errors
 from dino.cli.train import build_parser
 from dino.d2 import recipe
 from dino.d2.training import engine
-from dino.d2.training.parallel import Processes, launch
+from dino.d2.training.launch import launch
+from dino.d2.training.parallel import Processes
 from dino.d2.training.trainer import Trainer
 
 from .recipes import tiny_recipe
@@ -33,7 +36,7 @@ class Mortal(Trainer):
             os.kill(os.getpid(), signal.SIGKILL)
         if here == os.environ.get("INTERRUPT_AT"):
             assert os.getpgrp() in (os.getpid(), os.getppid())  # else it would reach others
-            os.killpg(os.getpgrp(), signal.SIGINT)
+            os.killpg(os.getpgrp(), signal.Signals["SIG" + os.environ.get("SIGNAL", "INT")])
         super().run_step()
 
 
@@ -49,20 +52,17 @@ def main(args):
     """One process."""
     atexit.register(end_without_gloo)
     cfg = tiny_recipe(Path(args.folder), *args.opts, counts=(2, 0, 3, 1, 2, 1))
-    resume = recipe.choose_output(cfg, eval_only=args.eval_only, resume=args.resume)
-    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="detectron2")
-    engine.Trainer = Mortal
-    if args.eval_only:
-        engine.evaluate_checkpoint(cfg)
-    else:
-        engine.train(cfg, resume)
+    with recipe.claim_output(cfg, eval_only=args.eval_only, resume=args.resume) as resume:
+        setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="detectron2")
+        engine.Trainer = Mortal
+        if args.eval_only:
+            engine.evaluate_checkpoint(cfg)
+        else:
+            engine.train(cfg, resume)
 
 
 if __name__ == "__main__":
     parser = build_parser()
     parser.add_argument("--folder", required=True)
     arguments = parser.parse_args()
-    try:
-        launch(main, Processes(arguments.num_gpus), arguments)
-    except Exception as error:
-        sys.exit(f"error: {str(error).rstrip().splitlines()[-1]}")
+    sys.exit(report_errors(lambda: launch(main, Processes(arguments.num_gpus), arguments)))

@@ -111,12 +111,12 @@ def undescribed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
-    [(absent, "absent.pth"), (broken, "broken.pth"), (undescribed, "bare.pth does not describe its model")],
+    ("make", "code", "message"),
+    [(absent, 2, "absent.pth"), (broken, 1, "broken.pth"), (undescribed, 1, "bare.pth does not describe its model")],
 )
-def test_bad_checkpoints(tmp_path, capsys, make, message):
+def test_bad_checkpoints(tmp_path, capsys, make, code, message):
     path = make(tmp_path)
-    assert export(path, tmp_path / "out.onnx") == 1
+    assert export(path, tmp_path / "out.onnx") == code
     err = capsys.readouterr().err
     assert err.startswith("error: ")
     assert message in err
@@ -125,22 +125,25 @@ def test_bad_checkpoints(tmp_path, capsys, make, message):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "message"),
     [
-        (["--score-thresh", 0.1, 0.2], "--score-thresh has 2 values for 3 classes: red, green, blue"),
-        (["--score-thresh", 1.2], "--score-thresh must lie between 0 and 1"),
-        (["--verify", "nowhere"], "image folder not found: nowhere"),
-        (["--format", "torchscript"], "TorchScript is for one size: give --size HEIGHT WIDTH"),
+        (["--score-thresh", 0.1, 0.2], 1, "--score-thresh has 2 values for 3 classes: red, green, blue"),
+        (["--verify", "nowhere"], 2, "image folder not found: nowhere"),
+        (["--format", "torchscript"], 1, "TorchScript is for one size: give --size HEIGHT WIDTH"),
     ],
 )
-def test_bad_arguments(checkpoint, tmp_path, capsys, arguments, message):
-    assert export(checkpoint, tmp_path / "out.onnx", *arguments) == 1
+def test_bad_arguments(checkpoint, tmp_path, capsys, arguments, code, message):
+    assert export(checkpoint, tmp_path / "out.onnx", *arguments) == code
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize(
-    "arguments", [["out.bin"], ["o.onnx", "--size", 0, 5], ["o.onnx", "--batch", 2], ["o.onnx", "--verify-json", "a"]]
+    "arguments",
+    [
+        *(["out.bin"], ["o.onnx", "--size", 0, 5], ["o.onnx", "--batch", 2], ["o.onnx", "--verify-json", "a"]),
+        *(["o.onnx", "--score-thresh", 1.2], ["o.onnx", "--val", "a", "b", "--verify", "b"]),
+    ],
 )
 def test_wrong_command_lines(arguments):
     with pytest.raises(SystemExit) as caught:

@@ -17,7 +17,7 @@ from dino.inference.tiling import suppress
 from dino.layers import Detections, one_label_detections
 from dino.modeling.compile import PARTS
 from dino.modeling.detector import Detector, Preprocessing
-from dino.utils.files import DataError
+from dino.utils.files import DataError, UserError
 from dino.weights.description import build_network, detector_from_checkpoint
 
 from ..coco_files import write_coco
@@ -137,6 +137,38 @@ def test_every_kind_of_input_gives_the_same(tmp_path):
         (found,) = predictor(given)
         assert equal(found, expected)
     assert len(predictor([tmp_path, pixels, [pixels, name]])) == 4
+
+
+def test_a_checkpoint_by_its_path(checkpoint):
+    """The short form; a `Detector` is accepted too, unless it would train."""
+    expected = Predictor.from_checkpoint(checkpoint, device="cpu", score_thresh=0)(picture())
+    for given in (checkpoint, str(checkpoint)):
+        assert equal(Predictor(given, device="cpu", score_thresh=0)(picture()), expected)
+    detector = detector_from_checkpoint(checkpoint)
+    assert len(Predictor(detector, device="cpu", score_thresh=0)(picture())) == len(expected)
+    with pytest.raises(UserError, match=r"in training mode: call detector.eval\(\)"):
+        Predictor(detector.train())
+    with pytest.raises(TypeError, match="not NoneType"):
+        Predictor(None)
+    with pytest.raises(DataError, match=r"weights not found: absent\.pth"):
+        Predictor("absent.pth")
+
+
+def test_category_ids_reach_the_detections(tmp_path):
+    write_checkpoint(tmp_path / "model.pth", category_ids=[7, 1, 42])
+    found = Predictor(tmp_path / "model.pth", device="cpu", score_thresh=0)(picture())
+    assert {entry["category_id"] for entry in found.to_coco(image_id=1)} <= {7, 1, 42}
+    assert found.to_coco(image_id=1)[0]["category_id"] == [7, 1, 42][found.labels[0]]
+
+
+def test_a_batch_is_a_list_of_pictures():
+    batch = np.stack([picture(seed=1), picture(seed=2)])
+    predictor = tiny()
+    for one, other in zip(predictor(batch), batch, strict=True):
+        assert equal(one, predictor(other))
+    bgr = predictor(torch.from_numpy(batch[:, :, :, ::-1].copy()).permute(0, 3, 1, 2), channels="BGR")
+    assert equal(bgr[1], predictor(batch[1]))
+    assert np.asarray(bgr[1].draw()).shape == batch[1].shape
 
 
 def test_channels_matter():

@@ -61,7 +61,7 @@ def test_training(trained):
 def test_training_into_the_same_folder_is_refused(trained):
     folder, words, _ = trained
     before = contents(folder)
-    message = "run holds the checkpoints of a run: add --resume, or choose another train.output_dir"
+    message = "run holds a run (config.yaml, log.txt, metrics.json, model_best.pth, …): add --resume, choose another"
     assert_one_error(run(*RECIPE, *words, folder=folder), message)
     assert contents(folder) == before
 

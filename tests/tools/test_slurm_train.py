@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -63,3 +64,26 @@ SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os
 def test_shellcheck():
     result = subprocess.run([SHELLCHECK, SCRIPT], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize(("last", "requeued"), [("exit 143", True), ("exit 0", False)])
+def test_shortly_before_the_time_limit_the_workers_stop_and_the_job_is_requeued(tmp_path, last, requeued):
+    """Slurm sends USR1 to the batch shell alone; a training that ends by itself meanwhile is complete."""
+    stand_in(tmp_path, "scontrol", f'printf "node1\\n"; echo "$@" >> {tmp_path}/scontrol.txt')
+    stand_in(tmp_path, "srun", 'exec "$@"')
+    work = f"trap 'echo stopped; {last}' TERM; echo started; for _ in $(seq 600); do sleep 0.1; done"
+    stand_in(tmp_path, "torchrun", work)
+    settings = {**os.environ, **SLURM, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with subprocess.Popen(["bash", SCRIPT], cwd=ROOT, env=settings, stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout.readline() == "started\n"
+        job.send_signal(signal.SIGUSR1)
+        lines = job.stdout.read().splitlines()
+    assert job.returncode == (143 if requeued else 0)
+    assert lines[0] == "stopped"
+    assert (f"requeue {SLURM['SLURM_JOB_ID']}" in (tmp_path / "scontrol.txt").read_text()) == requeued
+
+
+def test_slurm_is_asked_for_the_signal():
+    options = [line for line in SCRIPT.read_text().splitlines() if line.startswith("#SBATCH")]
+    assert "#SBATCH --signal=B:USR1@120" in options
+    assert "#SBATCH --requeue" in options

@@ -1,9 +1,24 @@
 import os
+import random
+import resource
 
 import pytest
 import torch
+from PIL import Image
 
-from dino.utils.files import DataError, UserError, counted, free_name, message_of, resolve_inside, write_whole
+from dino.utils.files import (
+    DataError,
+    UserError,
+    clean_up,
+    counted,
+    free_name,
+    make_free_folder,
+    message_of,
+    resolve_inside,
+    write_new,
+    write_picture,
+    write_whole,
+)
 
 
 def test_errors_of_data_are_errors_of_the_user():
@@ -103,3 +118,116 @@ def test_free_names_are_counted(tmp_path):
 
 def test_names_in_messages_do_no_harm_to_a_terminal():
     assert message_of(DataError("a\x1b[2J.png:\n\tbroken")) == "a\\x1b[2J.png:\n\tbroken"
+
+
+def test_unfinished_files_of_other_programs_are_left_alone(tmp_path):
+    """Firefox and other programs name theirs so too."""
+    (tmp_path / "model.pth.part").write_text("theirs")
+    write_whole(tmp_path / "model.pth", lambda part: part.write_text("mine"))
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"model.pth": "mine", "model.pth.part": "theirs"}
+    with pytest.raises(UserError):
+        write_whole(tmp_path / "model.pth", lambda part: (tmp_path / "absent/x").write_text(""))
+    assert (tmp_path / "model.pth.part").read_text() == "theirs"
+
+
+def test_writers_of_one_file_at_once_do_not_meet(tmp_path):
+    def write(part):
+        part.write_text("outer, first half, ")
+        write_whole(tmp_path / "a.json", lambda other: other.write_text("inner"))
+        with open(part, "a") as file:
+            file.write("second half")
+
+    write_whole(tmp_path / "a.json", write)
+    assert (tmp_path / "a.json").read_text() == "outer, first half, second half"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["a" * 252, "a" * 255, "é" * 126, "日" * 84, "x" * 251 + "é"])
+def test_the_longest_names(tmp_path, name):
+    seen = []
+
+    def write(part):
+        seen.append(len(os.fsencode(part.name)))
+        part.write_text("content")
+
+    write_whole(tmp_path / name, write)
+    assert (tmp_path / name).read_text() == "content"
+    assert seen[0] <= len(os.fsencode(name))
+
+
+def test_files_are_readable_as_other_new_files_are(tmp_path):
+    write_whole(tmp_path / "a", lambda part: part.write_text(""))
+    (tmp_path / "b").write_text("")
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, KeyError, SystemExit])
+def test_an_interrupted_write_leaves_no_stump(tmp_path, error):
+    def write(part):
+        part.write_text("half")
+        raise error
+
+    with pytest.raises(error):
+        write_whole(tmp_path / "a.json", write)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_new_file_replaces_none_not_even_one_that_has_just_come(tmp_path):
+    path = tmp_path / "model.onnx"
+    with pytest.raises(UserError, match=r"model\.onnx exists: choose another name"):
+        write_new(path, lambda part: (part.write_text("late"), path.write_text("first")))
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"model.onnx": "first"}
+    write_new(tmp_path / "b.onnx", lambda part: part.write_text("b"))
+    assert {p.name for p in tmp_path.iterdir()} == {"model.onnx", "b.onnx"}
+
+
+def test_new_files_where_there_are_no_links(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError()))
+    write_new(tmp_path / "a", lambda part: part.write_text("a"))
+    with pytest.raises(UserError, match="exists"):
+        write_new(tmp_path / "a", lambda part: part.write_text("b"))
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a": "a"}
+
+
+@pytest.fixture
+def full_disk():
+    """A function: from now on, the kernel takes no more than so many bytes for a file."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+@pytest.mark.parametrize("missing", [1, 1000])
+def test_a_picture_on_a_full_disk_leaves_no_stump(tmp_path, full_disk, form, missing):
+    """Pillow alone writes a truncated JPEG without an error."""
+    noise = Image.frombytes("RGB", (100, 100), random.Random(0).randbytes(30_000))
+    write_picture(tmp_path / "whole", noise, format=form)
+    size = (tmp_path / "whole").stat().st_size
+    full_disk(size - missing)
+    with pytest.raises(UserError, match=r"can't write .*picture: \[Errno 27\] File too large"):
+        write_picture(tmp_path / "picture", noise, format=form)
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
+def test_free_folders_of_a_broken_link(tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    assert make_free_folder(tmp_path / "out") == tmp_path / "out.1"
+    assert make_free_folder(tmp_path / "out") == tmp_path / "out.2"
+
+
+def test_an_error_at_the_end_does_not_hide_the_first():
+    def fail(error):
+        raise error
+
+    with pytest.raises(KeyError, match="second"):
+        clean_up(fail, KeyError("second"))
+
+    def fail_twice():
+        try:
+            fail(ValueError("first"))
+        finally:
+            clean_up(fail, KeyError("second"))
+
+    with pytest.raises(ValueError, match="first"):
+        fail_twice()

@@ -6,6 +6,7 @@ import pytest
 
 from dino.utils import recipes
 from dino.utils.files import UserError
+from dino.utils.paths import PathError
 
 ROOT = Path(recipes.__file__).parents[2]
 
@@ -25,10 +26,47 @@ def test_no_two_recipes_have_one_name():
     assert len(recipes.recipes()) == len([path for path in files if path.stem != "base"]) > 5
 
 
-@pytest.mark.parametrize("name", ["", "dino_r50_4scale_12", "configs/dino_r50_4scale_12", "common", "../configs"])
-def test_the_nearest_names_are_offered(name):
-    with pytest.raises(UserError, match=r"recipe not found: .* one of these names: .*dino_r50_4scale_12ep"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", ": name one, such as dino_r18_small_data"),
+        ("dino_r50_4scale_12", "; the nearest is dino_r50_4scale_12ep"),
+        ("Dino-R50-4scale-12ep", "; the nearest is dino_r50_4scale_12ep"),
+        ("configs/dino_r50_4scale_12", "; the nearest is dino_r50_4scale_12ep"),
+        ("common", ": give a file or a name, such as dino_r18_small_data, dino_r50_4scale_12ep"),
+        ("../configs", ": give a file or a name, such as dino_r18_small_data, dino_r50_4scale_12ep"),
+    ],
+)
+def test_the_nearest_name_is_offered(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
         recipes.find_recipe(name)
+    assert str(caught.value) == f"recipe not found: {name!r}{message}"
+
+
+def test_the_folder_of_a_run_stands_for_its_recipe(tmp_path):
+    with pytest.raises(PathError, match=r"without the config\.yaml of a run"):
+        recipes.find_recipe(str(tmp_path))
+    (tmp_path / "config.yaml").write_text("dataloader: {a: 1}\nmodel: {b: 1}\n")
+    assert recipes.find_recipe(str(tmp_path)) == tmp_path / "config.yaml"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("train.json", "{}", "is no recipe: write dino train RECIPE --train "),
+        ("net.pth", "", "is a checkpoint, no recipe: write dino train RECIPE --weights "),
+        ("photo.jpg", "", "is no recipe, which ends in .py or .yaml"),
+        ("data.yaml", "path: .\ntrain: a\nnames: [x]\n", "keys path, train, names, but no model. It describes a YOLO"),
+        ("yacs.yaml", "MODEL:\n  A: 1\n", "but no model. It is of Detectron2's older system"),
+        ("other.yml", "a: 1\n", "is no recipe: it has the keys a, but no model"),
+    ],
+)
+def test_other_files_are_no_recipes(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(PathError) as caught:
+        recipes.find_recipe(str(tmp_path / name))
+    assert message in str(caught.value)
 
 
 @pytest.fixture(scope="module")

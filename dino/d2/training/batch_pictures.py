@@ -11,11 +11,12 @@ from torch import Tensor
 
 from dino.d2.meta_arch import DINODetector
 from dino.inference.palette import Colour
-from dino.layers.boxes import cxcywh_to_xyxy
 from dino.structures import SCORE_THRESH, Detections
-from dino.training.run_pictures import MOST_IMAGES, NEGATIVE, POSITIVE, draw_train_batch, draw_val_predictions
+from dino.training.denoising_boxes import denoising_boxes
+from dino.training.run_pictures import MOST_IMAGES, draw_train_batch, draw_val_predictions
+from dino.training.shards import unwrapped
 
-from .parallel import drop_shards, gather_shards, unwrapped
+from .parallel import drop_shards, gather_shards
 
 __all__ = ["MOST_IMAGES", "BatchPictures", "draw_predictions"]
 
@@ -41,28 +42,12 @@ class BatchPictures(HookBase):
         gather_shards(model)
         if comm.is_main_process():
             batch = self.trainer.batch[:MOST_IMAGES]
+            queries: list = []
             if hasattr(model, "network"):
-                _draw_batch(model, batch, self.names, path)
-            else:
-                _draw_objects(batch, self.names, path)
+                sizes = [x["image"].shape[1:] for x in batch]
+                queries = denoising_boxes(model.network, [model.to_target(x) for x in batch], sizes)
+            _draw_objects(batch, self.names, path, queries)
         drop_shards(model)
-
-
-@torch.no_grad()
-def _draw_batch(model: DINODetector, batch: list[dict], names: list[str], path: str) -> None:
-    """Draw a training batch and denoising queries of its objects, see `BatchPictures`."""
-    targets = [model.to_target(x) for x in batch]
-    denoising = model.network.denoising(targets, model.network.query_selection.num_queries)
-    boxes = cxcywh_to_xyxy(denoising.queries.box_logits.sigmoid()).cpu()  # (B, T, 4)
-    kinds = (POSITIVE, NEGATIVE)[: model.network.denoising.KINDS]
-    part = boxes.shape[1] // max(1, len(kinds) * denoising.num_groups)  # slots of a kind in a group
-    queries = []
-    for x, slots, denoised in zip(batch, boxes, denoising.targets, strict=True):
-        height, width = x["image"].shape[1:]
-        count = len(denoised.labels) if denoising.num_groups else 0  # fewer than the objects of a crowded image
-        corners = slots * torch.tensor([width, height, width, height])  # (T, 4), xyxy in pixels
-        queries.append({colour: corners[kind * part :][:count] for kind, colour in enumerate(kinds)})
-    _draw_objects(batch, names, path, queries)
 
 
 def _draw_objects(batch: list[dict], names: list[str], path: str, queries: Sequence[dict[Colour, Tensor]] = ()) -> None:

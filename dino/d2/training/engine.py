@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.engine import hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
@@ -26,23 +26,26 @@ from dino.d2.data_loading import load_dataset
 from dino.d2.recipe import names_of, use_epochs
 from dino.d2.recipe_description import describe
 from dino.layers.cpu_feed_forward import use_cpu_feed_forward
+from dino.training.ema import Ema
+from dino.training.gpu_speed import compile_if_wanted, replayed, use_deterministic_kernels, use_precision
+from dino.training.memory_saving import checkpoint_activations
+from dino.training.plan_summary import describe_run, start_plan, summarise_plan
 from dino.training.progress import Progress
+from dino.training.recipe_reading import save_recipe
+from dino.training.run_log import Watched, prints_to_log, show, take_warnings
+from dino.training.shards import unwrapped
 from dino.training.start_summary import closing_lines, evaluation_lines, start_lines
-from dino.utils.files import DataError
+from dino.utils.files import DataError, clean_up
 from dino.weights import load_weights
 
 from .batch_pictures import MOST_IMAGES, BatchPictures, draw_predictions
-from .ema import Ema
 from .evaluation_hook import Evaluation
-from .gpu_speed import compile_if_wanted, replayed, use_precision
 from .hooks import AverageWeights, Checkpoints, ProgressBar, StopOnSignal
-from .memory_saving import checkpoint_activations
-from .parallel import drop_shards, from_main, gather_shards, note_start, unwrapped, wrap_ddp_or_fsdp
-from .run_log import Watched, prints_to_log, show, take_warnings
-from .run_summary import describe_run, start_plan, summarise_data, summarise_plan
+from .parallel import drop_shards, from_main, gather_shards, wrap_ddp_or_fsdp
+from .run_summary import summarise_data
 from .sampler import seed_random
 from .trainer import EndOfTraining, Trainer
-from .writers import ConsoleWriter, WandbWriter, draw_curves, forget_metrics
+from .writers import ConsoleWriter, MetricsWriter, WandbWriter, draw_curves, forget_metrics
 
 logger = logging.getLogger("detectron2.dino")
 
@@ -61,7 +64,9 @@ def train(cfg: DictConfig, resume: bool, recipe: str = "a recipe") -> dict:
     Raises:
         DataError: recipe, data or weights can't be used.
     """
-    _use_determinism(cfg)
+    if cfg.train.seed < 0:
+        cfg.train.seed = comm.shared_random_seed()
+    use_deterministic_kernels(cfg)
     use_precision(cfg)
     folder = cfg.train.output_dir
     images = instantiate(cfg.dataloader.train.dataset)
@@ -103,7 +108,7 @@ def train(cfg: DictConfig, resume: bool, recipe: str = "a recipe") -> dict:
         logger.info(f"training ended after {trainer.iter + 1} of {cfg.train.max_iter} iterations")
     finally:
         if comm.is_main_process():
-            draw_curves(folder, checkpointer.names)
+            clean_up(draw_curves, folder, checkpointer.names)
     if comm.is_main_process():
         show(closing_lines(folder, results, _files_of(cfg.dataloader.test.dataset)))
     return results
@@ -162,8 +167,7 @@ def _watch_ap(progress: Progress, completed: int, results: dict) -> None:
 def _start_folder(cfg: DictConfig) -> str:
     """Prepare the folder of a run -> the text of its recipe."""
     folder = Path(cfg.train.output_dir)
-    note_start(folder)
-    LazyConfig.save(cfg, str(folder / "config.yaml"))
+    save_recipe(cfg, folder / "config.yaml")
     text = (folder / "config.yaml").read_text()
     logger.info(f"complete recipe:\n{text}")
     return text
@@ -221,16 +225,6 @@ def _build_trainer(cfg: DictConfig, model: nn.Module, about: dict) -> tuple[Trai
     return trainer, Ema(model, cfg.train.ema.decay) if cfg.train.ema.enabled else None
 
 
-def _use_determinism(cfg: DictConfig) -> None:
-    """Set the seed, the same for all processes, and deterministic kernels if the recipe enables them."""
-    if cfg.train.seed < 0:
-        cfg.train.seed = comm.shared_random_seed()
-    if cfg.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.benchmark = False
-        torch.use_deterministic_algorithms(True, warn_only=True)  # a few kernels have no such form, see the docs
-
-
 def _list_hooks(
     cfg: DictConfig,
     trainer: Trainer,
@@ -284,7 +278,7 @@ def _list_writers(cfg: DictConfig) -> list[EventWriter]:
     folder, window = cfg.train.output_dir, max(1, cfg.train.log_period)
     writers = [
         ConsoleWriter(cfg.train.max_iter),
-        JSONWriter(os.path.join(folder, "metrics.json"), window),
+        MetricsWriter(os.path.join(folder, "metrics.json"), window),
         TensorboardXWriter(folder, window),
     ]
     if cfg.train.wandb.enabled:

@@ -14,9 +14,10 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 
 from dino.d2.checkpoint import Checkpointer
+from dino.training.ema import Ema
+from dino.training.metrics_file import is_number
 from dino.utils.files import DataError, write_whole
 
-from .ema import Ema
 from .parallel import from_main
 from .trainer import EndOfTraining
 
@@ -137,16 +138,25 @@ class Evaluation(hooks.EvalHook):
 
 
 def _read_record(path: str) -> list[dict]:
-    """The evaluations of a run.
+    """The evaluations of a run: their iterations, and values that are numbers, or None where undefined.
 
     Raises:
-        DataError: the file is damaged.
+        DataError: the file is damaged, or can't be read.
     """
     try:
-        with open(path) as file:
+        with open(path, encoding="utf-8") as file:
             record = json.load(file)
-        return [entry for entry in record if isinstance(entry["iteration"], int)]
-    except (ValueError, TypeError, KeyError) as error:
+        if not isinstance(record, list) or not all(map(_is_entry, record)):
+            raise ValueError("it is no list of evaluations")
+        return sorted(record, key=lambda entry: entry["iteration"])
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(
-            f"{path} is damaged: {error}. Remove the file to continue without the best value so far"
+            f"{path} is damaged: {str(error)[:200]}. Remove the file to continue without the best value so far"
         ) from error
+
+
+def _is_entry(entry: object) -> bool:
+    """Whether a part of the record holds an iteration, and values that are numbers, or None where undefined."""
+    if not isinstance(entry, dict) or type(entry.get("iteration")) is not int:
+        return False
+    return all(value is None or is_number(value) for value in entry.values())

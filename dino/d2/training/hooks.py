@@ -1,11 +1,8 @@
-"""Hooks: checkpoints, averaged weights, a stop by Ctrl-C, a progress bar."""
+"""Hooks: checkpoints, averaged weights, a stop by a signal, a progress bar."""
 
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import time
 from collections.abc import Sequence
 
 from detectron2.engine import HookBase
@@ -13,10 +10,9 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
 from dino.d2.checkpoint import Checkpointer
+from dino.training.ema import Ema
 from dino.training.progress_bar import ProgressLine
-
-from .ema import Ema
-from .trainer import EndOfTraining
+from dino.training.stop_signal import Stopped, StopSignal
 
 logger = logging.getLogger("detectron2.dino")
 
@@ -75,7 +71,7 @@ class AverageWeights(HookBase):
 
 
 class StopOnSignal(HookBase):
-    """Ctrl-C stops all processes after the same iteration, with a checkpoint; a second Ctrl-C stops at once.
+    """Ctrl-C or SIGTERM stops all processes after the same iteration, with a checkpoint; see `StopSignal`.
 
     Args:
         checkpoints: writes the checkpoint.
@@ -83,40 +79,25 @@ class StopOnSignal(HookBase):
 
     def __init__(self, checkpoints: Checkpoints):
         self.checkpoints = checkpoints
-        self.before = None
-        self.asked_at = 0.0
+        self.signal = StopSignal("") if comm.get_rank() else StopSignal()
 
     def before_train(self) -> None:
-        """Install the signal handler."""
-        self.before = signal.signal(signal.SIGINT, self.on_signal)
-        self.process = os.getpid()
-
-    def on_signal(self, *_) -> None:
-        """Request the stop. Torchrun repeats the terminal's signal, hence the two seconds.
-
-        Loader processes inherit this handler and ignore the signal.
-        """
-        if os.getpid() != self.process:
-            return
-        if self.asked_at and time.monotonic() - self.asked_at > 2:
-            raise KeyboardInterrupt
-        if not self.asked_at:
-            logger.info("stopping after this iteration; press again to stop at once, without a checkpoint")
-        self.asked_at = self.asked_at or time.monotonic()
-        self.trainer.request_stop()
+        """Install the signal handlers."""
+        self.signal.on_request = self.trainer.request_stop
+        self.signal.__enter__()
 
     def after_step(self) -> None:
         """Stop once all processes know of a request."""
         alone = comm.get_world_size() == 1
-        stop = self.trainer.stop_requested if alone else self.trainer.checker.stop_agreed
+        stop = self.signal.requested if alone else self.trainer.checker.stop_agreed
         if stop and self.trainer.iter + 1 < self.trainer.max_iter:
             self.checkpoints.save(f"model_{self.trainer.iter:07d}")
             logger.warning(f"stopped after {self.trainer.iter + 1} iterations; --resume continues")
-            raise EndOfTraining
+            raise Stopped(max(comm.all_gather(self.signal.exit_code)))  # once the checkpoint is written
 
     def after_train(self) -> None:
-        """Restore the previous signal handler."""
-        signal.signal(signal.SIGINT, self.before or signal.SIG_DFL)
+        """Restore the previous signal handlers."""
+        self.signal.__exit__()
 
 
 class ProgressBar(HookBase):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,12 +11,12 @@ from torch.multiprocessing import ProcessRaisedException
 
 from dino.d2 import follow_file, recipe
 from dino.inference.cpu import keep_freed_memory
+from dino.training.memory_saving import OutOfMemory
 from dino.utils.files import UserError
 from dino.utils.recipes import find_recipe
 
 from . import engine, parallel
-from .memory_saving import OutOfMemory
-from .run_log import run_log
+from .run_setup import run_setup
 
 
 class Job(NamedTuple):
@@ -38,39 +39,39 @@ class Job(NamedTuple):
     overwrite: bool = False
 
 
-def run(job: Job, processes: parallel.Processes) -> None:
-    """Do a job.
+def run(job: Job, processes: parallel.Processes) -> dict:
+    """Do a job -> the results of the last evaluation, {} of several processes.
 
     Raises:
         UserError: recipe, data or weights are missing or don't fit; see `launch`.
     """
-    launch(_work, processes, job)
+    return launch(_work, processes, job) or {}
 
 
-def _work(job: Job) -> None:
+def _work(job: Job) -> dict:
     """One process."""
     keep_freed_memory()
+    logging.raiseExceptions = False  # a full disk that takes no more of log.txt is no reason for tracebacks
     job = job._replace(config_file=str(find_recipe(job.config_file)))
     cfg = recipe.load_recipe(job.config_file, job.overrides, job.files, eval_only=job.eval_only)
-    resume = recipe.choose_output(cfg, eval_only=job.eval_only, resume=job.resume)
-    messages = follow_file.follow(cfg, job.overrides, resume=resume)
-    with run_log(cfg, job):
-        follow_file.log(messages)
-        if job.eval_only:
-            engine.evaluate_checkpoint(cfg)
-        else:
+    with recipe.claim_output(cfg, eval_only=job.eval_only, resume=job.resume, overwrite=job.overwrite) as resume:
+        messages = follow_file.follow(cfg, job.overrides, resume=resume)
+        with run_setup(cfg, job):
+            follow_file.log(messages)
+            if job.eval_only:
+                return engine.evaluate_checkpoint(cfg)
             recipe.scale_to_batch(cfg, job.overrides)
-            engine.train(cfg, resume, Path(job.config_file).stem)
+            return engine.train(cfg, resume, Path(job.config_file).stem)
 
 
-def launch(function: Callable, processes: parallel.Processes, *args: Any) -> None:
-    """Call `function(*args)` in each process.
+def launch(function: Callable, processes: parallel.Processes, *args: Any) -> Any:
+    """Call `function(*args)` in each process -> its value; None of several processes.
 
     Raises:
         UserError: memory ran out, or one of several processes failed; the message is the last line of its error.
     """
     try:
-        parallel.launch(function, processes, *args)
+        return parallel.launch(function, processes, *args)
     except OutOfMemory as error:
         raise UserError(str(error)) from error
     except ProcessRaisedException as error:

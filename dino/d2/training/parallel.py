@@ -1,15 +1,14 @@
-"""Several processes: starting them, averaging gradients, and tensors of a sharded model."""
+"""Several processes: starting them, and a model that they share."""
 
 from __future__ import annotations
 
 import gc
 import logging
+import multiprocessing
 import os
-import platform
 import signal
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -19,18 +18,15 @@ from detectron2.engine.defaults import create_ddp_model
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map_only
+from torch.multiprocessing import ProcessExitedException
 
 from dino.modeling.blocks import find_blocks
-from dino.utils.files import UserError, write_whole
+from dino.utils.files import Stopped, UserError
 
 logger = logging.getLogger("detectron2.dino")
-_STARTER = "started_by"  # file in the folder of a run
 
 
 class Processes(NamedTuple):
@@ -49,8 +45,11 @@ class Processes(NamedTuple):
     dist_url: str = "auto"
 
 
-def launch(main: Callable, processes: Processes, *args: Any) -> None:
-    """Run `main(*args)` in every process: one of torchrun's, or `processes.num_gpus` new ones.
+def launch(main: Callable, processes: Processes, *args: Any) -> Any:
+    """Run `main(*args)` in every process: this one, one of torchrun's, or `processes.num_gpus` new ones.
+
+    Returns:
+        the value of `main` if this process is the only one.
 
     Raises:
         UserError: the numbers of processes make no sense.
@@ -61,22 +60,59 @@ def launch(main: Callable, processes: Processes, *args: Any) -> None:
             main(*args)
         finally:
             _leave_group()
-        return
+        return None
     num_gpus, num_machines, machine_rank, url = processes
     if torch.cuda.is_available() and num_gpus > torch.cuda.device_count():
         raise UserError(f"--num-gpus {num_gpus}, but this machine has {torch.cuda.device_count()}")
     if num_machines == 1:
         url = "auto"  # Detectron2's default port follows from the user: a second run would meet the first one
-    if num_gpus > 1:
-        signal.signal(signal.SIGINT, lambda *_: None)  # left to the new processes, see `StopOnSignal`
-    spawn(_work_in_group, num_gpus, num_machines, machine_rank, url, args=(main, args))
+    if num_gpus * num_machines == 1:
+        return main(*args)
+    code = multiprocessing.get_context("spawn").Value("i", 0)
+    with _signals_passed_on() as received:
+        try:
+            spawn(_work_in_group, num_gpus, num_machines, machine_rank, url, args=(main, args, code))
+        except ProcessExitedException as error:
+            if received:  # by processes that could not yet, or no longer, stop with a checkpoint
+                raise Stopped(128 + received[0]) from error
+            raise UserError(f"the training ended: {error}. Is the memory of the machine full?") from error
+    if code.value:
+        raise Stopped(code.value)
+    return None
 
 
-def _work_in_group(main: Callable, args: tuple) -> None:
-    """What each process of Detectron2's launcher does; a single process has no group."""
-    main(*args)
-    if dist.is_initialized():
-        _leave_group()
+@contextmanager
+def _signals_passed_on() -> Iterator[list[int]]:
+    """Within the block, pass SIGINT and SIGTERM on to the processes that this one has started -> the signals so far.
+
+    Those that got the same signal from a terminal count both as one, see `StopSignal`.
+    """
+    received: list[int] = []
+
+    def pass_on(number: int, _: object) -> None:
+        received.append(number)
+        for process in multiprocessing.active_children():
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _work_in_group(main: Callable, args: tuple, code: Any) -> None:
+    """What each process of Detectron2's launcher does; `code` receives the exit code of a stop by a signal."""
+    try:
+        main(*args)
+    except Stopped as stop:
+        code.value = stop.code
+    except KeyboardInterrupt:
+        code.value = 130
+        raise
+    _leave_group()
 
 
 def _leave_group() -> None:
@@ -111,30 +147,25 @@ def _join_group(processes: Processes) -> None:
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
 
 
-def restarted() -> bool:
-    """Whether torchrun or Slurm has restarted this process."""
-    return any(int(os.environ.get(key) or 0) > 0 for key in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-
-
-def _launch_id() -> str:
-    """An id that a restart by torchrun or Slurm keeps, and another run does not."""
-    given = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return given if given != "none" else os.environ.get("SLURM_JOB_ID", f"{platform.node()} {os.getppid()}")
-
-
-def note_start(folder: Path) -> None:
-    """Write the id of this launch into the folder of a run."""
-    write_whole(folder / _STARTER, lambda part: part.write_text(_launch_id()))
-
-
-def started_by_same(folder: Path) -> bool:
-    """Whether the same launch has called `note_start` for this folder."""
-    return (folder / _STARTER).is_file() and (folder / _STARTER).read_text() == _launch_id()
-
-
 def from_main(value):
     """Return the main process's value, which must be small, on all processes."""
     return comm.all_gather(value)[0]
+
+
+@contextmanager
+def entered_by_main(make: Callable[[], AbstractContextManager]) -> Iterator[Any]:
+    """Enter the context `make()` on the main process alone; every process gets its value, or raises its UserError."""
+    value = error = None
+    with ExitStack() as stack:
+        if comm.is_main_process():
+            try:
+                value = stack.enter_context(make())
+            except UserError as problem:
+                error = problem
+        value, error = from_main((value, error))
+        if error:
+            raise error
+        yield value
 
 
 def wrap_ddp_or_fsdp(model: nn.Module, cfg: DictConfig) -> nn.Module:
@@ -156,18 +187,6 @@ def wrap_ddp_or_fsdp(model: nn.Module, cfg: DictConfig) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def gradients_shared(model: nn.Module, now: bool) -> AbstractContextManager:
-    """Within the block, backward passes average their gradients over the processes only if `now`."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(now)
-    return model.no_sync() if isinstance(model, DistributedDataParallel) and not now else nullcontext()
-
-
 def gather_shards(model: nn.Module) -> None:
     """Gather a sharded model on every process, and keep it whole: for evaluation, where batches are uneven."""
     for module in _sharded_modules(model):
@@ -185,20 +204,3 @@ def drop_shards(model: nn.Module) -> None:
 def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
     """The sharded parts of a model; none without `train.parallel=fsdp`."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
-def local(x: Tensor) -> Tensor:
-    """This process's shard of a tensor, with the same memory; the tensor itself if it is not sharded."""
-    return x.to_local() if isinstance(x, DTensor) else x
-
-
-def shard_like(x: Tensor, reference: Tensor) -> Tensor:
-    """Shard the whole tensor `x`, equal on all processes, as `reference` is sharded."""
-    if not isinstance(reference, DTensor) or x.shape != reference.shape:
-        return x
-    return distribute_tensor(x.to(reference.device), reference.device_mesh, reference.placements, src_data_rank=None)
-
-
-def whole(state):
-    """Gather all shards of a tensor or of a nested state; all processes must call it."""
-    return tree_map_only(DTensor, lambda x: x.full_tensor(), state)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import json
 from collections import defaultdict
 from pathlib import Path
 
 import torch
-from detectron2.utils.events import CommonMetricPrinter, EventWriter, get_event_storage
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, get_event_storage
 
 from dino.training.curves import draw_curves
-from dino.utils.files import DataError, write_whole
+from dino.training.metrics_file import forget_metrics
+from dino.utils.files import DataError, UserError, write_whole
 
-__all__ = ["ConsoleWriter", "WandbWriter", "draw_curves", "forget_metrics"]
+__all__ = ["ConsoleWriter", "MetricsWriter", "WandbWriter", "draw_curves", "forget_metrics"]
 
 _MAIN_LOSSES = ("total_loss", "loss_ce", "loss_bbox", "loss_giou")
 
@@ -51,6 +50,30 @@ class ConsoleWriter(CommonMetricPrinter):
 def _known(histories: dict, *names: str) -> list[str]:
     """Those of the names that the event storage holds."""
     return [name for name in names if name in histories]
+
+
+class MetricsWriter(JSONWriter):
+    """Detectron2's writer of metrics.json; an error names the file.
+
+    Args:
+        path: of the file, which grows.
+        window: iterations over which values are averaged.
+    """
+
+    def __init__(self, path: str, window: int):
+        super().__init__(path, window)
+        self.path = path
+
+    def write(self) -> None:
+        """Append the values of the event storage.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        try:
+            super().write()
+        except OSError as error:
+            raise UserError(f"can't write {self.path}: {error}") from error
 
 
 class WandbWriter(EventWriter):
@@ -96,20 +119,3 @@ class WandbWriter(EventWriter):
     def close(self) -> None:
         """End the run."""
         self.run.finish()
-
-
-def _entries(path: Path) -> list[dict]:
-    """The lines of a metrics.json, without one that a kill has truncated."""
-    found = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return found
-
-
-def forget_metrics(path: Path, start: int) -> dict[int, float]:
-    """Remove the metrics of iterations from `start` on, where a resumed run continues -> the total losses before."""
-    kept = [x for x in _entries(path) if x["iteration"] < start or (x["iteration"] == start and "total_loss" not in x)]
-    if path.is_file():
-        write_whole(path, lambda part: part.write_text("".join(json.dumps(x, sort_keys=True) + "\n" for x in kept)))
-    return {x["iteration"]: x["total_loss"] for x in kept if "total_loss" in x}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib import figure as plot
 
 from dino.data.coco import read_images
-from dino.utils.files import UserError, free_name, make_folder, write_whole
+from dino.utils.files import UserError, make_folder, write_whole
 from dino.utils.printable import printable
+from dino.utils.run_folder import hold_folder, new_folder
 
 from .error_analysis import COLUMNS, ERROR_WORDS, Analysis, show
 from .report import image_paths, write_report
@@ -46,16 +49,19 @@ def read_detections(results: Path, annotations: str, images: str) -> Detected:
     return Detected(data, image_paths(data, images), results, details)
 
 
-def choose_folder(wanted: Path | None) -> Path:
-    """The folder of the report.
+@contextmanager
+def claim_report(wanted: Path | None) -> Iterator[Path]:
+    """Hold the folder of the report within the block; None: a new one, output/evaluation, output/evaluation.1, …
 
     Raises:
-        UserError: it holds a report already.
+        UserError: it holds a report already, or another process writes one.
     """
-    folder = wanted or free_name(Path("output/evaluation"))
-    if (folder / "report.html").exists():
-        raise UserError(f"{folder / 'report.html'} exists: choose another --output")
-    return folder
+    with nullcontext(str(wanted)) if wanted else new_folder(Path("output/evaluation")) as name:
+        folder = Path(name)
+        with hold_folder(folder):
+            if (folder / "report.html").exists():
+                raise UserError(f"{folder / 'report.html'} exists: choose another --output")
+            yield folder
 
 
 def write_evaluation(

@@ -12,8 +12,8 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import torch
 
-from dino.d2.training.memory_saving import checkpoint_activations
 from dino.modeling import compile_network
+from dino.training.memory_saving import checkpoint_activations
 
 from ..in_parts import (
     ABLATIONS,

@@ -12,10 +12,10 @@ from detectron2.utils.events import EventWriter
 from torch import nn
 
 from dino.d2.checkpoint import Checkpointer
-from dino.d2.training.ema import Ema
 from dino.d2.training.evaluation_hook import Evaluation
 from dino.d2.training.hooks import AverageWeights, Checkpoints
 from dino.d2.training.trainer import EndOfTraining
+from dino.training.ema import Ema
 from dino.utils.files import DataError
 
 

@@ -7,7 +7,7 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 import torch
 
 from dino.d2.checkpoint import Checkpointer
-from dino.d2.training.ema import Ema
+from dino.training.ema import Ema
 
 from ...weights.test_former_names import as_before, assert_current
 from ..tiny import random_input, tiny_detector

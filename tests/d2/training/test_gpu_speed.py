@@ -8,10 +8,11 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from dino.d2.training import engine, gpu_speed
-from dino.d2.training.memory_saving import checkpoint_activations
+from dino.d2.training import engine
 from dino.layers.ops.operator import use_compiled
 from dino.modeling import CudaGraphs, detector, float32_precision
+from dino.training import gpu_speed
+from dino.training.memory_saving import checkpoint_activations
 from dino.utils.files import DataError
 
 from ...modeling.test_cuda_graphs import FakeRecorder

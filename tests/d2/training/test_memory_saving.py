@@ -8,10 +8,10 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 
 from dino.d2 import DINODetector
-from dino.d2.training.memory_saving import OutOfMemory, advice, checkpoint_activations
 from dino.layers import HungarianMatcher
 from dino.modeling.variants import CombinedCriterion, OneToManyCriterion, SecondPass, SharedHybridBranch
 from dino.structures import Target
+from dino.training.memory_saving import OutOfMemory, advice, checkpoint_activations
 from dino.utils.files import DataError
 
 from ...tiny import default_criterion, random_boxes, tiny_network

@@ -1,5 +1,7 @@
 """A loss or gradient that is not finite never reaches the weights."""
 
+from functools import partial
+
 import pytest
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
@@ -8,8 +10,8 @@ import torch
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from dino.d2.training import non_finite
 from dino.d2.training.trainer import Trainer
+from dino.training import non_finite
 
 from ..tiny import random_input, tiny_detector
 
@@ -129,7 +131,8 @@ def test_nan_predictions_of_one_image_are_skipped(tmp_path):
 def test_the_host_learns_of_it_after_the_next_transfer(tmp_path):
     """As on a GPU: nothing is read before the next forward pass has waited for the device."""
     model = Faulty("loss", bad={0})
-    watch = non_finite.NonFiniteChecker(model, str(tmp_path), skip=False, scaled=False)
+    describe = partial(Trainer.describe, None)
+    watch = non_finite.NonFiniteChecker(model, str(tmp_path), describe, skip=False, scaled=False)
     watch.begin()
     norm, usable = watch.judge(0, INPUTS, {"loss_ce": torch.tensor(float("nan"))}, torch.tensor(1.0), stop=False)
     assert norm.isnan()

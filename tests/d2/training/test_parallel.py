@@ -132,7 +132,7 @@ def test_shards_equal_whole_models(pair, tmp_path):
 def test_ctrl_c_stops_all_processes_after_the_same_iteration(tmp_path):
     """With Detectron2's launcher; the signal reaches all, and may find them in different iterations."""
     result = run_tiny(tmp_path, "--num-gpus", "2", *OPTIONS, INTERRUPT_AT="1:1")
-    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.returncode == 130, result.stdout + result.stderr
     assert "Traceback" not in result.stdout + result.stderr
     assert "stopped after 2 iterations; --resume continues" in result.stdout
     assert checkpoint(tmp_path, "model_0000001")["trainer"]["iteration"] == 1

@@ -57,7 +57,7 @@ def test_killed_and_resumed(tmp_path, unbroken):
 def test_stopped_by_ctrl_c_and_resumed(tmp_path, unbroken):
     """The whole process group gets the signal, as from a terminal: the worker that reads images must survive it."""
     stopped = run_tiny(tmp_path, *WHOLE, "train.checkpointer.period=100", INTERRUPT_AT="0:2")
-    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    assert stopped.returncode == 130, stopped.stdout + stopped.stderr
     assert "stopped after 3 iterations; --resume continues" in stopped.stdout
     assert "Traceback" not in stopped.stdout + stopped.stderr
     assert not (tmp_path / "run/model_final.pth").exists()

@@ -12,6 +12,7 @@ from detectron2.config import instantiate
 from dino.d2 import recipe
 from dino.d2.data_loading import ShortSide, load_dataset
 from dino.d2.training import engine, run_summary
+from dino.training import plan_summary
 from dino.utils.files import DataError
 
 from ...coco_files import CocoFiles
@@ -114,9 +115,9 @@ def test_the_fingerprint_is_of_the_data_wherever_they_lie():
     entry = {"file_name": "a/x.png", "height": 2, "width": 3, "annotations": [{"bbox": [0, 0, 1, 1], "category_id": 0}]}
     same = {**entry, "file_name": "b/x.png"}
     other = {**entry, "annotations": [{"bbox": [0, 0, 1, 1], "category_id": 1}]}
-    assert run_summary._fingerprint([entry]) == run_summary._fingerprint([same])
-    assert run_summary._fingerprint([entry]) != run_summary._fingerprint([other])
-    assert len(run_summary._fingerprint([])) == 16
+    assert plan_summary._fingerprint([entry]) == plan_summary._fingerprint([same])
+    assert plan_summary._fingerprint([entry]) != plan_summary._fingerprint([other])
+    assert len(plan_summary._fingerprint([])) == 16
 
 
 def scaled(folder, *overrides):

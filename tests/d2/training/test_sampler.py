@@ -8,10 +8,12 @@ from itertools import islice
 
 import numpy as np
 import torch
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from dino.d2.training import sampler
 from dino.d2.training.sampler import TrainLoader, seed_random
+from dino.training.image_order import endless_order, repeat_factors
 from dino.utils.files import DataError
 
 from ..tiny import random_input
@@ -135,3 +137,21 @@ def test_seeds_of_several_numbers():
 
     assert draw(1, 2) == draw(1, 2)
     assert len({draw(1, 2), draw(2, 1), draw(1, 2, 0), draw(1)}) >= 3
+
+
+def test_the_order_is_that_of_detectron2():
+    expected = islice(TrainingSampler(7, seed=11), 50)
+    assert list(islice(endless_order(7, 11), 50)) == list(expected)
+
+
+def test_repeated_images_are_those_of_detectron2():
+    numbers = np.random.default_rng(0)
+    labels = [
+        list(numbers.choice(6, size=numbers.integers(0, 4), p=[0.6, 0.2, 0.1, 0.05, 0.03, 0.02])) for _ in range(40)
+    ]
+    dicts = [{"annotations": [{"category_id": int(label)} for label in found]} for found in labels]
+    factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(dicts, 0.5)
+    torch.testing.assert_close(repeat_factors(labels, 0.5), factors, rtol=0, atol=0)
+    assert factors.max() > 2
+    expected = islice(RepeatFactorTrainingSampler(factors, seed=3), 200)
+    assert list(islice(endless_order(40, 3, factors), 200)) == list(expected)

@@ -14,9 +14,9 @@ from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dino.d2 import DINODetector
-from dino.d2.training.parallel import note_start
 from dino.d2.training.trainer import Trainer
 from dino.utils.files import UserError
+from dino.utils.run_folder import note_start
 
 from ..recipes import parse, recipe
 from ..tiny import random_input, tiny_detector
@@ -169,7 +169,8 @@ def test_host_memory_stays_flat(tmp_path):
 def choose(folder, *words):
     args = parse(*words)
     cfg = OmegaConf.create({"train": {"output_dir": str(folder)}})
-    return recipe.choose_output(cfg, eval_only=args.eval_only, resume=args.resume)
+    with recipe.claim_output(cfg, eval_only=args.eval_only, resume=args.resume) as resume:
+        return resume
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,7 @@ def test_other_starts_in_a_used_folder_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "b2")
     for count in "01":
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
-        with pytest.raises(UserError, match="holds the checkpoints of a run: add --resume"):
+        with pytest.raises(UserError, match=r"holds a run \(model_0000001\.pth\): add --resume"):
             choose(tmp_path)
     assert choose(tmp_path, "--resume")
 

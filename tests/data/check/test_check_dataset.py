@@ -255,7 +255,7 @@ BROKEN = {
 def test_broken_annotations(tmp_path, capsys, content, message):
     if content is not None:
         (tmp_path / "a.json").write_bytes(content)
-    assert check(tmp_path / "a.json", tmp_path) == 1
+    assert check(tmp_path / "a.json", tmp_path) == (2 if content is None else 1)
     error = capsys.readouterr().err
     assert message in error
     assert "a.json" in error
@@ -281,7 +281,7 @@ def test_an_empty_set_and_a_missing_folder(tmp_path, capsys):
     path.write_text('{"images": [], "annotations": [], "categories": []}')
     assert check(path, tmp_path) == 1
     assert "there are no categories" in capsys.readouterr().out
-    assert check(path, tmp_path / "absent") == 1
+    assert check(path, tmp_path / "absent") == 2
     assert "image folder not found" in capsys.readouterr().err
 
 

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dino.weights import to_current_names
 
-from .parallel import local, shard_like
+from .shards import local, shard_like
 
 
 class Ema:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from dino.utils.device import to_host
 from dino.utils.files import write_whole
+
+from .shards import process_rank
 
 logger = logging.getLogger("detectron2.dino")
 _LONGEST_STREAK = 20  # bad steps in a row that end a training in any case: float16's loss scale is then below 1
@@ -25,7 +26,7 @@ class _Step(NamedTuple):
     """A step whose numbers are still on the device."""
 
     iteration: int
-    batch: list[dict]
+    batch: list
     names: list[str]  # of the losses
     # Losses; norm of the gradients; whether any process has non-finite losses; whether any was asked to stop:
     numbers: Callable[[], Tensor]
@@ -40,12 +41,15 @@ class NonFiniteChecker:
     Args:
         model: the model in training.
         output_dir: folder for bad batches.
+        describe: an image of a batch, with its objects -> dict of plain data: `file_name`, `image_id`, `image`, `boxes`
+            xyxy in pixels, `labels`.
         skip: count a bad step and continue, instead of stopping.
         scaled: the loss is scaled (float16), so that gradients may overflow now and then.
     """
 
-    def __init__(self, model: nn.Module, output_dir: str, *, skip: bool, scaled: bool):
+    def __init__(self, model: nn.Module, output_dir: str, describe: Callable[[Any], dict], *, skip: bool, scaled: bool):
         self.output_dir = output_dir
+        self.describe = describe
         self.skip = skip
         self.scaled = scaled
         self.skipped = 0
@@ -63,7 +67,7 @@ class NonFiniteChecker:
 
     @torch.no_grad()
     def judge(
-        self, iteration: int, batch: list[dict], losses: dict[str, Tensor], norm: Tensor, stop: bool
+        self, iteration: int, batch: list, losses: dict[str, Tensor], norm: Tensor, stop: bool
     ) -> tuple[Tensor, Tensor]:
         """Check a step on the device, and restore the running statistics if it is not finite.
 
@@ -78,7 +82,7 @@ class NonFiniteChecker:
         """
         values = torch.stack(list(losses.values())).float()
         shared = torch.stack([(~values.isfinite()).any().float(), torch.full_like(norm, float(stop))])
-        if comm.get_world_size() > 1:
+        if dist.is_initialized():
             dist.all_reduce(shared, dist.ReduceOp.MAX)
         norm = torch.where(norm.isfinite() & (shared[0] == 0), norm, torch.nan)
         for now, before in zip(self.statistics, self.before, strict=True):
@@ -107,20 +111,11 @@ class NonFiniteChecker:
         what = f"losses {dict(zip(step.names, values, strict=True))}" if bad_loss else "gradients are NaN or infinite"
         self.report(step.iteration, step.batch, what)
 
-    def report(self, iteration: int, batch: list[dict], reason: str) -> None:
+    def report(self, iteration: int, batch: list, reason: str) -> None:
         """Save the batch as plain tensors; then count and log the step, or raise a FloatingPointError."""
-        rank = f"_rank{comm.get_rank()}" if comm.get_rank() else ""
+        rank = f"_rank{process_rank()}" if process_rank() else ""
         path = os.path.join(self.output_dir, f"non_finite_batch_{iteration}{rank}.pth")
-        kept = [
-            {
-                "file_name": str(x.get("file_name")),
-                "image_id": x.get("image_id"),
-                "image": x["image"],
-                "boxes": x["instances"].gt_boxes.tensor,
-                "labels": x["instances"].gt_classes,
-            }
-            for x in batch
-        ]
+        kept = [self.describe(x) for x in batch]
         write_whole(path, lambda part: torch.save(kept, part))
         names = ", ".join(x["file_name"] for x in kept)
         cause = _likely_cause(kept, scaled=self.scaled)

@@ -28,7 +28,7 @@ def checkpoint_activations(model: nn.Module, parts: Sequence[str]) -> None:
     Gradients stay the same. (BatchNorm in training mode counts each batch twice in its running statistics.)
 
     Args:
-        model: a `DINODetector`, changed in place; parameters keep their names. Without `parts`, any model.
+        model: a `Detector`, changed in place; parameters keep their names. Without `parts`, any model.
         parts: any of "backbone", "encoder", "decoder".
 
     Raises:

@@ -1,14 +1,16 @@
 import pytest
-
-pytest.importorskip("detectron2", reason="Detectron2 is not installed")
-
 import torch
 from torch import nn
 
-from dino.d2.training.ema import Ema
+from dino.modeling.detector import Detector
 from dino.modeling.transformer import share_heads
+from dino.training.ema import Ema
 
-from ..tiny import stirred, tiny_detector
+from ..tiny import default_criterion, stirred, tiny_network
+
+
+def tiny_detector():
+    return stirred(Detector(tiny_network(), criterion=default_criterion()))
 
 
 def test_the_decay_warms_up_to_its_value():

@@ -5,29 +5,21 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
-from typing import Any
 
-import torch
-from detectron2.config import LazyConfig
-from detectron2.utils import comm
-from detectron2.utils.collect_env import collect_env_info
-from detectron2.utils.env import seed_all_rng
-from omegaconf import DictConfig
-
-import dino
-from dino.training.progress_bar import ProgressLine, write_above_bar
 from dino.utils.files import UserError, make_folder
+from dino.utils.library_warnings import is_own
 from dino.utils.printable import printable
+
+from .progress_bar import ProgressLine, write_above_bar
+from .shards import process_rank
 
 logger = logging.getLogger("detectron2")
 console = logging.getLogger("detectron2.dino.console")  # for people: the console shows it, log.txt too
-_PACKAGE = str(Path(dino.__file__).parent)
 _LOGGERS = ("detectron2", "fvcore")
 _COLOURS = re.compile("\x1b\\[[0-9;]*m")
 
@@ -99,7 +91,7 @@ class Watched:
         return len(self.loader)
 
     def __iter__(self) -> Iterator:
-        if not comm.is_main_process():
+        if process_rank():
             yield from self.loader
             return
         with ProgressLine(0, len(self), label=self.label, stream=self.stream) as line:
@@ -121,21 +113,16 @@ def prints_to_log() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def run_log(cfg: DictConfig, job: Any) -> Iterator[None]:
-    """Within the block, log into `train.output_dir`; takes the place of Detectron2's `default_setup`.
+def run_log(folder: str | Path) -> Iterator[None]:
+    """Within the block, log into the folder of a run.
 
-    Writes config.yaml, sets the seed and `train.cudnn_benchmark`, and logs environment, arguments and recipe. The
-    warnings of other libraries go to log.txt alone.
-
-    Args:
-        cfg: a complete recipe.
-        job: with `config_file` and `eval_only`; logged as the arguments.
+    The warnings of other libraries go to log.txt alone.
 
     Raises:
         UserError: the folder can't be written.
     """
-    folder, rank = Path(cfg.train.output_dir), comm.get_rank()
-    handlers = [_open_file(folder, rank), *([] if rank else [_Console()])]
+    rank = process_rank()
+    handlers = [_open_file(Path(folder), rank), *([] if rank else [_Console()])]
     kept = {name: logging.getLogger(name).propagate for name in _LOGGERS}
     for name in _LOGGERS:
         log = logging.getLogger(name)
@@ -146,7 +133,7 @@ def run_log(cfg: DictConfig, job: Any) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _log_warning
-            _set_up(cfg, job, folder, rank)
+            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no compiler is needed to train
             yield
     finally:
         for text in take_warnings():  # an error came before the summary
@@ -174,23 +161,7 @@ def _open_file(folder: Path, rank: int) -> logging.Handler:
 
 def _log_warning(message, category, filename, lineno, *_) -> None:
     """Log a warning of Python's `warnings`: on the console too if it is of this project."""
-    if filename.startswith(_PACKAGE + os.sep):
+    if is_own(filename):
         logging.getLogger("detectron2.dino").warning(str(message))
     else:
         logger.warning(f"{filename}:{lineno}: {category.__name__}: {message}")
-
-
-def _set_up(cfg: DictConfig, job: Any, folder: Path, rank: int) -> None:
-    """Log what a bug report needs, write the recipe, and set the seed."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no compiler is needed to train
-    logger.info(f"process {rank} of {comm.get_world_size()}")
-    logger.info(f"environment:\n{collect_env_info()}")
-    logger.info(f"arguments: {job}")
-    if job.config_file:
-        logger.info(f"contents of {job.config_file}:\n{Path(job.config_file).read_text(encoding='utf-8')}")
-    if not rank:
-        LazyConfig.save(cfg, str(folder / "config.yaml"))
-    seed = cfg.train.get("seed", -1)
-    seed_all_rng(None if seed < 0 else seed + rank)
-    if not job.eval_only:
-        torch.backends.cudnn.benchmark = cfg.train.get("cudnn_benchmark", False)

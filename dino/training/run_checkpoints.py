@@ -1,0 +1,124 @@
+"""Checkpoints of a training without Detectron2: the same content as those of the other road."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dino.modeling.detector import Detector
+from dino.utils.files import DataError, UserError, write_whole
+from dino.utils.run_folder import drop_old, last_whole
+from dino.weights import MIN_BACKBONE, Report, load_weights, locate, read_content, same_names
+
+logger = logging.getLogger("detectron2.dino")
+
+
+class RunCheckpoints:
+    """Writes and reads the checkpoints of a run.
+
+    Args:
+        folder: of the run.
+        detector: its weights and class names are stored.
+        about: plain data on the run, stored with every checkpoint, see `recipe_parts.describe`.
+        min_backbone: as of `load_weights`.
+    """
+
+    def __init__(
+        self, folder: str | Path, detector: Detector, about: Mapping[str, Any], min_backbone: float = MIN_BACKBONE
+    ):
+        self.folder = Path(folder)
+        self.detector = detector
+        self.about = dict(about)
+        self.min_backbone = min_backbone
+        self.source = ""  # the last loaded file
+        self.report: Report | None = None  # on its weights
+
+    @property
+    def summary(self) -> str:
+        """One line on the weights at the start."""
+        if self.report is None:
+            return "random: train.init_checkpoint is empty"
+        return f"{self.source}: {self.report.summary}"
+
+    def save(self, name: str, **parts: Any) -> None:
+        """Write `name`.pth, from which the run can continue."""
+        self.save_weights(name, **parts)
+        write_whole(self.folder / "last_checkpoint", lambda part: part.write_text(f"{name}.pth"))
+
+    def save_weights(self, name: str, **parts: Any) -> None:
+        """Write `name`.pth, whole or not at all; the last checkpoint stays the last."""
+        detector = self.detector
+        described = {"names": detector.names, "category_ids": detector.category_ids, "about": self.about}
+        content = {"model": detector.state_dict(), **parts, **described}
+        write_whole(self.folder / f"{name}.pth", lambda part: torch.save(content, part))
+
+    def drop_old(self, keep: int | None) -> None:
+        """Remove all but the newest numbered checkpoints; None keeps all."""
+        if keep:
+            drop_old(self.folder, keep)
+
+    def resume(self) -> dict:
+        """Load the newest undamaged checkpoint of the run -> its content without the weights; {} without one.
+
+        Raises:
+            DataError: all checkpoints are damaged, or do not fit.
+        """
+        found, damaged = last_whole(self.folder)
+        if damaged and not found:
+            raise DataError(f"nothing to continue with: {'; '.join(damaged)}. Start in another train.output_dir")
+        for damage in damaged:
+            logger.warning(f"{damage}: the run continues from {found}")
+        return self._load(found) if found else {}
+
+    def load_start(self, path: str, parts: str = "all") -> None:
+        """Load a file to start a training from: each class gets the rows of its name, other rows start afresh.
+
+        Args:
+            path: a file, an address or a name; "" for random weights.
+            parts: "all", or "backbone" for the backbone alone, from a file of any detector.
+        """
+        if path:
+            self._load(path, class_rows="name", parts=parts)
+
+    def load_whole(self, path: str) -> dict:
+        """Load a file for evaluation -> its content without the weights.
+
+        Raises:
+            DataError: a tensor of the detector is missing.
+        """
+        content = self._load(path)
+        if fresh := self.report.fresh:
+            some = ", ".join(f"{name} ({reason})" for name, reason in list(fresh.items())[:5])
+            raise DataError(
+                f"{path} does not fit the recipe: {len(fresh)} tensors are missing or of another shape, among them "
+                f"{some}"
+            )
+        return content
+
+    def load_average(self, content: Mapping) -> None:
+        """Load the averaged weights in the content of `load_whole` into the detector."""
+        load_weights(
+            self.detector, {**content, "model": content["ema"]["model"]}, copy="model", classes=self.detector.names
+        )
+
+    def _load(self, path: str, **wishes: str) -> dict:
+        """Load the weights of a file, in any format that `dino.weights` knows -> the rest of its content."""
+        self.source, names = path, self.detector.names
+        try:
+            content = dict(read_content(locate(path)))
+            options = {"copy": "model" if "ema" in content else "auto", "classes": names, "name": path, **wishes}
+            self.report = load_weights(self.detector, content, min_backbone=self.min_backbone, **options)
+        except UserError:
+            raise
+        except Exception as error:  # a broken or foreign file can raise anything
+            raise DataError(f"can't use the checkpoint {path}: {str(error)[:500]}") from error
+        logger.log(logging.WARNING if self.report.doubts else logging.INFO, f"weights: {self.report}")
+        by_name = wishes.get("class_rows") == "name"  # the report says which rows were kept
+        if "names" in content and not by_name and not same_names(content["names"], names):
+            logger.warning(f"{path} was trained for the classes {content['names']}, the data has {names}")
+        content.pop("model", None)
+        return content
