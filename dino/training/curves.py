@@ -196,8 +196,9 @@ def _dress(axes: Axes, look: Look, last: int, note: str) -> None:
     for side, spine in axes.spines.items():
         spine.set(visible=side in ("left", "bottom"), color=look.soft)
     if axes.get_legend_handles_labels()[0]:
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17), "ncols": 3}
-        place = below if len(axes.lines) > _MOST_NAMED - 2 else {"loc": "best"}
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "columnspacing": 1.2, "handlelength": 1.5}
+        columns = {"log": 4}.get(axes.get_yscale(), 3 if len(axes.lines) >= _MOST_NAMED else 0)
+        place = {**below, "ncols": columns} if columns else {"loc": "best"}
         axes.legend(facecolor=look.paper, edgecolor="none", framealpha=0.8, labelcolor=look.ink, fontsize=9, **place)
     elif not axes.lines:
         axes.text(0.5, 0.5, note, color=look.soft, ha="center", va="center", transform=axes.transAxes)
