@@ -69,17 +69,17 @@ def call(program, *arguments):
 def draw_pairs(val, folder, results, target, count=4, threshold=0.5):
     """Draw predictions beside the truth, for the first validation images with 5 objects or more."""
     truth = json.loads(val.read_text())
-    labels = {c["id"]: label for label, c in enumerate(truth["categories"])}
-    sides = [by_image(truth["images"], e, labels) for e in (json.loads(results.read_text()), truth["annotations"])]
-    chosen = [image for image in truth["images"] if len(sides[1][image["id"]].labels) >= 5][:count]
-    found, true = ([side[image["id"]] for image in chosen] for side in sides)
+    found, true = (by_image(truth, entries) for entries in (json.loads(results.read_text()), truth["annotations"]))
+    chosen = [image for image in truth["images"] if len(true[image["id"]].labels) >= 5][:count]
     images = [torch.from_numpy(read_image(folder / image["file_name"])).permute(2, 0, 1) for image in chosen]
+    boxes, _, labels = zip(*(true[image["id"]] for image in chosen), strict=True)
     names = [c["name"] for c in truth["categories"]]
-    draw_val_predictions(target, images, found, [t.boxes for t in true], [t.labels for t in true], names, threshold)
+    draw_val_predictions(target, images, [found[i["id"]] for i in chosen], boxes, labels, names, threshold)
 
 
-def by_image(images, entries, labels):
+def by_image(data, entries):
     """`Detections` of COCO-format entries, by image id; a score of 1 where they have none."""
+    images, labels = data["images"], {c["id"]: label for label, c in enumerate(data["categories"])}
     objects = {image["id"]: [] for image in images}
     for entry in entries:
         x, y, w, h = entry["bbox"]

@@ -135,25 +135,26 @@ def _draw_classes(
 ) -> None:
     """Draw AP of each class: all of a few, of many the highest and lowest at the best evaluation in colour."""
     prefix, iteration = best or ("", 0)
-    found = {
-        key.removeprefix(prefix + _CLASS): values for key, values in series.items() if key.startswith(prefix + _CLASS)
-    }
-    kind = " (averaged weights)" if prefix else ""
-    axes.set_title(f"Validation AP of {'each class' if len(found) <= _MOST_NAMED else f'{len(found)} classes'}{kind}")
-    labels = {name: label for label, name in enumerate([*names, *(n for n in found if n not in names)])}
-    order = sorted(found, key=lambda name: -found[name].get(iteration, -1.0))
-    half = _MOST_NAMED // 2
-    named = order if len(order) <= _MOST_NAMED else order[:half] + order[-half:]
-    for name in order:
-        if name not in named:
-            _plot(axes, *_arrays(found[name]), color=look.soft, linewidth=0.7, alpha=0.35)
-    for name in named:
+    start = prefix + _CLASS
+    found = {key.removeprefix(start): values for key, values in series.items() if key.startswith(start)}
+    which = "each class" if len(found) <= _MOST_NAMED else f"{len(found)} classes"
+    axes.set_title(f"Validation AP of {which}{' (averaged weights)' if prefix else ''}")
+    ends, between = _split(sorted(found, key=lambda name: -found[name].get(iteration, -1.0)))
+    labels = {name: label for label, name in enumerate(dict.fromkeys([*names, *found]))}
+    for name in between:
+        _plot(axes, *_arrays(found[name]), color=look.soft, linewidth=0.7, alpha=0.35)
+    for name in ends:
         label = f"{_plain(name, _COLUMNS)}: {found[name].get(iteration, math.nan):.1f}"
-        colour = hex_of(colour_of(labels[name]))
-        _plot(axes, *_arrays(found[name]), color=colour, label=label, marker="o")
-    if len(order) > _MOST_NAMED:
-        axes.plot([], [], color=look.soft, alpha=0.5, label=f"{len(order) - len(named)} classes between them")
+        _plot(axes, *_arrays(found[name]), color=hex_of(colour_of(labels[name])), label=label, marker="o")
+    if between:
+        axes.plot([], [], color=look.soft, alpha=0.5, label=f"{len(between)} classes between them")
     axes.set_ylim(0, _ceiling(found, found))
+
+
+def _split(order: list[str]) -> tuple[list[str], list[str]]:
+    """Names in order -> up to _MOST_NAMED of them, of more the first and the last ones; and the others."""
+    half = _MOST_NAMED // 2
+    return (order, []) if len(order) <= _MOST_NAMED else ([*order[:half], *order[-half:]], order[half:-half])
 
 
 def _best(series: dict[str, Series]) -> tuple[str, int] | None:
