@@ -95,6 +95,13 @@ def train(cfg: DictConfig, resume: bool, recipe: str = "a recipe") -> dict:
     return _run(cfg, trainer, checkpointer, ema, progress, start)
 
 
+def _use_determinism(cfg: DictConfig) -> None:
+    """Set the seed, the same for all processes, and deterministic kernels if the recipe enables them."""
+    if cfg.train.seed < 0:
+        cfg.train.seed = comm.shared_random_seed()
+    use_deterministic_kernels(cfg)
+
+
 def _restore(checkpointer: Checkpointer, trainer: Trainer, ema: Ema | None, content: dict) -> int:
     """Continue from the content of a checkpoint, if it has a training -> the completed iterations."""
     if "trainer" in content:
