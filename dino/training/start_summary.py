@@ -72,7 +72,6 @@ def start_lines(
     weights: str,
     folder: str | Path,
     warnings: Sequence[str] = (),
-    *,
 ) -> list[str]:
     """At most MOST_LINES lines to print before the first iteration.
 
