@@ -1,8 +1,7 @@
 """DINO, Swin-L, 5 scales, trained on Objects365 to be fine-tuned on COCO by dino_swin_l_384_5scale_o365_coco.py.
 
     python tools/lazyconfig_train_net.py --config-file configs/dino_swin_l_384_5scale_o365.py --num-gpus 8 \
-        --train-json objects365_train.json --train-images objects365 \
-        --val-json objects365_val.json --val-images objects365 \
+        --train objects365_train.json objects365 --val objects365_val.json objects365 \
         train.init_checkpoint=swin_large_patch4_window12_384_22k.pth
 
 Published for this setting: none on Objects365 itself. Objects365 is given as files in COCO format: 365 classes.

@@ -2,7 +2,7 @@
 
     pip install "dino-detectron2[lite0]"
     python tools/lazyconfig_train_net.py --config-file projects/dino/configs/dino_efficientnet_lite0_small_data.py \
-        --train-json train.json --train-images images --val-json val.json --val-images images \
+        --train train.json images --val val.json images \
         train.output_dir=output/mine
 
 All else is as in `dino_r18_small_data`, which says how it differs from the paper's DINO. Norms, the stem and the first

@@ -1,7 +1,7 @@
 """DINO for tens to a thousand pictures and random weights: ResNet-18 with trainable norms, 3 + 3 layers of width 128.
 
     python tools/lazyconfig_train_net.py --config-file projects/dino/configs/dino_r18_small_data.py \
-        --train-json train.json --train-images images --val-json val.json --val-images images \
+        --train train.json images --val val.json images \
         train.output_dir=output/mine
 
 `dino_efficientnet_lite0_small_data` is the same from ImageNet weights. Differs from the paper's DINO: queries are

@@ -1,7 +1,7 @@
 """DINO without the losses of decoder layers but the last; the encoder's proposals keep theirs.
 
     python tools/lazyconfig_train_net.py --config-file projects/dino/configs/ablation/aux_none.py \
-        --train-json train.json --train-images train --val-json val.json --val-images val
+        --train train.json train --val val.json val
 """
 
 from dino.modeling.variants import FinalCriterion

@@ -3,7 +3,7 @@
 Denoising has DINO's noise and groups: at most 100 positives for each image.
 
     python tools/lazyconfig_train_net.py --config-file projects/dino/configs/ablation/chain_1_denoising.py \
-        --train-json train.json --train-images train --val-json val.json --val-images val
+        --train train.json train --val val.json val
 """
 
 from dino.modeling.variants import LearnedQueries, LookForwardOnce, PositiveDenoising

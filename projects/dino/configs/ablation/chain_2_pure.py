@@ -1,7 +1,7 @@
 """Chain 2 of 5: pure query selection (boxes and contents from the encoder, whose proposals have losses), on chain 1.
 
     python tools/lazyconfig_train_net.py --config-file projects/dino/configs/ablation/chain_2_pure.py \
-        --train-json train.json --train-images train --val-json val.json --val-images val
+        --train train.json train --val val.json val
 """
 
 from dino.modeling.variants import PureSelection

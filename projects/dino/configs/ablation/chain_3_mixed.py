@@ -1,7 +1,7 @@
 """Chain 3 of 5: mixed query selection (paper section 3.4), on top of chain 2.
 
     python tools/lazyconfig_train_net.py --config-file projects/dino/configs/ablation/chain_3_mixed.py \
-        --train-json train.json --train-images train --val-json val.json --val-images val
+        --train train.json train --val val.json val
 """
 
 from dino.modeling import QuerySelection

@@ -3,7 +3,7 @@
 At most 100 pairs, so twice as many denoising queries.
 
     python tools/lazyconfig_train_net.py --config-file projects/dino/configs/ablation/chain_5_contrastive.py \
-        --train-json train.json --train-images train --val-json val.json --val-images val
+        --train train.json train --val val.json val
 """
 
 from dino.layers import ContrastiveDenoising

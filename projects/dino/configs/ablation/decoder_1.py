@@ -1,7 +1,7 @@
 """DINO with 1 decoder layer.
 
     python tools/lazyconfig_train_net.py --config-file projects/dino/configs/ablation/decoder_1.py \
-        --train-json train.json --train-images train --val-json val.json --val-images val
+        --train train.json train --val val.json val
 """
 
 from .base import dataloader, lr_multiplier, model, optimizer, train

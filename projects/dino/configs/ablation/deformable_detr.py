@@ -1,7 +1,7 @@
 """As two-stage Deformable DETR: no denoising, contents and boxes from class-agnostic proposals, look forward once.
 
     python tools/lazyconfig_train_net.py --config-file projects/dino/configs/ablation/deformable_detr.py \
-        --train-json train.json --train-images train --val-json val.json --val-images val
+        --train train.json train --val val.json val
 
 Network, losses and training are otherwise DINO's, so that the two can be compared.
 """

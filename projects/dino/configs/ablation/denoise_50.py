@@ -1,7 +1,7 @@
 """DINO with a budget of 50 denoising pairs for each image instead of 100.
 
     python tools/lazyconfig_train_net.py --config-file projects/dino/configs/ablation/denoise_50.py \
-        --train-json train.json --train-images train --val-json val.json --val-images val
+        --train train.json train --val val.json val
 """
 
 from .base import dataloader, lr_multiplier, model, optimizer, train

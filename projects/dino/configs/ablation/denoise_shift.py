@@ -1,7 +1,7 @@
 """DINO whose negatives are boxes of the object's size, moved aside by one to two half sides.
 
     python tools/lazyconfig_train_net.py --config-file projects/dino/configs/ablation/denoise_shift.py \
-        --train-json train.json --train-images train --val-json val.json --val-images val
+        --train train.json train --val val.json val
 """
 
 from dino.modeling.variants import ShiftDenoising

@@ -1,7 +1,7 @@
 """DINO without encoder layers; positions are added to the features, or nothing would read them.
 
     python tools/lazyconfig_train_net.py --config-file projects/dino/configs/ablation/encoder_0.py \
-        --train-json train.json --train-images train --val-json val.json --val-images val
+        --train train.json train --val val.json val
 """
 
 from dino.modeling.variants import PlacedEncoder

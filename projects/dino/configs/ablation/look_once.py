@@ -1,7 +1,7 @@
 """DINO that looks forward once (paper section 3.5, figure 6 a).
 
     python tools/lazyconfig_train_net.py --config-file projects/dino/configs/ablation/look_once.py \
-        --train-json train.json --train-images train --val-json val.json --val-images val
+        --train train.json train --val val.json val
 """
 
 from dino.modeling.variants import LookForwardOnce

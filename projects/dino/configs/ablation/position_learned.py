@@ -1,7 +1,7 @@
 """DINO with learned codes of rows and columns in place of the encoder's sines.
 
     python tools/lazyconfig_train_net.py --config-file projects/dino/configs/ablation/position_learned.py \
-        --train-json train.json --train-images train --val-json val.json --val-images val
+        --train train.json train --val val.json val
 """
 
 from detectron2.config import LazyCall as L

@@ -1,7 +1,7 @@
 """DINO that selects tokens by whether they hold any object, as two-stage Deformable DETR does.
 
     python tools/lazyconfig_train_net.py --config-file projects/dino/configs/ablation/select_objectness.py \
-        --train-json train.json --train-images train --val-json val.json --val-images val
+        --train train.json train --val val.json val
 
 Contents stay learned. deformable_detr.py goes all the way.
 """

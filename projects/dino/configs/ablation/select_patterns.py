@@ -1,7 +1,7 @@
 """DINO with three learned patterns at each of a third of the boxes: 99 queries in all.
 
     python tools/lazyconfig_train_net.py --config-file projects/dino/configs/ablation/select_patterns.py \
-        --train-json train.json --train-images train --val-json val.json --val-images val
+        --train train.json train --val val.json val
 
 The paper compares with ancestors of 300 x 3 queries, where it has 900.
 """

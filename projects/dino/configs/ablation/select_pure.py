@@ -1,7 +1,7 @@
 """DINO with contents from the encoder's tokens, as their boxes are: pure query selection (paper section 3.4).
 
     python tools/lazyconfig_train_net.py --config-file projects/dino/configs/ablation/select_pure.py \
-        --train-json train.json --train-images train --val-json val.json --val-images val
+        --train train.json train --val val.json val
 """
 
 from dino.modeling.variants import PureSelection

@@ -1,7 +1,7 @@
 """DINO with Stable-DINO's loss, matching cost and encoder.
 
     python tools/lazyconfig_train_net.py --config-file projects/dino/configs/ablation/stable_dino.py \
-        --train-json train.json --train-images train --val-json val.json --val-images val
+        --train train.json train --val val.json val
 """
 
 from detectron2.config import LazyCall as L
