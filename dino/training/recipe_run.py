@@ -12,9 +12,9 @@ from omegaconf import DictConfig
 
 from dino.inference.cpu import keep_freed_memory
 from dino.utils.environment import environment_lines
-from dino.utils.files import UserError, free_name
+from dino.utils.files import UserError
 from dino.utils.recipes import find_recipe
-from dino.utils.run_folder import claim_run
+from dino.utils.run_folder import claim_run, new_folder
 
 from .file_settings import follow_facts, log_messages, read_start
 from .memory_saving import OutOfMemory
@@ -82,12 +82,12 @@ def _evaluate(cfg: DictConfig, job: RecipeJob) -> dict[str, dict]:
     """Evaluate in a new folder below that of the run."""
     if not cfg.train.init_checkpoint:
         raise UserError("--eval-only needs weights: give --weights CHECKPOINT")
-    cfg.train.output_dir = str(free_name(Path(cfg.train.output_dir) / "evaluation"))
-    messages = follow_facts(cfg, job.overrides, *read_start(cfg, resume=False))
-    with run_log(cfg.train.output_dir):
-        _log_job(job)
-        log_messages(messages)
-        return evaluate_checkpoint(cfg)
+    with new_folder(Path(cfg.train.output_dir) / "evaluation") as cfg.train.output_dir:
+        messages = follow_facts(cfg, job.overrides, *read_start(cfg, resume=False))
+        with run_log(cfg.train.output_dir):
+            _log_job(job)
+            log_messages(messages)
+            return evaluate_checkpoint(cfg)
 
 
 def _log_job(job: RecipeJob) -> None:

@@ -121,6 +121,7 @@ def test_the_run_can_be_drawn(trained, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # thirteen processes that import torch
 def test_of_ten_starts_at_once_exactly_one_runs(tmp_path):
     """Under --overwrite too, which would move the files of a running one."""
     train, val = write_coco(tmp_path / "train"), write_coco(tmp_path / "val", seed=1)
@@ -138,7 +139,7 @@ def test_of_ten_starts_at_once_exactly_one_runs(tmp_path):
             )
             for _ in range(at_once)
         ]
-        outputs = [process.communicate(timeout=500)[0] for process in starts]
+        outputs = [process.communicate(timeout=900)[0] for process in starts]
         codes = [process.returncode for process in starts]
         ends = codes.count(0)
         assert ends == 1 if not flags else 1 <= ends <= at_once, outputs

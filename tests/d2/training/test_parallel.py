@@ -145,7 +145,7 @@ def stop(folder, *words, launcher=()):
     log = folder / "output.txt"
     with log.open("w") as output:
         process = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=output, stderr=output)
-        while process.poll() is None and "iteration 2/500" not in log.read_text():
+        while process.poll() is None and "iter 2/500" not in log.read_text():
             time.sleep(0.1)
         process.terminate()
         return process.wait(timeout=120), log.read_text()
