@@ -107,9 +107,9 @@ def run(
         from dino.d2 import data_loading
         from dino.d2.training import launch, parallel
 
-        data_loading.forget_files()
         job = launch.Job(recipe, list(overrides), launch.recipe.DataFiles(*train, *val), **wishes)
-        return launch.run(job, parallel.Processes(**processes or {}))
+        with data_loading.files_of_one_job():
+            return launch.run(job, parallel.Processes(**processes or {}))
     if several:
         raise UserError(f"training by several processes {_MISSING}")
     from dino.training import recipe_completion, recipe_data, recipe_run
@@ -172,10 +172,10 @@ def detect(
     if choose_engine(engine) == "detectron2":
         from dino.d2 import data_loading, evaluate_checkpoint
 
-        data_loading.forget_files()
         files = {"val_json": val_json, "val_images": val_images, "dataset": dataset}
         options = {"weights": weights, "config_file": config_file, "overrides": overrides, "num_gpus": num_gpus}
-        return evaluate_checkpoint.detect(folder, **files, **options)
+        with data_loading.files_of_one_job():
+            return evaluate_checkpoint.detect(folder, **files, **options)
     given = {"--config-file": config_file, "--dataset": dataset, "--num-gpus": num_gpus > 1, "key=value": overrides}
     wanted = next((flag for flag, value in given.items() if value), "")
     if wanted:

@@ -93,8 +93,18 @@ def _register(name: str, annotations: str, images: str, crowd: str) -> None:
     )
 
 
-def forget_files() -> None:
-    """Forget the data files of an earlier job of this process: the next one may have others, or changed ones."""
+@contextlib.contextmanager
+def files_of_one_job() -> Iterator[None]:
+    """Within the block, read data files anew; forget them at its end: the next job of this process may have others."""
+    _forget_files()
+    try:
+        yield
+    finally:
+        _forget_files()
+
+
+def _forget_files() -> None:
+    """Forget the data files of a job."""
     for name in _OF_A_JOB:
         if name in DatasetCatalog:
             DatasetCatalog.remove(name)

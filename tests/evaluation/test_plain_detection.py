@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from dino import cli
+from dino import api, cli
 from dino.evaluation.plain_detection import detect
 from dino.evaluation.report.evaluate import write_evaluation
 from dino.inference.predictor import Predictor
-from dino.utils.files import DataError
+from dino.utils.files import DataError, UserError
 
 from ..coco_files import write_coco
 from ..inference.test_predictor import write_checkpoint
@@ -138,17 +138,24 @@ def test_what_does_not_fit(checkpoint, tmp_path, change, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--weights", "w.pth", "--dataset", "coco_2017_val"], "--dataset needs Detectron2"),
-        (["--weights", "w.pth", "--config-file", "dino_r18_small_data"], "--config-file needs Detectron2"),
-        (["--weights", "w.pth", "--val-json=a", "--val-images=b", "--num-gpus=2"], "--num-gpus needs Detectron2"),
-        (["--weights", "w.pth", "--val-json=a", "--val-images=b", "train.seed=2"], "key=value needs Detectron2"),
-        (["--val-json=a", "--val-images=b"], "give the checkpoint: dino eval CHECKPOINT"),
-        (["--weights", "absent.pth", "--val-json=a", "--val-images=b"], "weights not found: absent.pth"),
+        (["--config-file", "dino_r18_small_data"], "--config-file needs Detectron2"),
+        (["--num-gpus=2"], "--num-gpus needs Detectron2"),
+        (["train.seed=2"], "key=value needs Detectron2"),
     ],
 )
-def test_what_needs_detectron2_is_named(tmp_path, monkeypatch, capsys, words, message, without_detectron2):
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(["eval", *words]) in (1, 2)
+def test_what_needs_detectron2_is_named(checkpoint, tmp_path, capsys, words, message, without_detectron2):
+    files = write_coco(tmp_path / "val", counts=(1,))
+    data = ["--val-json", files.annotations, "--val-images", files.images]
+    assert cli.main(["eval", "--weights", checkpoint, *data, *words, "--output", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
-    assert message in error
+    assert f"{message}, which is not installed here" in error
     assert len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_of_detectron2_are_named(tmp_path, without_detectron2):
+    with pytest.raises(UserError, match="--dataset needs Detectron2, which is not installed here"):
+        api.detect(tmp_path / "out", "model.pth", dataset="coco_2017_val")
+    for weights, data in ((None, ("a", "b")), ("model.pth", (None, None))):
+        with pytest.raises(UserError, match="give checkpoint and data: dino eval CHECKPOINT ANNOTATIONS IMAGES"):
+            api.detect(tmp_path / "out", weights, val_json=data[0], val_images=data[1])
