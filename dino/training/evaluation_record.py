@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +11,6 @@ from typing import Any
 from dino.utils.files import DataError, write_whole
 
 from .metrics_file import is_number
-
-logger = logging.getLogger("detectron2.dino")
 
 
 class EvaluationRecord:
@@ -86,7 +83,6 @@ class EvaluationRecord:
         entry = self.entries[-1]
         value = self.sign * self._score(entry)
         kind = "averaged" if entry.get(f"ema/{self.metric}") == value else "raw"
-        logger.info(f"best {self.metric} so far: {value:.4f}, {kind} weights, in model_best.pth")
         return {"weights": kind, "iteration": entry["iteration"] - 1, "metric": self.metric, "value": value}
 
     @property

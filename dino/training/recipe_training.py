@@ -48,7 +48,7 @@ from .recipe_summary import as_dicts, summarise_files
 from .run_checkpoints import RunCheckpoints
 from .run_log import show, take_warnings
 from .run_pictures import MOST_IMAGES, draw_train_batch
-from .start_summary import closing_lines, evaluation_lines, start_lines
+from .start_summary import best_line, closing_lines, evaluation_lines, start_lines
 from .stop_signal import Stopped, StopSignal
 
 logger = logging.getLogger("detectron2.dino")
@@ -96,7 +96,7 @@ def train(cfg: DictConfig, *, resume: bool = False, recipe: str = "a recipe") ->
     summarise_plan(cfg, detector, run.step.optimizer, about)
     plan = start_plan(cfg, detector, run.step.optimizer, len(images), start)
     numbers = (data.train, data.val, data.sizes, plan)
-    show(start_lines(recipe, *numbers, checkpoints.summary, folder, take_warnings(), tensorboard=False))
+    show(start_lines(recipe, *numbers, checkpoints.summary, folder, take_warnings()))
     try:
         run.train(start, data.doubts)
     finally:
@@ -174,7 +174,7 @@ class _Run:
         self.record.read(start)
         self.loader.begin(seed=self.step.seed, start=start, parts=self.cfg.train.grad_accum_steps)
         if self.record.missed(start, self.length):
-            logger.info(f"evaluating the weights of iteration {start}: the interrupted run did not")
+            show([f"evaluating the weights of iteration {start}: the interrupted run did not"])
             self._evaluate(start, start)
         with StopSignal() as stop, ProgressLine(start, self.length) as line:
             batches = iter(self.loader) if start < self.length else iter(())
@@ -271,7 +271,7 @@ class _Run:
         self.detector.train()
         if stop and completed < self.length:
             self.ended = True
-            logger.info(self.record.reason_to_stop)
+            show([self.record.reason_to_stop])
 
     def _watch_ap(self, completed: int) -> None:
         """Warn of an AP of 0, of raw and averaged weights."""
@@ -286,6 +286,7 @@ class _Run:
         about = self.record.describe_best()
         with self.ema.applied() if self.ema and about["weights"] == "averaged" else nullcontext():
             self.checkpoints.save_weights("model_best", **about)
+        show([best_line(about["metric"], about["value"], about["weights"])])
 
     def _draw_batch(self, path: Path) -> None:
         """Draw the batch of this step."""

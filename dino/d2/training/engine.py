@@ -78,14 +78,33 @@ def train(cfg: DictConfig, resume: bool, recipe: str = "a recipe") -> dict:
     checkpointer = _make_checkpointer(cfg, model, about)
     content = _start_weights(cfg, checkpointer, resume)
     trainer, ema = _build_trainer(cfg, model, about)
-    start = _restore(content, trainer, ema, checkpointer)
+    start = _restore(checkpointer, trainer, ema, content)
     progress = _start_progress(cfg, trainer, start, data.doubts)
     if comm.is_main_process():
         checkpointer.add_about(recipe=_start_folder(cfg))
-        plan = start_plan(cfg, unwrapped(trainer.model), trainer.optimizer, data.train.images, start)
+        plan = start_plan(cfg, model, trainer.optimizer, data.train.images, start)._replace(tensorboard=True)
         weights = _describe_weights(checkpointer)
         show(start_lines(recipe, data.train, data.val, data.sizes, plan, weights, folder, take_warnings()))
-    results: dict = {}
+    return _run(cfg, trainer, checkpointer, ema, progress, start)
+
+
+def _restore(checkpointer: Checkpointer, trainer: Trainer, ema: Ema | None, content: dict) -> int:
+    """Continue from the content of a checkpoint, if it has a training -> the completed iterations."""
+    if "trainer" in content:
+        trainer.load_state_dict(content["trainer"])
+        if ema and "ema" in content:
+            ema.load_state_dict(content["ema"])
+    for key, part in (("trainer", trainer), ("ema", ema)):
+        if part:
+            checkpointer.add_checkpointable(key, part)
+    return trainer.iter + 1 if "trainer" in content else 0
+
+
+def _run(
+    cfg: DictConfig, trainer: Trainer, checkpointer: Checkpointer, ema: Ema | None, progress: Progress, start: int
+) -> dict:
+    """Train from iteration `start` on -> the metrics of the last evaluation."""
+    folder, results = cfg.train.output_dir, {}
     trainer.register_hooks(_list_hooks(cfg, trainer, checkpointer, ema, results, progress))
     try:
         trainer.train(start, cfg.train.max_iter)
@@ -94,8 +113,8 @@ def train(cfg: DictConfig, resume: bool, recipe: str = "a recipe") -> dict:
     finally:
         if comm.is_main_process():
             clean_up(draw_curves, folder, checkpointer.names)
-    if comm.is_main_process():
-        show(closing_lines(folder, results, _files_of(cfg.dataloader.test.dataset)))
+    best = next(hook.record.best_ap for hook in trainer._hooks if isinstance(hook, Evaluation))
+    show(closing_lines(folder, results, _files_of(cfg.dataloader.test.dataset), best))
     return results
 
 
@@ -231,18 +250,6 @@ def _make_checkpointer(cfg: DictConfig, model: nn.Module, about: dict) -> Checkp
     )
 
 
-def _restore(content: dict, trainer: Trainer, ema: Ema | None, checkpointer: Checkpointer) -> int:
-    """Continue from the content of a checkpoint, and let the next ones hold trainer and averages -> completed steps."""
-    if "trainer" in content:
-        trainer.load_state_dict(content["trainer"])
-        if ema and "ema" in content:
-            ema.load_state_dict(content["ema"])
-    for key, part in (("trainer", trainer), ("ema", ema)):
-        if part:
-            checkpointer.add_checkpointable(key, part)
-    return trainer.iter + 1 if "trainer" in content else 0
-
-
 def _list_hooks(
     cfg: DictConfig,
     trainer: Trainer,
@@ -312,7 +319,7 @@ def _evaluate(cfg: DictConfig, model: nn.Module, ema: Ema | None = None) -> dict
     """
     _same_statistics(model)
     gather_shards(model)
-    result = _evaluate_weights(cfg, model, "weights as trained")
+    result = _evaluate_weights(cfg, model, "raw weights")
     drop_shards(model)
     if ema:
         with ema.applied():
@@ -320,8 +327,7 @@ def _evaluate(cfg: DictConfig, model: nn.Module, ema: Ema | None = None) -> dict
             averaged = _evaluate_weights(cfg, model, "averaged weights", folder="averaged")
             drop_shards(model)
         result = {**result, **({"ema": averaged} if averaged else {})}
-    if comm.is_main_process():
-        show(evaluation_lines(result))
+    show(evaluation_lines(result))
     return result
 
 

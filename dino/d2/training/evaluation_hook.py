@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -13,11 +12,11 @@ from detectron2.utils import comm
 from dino.d2.checkpoint import Checkpointer
 from dino.training.ema import Ema
 from dino.training.evaluation_record import EvaluationRecord
+from dino.training.run_log import show
+from dino.training.start_summary import best_line
 
 from .parallel import from_main
 from .trainer import EndOfTraining
-
-logger = logging.getLogger("detectron2.dino")
 
 
 class Evaluation(hooks.EvalHook):
@@ -61,7 +60,7 @@ class Evaluation(hooks.EvalHook):
         if comm.is_main_process():
             self.record.read(start)
         if from_main(self.record.missed(start, self.trainer.max_iter)):
-            logger.info(f"evaluating the weights of iteration {start}: the interrupted run did not")
+            show([f"evaluating the weights of iteration {start}: the interrupted run did not"])
             self._do_eval()
 
     def after_step(self) -> None:
@@ -85,7 +84,7 @@ class Evaluation(hooks.EvalHook):
         if improved:
             self.save_best()
         if stop and self.completed < self.trainer.max_iter:
-            logger.info(self.record.reason_to_stop)
+            show([self.record.reason_to_stop])
             raise EndOfTraining
         return results
 
@@ -94,3 +93,4 @@ class Evaluation(hooks.EvalHook):
         about = from_main(self.record.describe_best() if comm.is_main_process() else None)
         with self.ema.applied() if self.ema and about["weights"] == "averaged" else nullcontext():
             self.checkpointer.save_weights("model_best", **about)
+        show([best_line(about["metric"], about["value"], about["weights"])])
