@@ -33,7 +33,6 @@ OWNERS = {
         "weights/description.py",
         "weights/file_facts.py",  # what a file says
         "training/file_settings.py",  # the recipe's settings
-        "training/recipe_parts.py",
     },
     r"58\.395|0\.229": {"modeling/detector.py"},
     r"IMAGENET_STD": {"modeling/detector.py", "d2/meta_arch.py", "d2/config.py", "weights/imagenet.py"},
