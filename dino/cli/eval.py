@@ -138,6 +138,8 @@ def _find_files(args: argparse.Namespace) -> None:
     Raises:
         UserError: one is missing, or another thing.
     """
+    if args.config_file:
+        find_recipe(args.config_file)
     before = "dino eval --results FILE" if args.results else "dino eval CHECKPOINT"
     if args.weights:
         rest = [word for word in (args.val_json, args.val_images) if word]
@@ -147,8 +149,6 @@ def _find_files(args: argparse.Namespace) -> None:
         args.val_json, args.val_images = find_data(args.val_json, args.val_images, before=before)
     if args.results:
         args.results = find_file(args.results, "detections", {".json"})
-    if args.config_file:
-        find_recipe(args.config_file)
     if args.dataset and not arguments.is_installed("detectron2"):
         raise UserError("--dataset names data that Detectron2 knows, and it is not installed: give ANNOTATIONS IMAGES")
     args.output = args.output and Path(expand(args.output))
