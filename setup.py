@@ -98,7 +98,7 @@ setup(
     cmdclass={"build_ext": BuildOperator, "build_py": BuildPackage},
     # Detectron2 is a peer dependency: no package index carries it, see README.md.
     install_requires=[
-        "filelock",
+        "filelock>=4",  # a lock file that was removed in the meantime is no lock
         "fvcore",  # schedules of recipes
         "jinja2",
         "matplotlib",

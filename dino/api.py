@@ -39,19 +39,16 @@ def train(
         dino.train("dino_r18_small_data", train=("train.json", "images"), val=("val.json", "images"),
                    output="output/mine", epochs=25)
 
-    Five paths (training annotations, images, validation annotations, images, output) call `dino.training.plain.train`,
-    the loop without recipes, with its own settings.
+    Five paths in place of a recipe call `dino.training.plain.train`, the loop without recipes, with its settings.
 
     Args:
         recipe: its name or file. A recipe is a program: run only recipes that you trust.
         train, val: annotations in COCO format, and the folder of their images; the recipe's data by default.
         output: folder of the run; the recipe's `train.output_dir` by default.
         weights: a file, an address or the name of published weights to start from; the recipe's by default.
-        resume: continue the run in the folder.
-        overwrite: move a run that is in the folder aside.
+        resume: continue the run in the folder. overwrite: move the run that is there aside.
         engine: one of ENGINES; "auto" is Detectron2's where it is installed.
-        settings: of the recipe, by bare word or key, as epochs=25, lr=1e-4, batch=4, device="cpu", seed=1,
-            **{"train.ema.enabled": False}.
+        settings: of the recipe, by word or key: epochs=25, lr=1e-4, device="cpu", **{"train.ema.enabled": False}.
 
     Returns:
         the last evaluation: {"bbox": {"AP": percent, "AP50": …, "AP-<class>": …}}; averaged weights under "ema".
@@ -61,24 +58,23 @@ def train(
         FloatingPointError: the loss or a gradient is not finite.
     """
     if len(paths) > 2 or "train_json" in settings:
-        from dino.training import plain
-
-        given = {key: value for key, value in {"output": output, "weights": weights}.items() if value is not None}
-        return plain.train(*([recipe] if recipe else []), *paths, **given, **settings)
+        return _train_plainly([*([recipe] if recipe else []), *paths], output, weights, settings)
     if paths or not recipe:
         raise UserError('write dino.train("RECIPE", train=(ANNOTATIONS, IMAGES), val=(ANNOTATIONS, IMAGES))')
-    named = {"output_dir": output, "init_checkpoint": weights}
-    overrides = {f"train.{key}": value for key, value in named.items() if value is not None}
+    named = {"train.output_dir": output, "train.init_checkpoint": weights}
+    settings |= {key: value for key, value in named.items() if value is not None}
     engine = choose_engine(engine)
-    return run(
-        str(recipe),
-        _to_overrides(str(recipe), {**settings, **overrides}, engine),
-        train=_pair("train", train),
-        val=_pair("val", val),
-        resume=resume,
-        overwrite=overwrite,
-        engine=engine,
-    )
+    overrides = _to_overrides(str(recipe), settings, engine)
+    pairs = {"train": _pair("train", train), "val": _pair("val", val)}
+    return run(str(recipe), overrides, **pairs, resume=resume, overwrite=overwrite, engine=engine)
+
+
+def _train_plainly(paths: Sequence[_Path], output: _Path | None, weights: _Path | None, settings: Mapping) -> dict:
+    """The former `train`: five paths, the last one perhaps as `output`, and settings of the loop without recipes."""
+    from dino.training import plain
+
+    named = {"output": output, "weights": weights}
+    return plain.train(*paths, **{key: value for key, value in named.items() if value is not None}, **settings)
 
 
 def run(

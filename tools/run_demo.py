@@ -17,9 +17,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
 
-from dino.inference.drawing import draw_detections
+from dino.data.images import read_image
+from dino.structures import Detections
+from dino.training.run_pictures import draw_val_predictions
 from dino.utils.files import free_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +28,6 @@ RECIPE = "projects/dino/configs/dino_r18_shapes.py"
 PACKAGES = ("torch", "torchvision", "detectron2", "numpy", "pycocotools")
 # The recipe as arguments of plain_train.py, which reads no recipes. A test compares the two networks.
 PLAIN_SETTINGS = shlex.split("--size 160 --embed-dim 64 --layers 3 --queries 50 --epochs 6 --lr 4e-4")
-SCALE, GAP = 3, 10  # of the drawn images: enlargement, and pixels between them
 
 
 def move_aside(folder):
@@ -66,48 +66,26 @@ def call(program, *arguments):
         sys.exit(code)
 
 
-def draw_boxes(image, objects, names):
-    """An enlarged copy of the image with its objects: (label, box xywh, score or None) each."""
-    canvas = image.resize((image.width * SCALE, image.height * SCALE))
-    boxes = [[SCALE * value for value in (x, y, x + w, y + h)] for _, (x, y, w, h), _ in objects]
-    labels = [label for label, _, _ in objects]
-    texts = [names[label] if score is None else f"{names[label]} {score:.2f}" for label, _, score in objects]
-    return draw_detections(canvas, boxes, labels, texts)
-
-
-def draw_pairs(val, folder, results, target, count=3, threshold=0.5):
-    """Draw predictions on the left and the truth on the right, for validation images with 5 objects or more."""
+def draw_pairs(val, folder, results, target, count=4, threshold=0.5):
+    """Draw predictions beside the truth, for the first validation images with 5 objects or more."""
     truth = json.loads(val.read_text())
-    labels = {c["id"]: label for label, c in enumerate(truth["categories"])}
+    found, true = (by_image(truth, entries) for entries in (json.loads(results.read_text()), truth["annotations"]))
+    chosen = [image for image in truth["images"] if len(true[image["id"]].labels) >= 5][:count]
+    images = [torch.from_numpy(read_image(folder / image["file_name"])).permute(2, 0, 1) for image in chosen]
+    boxes, _, labels = zip(*(true[image["id"]] for image in chosen), strict=True)
     names = [c["name"] for c in truth["categories"]]
-    found = [r for r in json.loads(results.read_text()) if r["score"] >= threshold]
-    sides = [by_image(truth["images"], entries, labels) for entries in (found, truth["annotations"])]
-    chosen = [image for image in truth["images"] if len(sides[1][image["id"]]) >= 5][:count]
-    rows = []
-    for entry in chosen:
-        image = Image.open(folder / entry["file_name"]).convert("RGB")
-        rows.append([draw_boxes(image, side[entry["id"]], names) for side in sides])
-    arrange(rows, [f"predicted, score of {threshold} or more", "true"]).save(target)
+    draw_val_predictions(target, images, [found[i["id"]] for i in chosen], boxes, labels, names, threshold)
 
 
-def arrange(rows, titles):
-    """One image of rows of equally large images, with a title above each column."""
-    width, height = rows[0][0].size
-    page = Image.new("RGB", (len(titles) * (width + GAP) - GAP, len(rows) * (height + GAP) + 2 * GAP), "white")
-    for x, title in enumerate(titles):
-        ImageDraw.Draw(page).text((x * (width + GAP) + 8, 4), title, fill="black")
-    for y, row in enumerate(rows):
-        for x, image in enumerate(row):
-            page.paste(image, (x * (width + GAP), y * (height + GAP) + 2 * GAP))
-    return page
-
-
-def by_image(images, entries, labels):
-    """(label, box xywh, score or None) of COCO-format entries, by image id."""
+def by_image(data, entries):
+    """`Detections` of COCO-format entries, by image id; a score of 1 where they have none."""
+    images, labels = data["images"], {c["id"]: label for label, c in enumerate(data["categories"])}
     objects = {image["id"]: [] for image in images}
     for entry in entries:
-        objects[entry["image_id"]].append((labels[entry["category_id"]], entry["bbox"], entry.get("score")))
-    return objects
+        x, y, w, h = entry["bbox"]
+        objects[entry["image_id"]].append((x, y, x + w, y + h, entry.get("score", 1), labels[entry["category_id"]]))
+    tables = {image: torch.tensor(rows, dtype=torch.float32).reshape(-1, 6) for image, rows in objects.items()}
+    return {image: Detections(rows[:, :4], rows[:, 4], rows[:, 5].long()) for image, rows in tables.items()}
 
 
 def versions():

@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import dino
 from dino.cli.parser import SCORE_THRESH, check_arguments, nearest, new_parser
@@ -75,6 +78,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return report_errors(lambda: importlib.import_module(f"dino.cli.{words[0]}").main(words[1:]))
 
 
+@contextmanager
+def _cleaning_up_at_sigterm() -> Iterator[None]:
+    """Within the block, SIGTERM raises SystemExit(143): unfinished files are removed. A training handles it itself."""
+    if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
 def _describe_unknown(words: Sequence[str]) -> str:
     """What a first word that is no verb may mean."""
     word = printable(words[0], 100)
@@ -91,7 +107,8 @@ def _describe_unknown(words: Sequence[str]) -> str:
 def report_errors(run: Callable[[], int | None]) -> int:
     """Call a program. Returns its exit code; prints an error that a person can correct as one line."""
     try:
-        return run() or 0
+        with _cleaning_up_at_sigterm():
+            return run() or 0
     except BrokenPipeError:  # as of `dino weights | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush finds no pipe
         return 1

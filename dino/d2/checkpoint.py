@@ -49,6 +49,7 @@ class Checkpointer(DetectionCheckpointer):
         self.source = ""  # the last loaded file
         self.report: Report | None = None  # on its weights
         self.problems: list[str] = []  # names of tensors that it lacked or had in another shape
+        self.state: dict = {}  # names of the tensors of the last loaded file
         self._wishes: dict[str, str] = {}  # further arguments of `load_weights`
 
     def add_about(self, **about) -> None:
@@ -148,6 +149,7 @@ class Checkpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict) -> None:
         """Leave own running averages to the caller of `load`; other programs publish theirs as the weights."""
         copy = "model" if "ema" in checkpoint else "auto"
+        self.state = dict.fromkeys(checkpoint.get("model") or ())
         self.report = load_weights(
             self.model,
             checkpoint,

@@ -64,14 +64,8 @@ def complete(
     cfg: DictConfig, overrides: Sequence[str] = (), files: DataFiles = NO_FILES, *, eval_only: bool = False
 ) -> DictConfig:
     """As `dino.training.recipe_completion.complete`, with the data sets of Detectron2's catalog too."""
-    return recipe_completion.complete(
-        cfg,
-        overrides,
-        files,
-        eval_only=eval_only,
-        names_of=names_of,
-        schedule_of=lambda cfg: instantiate(cfg.lr_multiplier),
-    )
+    road = recipe_completion.Road(names_of, lambda cfg: instantiate(cfg.lr_multiplier), lambda cfg: None)
+    return recipe_completion.complete(cfg, overrides, files, eval_only=eval_only, road=road)
 
 
 def names_of(node: DictConfig) -> list[str]:

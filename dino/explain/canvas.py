@@ -16,6 +16,9 @@ from matplotlib.patches import Patch, Rectangle
 from PIL import Image, ImageColor
 from torch import Tensor
 
+from dino.inference.fonts import legible
+from dino.inference.label_placement import place_labels
+from dino.inference.palette import hex_of, ink_on
 from dino.layers import Target, cxcywh_to_xyxy
 from dino.utils.files import write_whole
 
@@ -55,7 +58,7 @@ _ACCENTS = [
     )
     for channel in ImageColor.getrgb(colour)
 ]  # kept exactly, however little of a picture they cover
-_DOTS_PER_INCH = 120
+_DOTS_PER_INCH, _NAME_PIXELS = 120, 12  # the height of a name
 _SHADES = 192  # colours of a finished file beside those above
 
 
@@ -119,14 +122,44 @@ def add_label(axes: Axes, x: float, y: float, text: str, colour: str = INK, **lo
     """Add text with a halo."""
     halo = patheffects.withStroke(linewidth=2.4, foreground=_PAPER)
     look = {"fontsize": 8, "va": "center", "ha": "center"} | look
-    axes.text(x, y, text.replace("$", r"\$"), color=colour, path_effects=[halo], clip_on=True, **look)
+    axes.text(x, y, escaped(text), color=colour, path_effects=[halo], clip_on=True, **look)
 
 
-def add_legend(figure: Figure, entries: dict[str, str], **look: object) -> None:
-    """Add a legend of colours in one row below the figure."""
+def add_names(axes: Axes, boxes: np.ndarray, colours: Sequence[str], texts: Sequence[str], width: float) -> None:
+    """Names of boxes (K, 4), xyxy in pixels, that stand at them and never on each other.
+
+    Args:
+        width: of the axes in inches, about.
+    """
+    (_, right), (bottom, _) = axes.get_xlim(), axes.get_ylim()
+    scale = width * _DOTS_PER_INCH / right  # pixels of the file for one of the image
+    size = (round(right * scale), round(bottom * scale))
+    high = np.array([right, bottom] * 2)
+    plates, _ = place_labels(size, [tuple(box) for box in np.clip(boxes, 0, high) * scale], texts, _NAME_PIXELS)
+    for plate in plates:
+        x0, y0, x1, y1 = (value / scale for value in plate.place)
+        colour = colours[plate.index]
+        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, color=colour, linewidth=0, zorder=3))
+        look = {"fontsize": plate.font.size * 72 / _DOTS_PER_INCH, "ha": "center", "va": "center", "zorder": 4}
+        ink = hex_of(ink_on(ImageColor.getrgb(colour)))
+        axes.text((x0 + x1) / 2, (y0 + y1) / 2, escaped(plate.text), color=ink, clip_on=True, **look)
+
+
+def escaped(text: str, limit: int | None = None) -> str:
+    """A name for matplotlib: one line of at most `limit` columns, no formula."""
+    return legible(text, limit).replace("$", r"\$")
+
+
+def add_legend(figure: Figure, entries: dict[str, str]) -> None:
+    """Add a legend of colours below the figure, in as many rows as its width needs."""
     patches = [Patch(facecolor=colour, label=text, edgecolor=SOFT, linewidth=0.4) for text, colour in entries.items()]
-    look = {"loc": "outside lower center", "ncols": len(patches), "frameon": False, "fontsize": 9} | look
-    figure.legend(handles=patches, labelcolor=INK, **look)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for columns in range(len(patches), 0, -1):
+        look = {"loc": "outside lower center", "ncols": columns, "frameon": False, "fontsize": 9, "labelcolor": INK}
+        legend = figure.legend(handles=patches, handlelength=0.9, handleheight=0.9, **look)
+        if legend.get_window_extent(renderer).width <= figure.bbox.width or columns == 1:
+            return
+        legend.remove()
 
 
 def object_colours(count: int) -> list[str]:

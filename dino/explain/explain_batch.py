@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from matplotlib import rc_context
 
 from dino.data.coco import CocoImages, collate
+from dino.inference.fonts import font_families, legible
 from dino.layers import HungarianMatcher, SetCriterion
 from dino.utils.files import DataError
 from dino.utils.run_folder import hold_folder
@@ -60,7 +62,8 @@ def explain_batch(
     except ValueError as error:
         raise DataError(f"{weights}: {error}") from error
     scene = Scene(recorded, 0, pixels[0].permute(1, 2, 0).numpy() / 255, targets, detector.names)
-    with hold_folder(folder):
+    fonts = font_families([legible(name) for name in detector.names])
+    with hold_folder(folder), rc_context({"font.family": fonts}):
         for name, draw in scenes.SCENES.items():
             save(draw(scene), folder / f"{name}.png")
         save(scenes.noise(detector.network.denoising), folder / "noise.png")

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from torchvision.ops import box_iou
 
 from dino.layers import ContrastiveDenoising, Target, cxcywh_to_xyxy
+from dino.utils.files import counted
 
 from .canvas import (
     BLOCKED,
@@ -25,6 +26,8 @@ from .canvas import (
     add_boxes,
     add_label,
     add_legend,
+    add_names,
+    escaped,
     frame,
     new_figure,
     object_colours,
@@ -33,6 +36,7 @@ from .canvas import (
 
 _SHOWN_ANCHORS = 12  # the best ones; more would overlap
 _MOST_NAMED = 12  # objects with a name; more names would hide the image
+_TITLE_COLUMNS = 14  # of a class name in a title
 _DRAWS = 400  # of noise around one box
 _EXAMPLE = (0.5, 0.5, 0.3, 0.24)  # a box (cx, cy, w, h) from which no noise reaches the border of the image
 _STEPS = (("step to the predicted box", MATCHING), ("step to the box where the next layer starts", POSITIVE))
@@ -64,7 +68,7 @@ def _anchors(scene: Scene) -> Figure:
             add_label(axes, x0, y0, str(rank), colour)
     shapes = record.memory.shapes
     counts = [f"level {i}: {h} x {w} cells, {(levels == i).sum()} selected" for i, (h, w) in enumerate(shapes)]
-    add_legend(figure, dict(zip(counts, LEVELS, strict=False)), handlelength=0.9, handleheight=0.9)
+    add_legend(figure, dict(zip(counts, LEVELS, strict=False)))
     return figure
 
 
@@ -82,7 +86,7 @@ def _denoising(scene: Scene) -> Figure:
     boxes = record.denoising.queries.box_logits[b].sigmoid()
     truth = scene.corners(target.boxes)
     figure, ((left, middle, right),) = new_figure(10.5, 3.5, 1, 3)
-    show_image(left, scene.pixels, f"{count} objects")
+    show_image(left, scene.pixels, counted(count, "object"))
     add_boxes(left, truth, INK)
     for (x0, y0, x1, y1), label in zip(truth, target.labels.tolist() if count <= _MOST_NAMED else (), strict=False):
         add_label(left, (x0 + x1) / 2, (y0 + y1) / 2, scene.names[label])
@@ -217,12 +221,8 @@ def _course(
         name = f"layer {number}" if number else "initial boxes"
         show_image(axes, scene.pixels, f"{name}, mean IoU {overlap:.2f}")
         add_boxes(axes, scene.corners(step), colours)
-    written = zip(scene.corners(steps[-1]), scores, colours, strict=True) if len(scores) <= _MOST_NAMED else ()
-    for (x0, y0, x1, _), score, colour in written:
-        at_right = x0 > 0.65 * scene.pixels.shape[1]  # where the text would leave the picture
-        x, side = (x1 - 1, "right") if at_right else (max(x0, 0) + 1, "left")
-        text = f"{scene.names[score.argmax()]} {score.max():.2f}"
-        add_label(grid.flat[len(steps) - 1], x, max(y0, 0) + 5, text, colour, ha=side, fontsize=6.5)
+    texts = [f"{scene.names[score.argmax()]} {score.max():.2f}" for score in scores]
+    add_names(grid.flat[len(steps) - 1], scene.corners(steps[-1]), colours, texts, 10.5 / columns - 0.1)
     show_image(grid.flat[len(steps)], scene.pixels, "the objects")
     add_boxes(grid.flat[len(steps)], scene.corners(truth), colours)
     for axes in grid.flat[len(steps) + 1 :]:
@@ -242,11 +242,11 @@ def _sampling(scene: Scene) -> Figure:
     order = scene.target.boxes[objects, 2:].prod(1).argsort(descending=True)
     chosen = queries[order[torch.linspace(0, len(order) - 1, min(3, len(order))).round().long()]]
     slots = record.denoising.queries.content.shape[1]  # they stand in front
-    figure, grid = new_figure(3.2 * len(chosen), 6.5, 2, len(chosen))
+    figure, grid = new_figure(max(4.2, 3.2 * len(chosen)), 6.5, 2, len(chosen))
     for row, layer in zip(grid, (0, len(record.samples) - 1), strict=True):
         for axes, query in zip(row, chosen.tolist(), strict=True):
             score, label = record.outputs.decoder.logits[-1, b, query].sigmoid().max(-1)
-            name = f"{scene.names[label]} {score:.2f}"
+            name = f"{escaped(scene.names[label], _TITLE_COLUMNS)} {score:.2f}"
             show_image(axes, scene.pixels, f"layer {layer + 1}, query {query} ({name})")
             _add_samples(axes, scene, layer, slots + query)
     levels = {
@@ -301,7 +301,7 @@ def _add_pull(
     look = {"arrowstyle": "-|>", "linewidth": 0.8 + 3 * pull / most, "color": colour, "shrinkA": 6, "shrinkB": 6}
     axes.annotate("", step, loss, arrowprops=look)
     x, y = (0.42 * a + 0.58 * b for a, b in zip(loss, step, strict=True))
-    add_label(axes, x, y, f"{pull:.2g}", INK, fontsize=7)
+    add_label(axes, x, y, f"{pull:.2g}", INK, fontsize=8, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5})
 
 
 def _losses(scene: Scene) -> Figure:

@@ -141,5 +141,5 @@ class Detections:
         try:
             module = importlib.import_module(_DETECTRON2)
         except ImportError as error:
-            raise UserError(f"to_instances needs Detectron2 ({error}). README.md says how to install it") from error
+            raise UserError("to_instances needs Detectron2: README.md says how to install it") from error
         return module.to_instances(self)

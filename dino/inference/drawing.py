@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from statistics import median
 
 from PIL import Image, ImageDraw
@@ -95,21 +94,27 @@ def arrange(
         legend: what the colours mean, below the pictures.
     """
     width = max(image.width for row in rows for image in row)
-    group = max(len(heads), 1)
-    lefts = [_GAP + i * (width + _GAP) + (2 * _GAP * (i // group) if heads else 0) for i in range(max(map(len, rows)))]
-    tops = list(accumulate((max(image.height for image in row) + _GAP for row in rows), initial=0))
+    group = len(heads) or max(map(len, rows))  # columns between two wider gaps
+    lefts = [_GAP + i * (width + _GAP) + 2 * _GAP * (i // group) for i in range(max(map(len, rows)))]
     whole = lefts[-1] + width + _GAP
     size = max(_LEAST_FONT, round(whole / 90))
-    grid = Image.new("RGB", (whole, tops[-1]), _GROUND)
-    for row, top in zip(rows, tops, strict=False):
-        for image, left in zip(row, lefts, strict=False):
-            grid.paste(image, (left + (width - image.width) // 2, top))
-    bars = [_text_bar(whole, title, round(1.2 * size), _INK)]
+    inner = whole - 2 * _GAP
+    bars = [_row_bar([_text_bar(inner, title, round(1.2 * size), _INK)], [_GAP], inner, whole)]
     if heads:
-        bars.append(Image.new("RGB", (whole, round(1.8 * size)), _GROUND))
-        for column, left in enumerate(lefts):
-            bars[1].paste(_text_bar(width, heads[column % group], size, _SOFT), (left - _GAP, 0))
-    return _stack([*bars, grid, *([_legend_bar(whole, legend, size)] if legend else [])])
+        texts = [_text_bar(width, heads[column % group], size, _SOFT) for column in range(len(lefts))]
+        bars.append(_row_bar(texts, lefts, width, whole))
+    bars += [_row_bar(row, lefts, width, whole) for row in rows]
+    if legend:
+        bars.append(_legend_bar(whole, legend, size))
+    return _stack(bars)
+
+
+def _row_bar(images: Sequence[Image.Image], lefts: Sequence[int], width: int, whole: int) -> Image.Image:
+    """Pictures side by side, each in the middle of its column of `width` pixels, and a gap below them."""
+    bar = Image.new("RGB", (whole, max(image.height for image in images) + _GAP), _GROUND)
+    for image, left in zip(images, lefts, strict=False):
+        bar.paste(image, (left + (width - image.width) // 2, 0))
+    return bar
 
 
 def _stack(bars: Sequence[Image.Image]) -> Image.Image:
@@ -124,9 +129,9 @@ def _stack(bars: Sequence[Image.Image]) -> Image.Image:
 
 def _text_bar(width: int, text: str, size: int, ink: Colour) -> Image.Image:
     """One line of text, shortened to the width."""
-    bar = Image.new("RGB", (width, round(1.9 * size)), _GROUND)
-    line = _shorten(text, width - 2 * _GAP, size)
-    ImageDraw.Draw(bar).text((_GAP, round(1.3 * size)), line, fill=ink, font=load_font(line, size), anchor="ls")
+    bar = Image.new("RGB", (width, round(1.7 * size)), _GROUND)
+    line = _shorten(text, width, size)
+    ImageDraw.Draw(bar).text((0, round(1.3 * size)), line, fill=ink, font=load_font(line, size), anchor="ls")
     return bar
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -41,7 +42,7 @@ def draw_curves(folder: str | Path, names: Sequence[str] = ()) -> None:
         UserError: the file can't be written.
     """
     folder = Path(folder)
-    series = read_series(folder / "metrics.json")
+    series = read_series(folder)
     texts = [legible(key) for key in series] + [legible(folder.resolve().name)]
     with rc_context({"font.family": font_families(texts)}):
         figure = curves_figure(series, folder.resolve().name, names)
@@ -58,7 +59,7 @@ def run_curves(checkpoint: str | Path | None) -> Figure | None:
     folder = Path(checkpoint or "").parent
     if not checkpoint or not Path(checkpoint).is_file() or not (folder / "metrics.json").is_file():
         return None
-    series = read_series(folder / "metrics.json")
+    series = read_series(folder)
     return curves_figure(series, folder.resolve().name, look=ON_PAGE) if series else None
 
 
@@ -79,7 +80,7 @@ def curves_figure(series: dict[str, Series], title: str, names: Sequence[str] = 
     _draw_classes(classes, series, best, names, look)
     last = max((iteration for values in series.values() for iteration in values), default=0)
     for axes in (losses, rate, ap, classes):
-        _dress(axes, look, last)
+        _dress(axes, look, last, "one class: see above" if best and axes is classes else "no values yet")
     return figure
 
 
@@ -134,25 +135,26 @@ def _draw_classes(
 ) -> None:
     """Draw AP of each class: all of a few, of many the highest and lowest at the best evaluation in colour."""
     prefix, iteration = best or ("", 0)
-    found = {
-        key.removeprefix(prefix + _CLASS): values for key, values in series.items() if key.startswith(prefix + _CLASS)
-    }
-    kind = " (averaged weights)" if prefix else ""
-    axes.set_title(f"Validation AP of {'each class' if len(found) <= _MOST_NAMED else f'{len(found)} classes'}{kind}")
-    labels = {name: label for label, name in enumerate([*names, *(n for n in found if n not in names)])}
-    order = sorted(found, key=lambda name: -found[name].get(iteration, -1.0))
-    half = _MOST_NAMED // 2
-    named = order if len(order) <= _MOST_NAMED else order[:half] + order[-half:]
-    for name in order:
-        if name not in named:
-            _plot(axes, *_arrays(found[name]), color=look.soft, linewidth=0.7, alpha=0.35)
-    for name in named:
+    start = prefix + _CLASS
+    found = {key.removeprefix(start): values for key, values in series.items() if key.startswith(start)}
+    which = "each class" if len(found) <= _MOST_NAMED else f"{len(found)} classes"
+    axes.set_title(f"Validation AP of {which}{' (averaged weights)' if prefix else ''}")
+    ends, between = _split(sorted(found, key=lambda name: -found[name].get(iteration, -1.0)))
+    labels = {name: label for label, name in enumerate(dict.fromkeys([*names, *found]))}
+    for name in between:
+        _plot(axes, *_arrays(found[name]), color=look.soft, linewidth=0.7, alpha=0.35)
+    for name in ends:
         label = f"{_plain(name, _COLUMNS)}: {found[name].get(iteration, math.nan):.1f}"
-        colour = hex_of(colour_of(labels[name]))
-        _plot(axes, *_arrays(found[name]), color=colour, label=label, marker="o")
-    if len(order) > _MOST_NAMED:
-        axes.plot([], [], color=look.soft, alpha=0.5, label=f"{len(order) - len(named)} classes between them")
+        _plot(axes, *_arrays(found[name]), color=hex_of(colour_of(labels[name])), label=label, marker="o")
+    if between:
+        axes.plot([], [], color=look.soft, alpha=0.5, label=f"{len(between)} classes between them")
     axes.set_ylim(0, _ceiling(found, found))
+
+
+def _split(order: list[str]) -> tuple[list[str], list[str]]:
+    """Names in order -> up to _MOST_NAMED of them, of more the first and the last ones; and the others."""
+    half = _MOST_NAMED // 2
+    return (order, []) if len(order) <= _MOST_NAMED else ([*order[:half], *order[-half:]], order[half:-half])
 
 
 def _best(series: dict[str, Series]) -> tuple[str, int] | None:
@@ -181,8 +183,8 @@ def _plot(axes: Axes, iterations: np.ndarray, values: np.ndarray, *, marker: str
     axes.plot(iterations + 1, values, marker="o" if few else "", markersize=4, **{"linewidth": 1.6} | look)
 
 
-def _dress(axes: Axes, look: Look, last: int) -> None:
-    """Grid, frame, legend and a common iteration axis."""
+def _dress(axes: Axes, look: Look, last: int, note: str) -> None:
+    """Grid, frame, legend and a common iteration axis; `note` where there are no lines."""
     axes.set_xlim(0, (last + 1) * 1.02 if last else 2)
     axes.set_xlabel("iteration", color=look.soft)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
@@ -195,11 +197,11 @@ def _dress(axes: Axes, look: Look, last: int) -> None:
     for side, spine in axes.spines.items():
         spine.set(visible=side in ("left", "bottom"), color=look.soft)
     if axes.get_legend_handles_labels()[0]:
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17), "ncols": 3}
-        place = below if len(axes.lines) > _MOST_NAMED - 2 else {"loc": "best"}
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "columnspacing": 1.2, "handlelength": 1.5}
+        columns = {"log": 4}.get(axes.get_yscale(), 3 if len(axes.lines) >= _MOST_NAMED else 0)
+        place = {**below, "ncols": columns} if columns else {"loc": "best"}
         axes.legend(facecolor=look.paper, edgecolor="none", framealpha=0.8, labelcolor=look.ink, fontsize=9, **place)
     elif not axes.lines:
-        note = "no values yet"
         axes.text(0.5, 0.5, note, color=look.soft, ha="center", va="center", transform=axes.transAxes)
 
 
@@ -215,15 +217,29 @@ def _plain(name: str, limit: int) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
-def read_series(path: str | Path) -> dict[str, Series]:
-    """Key -> iteration -> value of a metrics.json, finite numbers only.
+def read_series(folder: str | Path) -> dict[str, Series]:
+    """Key -> iteration (from 0) -> value, finite numbers only, of a run's metrics.json and evaluations.json.
+
+    An evaluation right after a checkpoint is in evaluations.json alone, under the number of completed iterations.
 
     Raises:
         UserError: see `read_metrics`.
     """
     series: dict[str, Series] = defaultdict(dict)
-    for entry in read_metrics(path):
+    completed = [{**entry, "iteration": entry["iteration"] - 1} for entry in _evaluations(Path(folder))]
+    for entry in [*completed, *read_metrics(Path(folder) / "metrics.json")]:
         for key, value in entry.items():
             if is_number(value):
                 series[key][entry["iteration"]] = value
+    series.pop("iteration", None)
     return series
+
+
+def _evaluations(folder: Path) -> list[dict]:
+    """The entries of evaluations.json; none of a damaged file, which the training itself reports."""
+    try:
+        found = json.loads((folder / "evaluations.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return []
+    entries = found if isinstance(found, list) else []
+    return [entry for entry in entries if isinstance(entry, dict) and type(entry.get("iteration")) is int]

@@ -6,21 +6,11 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dino.utils.files import DataError, write_whole
 
-
-class BestWeights(NamedTuple):
-    """The better weights of an evaluation.
-
-    Args:
-        kind: "raw" or "averaged".
-        value: of the metric.
-    """
-
-    kind: str
-    value: float
+from .metrics_file import is_number
 
 
 class EvaluationRecord:
@@ -88,10 +78,17 @@ class EvaluationRecord:
         waited = len(scores) - 1 - scores.index(max(scores))
         return waited == 0 and math.isfinite(scores[-1]), bool(self.patience) and waited >= self.patience
 
-    def best_of(self, entry: Mapping[str, Any]) -> BestWeights:
-        """The better weights of an evaluation."""
+    def describe_best(self) -> dict[str, Any]:
+        """What `model_best.pth` says of the better weights of the last evaluation, which is the best one."""
+        entry = self.entries[-1]
         value = self.sign * self._score(entry)
-        return BestWeights("averaged" if entry.get(f"ema/{self.metric}") == value else "raw", value)
+        kind = "averaged" if entry.get(f"ema/{self.metric}") == value else "raw"
+        return {"weights": kind, "iteration": entry["iteration"] - 1, "metric": self.metric, "value": value}
+
+    @property
+    def reason_to_stop(self) -> str:
+        """Why a training stops early."""
+        return f"{self.patience} evaluations without a better {self.metric}: training stops early"
 
     @property
     def best_ap(self) -> float | None:
@@ -107,15 +104,24 @@ class EvaluationRecord:
 
 
 def _read(path: Path) -> list[dict]:
-    """The evaluations of a run.
+    """The evaluations of a run: their iterations, and values that are numbers, or None where undefined.
 
     Raises:
-        DataError: the file is damaged.
+        DataError: the file is damaged, or can't be read.
     """
     try:
-        record = json.loads(path.read_bytes())
-        return [entry for entry in record if isinstance(entry["iteration"], int)]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, list) or not all(map(_is_entry, record)):
+            raise ValueError("it is no list of evaluations")
+        return sorted(record, key=lambda entry: entry["iteration"])
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(
-            f"{path} is damaged: {error}. Remove the file to continue without the best value so far"
+            f"{path} is damaged: {str(error)[:200]}. Remove the file to continue without the best value so far"
         ) from error
+
+
+def _is_entry(entry: object) -> bool:
+    """Whether a part of the record holds an iteration, and values that are numbers, or None where undefined."""
+    if not isinstance(entry, dict) or type(entry.get("iteration")) is not int:
+        return False
+    return all(value is None or is_number(value) for value in entry.values())

@@ -57,25 +57,34 @@ def parameter_groups(
     Raises:
         ValueError: a factor without `base_lr`, or two settings of biases.
     """
-    factor = 1.0 if bias_lr_factor is None else bias_lr_factor
-    if base_lr is None and (lr_factor_func is not None or factor != 1.0):
-        raise ValueError("a factor of the learning rate needs base_lr")
-    biases = {"lr": base_lr * factor} if factor != 1.0 else {}
-    biases |= {} if weight_decay_bias is None else {"weight_decay": weight_decay_bias}
-    named = {name: dict(settings) for name, settings in (overrides or {}).items()}
-    if biases and "bias" in named:
-        raise ValueError("biases have settings of their own among the overrides, so they can't have a factor too")
-    named |= {"bias": biases} if biases else {}
+    named = _named_settings(base_lr, bias_lr_factor, weight_decay_bias, overrides or {})
+    if base_lr is None and lr_factor_func is not None:
+        raise ValueError("lr_factor_func needs base_lr")
     groups: dict[tuple, list[nn.Parameter]] = {}
     for module, name, parameter in _trained(model):
-        settings = {k: v for k, v in (("lr", base_lr), ("weight_decay", weight_decay)) if v is not None}
-        if weight_decay_norm is not None and isinstance(module, _NORMS):
-            settings["weight_decay"] = weight_decay_norm
-        if lr_factor_func is not None:
-            settings["lr"] = base_lr * lr_factor_func(name)
-        settings |= named.get(name.rpartition(".")[2], {})
+        lr = base_lr if lr_factor_func is None else base_lr * lr_factor_func(name)
+        of_norms = _stated(weight_decay=weight_decay_norm) if isinstance(module, _NORMS) else {}
+        settings = _stated(lr=lr, weight_decay=weight_decay) | of_norms | dict(named.get(name.rpartition(".")[2], {}))
         groups.setdefault(tuple(sorted(settings.items())), []).append(parameter)
     return [{"params": parameters, **dict(settings)} for settings, parameters in groups.items()]
+
+
+def _named_settings(
+    base_lr: float | None, factor: float | None, decay: float | None, overrides: Mapping[str, Mapping[str, float]]
+) -> dict[str, Mapping[str, float]]:
+    """Last part of a parameter's name -> its settings: the overrides, and those of biases."""
+    factor = None if factor == 1.0 else factor
+    if base_lr is None and factor is not None:
+        raise ValueError("bias_lr_factor needs base_lr")
+    biases = _stated(lr=factor and base_lr * factor, weight_decay=decay)
+    if biases and "bias" in overrides:
+        raise ValueError("biases have settings among the overrides, so they can't have bias_lr_factor or a decay too")
+    return {**overrides, "bias": biases} if biases else dict(overrides)
+
+
+def _stated(**settings: float | None) -> dict[str, float]:
+    """The settings that are not None."""
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
@@ -98,7 +107,7 @@ def layerwise_params(model: nn.Module, base_lr: float, rate: float, **options) -
         model: a `Detector`.
         base_lr: learning rate outside the backbone.
         rate: factor from block to block, for example 0.7 for ViT-B and 0.8 for ViT-L.
-        options: of `parameter_groups`, for example `weight_decay_norm=0.0`.
+        options: of Detectron2's `get_default_optimizer_params`, for example `weight_decay_norm=0.0`.
 
     Raises:
         ValueError: no known blocks in the backbone.

@@ -34,6 +34,7 @@ from dino.weights import load_weights, locate, read_content, recognise, weights_
 from dino.weights.description import build_network, read_description
 
 from .progress import Objects, Progress
+from .start_summary import percent
 
 FLIPS = ("none", "horizontal", "both")
 NORMS = ("FrozenBN", "BN")
@@ -414,9 +415,14 @@ def _write_results(
     metrics = {**average_precision.evaluate(data.data, results), "training_seconds": round(seconds, 1)}
     for name, content in (("results.json", results), ("metrics.json", metrics)):
         write_whole(folder / name, lambda part, content=content: part.write_text(json.dumps(content)))
-    print("\n".join(f"{printable(name, 66):>18} {value:.3f}" for name, value in metrics.items()))
+    print("\n".join(f"{printable(name, 66):>18} {_shown(name, value)}" for name, value in metrics.items()))
     print(f"\nwritten to {folder}")
     return metrics
+
+
+def _shown(name: str, value: float) -> str:
+    """A metric as text: AP in percent."""
+    return percent(100 * value) if name.startswith("AP") else f"{value:.1f}"
 
 
 def _predict(detector: Detector, data: CocoImages, settings: Settings) -> list[dict]:

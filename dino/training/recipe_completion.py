@@ -16,11 +16,8 @@ from dino.utils.files import DataError, UserError
 from dino.utils.overrides import apply, has_key, keys_of
 
 from .recipe_data import class_names
-from .recipe_nodes import LazyCall, add_branch
-from .recipe_parts import build_schedule
-from .recipe_reading import check_recipe
-
-__all__ = ["NO_FILES", "DataFiles", "add_branch", "check_recipe", "complete", "use_epochs"]
+from .recipe_nodes import LazyCall
+from .recipe_parts import build_schedule, check_supported
 
 logger = logging.getLogger("detectron2.dino")
 
@@ -47,38 +44,49 @@ class DataFiles(NamedTuple):
 NO_FILES = DataFiles()
 
 
+class Road(NamedTuple):
+    """What completing a recipe takes from Detectron2's road, or from the one without it."""
+
+    names_of: Callable[[Mapping], list[str]] = class_names  # the node of a data set -> its class names
+    schedule_of: Callable[[DictConfig], object] = build_schedule  # recipe -> its schedule
+    check: Callable[[DictConfig], object] = check_supported  # raises a UserError for what the road can't train
+
+
+PLAIN = Road()
+
+
 def complete(
     cfg: DictConfig,
     overrides: Sequence[str] = (),
     files: DataFiles = NO_FILES,
     *,
     eval_only: bool = False,
-    names_of: Callable[[Mapping], list[str]] = class_names,
-    schedule_of: Callable[[DictConfig], object] = build_schedule,
+    road: Road = PLAIN,
 ) -> DictConfig:
     """Apply data files and overrides to a recipe, and fill in what follows from the data.
 
     Args:
         overrides: each key=value.
         eval_only: training data and schedule don't matter.
-        names_of: the node of a data set -> its class names.
-        schedule_of: builds the recipe's schedule.
+        road: on which the recipe will be trained.
 
     Raises:
-        UserError: a key is unknown, a flag lacks its pair, or the schedule does not fit the epochs.
+        UserError: a key is unknown, a flag lacks its pair, the schedule does not fit the epochs, or the road can't
+            train what the recipe asks for.
         DataError: a file is broken, or the classes don't fit.
     """
     _use_files(cfg, files, eval_only)
     if cfg.train.get("reference_batch") is None:
         cfg.train.reference_batch = OmegaConf.select(cfg, _BATCH)
     cfg = apply(cfg, overrides)
+    road.check(cfg)
     _prefer_epochs(cfg, keys_of(overrides))
     if not torch.cuda.is_available() and str(cfg.train.device).startswith("cuda"):
         cfg.train.device = "cpu"
-    _use_classes(cfg, keys_of(overrides), _common_names(cfg, eval_only, names_of))
+    _use_classes(cfg, keys_of(overrides), _common_names(cfg, eval_only, road.names_of))
     _use_input_range(cfg)
     if not eval_only:
-        _check_schedule(cfg, schedule_of)
+        _check_schedule(cfg, road.schedule_of)
     return cfg
 
 
@@ -93,6 +101,10 @@ def _check_schedule(cfg: DictConfig, schedule_of: Callable[[DictConfig], object]
     """Raise a UserError if the schedule does not fit the epochs, as after an override of the epochs alone."""
     try:
         schedule_of(cfg)
+    except UserError:
+        raise
+    except TypeError as error:
+        raise UserError(f"lr_multiplier of the recipe can't be built: {error}") from error
     except ValueError as error:
         raise UserError(
             f"lr_multiplier does not fit train.epochs={cfg.train.epochs}: {error}. Override "

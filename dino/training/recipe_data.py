@@ -82,7 +82,10 @@ def open_images(files: SplitFiles) -> CocoImages:
 @functools.lru_cache(maxsize=2)
 def _open(files: SplitFiles, changed: int) -> CocoImages:
     """`open_images` of a file that was `changed` at this time."""
-    return CocoImages(files.annotations, files.images, _unchanged, crowd=files.crowd)
+    images = CocoImages(files.annotations, files.images, _unchanged, crowd=files.crowd)
+    for annotation in images.data["annotations"]:
+        annotation.pop("segmentation", None)  # COCO's outlines take gigabytes; only boxes are learned and evaluated
+    return images
 
 
 def _unchanged(image: Any, objects: Any) -> tuple[Any, Any]:

@@ -143,9 +143,7 @@ def preprocessing_of(cfg: DictConfig) -> Preprocessing:
     """What a recipe's model expects of its images."""
     resizes = [a for a in cfg.dataloader.test.mapper.augmentations if "sizes" in a]
     size = {"short_side": int(max(resizes[-1].sizes)), "max_size": resizes[-1].get("max_size")} if resizes else {}
-    model = {
-        key: cfg.model[key] for key in ("pixel_mean", "pixel_std", "max_detections", "input_range") if key in cfg.model
-    }
+    model = {key: cfg.model[key] for key in Preprocessing._fields if key in cfg.model}
     model = {key: tuple(float(x) for x in value) if "pixel" in key else value for key, value in model.items()}
     model["input_range"] = check_input_range(model.get("input_range"))
     return Preprocessing(**model, **size)
@@ -215,6 +213,11 @@ def build_schedule(cfg: DictConfig) -> Callable[[float], float]:
 def train_loader(cfg: DictConfig) -> TrainLoader:
     """Build the recipe's training loader. Errors as of `files_of` and `read_annotations`."""
     return _build(cfg.dataloader.train, "dataloader.train")
+
+
+def train_mapper(cfg: DictConfig) -> TrainMapper:
+    """Build the mapper of the recipe's training loader, which must know `train.max_iter` where it combines images."""
+    return instantiate(cfg.dataloader.train.mapper, find_part)
 
 
 def val_images(cfg: DictConfig) -> CocoImages:

@@ -93,7 +93,7 @@ def _evaluate(cfg: DictConfig, job: RecipeJob) -> dict[str, dict]:
 def _log_job(job: RecipeJob) -> None:
     """Log what a bug report needs."""
     path = find_recipe(job.recipe)
-    logger.info("engine: this package's own, without Detectron2")
+    logger.info("engine: plain, without Detectron2")
     logger.info("\n".join(["environment:", *environment_lines()]))
     logger.info(f"arguments: {job}")
     logger.info(f"contents of {path}:\n{path.read_text(encoding='utf-8')}")

@@ -16,7 +16,7 @@ import torch
 from omegaconf import DictConfig
 
 from dino.data.coco import CocoImages
-from dino.utils.files import DataError
+from dino.utils.files import DataError, clean_up
 
 from .curves import draw_curves
 from .denoising_boxes import denoising_boxes
@@ -39,6 +39,7 @@ from .recipe_parts import (
     check_supported,
     describe,
     train_loader,
+    train_mapper,
     val_images,
 )
 from .recipe_reading import save_recipe
@@ -47,7 +48,7 @@ from .recipe_summary import as_dicts, summarise_files
 from .run_checkpoints import RunCheckpoints
 from .run_log import show, take_warnings
 from .run_pictures import MOST_IMAGES, draw_train_batch
-from .start_summary import closing_lines, evaluation_lines, start_lines
+from .start_summary import best_line, closing_lines, evaluation_lines, start_lines
 from .stop_signal import Stopped, StopSignal
 
 logger = logging.getLogger("detectron2.dino")
@@ -79,6 +80,7 @@ def train(cfg: DictConfig, *, resume: bool = False, recipe: str = "a recipe") ->
     images = as_dicts(loader.images.data)
     data = summarise_files(cfg, loader.images.data, images, val)
     use_epochs(cfg, len(images))
+    loader.mapper = train_mapper(cfg)  # now the length is known
     about = describe_run(images, cfg.train.seed)
     seed_random(cfg.train.seed)
     detector = build_detector(cfg, val.names, val.category_ids)
@@ -92,11 +94,12 @@ def train(cfg: DictConfig, *, resume: bool = False, recipe: str = "a recipe") ->
     checkpoints.about["recipe"] = (folder / "config.yaml").read_text(encoding="utf-8")
     summarise_plan(cfg, detector, run.step.optimizer, about)
     plan = start_plan(cfg, detector, run.step.optimizer, len(images), start)
-    show(start_lines(recipe, data.train, data.val, data.sizes, plan, checkpoints.summary, folder, take_warnings()))
+    numbers = (data.train, data.val, data.sizes, plan)
+    show(start_lines(recipe, *numbers, checkpoints.summary, folder, take_warnings()))
     try:
         run.train(start, data.doubts)
     finally:
-        draw_curves(folder, detector.names)
+        clean_up(draw_curves, folder, detector.names)
     show(closing_lines(folder, run.results, files_of(cfg.dataloader.test.dataset)[:2], run.record.best_ap))
     return run.results
 
@@ -132,6 +135,7 @@ class _Run:
         self.record = EvaluationRecord(self.folder, settings.eval_period, **settings.best)
         self.progress = Progress(self.length, {}, "optimizer.lr", self.rates.highest)
         self.times: deque[float] = deque(maxlen=max(1, settings.log_period))
+        self.pictures = {loader.mapper.first_combined: "train_batch_combined.png", 0: "train_batch.png"}
         self.results: dict[str, dict] = {}
         self.ended = False  # early
 
@@ -169,7 +173,7 @@ class _Run:
         self.record.read(start)
         self.loader.begin(seed=self.step.seed, start=start, parts=self.cfg.train.grad_accum_steps)
         if self.record.missed(start, self.length):
-            logger.info(f"evaluating the weights of iteration {start}: the interrupted run did not")
+            show([f"evaluating the weights of iteration {start}: the interrupted run did not"])
             self._evaluate(start, start)
         with StopSignal() as stop, ProgressLine(start, self.length) as line:
             batches = iter(self.loader) if start < self.length else iter(())
@@ -180,7 +184,7 @@ class _Run:
                 line.step(iteration + 1, self._shown())
                 if stop.requested and iteration + 1 < self.length:
                     self._save(f"model_{iteration:07d}", iteration)
-                    raise Stopped(f"stopped after {iteration + 1} iterations; --resume continues", stop.exit_code)
+                    raise Stopped(stop.exit_code, f"stopped after {iteration + 1} iterations; --resume continues")
         if self.ended:
             logger.info(f"training ended before {self.length} iterations")
         else:
@@ -202,8 +206,8 @@ class _Run:
         self.times.append(time.perf_counter() - begin)
         if self.ema:
             self.ema.update()
-        if iteration == 0:
-            self._draw_batch()
+        if iteration in self.pictures:
+            self._draw_batch(self.folder / self.pictures[iteration])
         if logs:
             self._log(iteration, {"data_time": data_time, "lr": rate, "time": statistics.median(self.times)})
         self._after_step(iteration)
@@ -258,7 +262,7 @@ class _Run:
         self._watch_ap(completed)
         improved, stop = self.record.note(completed, values)
         if improved:
-            self._save_best(completed)
+            self._save_best()
         picture = self.folder / "val_predictions.png"
         if not picture.exists():
             show_predictions(self.detector, self.val, picture)
@@ -266,7 +270,7 @@ class _Run:
         self.detector.train()
         if stop and completed < self.length:
             self.ended = True
-            logger.info(f"{self.record.patience} evaluations without a better {self.record.metric}: training ends")
+            show([self.record.reason_to_stop])
 
     def _watch_ap(self, completed: int) -> None:
         """Warn of an AP of 0, of raw and averaged weights."""
@@ -276,23 +280,21 @@ class _Run:
         if message:
             logger.warning(message)
 
-    def _save_best(self, completed: int) -> None:
+    def _save_best(self) -> None:
         """Write the better weights of the last evaluation alone: for prediction, not for resuming."""
-        kind, value = self.record.best_of(self.record.entries[-1])
-        with self.ema.applied() if self.ema and kind == "averaged" else nullcontext():
-            self.checkpoints.save_weights(
-                "model_best", weights=kind, iteration=completed - 1, metric=self.record.metric, value=value
-            )
-        logger.info(f"best {self.record.metric} so far: {value:.4f}, {kind} weights, in model_best.pth")
+        about = self.record.describe_best()
+        with self.ema.applied() if self.ema and about["weights"] == "averaged" else nullcontext():
+            self.checkpoints.save_weights("model_best", **about)
+        show([best_line(about["metric"], about["value"], about["weights"])])
 
-    def _draw_batch(self) -> None:
-        """Draw the batch of this step as `train_batch.png`."""
+    def _draw_batch(self, path: Path) -> None:
+        """Draw the batch of this step."""
         batch = self.step.batch[:MOST_IMAGES]
         images, targets, _ = zip(*batch, strict=True)
         on_device = [type(target)(*(x.to(self.detector.device) for x in target)) for target in targets]
         queries = denoising_boxes(self.detector.network, on_device, [image.shape[1:] for image in images])
         boxes, labels = [boxes_in_pixels(x) for x in batch], [target.labels for target in targets]
-        draw_train_batch(self.folder / "train_batch.png", images, boxes, labels, self.detector.names, queries)
+        draw_train_batch(path, images, boxes, labels, self.detector.names, queries)
 
 
 class _Rates:

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from dino.modeling.detector import Detector
 from dino.utils.files import DataError, UserError, write_whole
 from dino.utils.run_folder import drop_old, last_whole
-from dino.weights import MIN_BACKBONE, Report, load_weights, locate, read_content, same_names
+from dino.weights import (
+    MIN_BACKBONE,
+    Report,
+    load_weights,
+    locate,
+    read_content,
+    resnet_to_detectron2,
+    same_names,
+    to_current_names,
+)
 
 logger = logging.getLogger("detectron2.dino")
 
@@ -72,7 +82,7 @@ class RunCheckpoints:
             raise DataError(f"nothing to continue with: {'; '.join(damaged)}. Start in another train.output_dir")
         for damage in damaged:
             logger.warning(f"{damage}: the run continues from {found}")
-        return self._load(found) if found else {}
+        return self._load(found, check=refuse_other_engine) if found else {}
 
     def load_start(self, path: str, parts: str = "all") -> None:
         """Load a file to start a training from: each class gets the rows of its name, other rows start afresh.
@@ -105,13 +115,15 @@ class RunCheckpoints:
             self.detector, {**content, "model": content["ema"]["model"]}, copy="model", classes=self.detector.names
         )
 
-    def _load(self, path: str, **wishes: str) -> dict:
+    def _load(self, path: str, *, check: Callable[..., None] | None = None, **wishes: str) -> dict:
         """Load the weights of a file, in any format that `dino.weights` knows -> the rest of its content."""
-        self.source, names = path, self.detector.names
+        self.source, detector, names = path, self.detector, self.detector.names
         try:
             content = dict(read_content(locate(path)))
+            if check:
+                check(content["model"], detector, path)
             options = {"copy": "model" if "ema" in content else "auto", "classes": names, "name": path, **wishes}
-            self.report = load_weights(self.detector, content, min_backbone=self.min_backbone, **options)
+            self.report = load_weights(detector, content, min_backbone=self.min_backbone, **options)
         except UserError:
             raise
         except Exception as error:  # a broken or foreign file can raise anything
@@ -122,3 +134,22 @@ class RunCheckpoints:
             logger.warning(f"{path} was trained for the classes {content['names']}, the data has {names}")
         content.pop("model", None)
         return content
+
+
+def refuse_other_engine(state: Mapping, model: nn.Module, path: str) -> None:
+    """Raise a DataError if a file has the names that the other engine gives to the tensors of a ResNet.
+
+    Then the order of its parameters is another one too, so that the state of its optimizer does not fit.
+
+    Args:
+        state: the file's state dict, or its names.
+        model: not wrapped.
+        path: the file, for the message.
+    """
+    theirs, ours = (dict.fromkeys(names) for names in (state, model.state_dict()))
+    theirs = to_current_names(theirs)
+    if theirs.keys() != ours.keys() and resnet_to_detectron2(theirs).keys() == resnet_to_detectron2(ours).keys():
+        raise DataError(
+            f"can't continue from {path}: the other engine wrote it (--engine plain or detectron2). Continue with that "
+            f"one, or start a new run from its weights: --weights {path}"
+        )

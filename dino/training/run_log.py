@@ -70,8 +70,8 @@ def take_warnings() -> list[str]:
 
 
 def show(lines: Sequence[str]) -> None:
-    """Show lines on the console, and write them to the log."""
-    for line in lines:
+    """Show lines on the console of the main process, and write them to its log."""
+    for line in [] if process_rank() else lines:
         console.info(line)
 
 

@@ -65,17 +65,19 @@ def draw_val_predictions(
     labels: Sequence[Tensor],
     names: Sequence[str],
     score_thresh: float = SCORE_THRESH,
+    title: str = "",
 ) -> None:
-    """Write a PNG of images: each with its predictions and, beside it, with its true boxes.
+    """Write a picture of images: each with its predictions and, beside it, with its true boxes.
 
     Args:
-        path: of the PNG.
+        path: of the picture; one with the suffix ".jpg" is written as JPEG, any other as PNG.
         images: (3, H, W) uint8 RGB each; the first MOST_IMAGES are drawn.
         found: detections of each image, xyxy in its pixels.
         boxes: true ones, (G, 4) each, xyxy in pixels of the image.
         labels: true ones, (G,) int64 each.
         names: of the classes.
         score_thresh: lowest score that is drawn.
+        title: above the pictures; the number of images by default.
 
     Raises:
         UserError: the file can't be written.
@@ -93,13 +95,8 @@ def draw_val_predictions(
         shown.append(draw_detections(picture, (predicted.boxes * scale).tolist(), predicted.labels.tolist(), texts))
         shown.append(_draw_objects(picture, boxes[number] * scale, labels[number], names))
     heads = [f"predicted, scores of {score_thresh:.2f} and more", "true"]
-    _save(
-        path,
-        shown,
-        f"Predictions on {counted(len(images[:MOST_IMAGES]), 'validation image')}",
-        heads,
-        _legend(seen, names),
-    )
+    title = title or f"Predictions on {counted(len(images[:MOST_IMAGES]), 'validation image')}"
+    _save(path, shown, title, heads, _legend(seen, names))
 
 
 def _fit_panel(image: Tensor, count: int, pairs: bool) -> tuple[Image.Image, float]:
@@ -135,10 +132,11 @@ def _legend(labels: set[int], names: Sequence[str]) -> dict[str, Colour]:
 
 
 def _save(path: str | Path, shown: list[Image.Image], title: str, heads: list[str], legend: dict[str, Colour]) -> None:
-    """Write the panels as one PNG."""
+    """Write the panels as one picture, a JPEG or a PNG."""
     if not shown:
         return
     columns = min(len(shown), _MOST_PANELS) if heads else _columns(len(shown))
     rows = [shown[start : start + columns] for start in range(0, len(shown), columns)]
     page = arrange(rows, title, heads, legend)
-    write_whole(path, lambda part: page.save(part, format="png"))
+    look = {"format": "jpeg", "quality": 90} if Path(path).suffix == ".jpg" else {"format": "png"}
+    write_whole(path, lambda part: page.save(part, **look))

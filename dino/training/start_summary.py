@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +48,7 @@ class Plan(NamedTuple):
         device: "cpu", "cuda", …, with the number of processes if there are several.
         operator: which form of the attention operator runs, see `dino.layers.ops.operator_report`.
         start: completed iterations, more than 0 in a resumed run.
+        tensorboard: the run writes files for it.
     """
 
     batch: int
@@ -59,6 +60,7 @@ class Plan(NamedTuple):
     device: str
     operator: str
     start: int = 0
+    tensorboard: bool = False
 
 
 def start_lines(
@@ -96,8 +98,9 @@ def start_lines(
         "writes": f"{folder}, every detail to log.txt in it",
         "look at": f"{folder / 'train_batch.png'} after the first iteration: do the boxes fit?",
         "": f"{folder / 'curves.png'} after each evaluation",
-        " ": f"tensorboard --logdir {shlex.quote(str(folder))}",
     }
+    if plan.tensorboard:
+        paths[" "] = f"tensorboard --logdir {shlex.quote(str(folder))}"
     lines = [f"training {printable(recipe)}", *(line for label, text in rows.items() for line in _row(label, text))]
     lines += [f"  {label:<{_COLUMN}}{printable(text, None)}" for label, text in paths.items()]
     return [*lines, *_warnings(warnings, MOST_LINES - len(lines))]
@@ -112,18 +115,29 @@ def evaluation_lines(results: Mapping[str, Mapping]) -> list[str]:
     """
     measured = {"raw weights": results.get("bbox", {}), "averaged weights": results.get("ema", {}).get("bbox", {})}
     measured = {kind: values for kind, values in measured.items() if "AP" in values}
-    if not measured:
-        return []
-    width = max(map(len, measured))
-    lines = [
-        f"{kind:<{width}}  " + "  ".join(f"{key} {percent(values[key])}" for key in _METRICS if key in values)
-        for kind, values in measured.items()
-    ]
-    best = max(measured.values(), key=lambda values: np.nan_to_num(values["AP"], nan=-1))
+    width = max(map(len, measured), default=0)
+    lines = [f"{kind:<{width}}  {_figures(values, _METRICS)}" for kind, values in measured.items()]
+    best = max(measured.values(), key=lambda values: np.nan_to_num(values["AP"], nan=-1), default={})
     classes = {key.removeprefix("AP-"): value for key, value in best.items() if key.startswith("AP-")}
     if 1 < len(classes) <= _MOST_CLASSES:
-        lines += ["AP by class  " + "  ".join(f"{printable(name, 30)} {percent(x)}" for name, x in classes.items())]
+        lines.append(f"AP by class  {_figures(classes, classes)}")
     return lines
+
+
+def _figures(values: Mapping[str, float], names: Iterable[str]) -> str:
+    """Those of the named values that are there, with their names."""
+    return "  ".join(f"{printable(name, 30)} {percent(values[name])}" for name in names if name in values)
+
+
+def best_line(metric: str, value: float, kind: str) -> str:
+    """The line about new best weights.
+
+    Args:
+        metric: for example "bbox/AP", in percent.
+        kind: of the weights, raw or averaged.
+    """
+    shown = percent(value) if metric.rpartition("/")[2].startswith("AP") else f"{value:.4g}"
+    return f"best {metric} so far: {shown}, {kind} weights, in model_best.pth"
 
 
 def closing_lines(
@@ -137,21 +151,26 @@ def closing_lines(
         val: annotations and images of the validation data, for the command.
         best: AP of model_best.pth in percent.
     """
-    folder = Path(folder)
-    measured = [values["bbox"]["AP"] for values in (results, results.get("ema", {})) if "AP" in values.get("bbox", {})]
-    last = max((value for value in measured if value >= 0), default=float("nan"))
+    folder, run = Path(folder), shlex.quote(str(folder))
+    last = _last_ap(results)
     file = next((x for x in (folder / "model_best.pth", folder / "model_final.pth") if x.exists()), folder)
-    of_best = last if best is None else best
-    checkpoint = shlex.quote(str(folder))
+    shown = last if best is None else best
+    of_best = f", AP {percent(shown)}" if shown is not None and file.stem == "model_best" else ""
     data = "".join(f" {shlex.quote(str(path))}" for path in val or ())
-    lines = [f"AP {percent(last)} at the end"] if measured else []
     return [
-        *lines,
-        f"best weights: {file}" + (f", AP {percent(of_best)}" if measured and file.stem == "model_best" else ""),
+        *([] if last is None else [f"AP {percent(last)} at the end"]),
+        f"best weights: {printable(file, None)}{of_best}",
         "next:",
-        f"  dino predict {checkpoint} photo.jpg",
-        f"  dino eval {checkpoint}{data}",
+        f"  dino predict {run} photo.jpg",
+        f"  dino eval {run}{data}",
     ]
+
+
+def _last_ap(results: Mapping[str, Mapping]) -> float | None:
+    """AP of the better of raw and averaged weights, NaN where it is undefined; None where it was not measured."""
+    evaluated = results.get("bbox", {}), results.get("ema", {}).get("bbox", {})
+    measured = [values["AP"] for values in evaluated if "AP" in values]
+    return max(measured, key=lambda value: np.nan_to_num(value, nan=-1), default=None)
 
 
 def percent(value: float) -> str:
@@ -182,7 +201,8 @@ def _sizes(sizes: np.ndarray) -> str:
 
 
 def _length(plan: Plan) -> str:
-    epochs = f" = {plan.iterations / plan.per_epoch:.3g} epochs" if plan.per_epoch else ""
+    number = f"{plan.iterations / plan.per_epoch:.3g}" if plan.per_epoch else ""
+    epochs = f" = {number} epoch{'' if number == '1' else 's'}" if number else ""
     parts = [f"{plan.iterations:,} iterations of {counted(plan.batch, 'image')}{epochs}"]
     parts += [f"starts at iteration {plan.start:,}"] if plan.start else []
     parts += [f"an evaluation every {plan.eval_period:,}"] if plan.eval_period else ["an evaluation at the end"]

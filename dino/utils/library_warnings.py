@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from .printable import printable
 
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
+_OF_IMPORTS = "ignore::FutureWarning:torch.jit._script,ignore:pkg_resources is deprecated"
 
 
 def is_own(file: str) -> bool:
@@ -21,6 +24,19 @@ def hide_library_warnings() -> None:
     """Show this project's warnings in one line, and no others; `python -W` and PYTHONWARNINGS show all as usual."""
     if not sys.warnoptions:
         warnings.showwarning = _show
+
+
+@contextlib.contextmanager
+def quiet_children() -> Iterator[None]:
+    """Within the block, new processes hide what Detectron2's import warns of, before any code of ours runs there."""
+    if os.environ.get("PYTHONWARNINGS"):
+        yield
+        return
+    os.environ["PYTHONWARNINGS"] = _OF_IMPORTS
+    try:
+        yield
+    finally:
+        del os.environ["PYTHONWARNINGS"]
 
 
 def _show(message: Warning | str, category: type[Warning], filename: str, *_) -> None:

@@ -71,7 +71,8 @@ def model_from_checkpoint(path: str | Path, *, copy: str = "auto") -> _ModelFrom
     torchvision's ResNets replace Detectron2's. Other backbones of Detectron2 need Detectron2.
 
     Args:
-        path: a file that this project wrote (training, `tools/plain_train.py`, `dino convert`).
+        path: a checkpoint of this or another program: a file, an address, the name of published weights, or the folder
+            of a run, see `dino.weights.locate`.
         copy: "model", "ema" or "auto", as of `load_weights`.
 
     Raises:

@@ -135,6 +135,20 @@ def test_parameter_groups(options):
     assert settings[0] == settings[1]
 
 
+WRONG = [
+    {"lr_factor_func": len},
+    {"bias_lr_factor": 2.0},
+    {"weight_decay_bias": 0.1, "overrides": {"bias": {"lr": 1.0}}},
+]
+
+
+@pytest.mark.parametrize("options", WRONG)
+def test_wrong_parameter_groups(options):
+    for make in (get_default_optimizer_params, parameter_groups):
+        with pytest.raises(ValueError, match=r"lr|bias"):
+            make(torch.nn.Linear(2, 2), **options)
+
+
 LOADERS = {
     "order and augmentation": ("dino_r18_small_data", (), {"seed": 5, "start": 0, "parts": 1}),
     "from the middle, in parts": ("dino_r18_small_data", (), {"seed": 5, "start": 7, "parts": 2}),

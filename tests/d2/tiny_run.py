@@ -8,6 +8,7 @@ ends with gloo threads exits with 3.
 import atexit
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -36,7 +37,8 @@ class Mortal(Trainer):
             os.kill(os.getpid(), signal.SIGKILL)
         if here == os.environ.get("INTERRUPT_AT"):
             assert os.getpgrp() in (os.getpid(), os.getppid())  # else it would reach others
-            os.killpg(os.getpgrp(), signal.Signals["SIG" + os.environ.get("SIGNAL", "INT")])
+            words = ["kill", f"-{os.environ.get('SIGNAL', 'INT')}", "--", f"-{os.getpgrp()}"]
+            subprocess.run(words, check=True, start_new_session=True)  # from another process, as from a terminal
         super().run_step()
 
 

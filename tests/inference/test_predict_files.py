@@ -14,6 +14,7 @@ from pycocotools.coco import COCO
 from dino import cli
 from dino.data.images import read_image
 from dino.inference import predict_files
+from dino.utils.run_folder import hold_folder
 
 from ..coco_files import NAMES, write_coco
 from ..tools.programs import ROOT, contents, run_verb
@@ -81,6 +82,54 @@ def test_pictures_and_json(dino, tmp_path):
     assert -96 < x < 96
     assert coco.anns[1]["area"] == pytest.approx(w * h, abs=0.01)
     assert len(coco.loadRes(list(coco.anns.values())).anns) == 60
+
+
+def test_one_program_at_a_time_writes_into_a_folder(dino, tmp_path):
+    write_coco(tmp_path / "images")
+    with hold_folder(tmp_path / "out"):
+        code, error = dino("images", "--output", "out")
+        assert (code, error.count("\n")) == (1, 1)
+        assert error.startswith("error: out is in use by another process")
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [".dino.lock"]
+    assert dino("images", "--output", "out") == (0, "")
+    assert "predictions.json" in {path.name for path in (tmp_path / "out").iterdir()}
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_what_another_program_has_written_meanwhile_stays(dino, tmp_path, monkeypatch):
+    """While this one loads its model."""
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    make = predict_files.make_predictor
+
+    def slow(*words, **options):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/predictions.json").write_text("theirs")
+        return make(*words, **options)
+
+    monkeypatch.setattr(predict_files, "make_predictor", slow)
+    code, error = dino("a.png", "--output", "out")
+    assert (code, error) == (1, "error: out/predictions.json is taken. Choose another --output\n")
+    assert contents(tmp_path / "out") == {Path("predictions.json"): b"theirs"}
+
+
+def test_unfinished_files_of_other_programs_stay(dino, tmp_path):
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    (tmp_path / "out").mkdir()
+    for name in ("a.png.part", "predictions.json.part"):
+        (tmp_path / "out" / name).write_text("theirs")
+    assert dino("a.png", "--output", "out") == (0, "")
+    written = contents(tmp_path / "out")
+    assert {path.name for path in written} == {"a.png", "predictions.json", "a.png.part", "predictions.json.part"}
+    assert [content for path, content in written.items() if path.suffix == ".part"] == [b"theirs"] * 2
+
+
+def test_the_longest_names(dino, tmp_path):
+    names = [f"{'j' * 248}.jpg", f"{'b' * 248}.bmp", f"{'é' * 124}.png"]
+    for name in names:
+        Image.fromarray(picture()).save(tmp_path / name)
+    assert dino(*names, "--output", "out") == (0, "")
+    drawn = {path.name for path in (tmp_path / "out").iterdir()}
+    assert drawn == {names[0], f"{'b' * 248}.png", names[2], "predictions.json"}
 
 
 def test_options(dino, tmp_path):
@@ -233,6 +282,33 @@ def test_refused_writes(dino, tmp_path, monkeypatch, code):
     assert error == f"error: can't write out/image_3.png: [Errno {code}] {os.strerror(code)}\n"
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"predictions.json", "image_1.png", "image_2.png"}
     assert len(read_json(tmp_path / "out/predictions.json")["images"]) == 2
+
+
+def test_the_first_error_is_shown_where_all_fail(dino, tmp_path, monkeypatch):
+    """On a full disk, the JSON can't be finished either."""
+    write_coco(tmp_path / "images")
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    status, error = dino("images", "--output", "out")
+    assert status == 1
+    assert error == "error: can't write out/image_1.png: [Errno 28] No space left on device\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_jpeg_on_a_full_disk_leaves_no_stump(dino, tmp_path):
+    noise = Image.frombytes("RGB", (96, 64), np.random.default_rng(0).bytes(96 * 64 * 3))
+    noise.save(tmp_path / "a.jpg", quality=92)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+        status, error = dino("a.jpg", "--output", "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (status, error) == (1, "error: can't write out/a.jpg: [Errno 27] File too large\n")
+    assert not list((tmp_path / "out").glob("*.jpg*"))
 
 
 @pytest.mark.parametrize("name", ["fsync", "replace"])

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from dino.utils.files import DataError
 
 from ..coco_files import write_coco
 from ..d2.recipes import SHRINK, SMALL, file_arguments
-from .programs import assert_one_error, contents, load_program, run_here, run_program
+from .programs import ROOT, assert_one_error, contents, load_program, run_here, run_program
 
 RECIPE = ["--config-file", SMALL]
 
@@ -115,3 +118,34 @@ def test_the_run_can_be_drawn(trained, tmp_path, capsys):
     with pytest.raises(DataError, match="no images in the folder"):
         draw(tmp_path / "empty")
     assert contents(tmp_path) == before
+
+
+@pytest.mark.slow
+def test_of_ten_starts_at_once_exactly_one_runs(tmp_path):
+    """Under --overwrite too, which would move the files of a running one."""
+    train, val = write_coco(tmp_path / "train"), write_coco(tmp_path / "val", seed=1)
+    words = [*file_arguments(train, val), "train.output_dir=run", "train.max_iter=8", "train.eval_period=0"]
+    command = [sys.executable, ROOT / "tools/lazyconfig_train_net.py", *RECIPE]
+    for flags, at_once in (([], 10), (["--overwrite"], 3)):
+        starts = [
+            subprocess.Popen(
+                [*command, *flags, *words, *SHRINK],
+                cwd=tmp_path,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for _ in range(at_once)
+        ]
+        outputs = [process.communicate(timeout=500)[0] for process in starts]
+        codes = [process.returncode for process in starts]
+        ends = codes.count(0)
+        assert ends == 1 if not flags else 1 <= ends <= at_once, outputs
+        assert set(codes) <= {0, 1}
+        for code, output in zip(codes, outputs, strict=True):
+            assert "Traceback" not in output
+            assert not code or "error: run is in use by another" in output or "error: run holds a run" in output
+        assert len((tmp_path / "run/metrics.json").read_text().splitlines()) == 9  # each iteration, the evaluation
+        assert (tmp_path / "run/model_final.pth").is_file()
+    assert (tmp_path / "run.1/model_final.pth").is_file()

@@ -27,11 +27,37 @@ def evaluation(iteration, ap, names=(), prefix=""):
 def test_curves(tmp_path):
     losses = [{"iteration": n, "total_loss": 20.0 / (n + 1), "loss_ce": 1.0, "lr": 1e-4} for n in range(5)]
     write_metrics(tmp_path, *losses, {"iteration": 4, "bbox/AP": 3.0, "ema/bbox/AP": float("nan")}, end='{"iterat')
-    assert curves.read_series(tmp_path / "metrics.json")["bbox/AP"] == {4: 3.0}
+    assert curves.read_series(tmp_path)["bbox/AP"] == {4: 3.0}
     curves.draw_curves(tmp_path)
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.size == (1200, 760)
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_evaluations_that_only_their_own_file_has(tmp_path):
+    """Metrics of an iteration whose checkpoint was written before its evaluation."""
+    write_metrics(tmp_path, {"iteration": 499, "total_loss": 2.0})
+    (tmp_path / "evaluations.json").write_text('[{"iteration": 500, "bbox/AP": 41.0, "bbox/APs": null}, 3, {}]')
+    assert curves.read_series(tmp_path) == {"total_loss": {499: 2.0}, "bbox/AP": {499: 41.0}}
+    assert "best: AP 41.0, iteration 500" in texts(curves.curves_figure(curves.read_series(tmp_path), ""))
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"{", b"3", b"[" * 100_000, b'{"iteration": 3}'])
+def test_a_damaged_record_does_not_stop_the_drawing(tmp_path, content):
+    (tmp_path / "evaluations.json").write_bytes(content)
+    (tmp_path / "metrics.json").write_bytes(b'{"iteration": 1, "total_loss": 2}\n' + content)
+    curves.draw_curves(tmp_path)
+    assert curves.read_series(tmp_path) == {"total_loss": {1: 2}}
+
+
+def test_only_a_checkpoint_in_a_run_has_curves(tmp_path):
+    assert curves.run_curves(None) is None
+    assert curves.run_curves("dino_r50_4scale_12ep") is None
+    (tmp_path / "model.pth").touch()
+    assert curves.run_curves(tmp_path / "model.pth") is None
+    write_metrics(tmp_path, {"iteration": 9, "total_loss": 2.0})
+    assert curves.run_curves(tmp_path / "model.pth").get_suptitle() == tmp_path.name
+    assert curves.run_curves(tmp_path / "other.pth") is None
 
 
 def test_a_run_that_logged_nothing(tmp_path):
@@ -42,7 +68,7 @@ def test_a_run_that_logged_nothing(tmp_path):
 
 def read(folder, *entries):
     write_metrics(folder, *entries)
-    return curves.read_series(folder / "metrics.json")
+    return curves.read_series(folder)
 
 
 def test_the_best_evaluation_is_marked_whichever_weights_it_has(tmp_path):

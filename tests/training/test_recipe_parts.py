@@ -170,6 +170,19 @@ def test_a_schedule_that_does_not_fit(files):
         completed(files, "train.epochs=3", "train.device=cpu", name="dino_r50_4scale_12ep")
 
 
+def test_wrong_schedules(files):
+    with pytest.raises(UserError, match=r"names no\.such, which can't be imported"):
+        completed(files, "lr_multiplier._target_=no.such")
+    with pytest.raises(UserError, match=r"lr_multiplier of the recipe can't be built: .*unexpected keyword"):
+        completed(files, "lr_multiplier._target_=fvcore.common.param_scheduler.ConstantParamScheduler")
+
+
+def test_what_needs_detectron2_is_refused_before_data_are_read():
+    files = DataFiles("missing.json", "missing", "missing.json", "missing")
+    with pytest.raises(UserError, match="SwinTransformer, which needs Detectron2"):
+        completed(files, name="dino_swin_t_224_4scale_12ep")
+
+
 def test_epochs_and_batch(files):
     cfg = completed(files, "dataloader.train.total_batch_size=8", "train.epochs=2")
     use_epochs(cfg, 20)

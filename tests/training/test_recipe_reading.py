@@ -95,7 +95,7 @@ def test_wrong_recipes(text, message, tmp_path):
 def test_wrong_yaml(content, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(content)
-    with pytest.raises(UserError, match=r"config\.yaml can't be read"):
+    with pytest.raises(UserError, match=r"config\.yaml (can't be read|is no recipe)"):
         read_recipe(str(path))
 
 

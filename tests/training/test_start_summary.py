@@ -1,11 +1,21 @@
 import numpy as np
 import pytest
 
-from dino.training.start_summary import MOST_LINES, Plan, Split, closing_lines, evaluation_lines, percent, start_lines
+from dino.training.start_summary import (
+    MOST_LINES,
+    Plan,
+    Split,
+    best_line,
+    closing_lines,
+    evaluation_lines,
+    percent,
+    start_lines,
+)
 
 TRAIN = Split(205, 3, {"RBC": 2381, "WBC": 214, "Platelets": 209})
 VAL = Split(1, 0, {"RBC": 12, "WBC": 1, "Platelets": 0})
-PLAN = Plan(4, 1040, 52, 52, {"backbone": 2e-5, "the rest": 2e-4}, "float32", "cpu", "plain PyTorch: it is not built")
+RATES = {"backbone": 2e-5, "the rest": 2e-4}
+PLAN = Plan(4, 1040, 52, 52, RATES, "float32", "cpu", "plain PyTorch: it is not built", tensorboard=True)
 SIZES = np.linspace(10, 110, 101)
 
 
@@ -55,6 +65,11 @@ def test_a_resumed_run_says_where_it_starts():
     )
 
 
+def test_tensorboard_is_named_where_it_has_files():
+    lines = start_lines("x", TRAIN, VAL, SIZES, PLAN._replace(tensorboard=False), "random", "output")
+    assert not [line for line in lines if "tensorboard" in line]
+
+
 def test_an_evaluation_is_three_lines():
     raw = {"AP": 49.04, "AP50": 66.66, "AP75": 53.5, "APs": 1.0, "AP-RBC": 98.04, "AP-WBC": float("nan")}
     averaged = {**raw, "AP": 50.0}
@@ -87,6 +102,11 @@ def test_the_last_lines_name_the_next_commands(tmp_path):
         f"  dino eval '{folder}' 'my val.json' images",
     ]
     assert closing_lines(folder, {})[0] == f"best weights: {folder}/model_best.pth"
+
+
+def test_new_best_weights_are_named_by_their_metric():
+    assert best_line("bbox/AP", 49.04, "raw") == "best bbox/AP so far: 49.0, raw weights, in model_best.pth"
+    assert best_line("loss", 0.012349, "raw") == "best loss so far: 0.01235, raw weights, in model_best.pth"
 
 
 @pytest.mark.parametrize(

@@ -42,12 +42,17 @@ class BatchPictures(HookBase):
         gather_shards(model)
         if comm.is_main_process():
             batch = self.trainer.batch[:MOST_IMAGES]
-            queries: list = []
             if hasattr(model, "network"):
-                sizes = [x["image"].shape[1:] for x in batch]
-                queries = denoising_boxes(model.network, [model.to_target(x) for x in batch], sizes)
-            _draw_objects(batch, self.names, path, queries)
+                _draw_batch(model, batch, self.names, path)
+            else:
+                _draw_objects(batch, self.names, path)
         drop_shards(model)
+
+
+def _draw_batch(model: DINODetector, batch: list[dict], names: list[str], path: str) -> None:
+    """Draw a training batch and denoising queries of its objects, see `BatchPictures`."""
+    sizes = [x["image"].shape[1:] for x in batch]
+    _draw_objects(batch, names, path, denoising_boxes(model.network, [model.to_target(x) for x in batch], sizes))
 
 
 def _draw_objects(batch: list[dict], names: list[str], path: str, queries: Sequence[dict[Colour, Tensor]] = ()) -> None:

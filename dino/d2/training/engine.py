@@ -16,7 +16,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine import hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
+from detectron2.utils.events import EventWriter, TensorboardXWriter
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -32,6 +32,7 @@ from dino.training.memory_saving import checkpoint_activations
 from dino.training.plan_summary import describe_run, start_plan, summarise_plan
 from dino.training.progress import Progress
 from dino.training.recipe_reading import save_recipe
+from dino.training.run_checkpoints import refuse_other_engine
 from dino.training.run_log import Watched, prints_to_log, show, take_warnings
 from dino.training.shards import unwrapped
 from dino.training.start_summary import closing_lines, evaluation_lines, start_lines
@@ -64,9 +65,7 @@ def train(cfg: DictConfig, resume: bool, recipe: str = "a recipe") -> dict:
     Raises:
         DataError: recipe, data or weights can't be used.
     """
-    if cfg.train.seed < 0:
-        cfg.train.seed = comm.shared_random_seed()
-    use_deterministic_kernels(cfg)
+    _use_determinism(cfg)
     use_precision(cfg)
     folder = cfg.train.output_dir
     images = instantiate(cfg.dataloader.train.dataset)
@@ -86,6 +85,18 @@ def train(cfg: DictConfig, resume: bool, recipe: str = "a recipe") -> dict:
     )
     content = _start_weights(cfg, checkpointer, resume)
     trainer, ema = _build_trainer(cfg, model, about)
+    start = _restore(checkpointer, trainer, ema, content)
+    progress = _start_progress(cfg, trainer, start, data.doubts)
+    if comm.is_main_process():
+        checkpointer.add_about(recipe=_start_folder(cfg))
+        plan = start_plan(cfg, model, trainer.optimizer, data.train.images, start)._replace(tensorboard=True)
+        weights = _describe_weights(checkpointer)
+        show(start_lines(recipe, data.train, data.val, data.sizes, plan, weights, folder, take_warnings()))
+    return _run(cfg, trainer, checkpointer, ema, progress, start)
+
+
+def _restore(checkpointer: Checkpointer, trainer: Trainer, ema: Ema | None, content: dict) -> int:
+    """Continue from the content of a checkpoint, if it has a training -> the completed iterations."""
     if "trainer" in content:
         trainer.load_state_dict(content["trainer"])
         if ema and "ema" in content:
@@ -93,14 +104,14 @@ def train(cfg: DictConfig, resume: bool, recipe: str = "a recipe") -> dict:
     for key, part in (("trainer", trainer), ("ema", ema)):
         if part:
             checkpointer.add_checkpointable(key, part)
-    start = trainer.iter + 1 if "trainer" in content else 0
-    progress = _start_progress(cfg, trainer, start, data.doubts)
-    if comm.is_main_process():
-        checkpointer.add_about(recipe=_start_folder(cfg))
-        plan = start_plan(cfg, unwrapped(trainer.model), trainer.optimizer, data.train.images, start)
-        weights = _describe_weights(checkpointer)
-        show(start_lines(recipe, data.train, data.val, data.sizes, plan, weights, folder, take_warnings()))
-    results: dict = {}
+    return trainer.iter + 1 if "trainer" in content else 0
+
+
+def _run(
+    cfg: DictConfig, trainer: Trainer, checkpointer: Checkpointer, ema: Ema | None, progress: Progress, start: int
+) -> dict:
+    """Train from iteration `start` on -> the metrics of the last evaluation."""
+    folder, results = cfg.train.output_dir, {}
     trainer.register_hooks(_list_hooks(cfg, trainer, checkpointer, ema, results, progress))
     try:
         trainer.train(start, cfg.train.max_iter)
@@ -109,8 +120,8 @@ def train(cfg: DictConfig, resume: bool, recipe: str = "a recipe") -> dict:
     finally:
         if comm.is_main_process():
             clean_up(draw_curves, folder, checkpointer.names)
-    if comm.is_main_process():
-        show(closing_lines(folder, results, _files_of(cfg.dataloader.test.dataset)))
+    best = next(hook.record.best_ap for hook in trainer._hooks if isinstance(hook, Evaluation))
+    show(closing_lines(folder, results, _files_of(cfg.dataloader.test.dataset), best))
     return results
 
 
@@ -194,7 +205,9 @@ def _start_weights(cfg: DictConfig, checkpointer: Checkpointer, resume: bool) ->
     if resume and not last:
         logger.warning(f"nothing to resume in {cfg.train.output_dir}: starting at iteration 0")
     if last:
-        return checkpointer.load(last, checkpointables=[])
+        content = checkpointer.load(last, checkpointables=[])
+        refuse_other_engine(checkpointer.state, checkpointer.model, last)
+        return content
     checkpointer.load_start(cfg.train.init_checkpoint, cfg.train.get("init_parts", "all"))
     return {}
 
@@ -225,6 +238,13 @@ def _build_trainer(cfg: DictConfig, model: nn.Module, about: dict) -> tuple[Trai
     return trainer, Ema(model, cfg.train.ema.decay) if cfg.train.ema.enabled else None
 
 
+def _use_determinism(cfg: DictConfig) -> None:
+    """Set the seed, the same for all processes, and deterministic kernels if the recipe enables them."""
+    if cfg.train.seed < 0:
+        cfg.train.seed = comm.shared_random_seed()
+    use_deterministic_kernels(cfg)
+
+
 def _list_hooks(
     cfg: DictConfig,
     trainer: Trainer,
@@ -250,7 +270,7 @@ def _list_hooks(
         return results
 
     writers = _list_writers(cfg) if main else []
-    metrics = [writer for writer in writers if isinstance(writer, JSONWriter)]
+    metrics = [writer for writer in writers if isinstance(writer, MetricsWriter)]
     checkpoints = Checkpoints(checkpointer, **cfg.train.checkpointer, writers=metrics)
     return [
         hooks.IterationTimer(),
@@ -294,7 +314,7 @@ def _evaluate(cfg: DictConfig, model: nn.Module, ema: Ema | None = None) -> dict
     """
     _same_statistics(model)
     gather_shards(model)
-    result = _evaluate_weights(cfg, model, "weights as trained")
+    result = _evaluate_weights(cfg, model, "raw weights")
     drop_shards(model)
     if ema:
         with ema.applied():
@@ -302,8 +322,7 @@ def _evaluate(cfg: DictConfig, model: nn.Module, ema: Ema | None = None) -> dict
             averaged = _evaluate_weights(cfg, model, "averaged weights", folder="averaged")
             drop_shards(model)
         result = {**result, **({"ema": averaged} if averaged else {})}
-    if comm.is_main_process():
-        show(evaluation_lines(result))
+    show(evaluation_lines(result))
     return result
 
 

@@ -13,6 +13,7 @@ from dino.d2 import follow_file, recipe
 from dino.inference.cpu import keep_freed_memory
 from dino.training.memory_saving import OutOfMemory
 from dino.utils.files import UserError
+from dino.utils.library_warnings import quiet_children
 from dino.utils.recipes import find_recipe
 
 from . import engine, parallel
@@ -71,7 +72,8 @@ def launch(function: Callable, processes: parallel.Processes, *args: Any) -> Any
         UserError: memory ran out, or one of several processes failed; the message is the last line of its error.
     """
     try:
-        return parallel.launch(function, processes, *args)
+        with quiet_children():
+            return parallel.launch(function, processes, *args)
     except OutOfMemory as error:
         raise UserError(str(error)) from error
     except ProcessRaisedException as error:

@@ -40,6 +40,7 @@ def run_setup(cfg: DictConfig, job: Any) -> Iterator[None]:
 
 def _set_up(cfg: DictConfig, job: Any, folder: Path, rank: int) -> None:
     """Log what a bug report needs, write the recipe, and set the seed."""
+    logger.info("engine: Detectron2")
     logger.info(f"process {rank} of {comm.get_world_size()}")
     logger.info(f"environment:\n{collect_env_info()}")
     logger.info(f"arguments: {job}")

@@ -7,11 +7,11 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, get_event_storage
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, get_event_storage
 
 from dino.training.curves import draw_curves
-from dino.training.metrics_file import forget_metrics
-from dino.utils.files import DataError, UserError, write_whole
+from dino.training.metrics_file import append_metrics, forget_metrics
+from dino.utils.files import DataError, write_whole
 
 __all__ = ["ConsoleWriter", "MetricsWriter", "WandbWriter", "draw_curves", "forget_metrics"]
 
@@ -52,8 +52,11 @@ def _known(histories: dict, *names: str) -> list[str]:
     return [name for name in names if name in histories]
 
 
-class MetricsWriter(JSONWriter):
-    """Detectron2's writer of metrics.json; an error names the file.
+class MetricsWriter(EventWriter):
+    """Writes metrics.json, as Detectron2's JSONWriter does.
+
+    (That one leaves out an evaluation in the iteration of a checkpoint: it writes an iteration once, and metrics are
+    written before each checkpoint.)
 
     Args:
         path: of the file, which grows.
@@ -61,19 +64,23 @@ class MetricsWriter(JSONWriter):
     """
 
     def __init__(self, path: str, window: int):
-        super().__init__(path, window)
         self.path = path
+        self.window = window
+        self.written: dict[str, int] = {}  # the last iteration of each value
 
     def write(self) -> None:
-        """Append the values of the event storage.
+        """Append the new values of the event storage.
 
         Raises:
             UserError: the disk is full.
         """
-        try:
-            super().write()
-        except OSError as error:
-            raise UserError(f"can't write {self.path}: {error}") from error
+        new = defaultdict(dict)
+        for key, (value, iteration) in get_event_storage().latest_with_smoothing_hint(self.window).items():
+            if iteration > self.written.get(key, -1):
+                self.written[key] = iteration
+                new[iteration][key] = value
+        for iteration in sorted(new):
+            append_metrics(self.path, {"iteration": iteration, **new[iteration]})
 
 
 class WandbWriter(EventWriter):

@@ -56,17 +56,21 @@ def _draw_sample(split: Split, issues: list[Issue], flags: dict[int, list[tuple[
     labels = {number: label for label, number in enumerate(sorted(split.contents.categories))}
     figures: list[Figure] = []
     for image in _sorted(split, flags):
+        marks = [_mark_of(o, split.contents.categories, labels, reasons) for o in objects[image["id"]]]
+        figure = _draw_image(split, image, marks)._replace(flags=flags.get(image["id"], []))
+        if figure.source or figure.flags:
+            figures.append(figure)
         if len(figures) == _SHOWN:
             break
-        marks = [_mark_of(o, split.contents.categories, labels, reasons) for o in objects[image["id"]]]
-        own = flags.get(image["id"], [])
-        try:
-            figure = draw(resolve_inside(split.folder, image["file_name"]), _caption(image, marks), marks)
-        except DataError:
-            figure = Figure("", 4, 3, _caption(image, marks), [])
-        if figure.source or own:
-            figures.append(figure._replace(flags=own))
     return figures
+
+
+def _draw_image(split: Split, image: dict, marks: list[Mark]) -> Figure:
+    """The figure of an image; without a picture where the file can't be read."""
+    try:
+        return draw(resolve_inside(split.folder, image["file_name"]), _caption(image, marks), marks)
+    except DataError:
+        return Figure("", 4, 3, _caption(image, marks), [])
 
 
 def _flags_of(split: Split, issues: list[Issue]) -> dict[int, list[tuple[str, str]]]:

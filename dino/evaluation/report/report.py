@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,15 +84,23 @@ def write_report(
         write_page(path, "predictions.html.j2", figures=figures, classes=_count_classes(data, results), **values)
         return None
     analysis = analyse(data, results)
-    label_errors = find_label_errors(data, results)
-    values |= {"analysis": analysis, "show": show}
+    values |= {"analysis": analysis, "show": show, "run": run and to_svg(run)}
+    _write_pages(Path(path), data, results, files, values, shown)
+    return analysis
+
+
+def _write_pages(
+    path: Path, data: dict[str, Any], results: list[dict], files: dict[int, Path], values: dict[str, Any], shown: int
+) -> None:
+    """Write the report of data with annotations, the page of the set, and the likely label errors."""
+    analysis, entries = values["analysis"], {image["id"]: image for image in data["images"]}
     values["tally"] = {kind: [int(n) for n in counts] for kind, counts in analysis.tally.items()}
+    label_errors = find_label_errors(data, results)
     write_page(
         path,
         "report.html.j2",
         columns=COLUMNS,
         charts=draw_charts(analysis),
-        run=run and to_svg(run),
         figures=_draw_images(analysis, entries, files, _choose_worst(_sums_of(_count_errors(analysis)), shown)),
         drawn_set=_DRAWN_SET if shown else "",
         label_errors=draw_label_errors(data, label_errors, files, min(shown, _DOUBTS_SHOWN)),
@@ -100,11 +109,8 @@ def write_report(
     )
     if shown:
         figures = _draw_images(analysis, entries, files, _choose_evenly(entries))
-        write_page(
-            Path(path).with_name(_DRAWN_SET), "images.html.j2", figures=figures, report=Path(path).name, **values
-        )
-    write_proposals(Path(path).with_name("label_errors.json"), data, label_errors)
-    return analysis
+        write_page(path.with_name(_DRAWN_SET), "images.html.j2", figures=figures, report=path.name, **values)
+    write_proposals(path.with_name("label_errors.json"), data, label_errors)
 
 
 def _count_classes(data: dict[str, Any], results: list[dict]) -> list[tuple[str, list[int]]]:
@@ -116,26 +122,24 @@ def _count_classes(data: dict[str, Any], results: list[dict]) -> list[tuple[str,
 
 def _draw_predictions(data: dict[str, Any], results: list[dict], files: dict[int, Path], shown: int) -> list[Figure]:
     """Images with the most detections of SCORE_THRESH or more, in the colours of their classes."""
-    names = {c["id"]: c["name"] for c in data["categories"]}
-    labels = {number: label for label, number in enumerate(sorted(names))}
+    classes = {c["id"]: (c["name"], label) for label, c in enumerate(sorted(data["categories"], key=itemgetter("id")))}
     detections = defaultdict(list)
-    for r in results:
+    for r in sorted(results, key=lambda r: -r["score"]):
         if r["score"] >= _LOWEST:
             detections[r["image_id"]].append(r)
-    counts = {image["id"]: sum(r["score"] >= SCORE_THRESH for r in detections[image["id"]]) for image in data["images"]}
+    counts = {image: sum(r["score"] >= SCORE_THRESH for r in found) for image, found in detections.items()}
     figures = []
-    for image in sorted(data["images"], key=lambda image: -counts[image["id"]]):
+    for image in sorted(data["images"], key=lambda image: -counts.get(image["id"], 0)):
         if len(figures) == shown:
             break
-        best = sorted(detections[image["id"]], key=lambda r: -r["score"])[:_MOST_MARKS]
-        marks = [
-            Mark(
-                r["bbox"], _label_of(name, r["score"]), "class", r["score"], colour=colour_of(labels[r["category_id"]])
-            )
-            for r, name in ((r, names[r["category_id"]]) for r in best)
-        ]
+        marks = [_mark_detection(r, *classes[r["category_id"]]) for r in detections[image["id"]][:_MOST_MARKS]]
         figures += _try_to_draw(files[image["id"]], image["file_name"], marks, "")
     return figures
+
+
+def _mark_detection(r: dict, name: str, label: int) -> Mark:
+    """Mark of a detection that is compared with nothing."""
+    return Mark(r["bbox"], _label_of(name, r["score"]), "class", r["score"], colour=colour_of(label))
 
 
 def _draw_images(

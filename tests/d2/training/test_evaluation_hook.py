@@ -1,6 +1,7 @@
 """The record of the evaluations, best weights, early stopping; with a toy model and made-up results."""
 
 import json
+import random
 
 import pytest
 
@@ -16,6 +17,7 @@ from dino.d2.training.evaluation_hook import Evaluation
 from dino.d2.training.hooks import AverageWeights, Checkpoints
 from dino.d2.training.trainer import EndOfTraining
 from dino.training.ema import Ema
+from dino.training.evaluation_record import _read
 from dino.utils.files import DataError
 
 
@@ -131,6 +133,53 @@ def test_a_damaged_record_is_named(tmp_path):
     (tmp_path / "evaluations.json").write_text('[{"iter')
     with pytest.raises(DataError, match=r"evaluations\.json is damaged"):
         run(tmp_path, [1.0], start=2)
+
+
+DAMAGED = [
+    *(
+        b"",
+        b"5",
+        b"null",
+        b"{}",
+        b'{"iteration": 1}',
+        b"[5]",
+        b"[[]]",
+        b'["iteration"]',
+        b"\xff\xfe\x00",
+        b"[" * 100_000,
+    ),
+    *(
+        b'[{"bbox/AP": 1.0}]',
+        b'[{"iteration": "1"}]',
+        b'[{"iteration": 1, "bbox/AP": "high"}]',
+        b'[{"iteration": null}]',
+    ),
+    *(b'[{"iteration": 1, "bbox/AP": NaN}]', b'[{"iteration": 1, "bbox/AP": [1]}]', b'[{"iteration": 1.5}]'),
+]
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=lambda content: repr(content[:30]))
+def test_damaged_records_of_any_kind_are_named(tmp_path, content):
+    (tmp_path / "evaluations.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"evaluations\.json is damaged: .*Remove the file to continue without"):
+        run(tmp_path, [1.0], start=2)
+
+
+def test_damaged_records_of_any_bytes(tmp_path):
+    path, draw = tmp_path / "evaluations.json", random.Random(0)
+    whole = json.dumps([{"iteration": n, "bbox/AP": 1.5, "ema/bbox/AP": None} for n in range(1, 4)]).encode()
+    for _ in range(500):
+        content = bytearray(whole[: draw.choice([len(whole), draw.randrange(len(whole))])])
+        for _ in range(draw.randrange(4)):
+            place = draw.randrange(len(whole))
+            content[place : place + 1] = [draw.choice(b'{}[]",:0123456789.eE-+ \x00\xff')]
+        path.write_bytes(content)
+        try:
+            record = _read(path)
+        except DataError as error:
+            assert "evaluations.json is damaged" in str(error)  # noqa: PT017
+        else:
+            assert all(type(entry["iteration"]) is int for entry in record)
 
 
 # Checkpoints

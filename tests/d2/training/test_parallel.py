@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -14,7 +15,7 @@ from detectron2.config import instantiate
 from dino.d2.training import engine
 
 from ..in_parts import assert_equal_steps, groups, in_float64, step
-from ..processes import ROOT, assert_same, checkpoint, environment, losses, run_tiny
+from ..processes import ROOT, assert_same, checkpoint, command, environment, losses, run_tiny
 from ..recipes import tiny_recipe
 from ..two_processes import BASE, EVEN, ONE_EMPTY, UNEVEN
 
@@ -136,3 +137,41 @@ def test_ctrl_c_stops_all_processes_after_the_same_iteration(tmp_path):
     assert "Traceback" not in result.stdout + result.stderr
     assert "stopped after 2 iterations; --resume continues" in result.stdout
     assert checkpoint(tmp_path, "model_0000001")["trainer"]["iteration"] == 1
+
+
+def stop(folder, *words, launcher=()):
+    """Start two processes, send SIGTERM to the first process alone once they train -> exit code, output."""
+    words = command(folder, *words, *OPTIONS, "train.max_iter=500", launcher=launcher)
+    log = folder / "output.txt"
+    with log.open("w") as output:
+        process = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=output, stderr=output)
+        while process.poll() is None and "iteration 2/500" not in log.read_text():
+            time.sleep(0.1)
+        process.terminate()
+        return process.wait(timeout=120), log.read_text()
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_launcher_stops_all_processes(tmp_path):
+    code, output = stop(tmp_path, "--num-gpus", "2")
+    assert code == 143, output
+    assert "Traceback" not in output
+    assert "iterations; --resume continues" in output
+    assert (tmp_path / "run/last_checkpoint").is_file()
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_stops_all_processes(tmp_path):
+    """Torchrun passes it on, and gives its workers 30 seconds."""
+    code, output = stop(tmp_path, launcher=TWO)
+    assert code != 0
+    assert "iterations; --resume continues" in output
+    assert (tmp_path / "run/last_checkpoint").is_file()
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_one_line(tmp_path):
+    result = run_tiny(tmp_path, "--num-gpus", "2", *OPTIONS, KILL_AT="1:3")
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr.splitlines()[-1]
+    assert result.stderr.splitlines()[-1].startswith("error: ")

@@ -54,6 +54,16 @@ def test_killed_and_resumed(tmp_path, unbroken):
     assert_same_run(tmp_path, unbroken)
 
 
+def test_sigterm_of_the_group_stops_as_ctrl_c_does(tmp_path):
+    """As Slurm sends it: the worker that reads images must survive it too."""
+    stopped = run_tiny(tmp_path, *WHOLE, "train.checkpointer.period=100", INTERRUPT_AT="0:2", SIGNAL="TERM")
+    assert stopped.returncode == 143, stopped.stdout + stopped.stderr
+    assert "stopped after 3 iterations; --resume continues" in stopped.stdout
+    assert "Traceback" not in stopped.stdout + stopped.stderr
+    assert checkpoint(tmp_path, "model_0000002")["trainer"]["iteration"] == 2
+    assert not list((tmp_path / "run").glob("*.part"))
+
+
 def test_stopped_by_ctrl_c_and_resumed(tmp_path, unbroken):
     """The whole process group gets the signal, as from a terminal: the worker that reads images must survive it."""
     stopped = run_tiny(tmp_path, *WHOLE, "train.checkpointer.period=100", INTERRUPT_AT="0:2")

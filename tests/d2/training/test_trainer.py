@@ -9,13 +9,15 @@ import pytest
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import torch
+from detectron2.engine import HookBase
+from detectron2.engine.hooks import CallbackHook
 from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dino.d2 import DINODetector
-from dino.d2.training.trainer import Trainer
-from dino.utils.files import UserError
+from dino.d2.training.trainer import EndOfTraining, Trainer
+from dino.utils.files import Stopped, UserError
 from dino.utils.run_folder import note_start
 
 from ..recipes import parse, recipe
@@ -227,3 +229,42 @@ def test_a_subclass_of_one_argument_trains(tmp_path):
     run(make(tmp_path, old, skip_non_finite=True), 0, 2)
     with pytest.raises(UserError, match="OldDetector takes no `normalizer`"):
         run(make(tmp_path, old, grad_accum_steps=2), 0, 1)
+
+
+class _Fails(HookBase):
+    """Fails where it is asked to, and counts its ends."""
+
+    def __init__(self, before=None, after=None):
+        self.before, self.after, self.ends = before, after, 0
+
+    def before_train(self):
+        if self.before:
+            raise self.before
+        self.bar = 1
+
+    def after_train(self):
+        self.ends += 1
+        if self.after:
+            raise self.after
+        assert self.bar, "only where before_train has run"
+
+
+@pytest.mark.parametrize("error", [UserError("can't write model.pth"), KeyError("a bug"), KeyboardInterrupt()])
+def test_the_first_error_is_not_hidden_by_the_end_of_other_hooks(tmp_path, error):
+    trainer = make(tmp_path)
+    hooks = [_Fails(), _Fails(before=error), _Fails(), _Fails(after=UserError("can't write curves.png"))]
+    trainer.register_hooks(hooks)
+    with pytest.raises(type(error)) as caught:
+        trainer.train(0, 1)
+    assert caught.value is error
+    assert [hook.ends for hook in hooks] == [1] * 4
+
+
+@pytest.mark.parametrize("end", [None, EndOfTraining(), Stopped(143)])
+def test_an_error_at_the_end_of_a_training_is_shown(tmp_path, end):
+    trainer = make(tmp_path)
+    hooks = [_Fails(after=UserError("first")), _Fails(after=UserError("second"))]
+    trainer.register_hooks([*hooks, CallbackHook(after_step=lambda _: (_ for _ in ()).throw(end))] if end else hooks)
+    with pytest.raises(UserError, match="first"):
+        trainer.train(0, 1)
+    assert [hook.ends for hook in hooks] == [1, 1]

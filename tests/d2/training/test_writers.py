@@ -1,5 +1,6 @@
 import json
 import logging
+import resource
 import sys
 import types
 
@@ -13,7 +14,7 @@ from PIL import Image
 from dino.d2.training import batch_pictures, writers
 from dino.inference.palette import colour_of
 from dino.training.run_pictures import NEGATIVE, POSITIVE, draw_val_predictions
-from dino.utils.files import DataError
+from dino.utils.files import DataError, UserError
 
 from ..tiny import random_input, tiny_detector
 
@@ -150,3 +151,18 @@ def test_predictions_are_drawn_beside_the_truth(tmp_path, monkeypatch):
     batch_pictures.draw_predictions(model, [x], ["red", "green", "blue"], str(path), threshold=1.1)
     assert colour_of(2) in colors(path)
     assert not {colour_of(0), colour_of(1)} & colors(path)
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    """The kernel takes no more than so many bytes for a file."""
+    writer = writers.MetricsWriter(str(tmp_path / "metrics.json"), 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with EventStorage(1) as storage:
+            storage.put_scalar("total_loss", 1.0)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+            with pytest.raises(UserError, match=r"can't write .*metrics\.json: \[Errno 27\] File too large"):
+                writer.write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        writer.close()
