@@ -164,8 +164,7 @@ def _next_command(written: Sequence[tuple[Path, Path, dict]]) -> str:
         return f"dino data split {' '.join(words[0])} TRAIN.json VAL.json"
     (train, train_images), (val, val_images) = words
     return (
-        f"dino train --config-file dino_r18_small_data --train-json {train} --train-images {train_images} "
-        f"--val-json {val} --val-images {val_images}"
+        f"dino train dino_r18_small_data --train {train} {train_images} --val {val} {val_images} --output output/mine"
     )
 
 

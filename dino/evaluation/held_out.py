@@ -44,10 +44,8 @@ def write_halves(path: Path, images: Path, folder: Path) -> None:
     first, second = targets
     print(
         "Train a model on each half, with the recipe of your choice, then let each predict the other half:\n"
-        f"  dino train --config-file RECIPE --train-json {first} --train-images {images} --val-json {second} "
-        f"--val-images {images} train.output_dir=output/half_a\n"
-        f"  dino train --config-file RECIPE --train-json {second} --train-images {images} --val-json {first} "
-        f"--val-images {images} train.output_dir=output/half_b\n"
+        f"  dino train RECIPE --train {first} {images} --val {second} {images} --output output/half_a\n"
+        f"  dino train RECIPE --train {second} {images} --val {first} {images} --output output/half_b\n"
         f"  dino check {path} {images} --weights output/half_a/model_final.pth output/half_b/model_final.pth "
         f"--halves {folder} --label-errors errors.json"
     )
