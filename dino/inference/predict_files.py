@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dino.data.images import IMAGE_SUFFIXES, list_images
 from dino.layers import detections, one_label_detections
-from dino.utils.files import DataError, UserError, clean_up, counted, make_folder, make_part, write_picture
+from dino.utils.files import DataError, UserError, clean_up, counted, make_folder, make_part, message_of, write_picture
 from dino.utils.printable import printable
 from dino.utils.run_folder import hold_folder
 
@@ -174,7 +174,7 @@ def predict(predictor: Predictor, jobs: Sequence[_Job], folder: Path) -> None:
 def _report(issues: Sequence[DataError], number: int) -> NoReturn:
     """List the unreadable ones of a number of inputs, and raise the first."""
     if len(issues) > 1:
-        print("\n".join(f"not read: {issue}" for issue in issues))
+        print("\n".join(f"not read: {message_of(issue)}" for issue in issues))
     listed = "; all are listed above" if len(issues) > 1 else ""
     more = f" ({len(issues)} of {number} inputs could not be read whole{listed})"
     raise DataError(f"{issues[0]}{more if number > 1 else ''}")
@@ -201,8 +201,8 @@ def _predict_images(predictor: Predictor, jobs: Sequence[_Job], folder: Path, is
             bar.update()
     print(f"{counted(coco.images, 'picture')} with {counted(coco.objects, 'object')} written to {folder}")
     if paged:
-        more = ", …" if len(paged) > _LISTED else ""
-        print(f"only the first page of {counted(len(paged), 'file')} was used: {', '.join(paged[:_LISTED])}{more}")
+        names = ", ".join(map(printable, paged[:_LISTED])) + ", …" * (len(paged) > _LISTED)
+        print(f"only the first page of {counted(len(paged), 'file')} was used: {names}")
 
 
 def _draw(found: Detections, target: Path) -> None:
@@ -251,7 +251,8 @@ def _predict_video(predictor: Predictor, job: _Job, issues: list[DataError]) -> 
             video.close()
             if writer:
                 clean_up(writer.close)
-    print(f"{counted(coco.images, 'frame')} with {counted(coco.objects, 'object')} written to {job.target}")
+    target = printable(job.target, None)
+    print(f"{counted(coco.images, 'frame')} with {counted(coco.objects, 'object')} written to {target}")
     if interrupted:
         raise KeyboardInterrupt
 

@@ -51,13 +51,14 @@ def draw_curves(folder: str | Path, names: Sequence[str] = ()) -> None:
 
 
 def run_curves(checkpoint: str | Path | None) -> Figure | None:
-    """The curves of the run whose folder holds a checkpoint, for a page; None where there is no such run.
+    """The curves of the run of a checkpoint, or in a folder, for a page; None where there is no such run.
 
     Raises:
         UserError: metrics.json can't be read.
     """
-    folder = Path(checkpoint or "").parent
-    if not checkpoint or not Path(checkpoint).is_file() or not (folder / "metrics.json").is_file():
+    path = Path(checkpoint or "")
+    folder = path if path.is_dir() else path.parent
+    if not checkpoint or not path.exists() or not (folder / "metrics.json").is_file():
         return None
     series = read_series(folder)
     return curves_figure(series, folder.resolve().name, look=ON_PAGE) if series else None

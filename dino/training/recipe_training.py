@@ -16,7 +16,7 @@ import torch
 from omegaconf import DictConfig
 
 from dino.data.coco import CocoImages
-from dino.utils.files import DataError, clean_up
+from dino.utils.files import DataError, clean_up, make_folder
 
 from .curves import draw_curves
 from .denoising_boxes import denoising_boxes
@@ -90,6 +90,7 @@ def train(cfg: DictConfig, *, resume: bool = False, recipe: str = "a recipe") ->
         checkpoints.load_start(cfg.train.init_checkpoint, cfg.train.get("init_parts", "all"))
     run = _Run(cfg, checkpoints, loader, val)
     start = run.restore(content)
+    make_folder(folder)
     save_recipe(cfg, folder / "config.yaml")
     checkpoints.about["recipe"] = (folder / "config.yaml").read_text(encoding="utf-8")
     summarise_plan(cfg, detector, run.step.optimizer, about)

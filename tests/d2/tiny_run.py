@@ -54,7 +54,8 @@ def main(args):
     """One process."""
     atexit.register(end_without_gloo)
     cfg = tiny_recipe(Path(args.folder), *args.opts, counts=(2, 0, 3, 1, 2, 1))
-    with recipe.claim_output(cfg, eval_only=args.eval_only, resume=args.resume) as resume:
+    flags = {"resume": args.resume, "overwrite": args.overwrite}
+    with recipe.claim_output(cfg, eval_only=args.eval_only, **flags) as resume:
         setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="detectron2")
         engine.Trainer = Mortal
         if args.eval_only:

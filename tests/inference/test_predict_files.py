@@ -132,6 +132,18 @@ def test_the_longest_names(dino, tmp_path):
     assert drawn == {names[0], f"{'b' * 248}.png", names[2], "predictions.json"}
 
 
+def test_names_do_no_harm_to_a_terminal(dino, tmp_path):
+    pages = [Image.fromarray(picture(seed=number)) for number in range(2)]
+    pages[0].save(tmp_path / "a\x1b[2J.gif", save_all=True, append_images=pages[1:])
+    for name in ("b\x1b[31m.png", "c\x1b[31m.png"):
+        (tmp_path / name).write_text("broken")
+    code, error = dino(".", "--output", "out")
+    assert code == 1
+    assert "\x1b" not in dino.out + error
+    assert "was used: a\\x1b[2J.gif" in dino.out
+    assert dino.out.count("not read: ") == 2
+
+
 def test_options(dino, tmp_path):
     Image.fromarray(picture(200, 300)).save(tmp_path / "a.png")
     words = ["--tile", 128, "--overlap", 0.1, "--nms", 0.5, "--one-label", "--batch-size", 2, "--dtype", "bf16"]

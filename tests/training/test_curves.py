@@ -57,6 +57,7 @@ def test_only_a_checkpoint_in_a_run_has_curves(tmp_path):
     assert curves.run_curves(tmp_path / "model.pth") is None
     write_metrics(tmp_path, {"iteration": 9, "total_loss": 2.0})
     assert curves.run_curves(tmp_path / "model.pth").get_suptitle() == tmp_path.name
+    assert curves.run_curves(tmp_path).get_suptitle() == tmp_path.name
     assert curves.run_curves(tmp_path / "other.pth") is None
 
 

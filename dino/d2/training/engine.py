@@ -75,14 +75,7 @@ def train(cfg: DictConfig, resume: bool, recipe: str = "a recipe") -> dict:
     del images
     seed_random(cfg.train.seed)  # the same weights on all processes
     model = _build_model(cfg)
-    checkpointer = Checkpointer(
-        model,
-        folder,
-        names=names_of(cfg.dataloader.train.dataset),
-        category_ids=_category_ids_of(cfg.dataloader.train.dataset),
-        about={**about, **describe(cfg)},
-        min_backbone=cfg.train.min_backbone,
-    )
+    checkpointer = _make_checkpointer(cfg, model, about)
     content = _start_weights(cfg, checkpointer, resume)
     trainer, ema = _build_trainer(cfg, model, about)
     start = _restore(checkpointer, trainer, ema, content)
@@ -93,6 +86,13 @@ def train(cfg: DictConfig, resume: bool, recipe: str = "a recipe") -> dict:
         weights = _describe_weights(checkpointer)
         show(start_lines(recipe, data.train, data.val, data.sizes, plan, weights, folder, take_warnings()))
     return _run(cfg, trainer, checkpointer, ema, progress, start)
+
+
+def _use_determinism(cfg: DictConfig) -> None:
+    """Set the seed, the same for all processes, and deterministic kernels if the recipe enables them."""
+    if cfg.train.seed < 0:
+        cfg.train.seed = comm.shared_random_seed()
+    use_deterministic_kernels(cfg)
 
 
 def _restore(checkpointer: Checkpointer, trainer: Trainer, ema: Ema | None, content: dict) -> int:
@@ -243,6 +243,18 @@ def _use_determinism(cfg: DictConfig) -> None:
     if cfg.train.seed < 0:
         cfg.train.seed = comm.shared_random_seed()
     use_deterministic_kernels(cfg)
+
+
+def _make_checkpointer(cfg: DictConfig, model: nn.Module, about: dict) -> Checkpointer:
+    """The checkpointer of a training; `about`: what repeating the run needs."""
+    return Checkpointer(
+        model,
+        cfg.train.output_dir,
+        names=names_of(cfg.dataloader.train.dataset),
+        category_ids=_category_ids_of(cfg.dataloader.train.dataset),
+        about={**about, **describe(cfg)},
+        min_backbone=cfg.train.min_backbone,
+    )
 
 
 def _list_hooks(
