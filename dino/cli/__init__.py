@@ -61,9 +61,7 @@ def _usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb. Returns the exit code: 0, 1 after an error of one line, 2 for a wrong command line."""
     words = list(sys.argv[1:] if argv is None else argv)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names from files may hold what a terminal can't show
+    _escape_output()
     if words in (["--version"], ["-V"]):
         print(f"dino {dino.__version__}")
         return 0
@@ -89,6 +87,13 @@ def _cleaning_up_at_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _escape_output() -> None:
+    """Let streams escape what a terminal can't show: names from files may hold it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _describe_unknown(words: Sequence[str]) -> str:

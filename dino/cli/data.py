@@ -162,8 +162,10 @@ def _next_command(written: Sequence[tuple[Path, Path, dict]]) -> str:
     words = [(shlex.quote(str(path)), shlex.quote(str(folder))) for path, folder, _ in written]
     if len(words) == 1:
         return f"dino data split {' '.join(words[0])} TRAIN.json VAL.json"
-    train, val = words
-    return f"dino train dino_r18_small_data --train {' '.join(train)} --val {' '.join(val)}"
+    (train, train_images), (val, val_images) = words
+    return (
+        f"dino train dino_r18_small_data --train {train} {train_images} --val {val} {val_images} --output output/mine"
+    )
 
 
 def _merge(args: argparse.Namespace) -> int:

@@ -97,12 +97,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """
     parser = build_parser()
     args = parser.parse_args(argv)
-    words = [word for word in args.opts if not is_override(word) or os.path.exists(word)]
-    args.opts = [word for word in args.opts if word not in words]
-    if words and not args.weights and not args.results:
-        args.weights = words.pop(0)
-    _use_data(args, words)
-    no_data = not (args.results or args.config_file or args.val_json or args.dataset)
+    _use_words(args)
+    no_data = not any((args.results, args.config_file, args.val_json, args.dataset))
     problems = {
         "--dataset and data in files exclude each other": args.dataset and args.val_json,
         "--results needs the data: ANNOTATIONS IMAGES": args.results and not args.val_json,
@@ -114,6 +110,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     check_arguments(parser, problems)
     _find_files(args)
     return args
+
+
+def _use_words(args: argparse.Namespace) -> None:
+    """Divide the positional words into overrides, checkpoint and data.
+
+    Raises:
+        UsageError: see `_use_data`.
+    """
+    words = [word for word in args.opts if not is_override(word) or os.path.exists(word)]
+    args.opts = [word for word in args.opts if word not in words]
+    if words and not args.weights and not args.results:
+        args.weights = words.pop(0)
+    _use_data(args, words)
 
 
 def _use_data(args: argparse.Namespace, words: Sequence[str]) -> None:
@@ -138,17 +147,16 @@ def _find_files(args: argparse.Namespace) -> None:
     Raises:
         UserError: one is missing, or another thing.
     """
+    if args.config_file:
+        find_recipe(args.config_file)
     before = "dino eval --results FILE" if args.results else "dino eval CHECKPOINT"
     if args.weights:
-        rest = [word for word in (args.val_json, args.val_images) if word]
-        arguments.check_order(args.weights, *rest, before="dino eval")
+        arguments.check_order(args.weights, *filter(None, (args.val_json, args.val_images)), before="dino eval")
         args.weights = arguments.find_checkpoint(args.weights)
     if args.val_json:
         args.val_json, args.val_images = find_data(args.val_json, args.val_images, before=before)
     if args.results:
         args.results = find_file(args.results, "detections", {".json"})
-    if args.config_file:
-        find_recipe(args.config_file)
     if args.dataset and not arguments.is_installed("detectron2"):
         raise UserError("--dataset names data that Detectron2 knows, and it is not installed: give ANNOTATIONS IMAGES")
     args.output = args.output and Path(expand(args.output))

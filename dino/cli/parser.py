@@ -14,6 +14,10 @@ _NUMBERS = {"int": "a whole number", "float": "a number"}  # types as argparse n
 _KEYS = re.compile(r"--?([A-Za-z_][\w.-]*)")
 
 
+def _is_flag(word: str) -> bool:
+    return word.startswith("-")
+
+
 class Parser(argparse.ArgumentParser):
     """Like its base, except that flags may stand between positional arguments, and that errors are one line.
 
@@ -22,8 +26,21 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args: Any, setting_of: Callable[[str, str], str] = lambda name, value: "", **options: Any):
-        super().__init__(*args, **options)
+        self.positionals: list[argparse.Action] = []
         self.setting_of = setting_of
+        super().__init__(*args, **options)
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        """As the base's; remembers those without a flag."""
+        action = super().add_argument(*names, **options)
+        self.positionals += [] if action.option_strings else [action]
+        return action
+
+    def add_subparsers(self, **options: Any) -> argparse._SubParsersAction:
+        """As the base's; remembers it."""
+        action = super().add_subparsers(**options)
+        self.positionals.append(action)
+        return action
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
         """The arguments; exits with code 2 after a mistake."""
@@ -37,7 +54,7 @@ class Parser(argparse.ArgumentParser):
 
     def _parse_known(self, words: list[str], namespace: Any) -> tuple[argparse.Namespace, list[str]]:
         """With flags between the positional arguments; a parser of sub-verbs can't have that."""
-        verbs = any(isinstance(action, argparse._SubParsersAction) for action in self._actions)
+        verbs = any(isinstance(action, argparse._SubParsersAction) for action in self.positionals)
         parse = self.parse_known_args if verbs else self.parse_known_intermixed_args
         return parse(words, namespace)
 
@@ -56,27 +73,27 @@ class Parser(argparse.ArgumentParser):
 
     def _describe_unknown(self, unknown: Sequence[str], words: Sequence[str]) -> str:
         """The first argument that the verb lacks, and what may be meant."""
-        word = next((w for w in unknown if w.startswith("-")), unknown[0])
-        flag, _, value = word.partition("=")
-        if not flag.startswith("-"):
+        word = ([*filter(_is_flag, unknown)] or unknown)[0]
+        if not _is_flag(word):
             return f"{word!r} is one argument too many"
-        following = words[words.index(word) + 1 : words.index(word) + 2]
-        value = value or next((w for w in following if not w.startswith("-")), "")
-        near = nearest(flag.lower().replace("_", "-").strip("-"), [name[2:] for name in self._flags()])
+        flag, _, value = word.partition("=")
+        near = nearest(flag.lower().replace("_", "-").strip("-"), self._names_of_flags())
+        following = [*words, "-"][words.index(word) + 1]
         name = _KEYS.match(flag)
-        setting = self.setting_of(name[1], value) if name else ""
+        setting = self.setting_of(name[1], value or ("" if _is_flag(following) else following)) if name else ""
         if setting and (not near or "." in flag):
             return f"no argument {flag}: write {setting}"
         return f"no argument {flag}" + (f"; the nearest is --{near}" if near else "")
 
-    def _flags(self) -> list[str]:
-        """The flags that the help shows."""
-        shown = (action for action in self._actions if action.help != argparse.SUPPRESS)
-        return [flag for action in shown for flag in action.option_strings if flag.startswith("--")]
+    def _names_of_flags(self) -> list[str]:
+        """The flags that the help shows, without their dashes."""
+        flags = self._option_string_actions.items()
+        return [flag[2:] for flag, a in flags if a.help != argparse.SUPPRESS and flag.startswith("--")]
 
     def _find_action(self, name: str) -> argparse.Action | None:
         """An argument by the name that argparse gives it in its messages."""
-        return next((a for a in self._actions if argparse._get_action_name(a) == name), None)
+        actions = [*self.positionals, *self._option_string_actions.values()]
+        return next((action for action in actions if argparse._get_action_name(action) == name), None)
 
     def _describe_number(self, name: str, *_: str) -> str:
         """An argument with too few or too many values."""
@@ -96,7 +113,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _describe_missing(parser: Parser, names: str) -> str:
-    form = " ".join(_form_of(action) for action in parser._actions if not action.option_strings)
+    form = " ".join(_form_of(action) for action in parser.positionals)
     return f"missing: {names} ({parser.prog} {form})"
 
 

@@ -187,18 +187,21 @@ def _split_words(recipe: str, words: Sequence[str], prog: str) -> tuple[str, lis
     Raises:
         UsageError: there is no recipe, or a word is neither.
     """
-    overrides = [word for word in words if is_override(word)]
-    others = [word for word in words if not is_override(word)]
-    if not recipe and others and not _is_key(others[0]):
-        recipe = others.pop(0)
-    elif not recipe and overrides and os.path.isfile(overrides[0]):
-        recipe = overrides.pop(0)  # a file with a = in its name
+    others = [word for word in words if not is_override(word) or (not recipe and os.path.isfile(word))]
+    overrides = [word for word in words if word not in others]
+    if not recipe:
+        recipe, others = _take_recipe(others)
     if others:
         raise UsageError(_describe_word(others[0], words))
     if not recipe:
         raise UsageError(f"name a recipe: {prog} RECIPE, for example dino_r18_small_data")
     find_recipe(recipe)
     return recipe, overrides
+
+
+def _take_recipe(words: list[str]) -> tuple[str, list[str]]:
+    """The first word, unless it is a key, and the rest; "" for none."""
+    return ("", words) if not words or _is_key(words[0]) else (words[0], words[1:])
 
 
 def _is_key(word: str) -> bool:
@@ -209,12 +212,13 @@ def _is_key(word: str) -> bool:
 def _describe_word(word: str, words: Sequence[str]) -> str:
     """What a word between overrides may mean: it is part of `key = value`, or of a value with spaces."""
     place = list(words).index(word)
-    before, after = ([*words[:place]] or [""])[-1], [*words[place + 1 : place + 3], "...", "..."]
+    before = words[place - 1] if place else ""
+    after = [*words[place + 1 : place + 3], "...", "..."]
     if word.startswith("=") and _is_key(before):
         return f"write {before}={word[1:] or after[0]}, without spaces"
     if _is_key(word):
-        value = (after[0][1:] or after[1]) if after[0].startswith("=") else after[0]
-        return f"write {word}={value}" + (", without spaces" if "=" in after[0] else "")
+        spaced = after[0].startswith("=")
+        return f"write {word}={(after[0][1:] or after[1]) if spaced else after[0]}" + ", without spaces" * spaced
     if before.endswith("="):
         return f"write {before}{word}, without spaces"
     if is_override(before):

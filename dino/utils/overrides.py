@@ -208,22 +208,29 @@ def _convert(cfg: DictConfig, key: str, text: str) -> Any:
     """
     from omegaconf import OmegaConf
 
+    if text == "???":
+        raise UsageError(f"{key} can't be '???', which omegaconf reads as a missing value")
     if _INTERPOLATION.fullmatch(text) and has_key(cfg, text[2:-1]):
         return text
     present = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
     present = _OPEN.get(key) if present is None else present
-    if text == "???":
-        raise UsageError(f"{key} can't be '???', which omegaconf reads as a missing value")
     if isinstance(present, str) or key.endswith("_target_"):
         return _to_text(text)
-    if text.lower() in _NONE:
-        return None
+    return None if text.lower() in _NONE else _to_type(key, text, present)
+
+
+def _to_type(key: str, text: str, present: Any) -> Any:
+    """The value of a text that is not None, of the type of the present value."""
+    from omegaconf import OmegaConf
+
     if isinstance(present, bool):
         return _to_bool(key, text)
     if isinstance(present, int | float):
         return _to_number(key, text, present)
-    if OmegaConf.is_config(present) or isinstance(present, list):
-        return _to_container(key, text, present)
+    if OmegaConf.is_dict(present):
+        return _to_dict(key, text, present)
+    if OmegaConf.is_list(present) or isinstance(present, list):
+        return _to_list(key, text, present)
     return _guess(text)
 
 
@@ -259,21 +266,19 @@ def _to_number(key: str, text: str, present: float) -> float:
     return int(number) if isinstance(present, int) and number.is_integer() else number
 
 
-def _to_container(key: str, text: str, present: Any) -> Any:
-    """A list for a list, a dict for a dict."""
-    from omegaconf import OmegaConf
-
+def _to_dict(key: str, text: str, present: Any) -> dict:
     value = _parse(text)
-    if OmegaConf.is_dict(present):
-        if not isinstance(value, dict):
-            words = [f"{key}.{name}" for name in present if name != "_target_"]
-            raise UsageError(f"{key} holds several settings: write {' or '.join(words[:3]) or key}=..., not {text!r}")
+    if isinstance(value, dict):
         return value
+    words = [f"{key}.{name}" for name in present if name != "_target_"]
+    raise UsageError(f"{key} holds several settings: write {' or '.join(words[:3]) or key}=..., not {text!r}")
+
+
+def _to_list(key: str, text: str, present: Any) -> list:
+    value = _parse(text)
     if not isinstance(value, list):
         raise UsageError(f"{key} must be a list: write {key}=[{text.strip('[]()')}]")
-    of_numbers = len(present) and all(map(_is_number, present))
-    wrong = next((entry for entry in value if not _is_number(entry)), None) if of_numbers else None
-    if wrong is not None:
+    if len(present) and all(map(_is_number, present)) and not all(map(_is_number, value)):
         raise UsageError(f"{key} must be a list of numbers, not {text!r}")
     return value
 

@@ -26,8 +26,8 @@ def test_a_yolo_folder_becomes_training_and_validation_data(tmp_path, capsys):
     assert f"{train}: 4 images, 6 objects; images in {tmp_path / 'export/train/images'}" in out
     assert "not imported: test" in out
     assert "verdict: ready to train" in out
-    words = f"--train-json {train} --train-images {tmp_path / 'export/train/images'} --val-json {val}"
-    assert f"next: dino train --config-file dino_r18_small_data {words}" in out
+    words = f"--train {train} {tmp_path / 'export/train/images'} --val {val}"
+    assert f"next: dino train dino_r18_small_data {words}" in out
     assert cli.main(["check", str(train), str(tmp_path / "export/train/images")]) == 0
 
 

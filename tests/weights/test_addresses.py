@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dino.utils.files import DataError, UserError
+from dino.utils.files import DataError, UsageError, UserError
 from dino.weights import addresses, locate, published
 from dino.weights.addresses import published_path, repair
 
@@ -271,3 +271,54 @@ def test_torch_hubs_cache_has_no_way_out(mirror, tmp_path, monkeypatch):
         locate("https://download.pytorch.org/%2e%2e%2fsecret")
     (tmp_path / "hub/checkpoints/secret").write_bytes(BODY)
     assert os.path.samefile(locate("https://download.pytorch.org/models/secret"), tmp_path / "hub/checkpoints/secret")
+
+
+def write_run(folder, *names):
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_bytes(BODY)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (["model_best.pth", "model_final.pth", "model_0000009.pth"], "model_best.pth"),
+        (["model_final.pth", "model_0000009.pth"], "model_final.pth"),
+        (["model_0000009.pth", "model_0000019.pth", "model_0000100.pth.part"], "model_0000019.pth"),
+    ],
+)
+def test_the_folder_of_a_run(tmp_path, capsys, names, chosen):
+    run = write_run(tmp_path / "a run", *names)
+    assert locate(str(run)) == locate(run) == str(run / chosen)
+    assert capsys.readouterr().err == f"{run}: taking {chosen}\n"  # once
+
+
+def test_the_last_checkpoint_of_a_run_stays_in_its_folder(tmp_path):
+    run = write_run(tmp_path / "run", "model_0000009.pth", "model_0000019.pth")
+    (run / "last_checkpoint").write_text("model_0000009.pth")
+    assert locate(str(run)) == str(run / "model_0000009.pth")
+    (tmp_path / "model.pth").write_bytes(BODY)
+    for name in ("../model.pth", str(tmp_path / "model.pth"), "model_0000029.pth", "\0"):
+        (run / "last_checkpoint").write_text(name)
+        assert locate(str(run)) == str(run / "model_0000019.pth")
+
+
+def test_folders_without_a_checkpoint_and_other_files(tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="this folder holds no checkpoint"):
+        locate(str(write_run(tmp_path / "empty", "model.txt")))
+    for name in ("photo.JPG", "val.json", "recipe.py", "config.yaml", "net.onnx"):
+        (tmp_path / name).write_bytes(BODY)
+        with pytest.raises(UsageError, match="not a checkpoint"):
+            locate(str(tmp_path / name))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.pth").write_bytes(BODY)
+    assert locate("~/own.pth") == str(tmp_path / "own.pth")
+
+
+def test_published_weights_that_have_moved(mirror):
+    entry = published.PUBLISHED["dino_r50_4scale_12ep"]
+    with pytest.raises(UserError) as caught:
+        locate(entry.name)
+    for words in ("answers 404", f"its page is {entry.page}", "DINO_MIRROR names another server"):
+        assert words in str(caught.value)
