@@ -101,7 +101,9 @@ def test_explanations_begin_with_the_same_pixels(network, picture, tmp_path, mon
 
     monkeypatch.setattr(explain, "detector_from_checkpoint", lambda path: detector)
     monkeypatch.setattr(explain, "record", keep)
-    words = [data.annotations, data.images, "--weights=w.pth", "--image=image_1.png", f"--output={tmp_path / 'out'}"]
+    weights = tmp_path / "w.pth"
+    weights.touch()
+    words = [str(weights), data.annotations, data.images, "--image=image_1.png", f"--output={tmp_path / 'out'}"]
     assert cli.main(["explain", *words]) == 1
     assert torch.equal(seen[0], detector.batch([pixels])[0])
 

@@ -12,7 +12,7 @@ from detectron2.data.datasets import convert_to_coco_json
 from omegaconf import DictConfig
 
 from dino.data.coco import load_json
-from dino.evaluation.report.evaluate import Detected
+from dino.evaluation.report.evaluate import Detected, choose_weights
 from dino.inference.cpu import keep_freed_memory
 from dino.utils.files import UserError, make_folder, write_whole
 from dino.utils.recipes import find_recipe
@@ -79,11 +79,11 @@ def detect(
     make_folder(folder)
     launch(_work, Processes(num_gpus), job)
     name = cfg.dataloader.evaluator.dataset_name
-    details = {"Data": val_json or name, "Weights": cfg.train.init_checkpoint}
+    results, details = choose_weights(folder, {"Data": val_json or name, "Weights": cfg.train.init_checkpoint})
     return Detected(
         data=_annotations_of(name, folder),
         files={entry["image_id"]: Path(entry["file_name"]) for entry in DatasetCatalog.get(name)},
-        results=folder / "inference/coco_instances_results.json",
+        results=results,
         details={**details, "Recipe": Path(job.config_file).stem} if config_file else details,
     )
 

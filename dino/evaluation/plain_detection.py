@@ -24,10 +24,9 @@ from dino.weights.inferred_description import open_checkpoint
 
 from .average_precision import evaluate
 from .report.error_analysis import show
-from .report.evaluate import Detected, image_paths
+from .report.evaluate import RESULTS, Detected, choose_weights, image_paths
 
 _WORKERS = 4  # processes that read images for a GPU; a CPU has no use for them
-_RESULTS = "coco_instances_results.json"  # as Detectron2's evaluator calls it
 
 
 class _Copy(NamedTuple):
@@ -52,7 +51,7 @@ def detect(folder: Path, weights: str, val_json: str, val_images: str, device: s
         device: where to run; a GPU where there is one, by default.
 
     Returns:
-        the detections of the weights as trained.
+        the detections, see `choose_weights`.
 
     Raises:
         UserError: the weights can't be fetched.
@@ -68,12 +67,12 @@ def detect(folder: Path, weights: str, val_json: str, val_images: str, device: s
         detector = _build(content, path, data, chosen.copy, device)
         results = _run(detector, data, Path(val_images))
         make_folder(folder / chosen.folder)
-        _write(folder / chosen.folder / _RESULTS, results)
+        _write(folder / chosen.folder / RESULTS, results)
         if len(copies) > 1 and data["annotations"]:
             figures = "  ".join(f"{key} {show(key, ap)}" for key, ap in _main_figures(data, results).items())
             print(f"{chosen.kind}: {figures}")
-    results = folder / _AS_TRAINED.folder / _RESULTS
-    return Detected(data, image_paths(data, val_images), results, {"Data": val_json, "Weights": weights})
+    results, details = choose_weights(folder, {"Data": val_json, "Weights": weights})
+    return Detected(data, image_paths(data, val_images), results, details)
 
 
 def _build(content: Mapping[str, Any], path: str, data: dict[str, Any], copy: str, device: str) -> Detector:

@@ -100,8 +100,11 @@ def test_averaged_weights_get_a_folder_of_their_own(checkpoint, tmp_path, capsys
     averaged = {key: 1.2 * value if "class_heads" in key else value for key, value in content["model"].items()}
     torch.save({**content, "ema": {"model": averaged, "updates": 3}}, tmp_path / "both.pth")
     files = write_coco(tmp_path / "val")
-    for name, weights in (("one", checkpoint), ("two", str(tmp_path / "both.pth"))):
-        detect(tmp_path / name, weights, files.annotations, files.images)
+    one = detect(tmp_path / "one", checkpoint, files.annotations, files.images)
+    two = detect(tmp_path / "two", str(tmp_path / "both.pth"), files.annotations, files.images)
+    assert "Copy" not in one.details
+    assert two.details["Copy"] == "averaged weights, as dino predict uses them"
+    assert two.results.parent.name == "averaged"
     assert results_in(tmp_path / "two") == results_in(tmp_path / "one")
     assert results_in(tmp_path / "two", "inference/averaged") != results_in(tmp_path / "one")
     assert not (tmp_path / "one/inference/averaged").exists()

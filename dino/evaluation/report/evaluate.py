@@ -22,6 +22,9 @@ from .results import read_results
 _MOST_COLUMNS = 40  # of a class name in the table
 
 
+RESULTS = "coco_instances_results.json"  # as Detectron2's evaluator calls the file of detections
+
+
 class Detected(NamedTuple):
     """Detections of a data set.
 
@@ -36,6 +39,22 @@ class Detected(NamedTuple):
     files: dict[int, Path]
     results: Path
     details: dict[str, str]
+
+
+def choose_weights(folder: Path, details: dict[str, str]) -> tuple[Path, dict[str, str]]:
+    """Which detections an evaluation reports: those of the weights with which `dino predict` detects.
+
+    Args:
+        folder: holds the detections as Detectron2's evaluator writes them, those of averaged weights in `averaged`.
+        details: of the report.
+
+    Returns:
+        the file, and the details, which name averaged weights.
+    """
+    averaged = folder / "inference/averaged" / RESULTS
+    if averaged.is_file():
+        return averaged, {**details, "Copy": "averaged weights, as dino predict uses them"}
+    return folder / "inference" / RESULTS, details
 
 
 def read_detections(results: Path, annotations: str, images: str) -> Detected:
