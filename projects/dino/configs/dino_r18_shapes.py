@@ -6,7 +6,8 @@ writes the data, runs this recipe and draws its predictions. By hand:
 
     python tools/make_shapes.py datasets/shapes
     python tools/lazyconfig_train_net.py --config-file projects/dino/configs/dino_r18_shapes.py \
-        --train datasets/shapes/train.json datasets/shapes/train --val datasets/shapes/val.json datasets/shapes/val train.output_dir=output/shapes
+        --train datasets/shapes/train.json datasets/shapes/train \
+        --val datasets/shapes/val.json datasets/shapes/val train.output_dir=output/shapes
 """
 
 from detectron2.config import LazyCall as L
