@@ -59,7 +59,9 @@ VARIABLES = {
     "HF_TOKEN": "`hf://`, `timm://`: the person's token for private files; sent to `HF_ENDPOINT` only",
     "HF_TOKEN_PATH": "the file of that token (default `token` in `HF_HOME`)",
     "LOCALAPPDATA": "Windows: in its folder `dino-detectron2` is the cache, unless `DINO_CACHE` is set",
+    "PYTHONWARNINGS": "Python's: with it, warnings of libraries are shown too",
     "TORCH_CUDA_ARCH_LIST": "`python -m dino.layers.ops.build`: the GPUs to compile for, for example `8.0;9.0+PTX`",
+    "WORLD_SIZE": "set by torchrun: processes of a training; more than one needs Detectron2",
     "XDG_CACHE_HOME": "Linux: the same (default `~/.cache`)",
 }
 OF_THE_MACHINE = {"device": "a GPU where there is one", "dist_url": "a port of this machine"}  # defaults

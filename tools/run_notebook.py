@@ -11,9 +11,6 @@ import os
 import tempfile
 from pathlib import Path
 
-import nbformat
-from nbclient import NotebookClient
-
 ROOT = Path(__file__).parents[1]
 
 
@@ -27,6 +24,9 @@ def execute(path, folder, timeout=900):
     Raises:
         nbclient.exceptions.CellExecutionError: a cell raised an error.
     """
+    import nbformat
+    from nbclient import NotebookClient
+
     notebook = nbformat.read(path, as_version=4)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     options = {"timeout": timeout, "record_timing": False, "resources": {"metadata": {"path": str(folder)}}}
@@ -40,11 +40,18 @@ def execute(path, folder, timeout=900):
     return notebook
 
 
+def build_parser():
+    """The argument."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("notebook", type=Path, help="the file to run, and to write")
+    return parser
+
+
 def main():
     """Run it and replace the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("notebook", type=Path)
-    args = parser.parse_args()
+    import nbformat
+
+    args = build_parser().parse_args()
     with tempfile.TemporaryDirectory() as folder:
         notebook = execute(args.notebook, folder)
     nbformat.write(notebook, args.notebook)
