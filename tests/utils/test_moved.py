@@ -68,7 +68,7 @@ def run_python(*words):
     return done.stdout
 
 
-@pytest.mark.parametrize("name", [*(set(_MOVED) - set(NEEDS_DETECTRON2)), *needs_detectron2(NEEDS_DETECTRON2)])
+@pytest.mark.parametrize("name", [*sorted(set(_MOVED) - set(NEEDS_DETECTRON2)), *needs_detectron2(NEEDS_DETECTRON2)])
 def test_old_paths_lead_to_the_modules_themselves(name):
     old, new = importlib.import_module(name), importlib.import_module(_MOVED[name])
     assert old is new
