@@ -60,8 +60,9 @@ def load_model(path, overrides):
     path = str(find_recipe(path))
     cfg = LazyConfig.load(path)
     check_recipe(cfg, path)
+    cfg = apply(cfg, overrides)
     try:
-        return instantiate(apply(cfg, overrides).model)
+        return instantiate(cfg.model)
     except (ValueError, ImportError) as error:
         raise UserError(f"the recipe's model can't be built: {error}") from error
 

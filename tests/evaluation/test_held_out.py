@@ -24,6 +24,14 @@ def files(tmp_path):
     return write_coco(tmp_path / "data mit ä", counts=COUNTS, category_ids=(7, 40, 900))
 
 
+@pytest.fixture(autouse=True)
+def models(tmp_path_factory, monkeypatch):
+    """Files of these names, which stand for checkpoints: the command looks whether they are there."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("models"))
+    for name in ("a.pth", "b.pth", "m.pth"):
+        Path(name).write_bytes(b"")
+
+
 def check(*words):
     return cli.main(["check", *map(str, words)])
 
@@ -168,5 +176,5 @@ def test_a_real_checkpoint_and_a_missing_one(files, tmp_path, capsys):
     assert check(*files, "--weights", tmp_path / "model.pth", "--label-errors", tmp_path / "errors.json") == 0
     assert "likely label errors:" in capsys.readouterr().out
     assert (tmp_path / "errors.html").exists()
-    assert check(*files, "--weights", tmp_path / "none.pth") == 1
+    assert check(*files, "--weights", tmp_path / "none.pth") == 2
     assert "weights not found" in capsys.readouterr().err

@@ -54,9 +54,9 @@ def run_python(*arguments, folder, **variables):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
 
 
-def assert_one_error(result, message):
-    """Exit code 1, one line of explanation as the last thing said, and no traceback."""
-    assert result.returncode == 1, result.stdout + result.stderr
+def assert_one_error(result, message, code=1):
+    """This exit code, one line of explanation as the last thing said, and no traceback."""
+    assert result.returncode == code, result.stdout + result.stderr
     assert "Traceback" not in result.stdout + result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, result.stderr

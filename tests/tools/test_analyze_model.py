@@ -47,9 +47,9 @@ def test_overrides_and_measurements(capsys):
 
 def test_errors():
     result = run_here("analyze_model", "--config-file", "absent.py")
-    assert_one_error(result, "recipe not found: 'absent.py'")
+    assert_one_error(result, "recipe not found: 'absent.py'", code=2)
     result = run_here("analyze_model", "--config-file", SMALL, "model.num_class=3")
-    assert_one_error(result, "no key 'model.num_class'; the nearest is 'model.num_classes'")
+    assert_one_error(result, "no key 'model.num_class'; the nearest is 'model.num_classes'", code=2)
 
 
 def test_sizes_must_be_positive(capsys):

@@ -147,4 +147,4 @@ def test_the_program():
     result = run_here("convert_weights", "--help")
     assert result.returncode == 0
     assert "checkpoint0011_4scale.pth dino_r50_4scale.pth --to own --coco80" in result.stdout
-    assert_one_error(run_here("convert_weights", "a.pth", "b.pth", "--to", "own"), "weights not found")
+    assert_one_error(run_here("convert_weights", "a.pth", "b.pth", "--to", "own"), "weights not found", code=2)

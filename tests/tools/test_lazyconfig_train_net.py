@@ -52,8 +52,8 @@ def test_training(trained):
     folder, _, result = trained
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stdout + result.stderr
-    assert "4 training images, 1 of them without objects" in result.stdout
-    assert "iter 1/2  total_loss" in result.stdout
+    assert "train      4 images, 1 of them without objects" in result.stdout
+    assert "iteration 1/2  loss " in result.stdout
     assert (result.stdout + result.stderr).count("1 boxes of no size or outside their image dropped") == 1
     results = json.loads((folder / "run/inference/coco_instances_results.json").read_text())
     assert {r["category_id"] for r in results} <= {7, 40, 900}
@@ -64,8 +64,11 @@ def test_training(trained):
 def test_training_into_the_same_folder_is_refused(trained):
     folder, words, _ = trained
     before = contents(folder)
-    message = "run holds a run (config.yaml, log.txt, metrics.json, model_best.pth, …): add --resume, choose another"
-    assert_one_error(run(*RECIPE, *words, folder=folder), message)
+    result = run(*RECIPE, *words, folder=folder)
+    assert_one_error(
+        result, "add --resume, choose another train.output_dir, or add --overwrite, which moves it to run.1"
+    )
+    assert "run holds a run (config.yaml, log.txt, metrics.json, " in result.stderr
     assert contents(folder) == before
 
 
