@@ -91,7 +91,7 @@ def detect(
 def _check_weights(weights: str | None) -> None:
     """Fetch the weights before any process starts; raise an error if there are none."""
     if not weights:
-        raise UserError("give the weights: --weights PATH")
+        raise UserError("give a checkpoint: dino eval CHECKPOINT …")
     local_file(weights)
 
 
@@ -112,7 +112,7 @@ def _load(job: _Job) -> DictConfig:
     elif job.weights:
         cfg = _load_described(job)
     else:
-        raise UserError("give the weights: --weights PATH")
+        raise UserError("give a checkpoint: dino eval CHECKPOINT …")
     cfg.train.output_dir = job.output
     if job.weights:
         cfg.train.init_checkpoint = job.weights

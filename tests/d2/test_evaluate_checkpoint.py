@@ -148,7 +148,7 @@ def test_some_of_the_classes_are_evaluated(trained, tmp_path):
 
 MISSING = {
     "weights": ([*RECIPE, "--weights", "absent.pth"], "weights not found: absent.pth"),
-    "no weights": (RECIPE, "give the weights: --weights PATH"),
+    "no weights": (RECIPE, "give a checkpoint: dino eval CHECKPOINT"),
     "recipe": (["--config-file", "dino_r51", "--weights", "x"], "recipe not found: 'dino_r51'"),
     "no recipe": (["--weights", "absent.pth"], "weights not found: absent.pth"),
 }
