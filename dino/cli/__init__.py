@@ -54,7 +54,7 @@ def _usage() -> str:
     return (
         f"usage: dino VERB [arguments]\n\nDINO for Detectron2, version {dino.__version__}\n\n{verbs}\n\n"
         "example:\n  dino predict dino_r50_4scale_12ep photo.jpg\n"
-        "`dino help VERB` shows the arguments of a verb and examples."
+        "`dino help VERB` shows the arguments of a verb and examples, `dino --version` the version."
     )
 
 

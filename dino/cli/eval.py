@@ -133,7 +133,7 @@ def _use_data(args: argparse.Namespace, words: Sequence[str]) -> None:
     """
     if len(words) not in (0, 2):
         form = "dino eval CHECKPOINT ANNOTATIONS IMAGES"
-        raise UsageError(f"{len(words)} words for the data, {' '.join(words)}: write {form}, and settings as key=value")
+        raise UsageError(f"the data are two words, not {' '.join(words)}: write {form}, and settings as key=value")
     if words and args.val:
         raise UsageError("the data are named twice: after the checkpoint, and by --val")
     args.val_json, args.val_images = arguments.join_pairs(

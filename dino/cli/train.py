@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Sequence
 
 from dino.cli import arguments, check_arguments, new_parser
@@ -27,6 +28,7 @@ A recipe is a name or a file. A recipe is a Python program: run only recipes tha
 """
 _USAGE = """RECIPE [--train ANNOTATIONS IMAGES] [--val ANNOTATIONS IMAGES] [--output FOLDER]
                   [--resume | --overwrite] [more arguments] [key=value ...]"""
+_INDEX = re.compile(r"\[(\d+)\]")
 _OLD_EXAMPLES = """
 examples:
   train on COCO (in the folder DETECTRON2_DATASETS), 8 GPUs:
@@ -219,6 +221,13 @@ def _describe_word(word: str, words: Sequence[str]) -> str:
     if _is_key(word):
         spaced = after[0].startswith("=")
         return f"write {word}={(after[0][1:] or after[1]) if spaced else after[0]}" + ", without spaces" * spaced
+    key, equals, value = word.partition("=")
+    if equals and _INDEX.search(key):
+        dotted = _INDEX.sub(r".\1", key)
+        return f"write {dotted}={value}, an index without brackets"
+    short = SHORT_NAMES.get(word.lower().rpartition(".")[2])
+    if short and "." in word:
+        return f"{word!r} is no setting: write {short}={after[0]}"
     if before.endswith("="):
         return f"write {before}{word}, without spaces"
     if is_override(before):

@@ -77,7 +77,7 @@ def detect(
     cfg = _load(job)
     _check_weights(cfg.train.init_checkpoint)
     make_folder(folder)
-    launch(_work, Processes(num_gpus), job)
+    launch(_work, Processes(num_gpus), job, cfg if num_gpus == 1 else None)
     name = cfg.dataloader.evaluator.dataset_name
     results, details = choose_weights(folder, {"Data": val_json or name, "Weights": cfg.train.init_checkpoint})
     return Detected(
@@ -95,10 +95,10 @@ def _check_weights(weights: str | None) -> None:
     local_file(weights)
 
 
-def _work(job: _Job) -> None:
-    """One process."""
+def _work(job: _Job, cfg: DictConfig | None) -> None:
+    """One process. It reads the recipe if `cfg` is None: read twice, it would register its data twice."""
     keep_freed_memory()
-    cfg = _load(job)
+    cfg = cfg or _load(job)
     messages = follow_file.follow(cfg, job.overrides) if job.config_file else []  # else the recipe is the file's
     with run_setup(cfg, job):
         follow_file.log(messages)

@@ -90,7 +90,7 @@ def claim_output(
         UserError: the folder holds another run or is in use, or there is nothing to evaluate or to resume.
     """
     if eval_only and not cfg.train.init_checkpoint:
-        raise UserError("--eval-only needs weights: write train.init_checkpoint=PATH")
+        raise UserError("--eval-only needs weights: write train.init_checkpoint=PATH, a file or the folder of a run")
     folder = cfg.train.output_dir
     if eval_only:
         with entered_by_main(lambda: new_folder(Path(folder, "evaluation"))) as cfg.train.output_dir:

@@ -37,7 +37,7 @@ class TiledDetector(DINODetector):
         super().__init__(**arguments)
         self.preprocessing = self.preprocessing._replace(short_side=short_side, max_size=max_size)
         plain = Detector(self.network, self.preprocessing)
-        self.predictor = Predictor(plain, score_thresh=0, tile=tile, overlap=overlap, cuda_graphs=0)
+        self.predictor = Predictor(plain.eval(), score_thresh=0, tile=tile, overlap=overlap, cuda_graphs=0)
 
     def replay(self, most: int) -> AbstractContextManager[None]:
         """As `Detector.replay`; the predictor's detector runs the network."""

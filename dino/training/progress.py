@@ -12,6 +12,7 @@ from dino.utils.files import counted
 
 _TINY = 8  # pixels, below which few detectors find anything
 _WHOLE = 0.9  # share of the image, above which a box hardly places anything
+_FEW = 200  # iterations, too few for an AP from random weights
 _NO_AP = 0.001  # of AP and AP50
 _WINDOW = 0.05  # of the training, over which a loss is averaged
 _FALLEN = 0.9  # of the first loss
@@ -105,7 +106,13 @@ class Progress(NamedTuple):
         """
         if 3 * completed < self.length or not (0 <= ap < _NO_AP and 0 <= ap50 < _NO_AP):
             return None
-        causes = [*self.doubts, self._about_loss(), "boxes or classes that do not fit the images (see `dino check`)"]
+        short = [f"{self.length} iterations are few"] if self.length < _FEW else []
+        causes = [
+            *self.doubts,
+            *short,
+            self._about_loss(),
+            "boxes or classes that do not fit the images (see `dino check`)",
+        ]
         return f"AP and AP50 are 0 after {completed} of {self.length} iterations. Likely causes: {'; '.join(causes)}"
 
     def _about_loss(self) -> str:
@@ -116,7 +123,10 @@ class Progress(NamedTuple):
             return f"{rate} may not fit"
         if now <= _FALLEN * first:
             return f"the total loss fell from {first:.3g} to {now:.3g}, so the training may be too short"
-        return f"the total loss has not fallen ({first:.3g} at the start, {now:.3g} now), so {rate} may be too high"
+        change = f"{first:.3g} at the start, {now:.3g} now"
+        if now < first:
+            return f"the total loss has hardly fallen ({change}), so {rate} may not fit, or the training is too short"
+        return f"the total loss has not fallen ({change}), so {rate} may be too high"
 
     def _first_and_last(self) -> tuple[float, float]:
         """Median losses of the first and the last iterations; NaN where the first ones are not known."""

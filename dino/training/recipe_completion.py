@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dino.data.images import check_input_range
-from dino.utils.files import DataError, UserError
+from dino.utils.files import DataError, UsageError, UserError
 from dino.utils.overrides import apply, has_key, keys_of
 
 from .recipe_data import class_names
@@ -79,6 +79,7 @@ def complete(
     if cfg.train.get("reference_batch") is None:
         cfg.train.reference_batch = OmegaConf.select(cfg, _BATCH)
     cfg = apply(cfg, overrides)
+    _check_counts(cfg)
     road.check(cfg)
     _prefer_epochs(cfg, keys_of(overrides))
     if not torch.cuda.is_available() and str(cfg.train.device).startswith("cuda"):
@@ -88,6 +89,14 @@ def complete(
     if not eval_only:
         _check_schedule(cfg, road.schedule_of)
     return cfg
+
+
+def _check_counts(cfg: DictConfig) -> None:
+    """Raise a UsageError if a length or the batch is not positive; None is left open."""
+    for key in ("train.max_iter", "train.epochs", "train.grad_accum_steps", "train.log_period", _BATCH):
+        value = OmegaConf.select(cfg, key)
+        if isinstance(value, int | float) and value <= 0:
+            raise UsageError(f"{key} must be positive, not {value}")
 
 
 def _prefer_epochs(cfg: DictConfig, stated: set[str]) -> None:

@@ -186,10 +186,10 @@ class _Run:
                 if stop.requested and iteration + 1 < self.length:
                     self._save(f"model_{iteration:07d}", iteration)
                     raise Stopped(stop.exit_code, f"stopped after {iteration + 1} iterations; --resume continues")
+            if not self.ended:  # a signal leaves the last evaluation whole: its weights are written
+                self._evaluate(self.length, self.length)
         if self.ended:
             logger.info(f"training ended before {self.length} iterations")
-        else:
-            self._evaluate(self.length, self.length)
 
     def _run_iteration(self, iteration: int, batches: Iterator[list[Sample]]) -> None:
         """A step of the optimizer and all that follows it."""

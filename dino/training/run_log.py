@@ -21,6 +21,7 @@ from .shards import process_rank
 logger = logging.getLogger("detectron2")
 console = logging.getLogger("detectron2.dino.console")  # for people: the console shows it, log.txt too
 _LOGGERS = ("detectron2", "fvcore")
+_ABBREVIATED = re.compile(r"^d2(?=\.)")
 _COLOURS = re.compile("\x1b\\[[0-9;]*m")
 
 
@@ -49,9 +50,10 @@ class _Console(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Show a record, hold it, or leave it to the file."""
         text = printable(record.getMessage(), None, kept="\n\t")
-        if record.name == console.name:
+        name = _ABBREVIATED.sub("detectron2", record.name)  # a handler of Detectron2 may have come first
+        if name == console.name:
             write_above_bar(text, self.stream)
-        elif record.name.startswith("detectron2.dino") and record.levelno >= logging.WARNING:
+        elif name.startswith("detectron2.dino") and record.levelno >= logging.WARNING:
             if self.held is None:
                 write_above_bar(f"warning: {text}", self.stream)
             else:

@@ -141,14 +141,14 @@ def best_line(metric: str, value: float, kind: str) -> str:
 
 
 def closing_lines(
-    folder: str | Path, results: Mapping[str, Mapping], val: tuple[str, str] | None = None, best: float | None = None
+    folder: str | Path, results: Mapping[str, Mapping], val: Sequence[str] = (), best: float | None = None
 ) -> list[str]:
     """The last lines of a training: AP, the best file, and the next commands.
 
     Args:
         folder: of the run.
         results: of the last evaluation, as of `evaluation_lines`; those of averaged weights under "ema".
-        val: annotations and images of the validation data, for the command.
+        val: words of `dino eval` for the validation data, such as annotations and images.
         best: AP of model_best.pth in percent.
     """
     folder, run = Path(folder), shlex.quote(str(folder))
@@ -156,7 +156,7 @@ def closing_lines(
     file = next((x for x in (folder / "model_best.pth", folder / "model_final.pth") if x.exists()), folder)
     shown = last if best is None else best
     of_best = f", AP {percent(shown)}" if shown is not None and file.stem == "model_best" else ""
-    data = "".join(f" {shlex.quote(str(path))}" for path in val or ())
+    data = "".join(f" {shlex.quote(str(path))}" for path in val)
     return [
         *([] if last is None else [f"AP {percent(last)} at the end"]),
         f"best weights: {printable(file, None)}{of_best}",

@@ -54,7 +54,7 @@ _OPEN = {  # settings that a recipe may leave at None -> a value of their type
     "train.wandb.name": "",
 }
 _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-_NONE = ("null", "none", "")
+_NONE = ("null", "none")
 _OVERRIDE = re.compile(r"[~+]?[A-Za-z_][\w.-]*=.*", re.S)
 _SCALARS = {  # of YAML: tag -> pattern, first letters
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),

@@ -6,6 +6,7 @@ import difflib
 import functools
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def find_data(annotations: str | os.PathLike, images: str | os.PathLike, *, befo
     """
     first, second = expand(annotations), expand(images)
     if os.path.isdir(first) and os.path.isfile(second) and second.lower().endswith(".json"):
-        words = f"{before} {printable(second, 200)} {printable(first, 200)}".strip()
+        words = " ".join([before, *(shlex.quote(printable(path, 200)) for path in (second, first))]).strip()
         raise PathError(f"the annotations come before the images: write {words}")
     found = find_file(first, "annotations", {".json"})
     if found.suffix.lower() in WEIGHTS | PICTURES:

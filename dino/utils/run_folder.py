@@ -30,7 +30,7 @@ _MOVED = (*_RUN_FILES, _STARTER, "evaluation", "evaluation.*", "wandb")  # aside
 _LISTED = 4  # files that a message names
 _NOTE = 4096  # bytes of a note that are read
 _PATIENCE = 0.3  # seconds that a start waits for the lock
-_WAYS = "choose another train.output_dir"
+_WAYS = "choose another folder (--output)"
 
 
 @contextmanager

@@ -164,8 +164,9 @@ def _name_kind(content: Mapping) -> str:
         state = weights_of(content)
         if recognise(state) == "own":
             return (
-                ": it is a bare state dict. Convert its original again (detrex' with --temperature and --offset), or "
-                "use it with a recipe"
+                ": it is a bare state dict. Evaluate the checkpoint of another training program with its recipe, dino "
+                "eval FILE --config-file RECIPE; convert the original of a converted file again (detrex' with "
+                "--temperature and --offset)"
             )
         return f": it is {name_any_detector(state) or 'no detector'}"
     return ""

@@ -9,8 +9,8 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 import torch
 from detectron2.config import instantiate
 from detectron2.utils.events import EventStorage
+from omegaconf import OmegaConf
 
-from dino.d2 import recipe
 from dino.d2.training import engine
 
 from ..tools.programs import run_program
@@ -27,7 +27,7 @@ def test_an_ancestor_is_built_for_the_classes_of_the_data(tmp_path, name):
     cfg = load_recipe(*file_arguments(train, val), config=FOLDER / f"{name}.py")
     base = load_recipe(*file_arguments(train, val), config=FOLDER / "base.py")
     for part in ("dataloader", "train.max_iter", "train.eval_period", "train.seed"):
-        assert recipe.OmegaConf.select(cfg, part) == recipe.OmegaConf.select(base, part)
+        assert OmegaConf.select(cfg, part) == OmegaConf.select(base, part)
     assert cfg.train.init_checkpoint == ""
     model = engine._build_model(cfg)
     assert all(p.requires_grad for p in model.parameters())

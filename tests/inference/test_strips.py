@@ -133,7 +133,7 @@ def test_tiles_in_strips_find_what_tiles_of_the_whole_find(tmp_path):
 
 
 def test_drawings_are_shrunk(tmp_path, monkeypatch):
-    monkeypatch.setattr("dino.inference.predictor._DRAWN_SIDE", 300)
+    monkeypatch.setattr("dino.inference.detections._DRAWN_SIDE", 300)
     path = tmp_path / "large.png"
     Image.fromarray(paint(400, 600, (200, 80, 300, 180))).save(path)
     found = painted(tile=512, max_pixels=10**6)(path)

@@ -67,7 +67,7 @@ def test_training_into_the_same_folder_is_refused(trained):
     del before[Path("run/run.lock")]  # names the process that looked last
     result = run(*RECIPE, *words, folder=folder)
     assert_one_error(
-        result, "add --resume, choose another train.output_dir, or add --overwrite, which moves it to run.1"
+        result, "add --resume, choose another folder (--output), or add --overwrite, which moves it to run.1"
     )
     assert "run holds a run (config.yaml, log.txt, metrics.json, " in result.stderr
     after = contents(folder)

@@ -24,6 +24,13 @@ def evaluation(iteration, ap, names=(), prefix=""):
     return {"iteration": iteration, **{prefix + key: value for key, value in values.items()}}
 
 
+def test_each_evaluation_is_one_point(tmp_path):
+    """metrics.json has the last one under the number of all iterations, the others one lower."""
+    write_metrics(tmp_path, evaluation(9, 30.0), evaluation(20, 40.0))
+    (tmp_path / "evaluations.json").write_text(json.dumps([evaluation(10, 30.0), evaluation(20, 40.0)]))
+    assert curves.read_series(tmp_path)["bbox/AP"] == {9: 30.0, 19: 40.0}
+
+
 def test_curves(tmp_path):
     losses = [{"iteration": n, "total_loss": 20.0 / (n + 1), "loss_ce": 1.0, "lr": 1e-4} for n in range(5)]
     write_metrics(tmp_path, *losses, {"iteration": 4, "bbox/AP": 3.0, "ema/bbox/AP": float("nan")}, end='{"iterat')

@@ -12,6 +12,16 @@ def progress(losses, length=300, doubts=()):
     return Progress(length, dict(losses), "optimizer.lr", 4e-4, doubts)
 
 
+def test_a_short_training_is_named_as_a_cause():
+    assert "100 iterations are few" in progress({}, length=100).zero_ap(100, 0.0, 0.0)
+    assert "iterations are few" not in progress({}).zero_ap(200, 0.0, 0.0)
+
+
+def test_a_loss_that_fell_a_little_is_not_said_to_rise():
+    text = progress({n: 20 - n / 200 for n in range(200)}).zero_ap(200, 0.0, 0.0)
+    assert "the total loss has hardly fallen (20 at the start, 19 now)" in text
+
+
 def falling(n):
     return n, 20 - n / 20
 

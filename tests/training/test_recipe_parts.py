@@ -21,7 +21,7 @@ from dino.training.recipe_parts import (
     val_images,
 )
 from dino.training.recipe_reading import read_recipe
-from dino.utils.files import DataError, UserError
+from dino.utils.files import DataError, UsageError, UserError
 from dino.utils.recipes import recipes
 
 from ..coco_files import write_coco
@@ -229,3 +229,10 @@ def test_nodes():
     assert instantiate(node) == {"a": [{"x": 2}, 3], "b": {"c": [1, 2]}, "d": None}
     assert [full_name(torch.nn.GELU), full_name(len)] == ["torch.nn.GELU", "builtins.len"]
     assert full_name(lambda: 0).startswith("<function")
+
+
+@pytest.mark.parametrize("key", ["train.max_iter", "train.epochs", "dataloader.train.total_batch_size"])
+@pytest.mark.parametrize("value", ["0", "-5"])
+def test_lengths_and_batches_must_be_positive(files, key, value):
+    with pytest.raises(UsageError, match=rf"{key} must be positive, not {value}"):
+        completed(files, f"{key}={value}")

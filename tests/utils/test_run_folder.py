@@ -104,7 +104,7 @@ def test_any_file_of_a_run_counts(tmp_path, name):
     (tmp_path / name).write_text("precious")
     with pytest.raises(UserError) as caught, claim_run(tmp_path):
         pass
-    ways = "add --resume, choose another train.output_dir, or add --overwrite, which moves it to"
+    ways = "add --resume, choose another folder (--output), or add --overwrite, which moves it to"
     assert str(caught.value) == f"{tmp_path} holds a run ({name}): {ways} {tmp_path}.1"
     assert content(tmp_path) == {name: b"precious"}
 

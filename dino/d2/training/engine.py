@@ -57,7 +57,7 @@ def train(cfg: DictConfig, resume: bool, recipe: str = "a recipe") -> dict:
     Args:
         cfg: a complete recipe.
         resume: continue the run in `train.output_dir`.
-        recipe: its name, for the console.
+        recipe: its file, for the console.
 
     Returns:
         the metrics of the last evaluation; those of averaged weights under "ema".
@@ -84,8 +84,10 @@ def train(cfg: DictConfig, resume: bool, recipe: str = "a recipe") -> dict:
         checkpointer.add_about(recipe=_start_folder(cfg))
         plan = start_plan(cfg, model, trainer.optimizer, data.train.images, start)._replace(tensorboard=True)
         weights = _describe_weights(checkpointer)
-        show(start_lines(recipe, data.train, data.val, data.sizes, plan, weights, folder, take_warnings()))
-    return _run(cfg, trainer, checkpointer, ema, progress, start)
+        show(start_lines(Path(recipe).stem, data.train, data.val, data.sizes, plan, weights, folder, take_warnings()))
+    results, best = _run(cfg, trainer, checkpointer, ema, progress, start)
+    show(closing_lines(folder, results, _data_words(cfg.dataloader.test.dataset, recipe), best))
+    return results
 
 
 def _use_determinism(cfg: DictConfig) -> None:
@@ -109,8 +111,8 @@ def _restore(checkpointer: Checkpointer, trainer: Trainer, ema: Ema | None, cont
 
 def _run(
     cfg: DictConfig, trainer: Trainer, checkpointer: Checkpointer, ema: Ema | None, progress: Progress, start: int
-) -> dict:
-    """Train from iteration `start` on -> the metrics of the last evaluation."""
+) -> tuple[dict, float | None]:
+    """Train from iteration `start` on -> the metrics of the last evaluation, and the AP of the best weights."""
     folder, results = cfg.train.output_dir, {}
     trainer.register_hooks(_list_hooks(cfg, trainer, checkpointer, ema, results, progress))
     try:
@@ -120,9 +122,7 @@ def _run(
     finally:
         if comm.is_main_process():
             clean_up(draw_curves, folder, checkpointer.names)
-    best = next(hook.record.best_ap for hook in trainer._hooks if isinstance(hook, Evaluation))
-    show(closing_lines(folder, results, _files_of(cfg.dataloader.test.dataset), best))
-    return results
+    return results, next(hook.record.best_ap for hook in trainer._hooks if isinstance(hook, Evaluation))
 
 
 def _describe_weights(checkpointer: Checkpointer) -> str:
@@ -132,11 +132,11 @@ def _describe_weights(checkpointer: Checkpointer) -> str:
     return f"{checkpointer.source}: {checkpointer.report.summary}"
 
 
-def _files_of(node: DictConfig) -> tuple[str, str] | None:
-    """Annotations and images of the data set in a recipe's `L(dataset)(…)`; None for a registered set without them."""
+def _data_words(node: DictConfig, recipe: str) -> tuple[str, ...]:
+    """The words of `dino eval` for the data set in a recipe's `L(dataset)(…)`; `recipe`, a file, registers it."""
     metadata = MetadataCatalog.get(node.name)
     files = metadata.get("json_file"), metadata.get("image_root")
-    return files if all(files) else None
+    return files if all(files) else ("--dataset", node.name, "--config-file", recipe)
 
 
 def _category_ids_of(node: DictConfig) -> list[int]:
@@ -192,7 +192,7 @@ def _build_model(cfg: DictConfig) -> nn.Module:
     """
     try:
         model = instantiate(cfg.model).to(cfg.train.device)
-    except (ValueError, ImportError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         raise DataError(f"the recipe's model can't be built: {error}") from error
     if torch.device(cfg.train.device).type == "cpu":
         use_cpu_feed_forward(model)

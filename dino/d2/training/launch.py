@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch.multiprocessing import ProcessRaisedException
@@ -62,7 +61,7 @@ def _work(job: Job) -> dict:
             if job.eval_only:
                 return engine.evaluate_checkpoint(cfg)
             recipe.scale_to_batch(cfg, job.overrides)
-            return engine.train(cfg, resume, Path(job.config_file).stem)
+            return engine.train(cfg, resume, job.config_file)
 
 
 def launch(function: Callable, processes: parallel.Processes, *args: Any) -> Any:

@@ -37,7 +37,10 @@ def read_source(path: Path, images: Path | None = None) -> dict[str, Source]:
         raise DataError(f"source not found: {path}")
     if path.is_file() and path.suffix.lower() == ".xml" and recognise(path) == "voc":
         path = path.parent
-    found = recognise(path, _content(path))
+    content = _content(path)
+    found = recognise(path, content)
+    if found is None and isinstance(content, dict) and {"images", "annotations", "categories"} <= content.keys():
+        raise DataError(f"{path} is in COCO's format already: use it as it is, after `dino check`")
     if found is None:
         raise DataError(f"{path}: unknown format. These can be imported: {', '.join(IMPORTED)}")
     if found not in IMPORTED:
