@@ -219,17 +219,27 @@ def _describe_word(word: str, words: Sequence[str]) -> str:
     if word.startswith("=") and _is_key(before):
         return f"write {before}={word[1:] or after[0]}, without spaces"
     if _is_key(word):
-        spaced = after[0].startswith("=")
-        return f"write {word}={(after[0][1:] or after[1]) if spaced else after[0]}" + ", without spaces" * spaced
+        return _join(word, *after[:2])
+    if before.endswith("="):
+        return f"write {before}{word}, without spaces"
+    if "." in word and (meant := _translate(word, after[0])):
+        return meant
+    if is_override(before):
+        return f'{word!r} is no override; for a value with spaces, write "{before} {word}", in quotes'
+    return f"{word!r} is no override: write key=value"
+
+
+def _translate(word: str, after: str) -> str:
+    """What a key in the style of another program means: an index in brackets, a yacs key; "" for none."""
     key, equals, value = word.partition("=")
     if equals and _INDEX.search(key):
         dotted = _INDEX.sub(r".\1", key)
         return f"write {dotted}={value}, an index without brackets"
     short = SHORT_NAMES.get(word.lower().rpartition(".")[2])
-    if short and "." in word:
-        return f"{word!r} is no setting: write {short}={after[0]}"
-    if before.endswith("="):
-        return f"write {before}{word}, without spaces"
-    if is_override(before):
-        return f'{word!r} is no override; for a value with spaces, write "{before} {word}", in quotes'
-    return f"{word!r} is no override: write key=value"
+    return f"{word!r} is no setting: write {short}={after}" if short else ""
+
+
+def _join(key: str, first: str, second: str) -> str:
+    """The message for a key that is followed by its value, or by `= value`."""
+    spaced = first.startswith("=")
+    return f"write {key}={(first[1:] or second) if spaced else first}" + ", without spaces" * spaced

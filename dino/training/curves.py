@@ -228,10 +228,9 @@ def read_series(folder: str | Path) -> dict[str, Series]:
     """
     series: dict[str, Series] = defaultdict(dict)
     completed = [{**entry, "iteration": entry["iteration"] - 1} for entry in _evaluations(Path(folder))]
-    known = {key for entry in completed for key in entry if key != "iteration"}
+    known = set().union(*completed) - {"iteration"}
     metrics = read_metrics(Path(folder) / "metrics.json")  # counts the last evaluation as one iteration more
-    rest = [{key: value for key, value in entry.items() if key not in known} for entry in metrics]
-    for entry in [*completed, *rest]:
+    for entry in [*completed, *({key: x[key] for key in x.keys() - known} for x in metrics)]:
         for key, value in entry.items():
             if is_number(value):
                 series[key][entry["iteration"]] = value

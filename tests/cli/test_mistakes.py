@@ -54,10 +54,8 @@ MISTAKES = {
     f"train {RECIPE} --resume --overwrite": "--resume and --overwrite exclude each other" + HELP.format("train"),
     f"train {RECIPE} --train train.json": "--train takes ANNOTATIONS IMAGES" + HELP.format("train"),
     # settings
-    f"train {RECIPE} {DATA} SOLVER.MAX_ITER 5": "'SOLVER.MAX_ITER' is no setting: write train.max_iter=5"
-    + HELP.format("train"),
-    f"train {RECIPE} {DATA} a.b[5].sizes=[96]": "write a.b.5.sizes=[96], an index without brackets"
-    + HELP.format("train"),
+    f"train {RECIPE} {DATA} SOLVER.MAX_ITER 5": "'SOLVER.MAX_ITER' is no setting: write train.max_iter=5",
+    f"train {RECIPE} {DATA} a.b[5].sizes=[96]": "write a.b.5.sizes=[96], an index without brackets",
     f"train {RECIPE} {DATA} --epochs 3": "no argument --epochs: write train.epochs=3" + HELP.format("train"),
     f"train {RECIPE} {DATA} --lr=1e-4": "no argument --lr: write optimizer.lr=1e-4" + HELP.format("train"),
     f"train {RECIPE} {DATA} --train.epochs=3": "no argument --train.epochs: write train.epochs=3"
@@ -111,8 +109,8 @@ MISTAKES = {
     "check train.json images --val vla.json": "annotations not found: vla.json; the nearest there is val.json",
     "eval model.pth": "name the data too: dino eval CHECKPOINT ANNOTATIONS IMAGES" + HELP.format("eval"),
     "eval": "name a checkpoint and data: dino eval CHECKPOINT ANNOTATIONS IMAGES" + HELP.format("eval"),
-    "eval model.pth val.json": "the data are two words, not val.json: write dino eval CHECKPOINT ANNOTATIONS IMAGES, and "
-    "settings as key=value",
+    "eval model.pth val.json": "the data are two words, not val.json: write dino eval CHECKPOINT ANNOTATIONS IMAGES, "
+    "and settings as key=value",
     "eval --results detections.json val.json images": "detections not found: detections.json",
     "explain model.pth train.json": "write dino explain CHECKPOINT ANNOTATIONS IMAGES: three arguments, not 2",
     f"train {RECIPE} --train train.json images": "--train without --val: give validation data of the same classes too: "

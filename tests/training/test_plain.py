@@ -305,7 +305,9 @@ def test_a_loss_that_rises_and_no_ap_are_warned_of(sets, tmp_path, capsys, small
     said = capsys.readouterr().out
     start = "the total loss rises: 3 at the start, 6 after 2 of 8 iterations. The learning rate --lr=0.0002 is"
     assert said.count(f"warning: {start} probably too high\n") == 1
-    change = "the total loss has not fallen (3 at the start, 24 now), so --lr=0.0002 may be too high"
+    change = (
+        "8 iterations are few; the total loss has not fallen (3 at the start, 24 now), so --lr=0.0002 may be too high"
+    )
     assert f"warning: AP and AP50 are 0 after 8 of 8 iterations. Likely causes: {change}; " in said
 
 

@@ -39,16 +39,21 @@ def read_source(path: Path, images: Path | None = None) -> dict[str, Source]:
         path = path.parent
     content = _content(path)
     found = recognise(path, content)
-    if found is None and isinstance(content, dict) and {"images", "annotations", "categories"} <= content.keys():
-        raise DataError(f"{path} is in COCO's format already: use it as it is, after `dino check`")
     if found is None:
-        raise DataError(f"{path}: unknown format. These can be imported: {', '.join(IMPORTED)}")
+        raise DataError(f"{path}: {_describe_unknown(content)}")
     if found not in IMPORTED:
         raise DataError(f"{path} holds {FORMATS[found]}")
     sources = read_yolo(path) if found == "yolo" else _READERS[found](path, images)
     if not any(source.images for source in sources.values()):
         raise DataError(f"{path}: no annotated images")
     return sources
+
+
+def _describe_unknown(content: Any) -> str:
+    """Why a source can't be imported whose format has no reader."""
+    if isinstance(content, dict) and {"images", "annotations", "categories"} <= content.keys():
+        return "COCO's format already: use the file as it is, after `dino check`"
+    return f"unknown format. These can be imported: {', '.join(IMPORTED)}"
 
 
 def _content(path: Path) -> Any:

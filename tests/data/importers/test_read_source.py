@@ -275,5 +275,5 @@ def test_unknown_sources_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"unknown format\. These can be imported: yolo, voc"):
         read_source(tmp_path / "a.csv")
     (tmp_path / "a.json").write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
-    with pytest.raises(DataError, match="unknown format"):
+    with pytest.raises(DataError, match="COCO's format already"):
         read_source(tmp_path / "a.json")
