@@ -2,7 +2,7 @@
 
     python tools/run_notebook.py docs/first_steps.ipynb
 
-Needs nbclient and ipykernel (`pip install -e ".[test]"`). The notebook must write into its own folder alone. The folder
+Needs nbclient and ipykernel (`pip install -e ".[slow]"`). The notebook must write into its own folder alone. The folder
 is removed, and its path is left out of the outputs.
 """
 

@@ -135,12 +135,7 @@ class Checkpointer(DetectionCheckpointer):
     def load_whole(self, path: str) -> dict:
         """Load a file for evaluation; raises a DataError unless it has every tensor of the model."""
         extra = self.load(path, checkpointables=[])
-        if fresh := self.report.fresh:
-            some = ", ".join(f"{name} ({reason})" for name, reason in list(fresh.items())[:5])
-            raise DataError(
-                f"{path} does not fit the recipe: {len(fresh)} tensors are missing or of another shape, among them "
-                f"{some}"
-            )
+        self.report.check_whole(path)
         return extra
 
     def _load_file(self, filename: str) -> dict:

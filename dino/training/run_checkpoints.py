@@ -101,12 +101,7 @@ class RunCheckpoints:
             DataError: a tensor of the detector is missing.
         """
         content = self._load(path)
-        if fresh := self.report.fresh:
-            some = ", ".join(f"{name} ({reason})" for name, reason in list(fresh.items())[:5])
-            raise DataError(
-                f"{path} does not fit the recipe: {len(fresh)} tensors are missing or of another shape, among them "
-                f"{some}"
-            )
+        self.report.check_whole(path)
         return content
 
     def load_average(self, content: Mapping) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from dino.utils.files import DataError
+
 from .names import is_of_dino
 
 _PARTS = (
@@ -70,6 +72,15 @@ class Report:
     def new(self) -> list[str]:
         """The missing tensors that no DINO has: parts of a variant, which start as they were initialised."""
         return [name for name in self.missing if not is_of_dino(name)]
+
+    def check_whole(self, path: str) -> None:
+        """Raise a DataError unless all tensors of the model were loaded from the file `path`, as evaluation needs."""
+        if self.fresh:
+            some = ", ".join(f"{name} ({reason})" for name, reason in list(self.fresh.items())[:5])
+            raise DataError(
+                f"{path} does not fit the recipe: {len(self.fresh)} tensors are missing or of another shape, among "
+                f"them {some}"
+            )
 
     @property
     def total(self) -> int:

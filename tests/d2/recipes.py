@@ -10,6 +10,7 @@ from dino.d2 import recipe
 
 from ..coco_files import write_coco
 from ..tiny import TinyBackbone
+from ..training.tiny_recipe import SHRINK
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted([*ROOT.glob("configs/*.py"), *ROOT.glob("projects/dino/configs/*.py")])
@@ -17,26 +18,6 @@ OTHERS = ("base", "faster_rcnn_r18_fpn", "retinanet_r18_fpn")  # in the folder o
 ABLATIONS = sorted(p for p in ROOT.glob("projects/dino/configs/ablation/*.py") if p.stem not in OTHERS)
 DESCENDANTS = ("align_detr", "dac", "hybrid", "matchability", "relation_detr", "stable_dino", "varifocal")
 SMALL = ROOT / "projects/dino/configs/dino_r18_small_data.py"
-
-SHRINK = [
-    "model.network.neck.out_channels=64",
-    "model.network.encoder.num_layers=1",
-    "model.network.encoder.hidden_dim=32",
-    "model.network.decoder.num_layers=2",
-    "model.network.query_selection.num_queries=20",
-    "model.network.denoising.num_denoising=8",
-    "model.max_detections=20",
-    "dataloader.train.total_batch_size=2",
-    "dataloader.train.num_workers=0",
-    "dataloader.test.num_workers=0",
-    "dataloader.train.mapper.augmentations.5.sizes=[48]",
-    "dataloader.test.mapper.augmentations.0.sizes=[48]",
-    "train.epochs=1",
-    "train.eval_epochs=1",
-    "train.log_period=1",
-    "train.ema.enabled=False",
-    "optimizer.lr=2e-4",
-]
 
 
 def parse(*arguments, config=SMALL):

@@ -15,18 +15,10 @@ from dino.training.stop_signal import Stopped
 from dino.utils.files import DataError, UserError
 
 from ..d2.processes import assert_same
+from .tiny_recipe import LOSSLESS as WHOLE
 from .tiny_recipe import tiny_recipe
 
 COUNTS = (2, 0, 3, 1, 2, 1)
-WHOLE = (
-    "train.amp.enabled=True",
-    "train.amp.dtype=float16",
-    "train.ema.enabled=True",
-    "train.max_iter=6",
-    "train.eval_period=3",
-    "train.checkpointer.period=2",
-    "train.seed=7",
-)
 
 
 def read_plain(path):

@@ -28,6 +28,15 @@ SHRINK = [
     "train.ema.enabled=False",
     "optimizer.lr=2e-4",
 ]
+LOSSLESS = (  # a run that is broken off and resumed: all states that a checkpoint must hold
+    "train.amp.enabled=True",
+    "train.amp.dtype=float16",
+    "train.ema.enabled=True",
+    "train.max_iter=6",
+    "train.eval_period=3",
+    "train.checkpointer.period=2",
+    "train.seed=7",
+)
 
 
 def write_sets(folder, **options):

@@ -7,18 +7,10 @@ import pytest
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
+from ...training.tiny_recipe import LOSSLESS
 from ..processes import assert_same, checkpoint, losses, run_tiny
 
-WHOLE = (
-    "dataloader.train.num_workers=1",
-    "train.amp.enabled=True",
-    "train.amp.dtype=float16",
-    "train.ema.enabled=True",
-    "train.max_iter=6",
-    "train.eval_period=3",
-    "train.checkpointer.period=2",
-    "train.seed=7",
-)
+WHOLE = ("dataloader.train.num_workers=1", *LOSSLESS)
 
 
 @pytest.fixture(scope="module")
