@@ -92,8 +92,9 @@ class _ClassRow(NamedTuple):
     f1: float
 
 
-# Heading -> figure of a class, for the page and the terminal; negative where undefined. To add a figure: a field of
-# `_ClassRow`, which goes to metrics.json, its value in `_class_rows`, and a line here.
+# Heading -> figure of a class, for the page and the terminal; negative where undefined, as the best threshold of a
+# class that is never found. To add a figure: a field of `_ClassRow`, which goes to metrics.json, its value in
+# `_class_rows`, and a line here.
 COLUMNS: dict[str, Callable[[_ClassRow], float]] = {
     "AP": lambda row: row.ap,
     "AP50": lambda row: row.ap50,
@@ -101,8 +102,8 @@ COLUMNS: dict[str, Callable[[_ClassRow], float]] = {
     "Small": lambda row: row.by_size[0],
     "Medium": lambda row: row.by_size[1],
     "Large": lambda row: row.by_size[2],
-    "Threshold": lambda row: row.threshold if row.objects else -1.0,
-    "Precision": lambda row: row.precision if row.objects else -1.0,
+    "Threshold": lambda row: row.threshold if row.f1 > 0 else -1.0,
+    "Precision": lambda row: row.precision if row.f1 > 0 else -1.0,
     "Recall": lambda row: row.recall if row.objects else -1.0,
     "F1": lambda row: row.f1 if row.objects else -1.0,
 }

@@ -6,6 +6,7 @@ from dino.evaluation.average_precision import evaluate
 from dino.evaluation.report import error_analysis
 from dino.evaluation.report.error_analysis import (
     _KINDS,
+    COLUMNS,
     ERROR_WORDS,
     THRESHOLDS,
     Found,
@@ -15,6 +16,7 @@ from dino.evaluation.report.error_analysis import (
     confusion,
     f1_of,
     rates,
+    show,
 )
 
 from ...coco_files import write_coco
@@ -67,6 +69,8 @@ def test_no_detections_at_all():
     assert analysis.ap["AP"] == 0
     assert at(analysis, 0.5)["missed"] == 120
     assert [row.recall for row in analysis.rows] == [0, 0]
+    shown = {heading: show(heading, value(analysis.rows[0])) for heading, value in COLUMNS.items()}
+    assert [shown[heading] for heading in ("Threshold", "Precision", "Recall", "F1")] == ["–", "–", "0.0", "0.0"]
     assert confusion(analysis).tolist() == [[0, 0, 60], [0, 0, 60], [0, 0, 0]]
 
 
