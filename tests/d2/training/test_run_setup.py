@@ -3,6 +3,7 @@ import re
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -28,6 +29,7 @@ def logged(tmp_path_factory):
         patch.setattr(
             "dino.training.progress_bar.write_above_bar", lambda text, stream: lines.extend(text.splitlines())
         )
+        patch.setattr("detectron2.utils.logger._LOG_COUNTER", Counter())  # a process logs the same histogram once
         cfg = tiny_recipe(tmp_path_factory.mktemp("run log"), "train.ema.enabled=True", counts=(3, 0, 1))
         cfg.model.network.denoising.num_denoising = 1
         with run_setup(cfg, JOB):
