@@ -36,7 +36,7 @@ from dino.training.run_checkpoints import refuse_other_engine
 from dino.training.run_log import Watched, prints_to_log, show, take_warnings
 from dino.training.shards import unwrapped
 from dino.training.start_summary import closing_lines, evaluation_lines, start_lines
-from dino.utils.files import DataError, clean_up
+from dino.utils.files import DataError, clean_up, make_folder
 from dino.weights import load_weights
 
 from .batch_pictures import MOST_IMAGES, BatchPictures, draw_predictions
@@ -178,6 +178,7 @@ def _watch_ap(progress: Progress, completed: int, results: dict) -> None:
 def _start_folder(cfg: DictConfig) -> str:
     """Prepare the folder of a run -> the text of its recipe."""
     folder = Path(cfg.train.output_dir)
+    make_folder(folder)
     save_recipe(cfg, folder / "config.yaml")
     text = (folder / "config.yaml").read_text()
     logger.info(f"complete recipe:\n{text}")
