@@ -140,4 +140,6 @@ def test_a_run_with_a_resnet_continues_in_its_own_engine_only(tmp_path, first, s
         trainers[name](cfg, resume=False)
         content = torch.load(tmp_path / name / "model_final.pth", weights_only=True)
         states.append(resnet_to_detectron2(content["model"]))
-    assert_close(*states)
+    assert_close(*states, atol=1e-4)  # three steps move a weight by up to 6e-4; rounding turns a few small gradients
+    for key, value in states[0].items():
+        assert (value - states[1][key]).abs().double().mean() < 1e-6, key
