@@ -11,6 +11,7 @@ import torch
 from dino.d2 import recipe
 from dino.d2.training import engine
 from dino.training import recipe_training
+from dino.training.metrics_file import read_metrics
 from dino.training.recipe_completion import DataFiles, complete
 from dino.training.recipe_reading import read_recipe
 from dino.utils.files import DataError
@@ -140,6 +141,7 @@ def test_a_run_with_a_resnet_continues_in_its_own_engine_only(tmp_path, first, s
         trainers[name](cfg, resume=False)
         content = torch.load(tmp_path / name / "model_final.pth", weights_only=True)
         states.append(resnet_to_detectron2(content["model"]))
-    assert_close(*states, atol=1e-4)  # three steps move a weight by up to 6e-4; rounding turns a few small gradients
-    for key, value in states[0].items():
-        assert (value - states[1][key]).abs().double().mean() < 1e-6, key
+    losses = [[line["total_loss"] for line in read_metrics(tmp_path / name / "metrics.json")[:3]] for name in ENGINES]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for key, value in states[0].items():  # Adam moves a weight by the rate, 2e-4; rounding turns a few tiny gradients
+        assert (value - states[1][key]).abs().double().mean() < 1e-5, key
