@@ -143,5 +143,7 @@ def test_a_run_with_a_resnet_continues_in_its_own_engine_only(tmp_path, first, s
         states.append(resnet_to_detectron2(content["model"]))
     losses = [[line["total_loss"] for line in read_metrics(tmp_path / name / "metrics.json")[:3]] for name in ENGINES]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    for key, value in states[0].items():  # Adam moves a weight by the rate, 2e-4; rounding turns a few tiny gradients
-        assert (value - states[1][key]).abs().double().mean() < 1e-5, key
+    begin = resnet_to_detectron2(torch.load(tmp_path / "run/model_final.pth", weights_only=True)["model"])
+    for key, value in states[0].items():  # rounding turns a few tiny gradients, and Adam's step with each
+        moved, apart = (value - begin[key]).abs(), (value - states[1][key]).abs()
+        assert apart.double().mean() <= 0.01 * moved.double().mean() + 1e-9, key
