@@ -19,7 +19,6 @@ from dino.utils.run_folder import claim_run, new_folder
 from .file_settings import follow_facts, log_messages, read_start
 from .memory_saving import OutOfMemory
 from .recipe_completion import NO_FILES, DataFiles, complete, scale_to_batch
-from .recipe_parts import check_supported
 from .recipe_reading import read_recipe
 from .recipe_training import evaluate_checkpoint, train
 from .run_log import run_log
@@ -58,7 +57,6 @@ def run(job: RecipeJob) -> dict[str, dict]:
     keep_freed_memory()
     cfg = read_recipe(job.recipe)
     cfg = complete(cfg, job.overrides, job.files, eval_only=job.eval_only)
-    check_supported(cfg)
     try:
         return _evaluate(cfg, job) if job.eval_only else _train(cfg, job)
     except OutOfMemory as error:

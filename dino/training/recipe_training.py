@@ -83,7 +83,7 @@ def train(cfg: DictConfig, *, resume: bool = False, recipe: str = "a recipe") ->
     loader.mapper = train_mapper(cfg)  # now the length is known
     about = describe_run(images, cfg.train.seed)
     seed_random(cfg.train.seed)
-    detector = build_detector(cfg, val.names, val.category_ids)
+    detector = build_detector(cfg, val.names, loader.images.data.category_ids)
     checkpoints = RunCheckpoints(folder, detector, {**about, **describe(cfg)}, cfg.train.min_backbone)
     content = checkpoints.resume() if resume else {}
     if not content:

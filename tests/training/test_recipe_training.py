@@ -10,13 +10,16 @@ from PIL import Image
 
 from dino.inference.predictor import Predictor
 from dino.training import recipe_training
+from dino.training.recipe_completion import DataFiles, complete
+from dino.training.recipe_reading import read_recipe
 from dino.training.recipe_step import RecipeStep
 from dino.training.stop_signal import Stopped
 from dino.utils.files import DataError, UserError
 
+from ..coco_files import write_coco
 from ..d2.processes import assert_same
 from .tiny_recipe import LOSSLESS as WHOLE
-from .tiny_recipe import tiny_recipe
+from .tiny_recipe import SHRINK, SMALL, shrink, tiny_recipe
 
 COUNTS = (2, 0, 3, 1, 2, 1)
 
@@ -288,3 +291,12 @@ def test_predictor(unbroken):
     """`TinyBackbone` is no part that a checkpoint may name; the rest of the description is read."""
     with pytest.raises(DataError, match=r"tests\.tiny\.TinyBackbone.* is not on the list"):
         Predictor.from_checkpoint(unbroken[0] / "run/model_final.pth")
+
+
+def test_checkpoints_keep_the_ids_of_the_training_data(tmp_path):
+    """Validation data may number the same classes otherwise."""
+    train = write_coco(tmp_path / "train", category_ids=(7, 40, 900))
+    val = write_coco(tmp_path / "val", category_ids=(1, 2, 3))
+    given = [*SHRINK, f"train.output_dir={tmp_path / 'run'}", "train.max_iter=1", "train.eval_period=0"]
+    recipe_training.train(shrink(complete(read_recipe(str(SMALL)), given, DataFiles(*train, *val))), resume=False)
+    assert torch.load(tmp_path / "run/model_final.pth")["category_ids"] == [7, 40, 900]
