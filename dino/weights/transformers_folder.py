@@ -5,14 +5,17 @@ Nothing here imports transformers: a folder of that library is one more form of 
 
 from __future__ import annotations
 
+import inspect
+import re
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
-from dino.modeling.transformer import HIDDEN_DIM
+from dino.modeling.transformer import HIDDEN_DIM, Decoder, SharedHeadsDecoder
 from dino.utils.files import DataError
 
-from .network_parts import check_description, set_classes
+from .network_parts import PARTS, check_description, set_classes, without_detectron2
 
 _Node = dict[str, Any]
 _Test = Callable[[Any], bool]
@@ -84,6 +87,7 @@ _OWN_BACKBONE = ("norm", "map_norm", "freeze")  # of `backbone_kwargs`, argument
 _FROZEN = ("conv1", "bn1", "layer1")  # of a pre-trained ResNet of torchvision, as in the official program
 _GROUPS = 32  # of the neck's GroupNorm
 _MOST_LABELS = 100_000
+_RES = re.compile(r"res\d")  # the map of stride 2^number
 
 
 def describe_fields(fields: Mapping[str, Any]) -> _Node:
@@ -289,7 +293,8 @@ _EXPECTED: dict[str, tuple[str, _Test]] = {
     "num_channels": ("3 (other images are not read)", lambda value: value == 3),
     "position_embedding_type": ("sine or learned", lambda value: value in ("sine", "learned")),
     **dict.fromkeys(("use_timm_backbone", "use_pretrained_backbone", "shared_heads", "auxiliary_loss"), _FLAG),
-    **dict.fromkeys(("encoder_layers", "decoder_layers"), _whole(1, 1000)),
+    "encoder_layers": _whole(0, 1000),
+    "decoder_layers": _whole(1, 1000),
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), _whole(1, 1000)),
     **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "num_queries"), _whole(1, 1_000_000)),
     **dict.fromkeys(("encoder_n_points", "decoder_n_points"), _whole(1, 1000)),
@@ -304,3 +309,167 @@ _EXPECTED: dict[str, tuple[str, _Test]] = {
     **{f"{name}_loss_coefficient": _number(0, 1_000_000) for name in ("cls", "bbox", "giou")},
     "focal_alpha": _number(0, 1),
 }
+
+
+# Field -> the part and its argument that hold the value, in a description of a `DINO`.
+_HELD: dict[str, tuple[str, str]] = {
+    "d_model": ("neck", "out_channels"),
+    "num_feature_levels": ("neck", "num_levels"),
+    "num_queries": ("query_selection", "num_queries"),
+    "pe_offset": ("position_encoding", "offset"),
+    **{name: ("denoising", argument) for name, argument in _NOISE.items()},
+    **{
+        f"{part}_{end}": (part, argument)
+        for part in ("encoder", "decoder")
+        for end, argument in {
+            "layers": "num_layers",
+            "attention_heads": "num_heads",
+            "ffn_dim": "hidden_dim",
+            "n_points": "num_points",
+        }.items()
+    },
+}
+_LOSSES = {  # field -> its name in a recipe's criterion
+    "cls_loss_coefficient": "class_weight",
+    "bbox_loss_coefficient": "l1_weight",
+    "giou_loss_coefficient": "giou_weight",
+    "focal_alpha": "alpha",
+}
+_COSTS = {"class_cost": "class_cost", "bbox_cost": "l1_cost", "giou_cost": "giou_cost"}  # the same, in its matcher
+
+
+def fields_of(config: Mapping[str, Any], names: Sequence[str], category_ids: Sequence[int]) -> dict[str, Any]:
+    """The fields of a transformers config for a described network: the inverse of `describe_fields`.
+
+    Args:
+        config: of a checkpoint's description: its `network`, and a `criterion` where a recipe had one.
+        names, category_ids: of the classes.
+
+    Returns:
+        the fields of `FIELDS`, `id2label` and `label2id`. `network` holds the description itself where the other fields
+        can't express it; they mirror it as far as they can.
+    """
+    fields = {name: value for name, value in FIELDS.items() if name != "backbone_checkpoint"}
+    fields |= {"category_ids": list(category_ids), "id2label": {str(label): name for label, name in enumerate(names)}}
+    node = _canonical(config["network"])
+    fields |= _mirror(node) | _mirror_losses(config.get("criterion"))
+    try:
+        expressed = _canonical(describe_fields(fields)) == node
+    except DataError:
+        expressed = False
+    if not expressed:
+        fields["network"] = config["network"]
+    return fields | {"label2id": {name: label for label, name in enumerate(names)}}
+
+
+def _mirror(node: _Node) -> dict[str, Any]:
+    """The fields of a canonical description, as far as they hold its values."""
+    found: dict[str, Any] = {}
+    for name, (part, argument) in _HELD.items():
+        found[name] = _at(node, part).get(argument)
+    found["shared_heads"] = _at(node, "decoder").get("_target_") == _full_name("dino.modeling.SharedHeadsDecoder")
+    position = _at(node, "position_encoding")
+    temperatures = position.get("temperatures")
+    if isinstance(temperatures, list) and len(temperatures) == 2:
+        found["pe_temperature_H"], found["pe_temperature_W"] = temperatures
+    if position.get("_target_") == _full_name("dino.modeling.variants.LearnedPositionEncoding"):
+        found["position_embedding_type"] = "learned"
+    fields = {name: value for name, value in found.items() if _EXPECTED[name][1](value)}
+    backbone = _at(_at(node, "neck"), "backbone")
+    return fields | _mirror_backbone(backbone, fields.get("num_feature_levels", FIELDS["num_feature_levels"]))
+
+
+def _mirror_backbone(backbone: _Node, levels: int) -> dict[str, Any]:
+    """The fields of a backbone of torchvision or timm; {} for any other."""
+    libraries = {_full_name(f"dino.modeling.{library}Backbone"): library for library in ("Torchvision", "Timm")}
+    library = libraries.get(backbone.get("_target_"))
+    maps = backbone.get("out_features")
+    if library is None or not _are_words(maps) or not all(map(_RES.fullmatch, maps)):
+        return {}
+    fields = {"backbone": backbone.get("name"), "use_timm_backbone": library == "Timm"}
+    indices = [int(name[3:]) - 1 for name in maps]
+    kwargs: dict[str, Any] = {} if indices == _out_indices(levels) else {"out_indices": indices}
+    usual = _canonical(_describe_backbone({**FIELDS, **fields}))
+    kwargs |= {key: backbone[key] for key in _OWN_BACKBONE if backbone.get(key) != usual[key]}
+    kwargs |= backbone.get("options") or {}
+    return fields | ({"backbone_kwargs": kwargs} if kwargs else {})
+
+
+def _mirror_losses(criterion: Any) -> dict[str, Any]:
+    """The fields of a recipe's criterion, as far as it is DINO's own."""
+    if not isinstance(criterion, dict) or criterion.get("_target_") != "dino.layers.SetCriterion":
+        return {}
+    matcher = _at(criterion, "matcher")
+    matcher = matcher if matcher.get("_target_") == "dino.layers.HungarianMatcher" else {}
+    found = {name: criterion.get(argument) for name, argument in _LOSSES.items()}
+    found |= {name: matcher.get(argument) for name, argument in _COSTS.items()}
+    return {name: value for name, value in found.items() if _EXPECTED[name][1](value)}
+
+
+def _at(node: _Node, key: str) -> _Node:
+    """A part of a description; {} where it is none."""
+    part = node.get(key)
+    return part if isinstance(part, dict) else {}
+
+
+def _are_words(values: Any) -> bool:
+    return isinstance(values, list) and bool(values) and all(isinstance(value, str) for value in values)
+
+
+def _full_name(target: Any) -> Any:
+    """One name for a part that a description can call by several."""
+    part = PARTS.get(target) if isinstance(target, str) else None
+    return f"{part.__module__}.{part.__qualname__}" if part else target
+
+
+def _canonical(node: Any) -> Any:
+    """A description in one form: every argument stated, ResNets torchvision's, one name for each part."""
+    if isinstance(node, list | tuple):
+        return [_canonical(child) for child in node]
+    if not isinstance(node, Mapping):
+        return node
+    with suppress(TypeError, ValueError, AttributeError):  # a DataError too: it stays what it is
+        node = without_detectron2(node)
+    if node.get("_target_") == "dino.modeling.build_dino" and node.get("query_selection") is None:
+        node = _expand(node)
+    stated = _defaults(node.get("_target_")) | {key: _canonical(value) for key, value in node.items()}
+    stated |= {"_target_": _full_name(node["_target_"])} if "_target_" in node else {}
+    return {key: None if value in ({}, []) else value for key, value in stated.items()}
+
+
+def _defaults(target: Any) -> _Node:
+    """The default arguments of a part."""
+    part = PARTS.get(target) if isinstance(target, str) else None
+    part = Decoder if part is SharedHeadsDecoder else part
+    arguments = inspect.signature(part).parameters if part else {}
+    return {n: _canonical(p.default) for n, p in arguments.items() if p.default is not inspect.Parameter.empty}
+
+
+def _expand(node: Mapping[str, Any]) -> _Node:
+    """A description by `build_dino` as one by the parts that it makes."""
+    given = {**_defaults("dino.modeling.build_dino"), **node}
+    width = {"embed_dim": given.get("embed_dim")}
+    classes = {"num_classes": given.get("num_classes")}
+    shared = {name: given.get(name) for name in ("num_heads", "num_levels", "num_points", "hidden_dim")} | width
+    neck = {"out_channels": given.get("embed_dim"), "num_levels": given.get("num_levels")}
+    neck |= {"backbone": given.get("backbone"), "in_features": given.get("in_features")}
+    denoising = {"num_denoising": given.get("num_denoising")}
+    return {
+        "_target_": "dino.modeling.DINO",
+        "neck": {"_target_": "dino.modeling.ChannelMapper", **neck},
+        "position_encoding": {"_target_": "dino.layers.SinePositionEncoding", **width},
+        "encoder": {"_target_": "dino.modeling.Encoder", "num_layers": given.get("encoder_layers"), **shared},
+        "query_selection": {
+            "_target_": "dino.modeling.QuerySelection",
+            "num_queries": given.get("num_queries"),
+            **classes,
+            **width,
+        },
+        "denoising": {"_target_": "dino.layers.ContrastiveDenoising", **classes, **width, **denoising},
+        "decoder": {
+            "_target_": "dino.modeling.Decoder",
+            "num_layers": given.get("decoder_layers"),
+            **classes,
+            **shared,
+        },
+    }
