@@ -18,6 +18,7 @@ from dino.modeling.transformer import HIDDEN_DIM, Decoder, SharedHeadsDecoder
 from dino.utils.files import DataError
 
 from .folder_json import CONFIG, PROCESSOR, read_json
+from .folder_json import MODEL_TYPE as MODEL_TYPE  # for others
 from .network_parts import PARTS, check_description, set_classes, without_detectron2
 from .transformers_preprocessing import from_processor
 
@@ -406,13 +407,13 @@ def fields_of(config: Mapping[str, Any], names: Sequence[str], category_ids: Seq
     fields = {name: value for name, value in FIELDS.items() if name != "backbone_checkpoint"}
     fields |= {"category_ids": list(category_ids), "id2label": {str(label): name for label, name in enumerate(names)}}
     node = _canonical(config["network"])
-    fields |= _mirror(node) | _mirror_losses(config.get("criterion"))
+    fields |= _mirror_losses(config.get("criterion"))
+    mirrored = _mirror(node)
     try:
-        expressed = _canonical(describe_fields(fields)) == node
-    except DataError:
-        expressed = False
-    if not expressed:
-        fields["network"] = config["network"]
+        expressed = _canonical(describe_fields(fields | mirrored)) == node
+    except DataError:  # sizes of a variant that no other network has
+        expressed, mirrored = False, {}
+    fields |= mirrored if expressed else {**mirrored, "network": config["network"]}
     return fields | {"label2id": {name: label for label, name in enumerate(names)}}
 
 
