@@ -96,8 +96,10 @@ def test_losses_of_a_padded_batch(model, detector, processor):
     annotations = [{"image_id": number, "annotations": objects[number:]} for number in (0, 1)]  # one, and none
     inputs = processor(pictures, annotations=annotations, return_tensors="pt")
     targets = [to_target(torch.tensor([2]), boxes, LARGE), to_target(torch.zeros(0).long(), boxes[:0], SMALL)]
-    wanted = detector.losses(resized(detector, *pictures), targets)
+    images, padding = detector.batch(resized(detector, *pictures))
+    wanted = detector.criterion(detector.network(images, padding), targets)
     found = model(**inputs)
+    assert torch.isfinite(found.loss)
     assert set(found.loss_dict) == set(wanted)
     for name, loss in wanted.items():
         assert torch.allclose(found.loss_dict[name], loss, atol=1e-6, rtol=1e-6), name
