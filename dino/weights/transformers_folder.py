@@ -1,0 +1,306 @@
+"""Fields of a transformers config (`config.json` of model type "dino_detr") and the description of the network.
+
+Nothing here imports transformers: a folder of that library is one more form of a checkpoint.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dino.modeling.transformer import HIDDEN_DIM
+from dino.utils.files import DataError
+
+from .network_parts import check_description, set_classes
+
+_Node = dict[str, Any]
+_Test = Callable[[Any], bool]
+
+MODEL_TYPE = "dino_detr"
+# Every field that describes a model, and its default. Names as in transformers' Deformable DETR and RT-DETR.
+FIELDS: dict[str, Any] = {
+    "backbone": "resnet50",
+    "use_timm_backbone": False,  # False: torchvision's
+    "use_pretrained_backbone": True,  # False: norms learn and nothing is frozen
+    "backbone_checkpoint": None,
+    "backbone_kwargs": None,
+    "num_channels": 3,
+    "d_model": 256,
+    "num_feature_levels": 4,
+    "encoder_layers": 6,
+    "decoder_layers": 6,
+    "encoder_attention_heads": 8,
+    "decoder_attention_heads": 8,
+    "encoder_ffn_dim": HIDDEN_DIM,
+    "decoder_ffn_dim": HIDDEN_DIM,
+    "encoder_n_points": 4,
+    "decoder_n_points": 4,
+    "num_queries": 900,
+    "position_embedding_type": "sine",
+    "pe_temperature_H": 20.0,
+    "pe_temperature_W": 20.0,
+    "pe_offset": 0.0,
+    "shared_heads": True,
+    "num_denoising": 100,
+    "label_noise_ratio": 0.5,
+    "box_noise_scale": 1.0,
+    "auxiliary_loss": True,
+    "class_cost": 2.0,
+    "bbox_cost": 5.0,
+    "giou_cost": 2.0,
+    "cls_loss_coefficient": 1.0,
+    "bbox_loss_coefficient": 5.0,
+    "giou_loss_coefficient": 2.0,
+    "focal_alpha": 0.25,
+    "category_ids": None,
+    "network": None,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "activation_function": "relu",
+    "dilation": False,
+    "two_stage": True,
+    "with_box_refine": True,
+    "return_intermediate": True,
+    "is_encoder_decoder": True,
+}
+# Other programs' names of a field -> its name here.
+ALIASES: dict[str, str] = {
+    "hidden_size": "d_model",
+    "num_attention_heads": "encoder_attention_heads",
+    "num_encoder_layers": "encoder_layers",
+    "num_decoder_layers": "decoder_layers",
+    "dn_number": "num_denoising",
+    "denoising_query_number": "num_denoising",
+    "dn_label_noise_ratio": "label_noise_ratio",
+    "denoising_label_noise_ratio": "label_noise_ratio",
+    "dn_box_noise_scale": "box_noise_scale",
+    "denoising_box_noise_scale": "box_noise_scale",
+}
+_BOTH = {"num_heads": "attention_heads", "d_ffn": "ffn_dim"}  # names that stand for the encoder's and the decoder's
+_ONLY = tuple(FIELDS)[tuple(FIELDS).index("dropout") :]  # fields of which DINO has one value
+_OWN_BACKBONE = ("norm", "map_norm", "freeze")  # of `backbone_kwargs`, arguments of the backbones of this project
+_FROZEN = ("conv1", "bn1", "layer1")  # of a pre-trained ResNet of torchvision, as in the official program
+_GROUPS = 32  # of the neck's GroupNorm
+_MOST_LABELS = 100_000
+
+
+def describe_fields(fields: Mapping[str, Any]) -> _Node:
+    """Describe the network of a transformers config.
+
+    Args:
+        fields: of `config.json`, or of the config's `to_dict()`; what is missing has the default of `FIELDS`. The
+            number of classes is that of `id2label`, or `num_labels`; 2 without both, as in transformers.
+
+    Returns:
+        the network in the words of `dino.weights.description`: `build_network({"network": node})` builds it.
+
+    Raises:
+        DataError: a field has a value that no network has. The message names the field.
+    """
+    values = complete_fields(fields)
+    classes = _count_labels(fields)
+    if values["network"] is not None:
+        return _with_classes(values["network"], classes)
+    for name, (expected, fits) in _EXPECTED.items():
+        if not fits(values[name]):
+            raise _unexpected(name, values[name], expected)
+    for name in _ONLY:
+        if values[name] != FIELDS[name] or isinstance(values[name], bool) != isinstance(FIELDS[name], bool):
+            raise DataError(f"{name} is {reprlib.repr(values[name])}: DINO has {FIELDS[name]!r} only")
+    _check_widths(values)
+    return _describe(values, classes)
+
+
+def complete_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """All fields of `FIELDS`: those given, by their own or by other names, else the defaults."""
+    given: dict[str, Any] = {name: fields[other] for other, name in ALIASES.items() if other in fields}
+    for other, end in _BOTH.items():
+        given |= {f"{part}_{end}": fields[other] for part in ("encoder", "decoder") if other in fields}
+    if fields.get("use_dn") is False:
+        given["num_denoising"] = 0
+    return {name: fields.get(name, given.get(name, default)) for name, default in FIELDS.items()}
+
+
+def _unexpected(name: str, value: Any, expected: str) -> DataError:
+    return DataError(f"{name} is {reprlib.repr(value)}: {expected} was expected")
+
+
+def _count_labels(fields: Mapping[str, Any]) -> int:
+    """The number of classes.
+
+    Raises:
+        DataError: it is none, or `id2label` and `num_labels` differ.
+    """
+    labels = fields.get("id2label")
+    if labels is not None and not isinstance(labels, Mapping):
+        raise _unexpected("id2label", labels, "a dict of label -> name")
+    stated = next((name for name in ("num_labels", "num_classes") if fields.get(name) is not None), None)
+    count = fields[stated] if stated else 2 if labels is None else len(labels)
+    if not _is_whole(count, 1, _MOST_LABELS):
+        raise _unexpected(stated or "id2label", count, f"a number of labels from 1 to {_MOST_LABELS:,}")
+    if labels is not None and len(labels) != count:
+        raise DataError(f"{stated} is {count}, but id2label has {len(labels)} labels")
+    return count
+
+
+def _with_classes(node: Any, classes: int) -> _Node:
+    """A described network for this number of classes.
+
+    Raises:
+        DataError: the description asks for what is not allowed, or states no number of classes.
+    """
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise _unexpected("network", node, "the description of a network")
+    try:
+        check_description(node, "network")
+    except DataError as error:
+        raise DataError(f"network: {error}") from error
+    found = _find_classes(node.get("decoder")) or _find_classes(node)
+    if found is None:
+        raise DataError("network states no num_classes")
+    return set_classes(node, found, classes)
+
+
+def _find_classes(node: Any) -> int | None:
+    """The first `num_classes` of a description."""
+    if not isinstance(node, dict):
+        return None
+    if type(node.get("num_classes")) is int:
+        return node["num_classes"]
+    return next((found for child in node.values() if (found := _find_classes(child))), None)
+
+
+def _describe(values: Mapping[str, Any], classes: int) -> _Node:
+    """`describe_fields` for checked fields."""
+    width, levels = values["d_model"], values["num_feature_levels"]
+    encoder, decoder = (
+        {
+            "num_layers": values[f"{part}_layers"],
+            "embed_dim": width,
+            "num_heads": values[f"{part}_attention_heads"],
+            "num_levels": levels,
+            "num_points": values[f"{part}_n_points"],
+            "hidden_dim": values[f"{part}_ffn_dim"],
+        }
+        for part in ("encoder", "decoder")
+    )
+    noise = {new: values[name] for name, new in _NOISE.items()}
+    backbone = _describe_backbone(values)
+    neck = {"in_features": backbone["out_features"], "out_channels": width, "num_levels": levels}
+    kind = "SharedHeadsDecoder" if values["shared_heads"] else "Decoder"
+    selection = {"num_queries": values["num_queries"], "num_classes": classes, "embed_dim": width}
+    return {
+        "_target_": "dino.modeling.DINO",
+        "neck": {"_target_": "dino.modeling.ChannelMapper", "backbone": backbone, **neck},
+        "position_encoding": _describe_position(values),
+        "encoder": {"_target_": "dino.modeling.Encoder", **encoder},
+        "query_selection": {"_target_": "dino.modeling.QuerySelection", **selection},
+        "denoising": {
+            "_target_": "dino.layers.ContrastiveDenoising",
+            "num_classes": classes,
+            "embed_dim": width,
+            **noise,
+        },
+        "decoder": {"_target_": f"dino.modeling.{kind}", "num_classes": classes, **decoder},
+    }
+
+
+_NOISE = {"num_denoising": "num_denoising", "label_noise_ratio": "label_noise", "box_noise_scale": "box_noise"}
+
+
+def _describe_position(values: Mapping[str, Any]) -> _Node:
+    """The position encoding."""
+    width = {"embed_dim": values["d_model"]}
+    if values["position_embedding_type"] == "learned":
+        return {"_target_": "dino.modeling.variants.LearnedPositionEncoding", **width}
+    temperatures = [float(values["pe_temperature_H"]), float(values["pe_temperature_W"])]  # for y and for x
+    constants = {"temperatures": temperatures, "offset": float(values["pe_offset"])}
+    return {"_target_": "dino.layers.SinePositionEncoding", **width, **constants}
+
+
+def _describe_backbone(values: Mapping[str, Any]) -> _Node:
+    """The backbone.
+
+    Raises:
+        DataError: `backbone_kwargs` has what no backbone has.
+    """
+    given = dict(values["backbone_kwargs"] or {})
+    try:
+        check_description(given, "backbone_kwargs")
+    except DataError as error:
+        raise DataError(f"backbone_kwargs: {error}") from error
+    indices = given.pop("out_indices", None) or _out_indices(values["num_feature_levels"])
+    if not isinstance(indices, list | tuple) or not all(_is_whole(index, 0, 9) for index in indices):
+        raise _unexpected("backbone_kwargs: out_indices", indices, "a list of numbers from 0 to 9")
+    if given.pop("in_chans", 3) != 3:
+        raise DataError("backbone_kwargs: in_chans must be 3: images have three channels")
+    pretrained = values["use_pretrained_backbone"]
+    node = {"name": values["backbone"], "out_features": [f"res{index + 1}" for index in indices]}
+    node["norm"] = "FrozenBN" if pretrained else "BN"
+    if values["use_timm_backbone"]:
+        kind, options = "Timm", {key: given.pop(key) for key in list(given) if key not in _OWN_BACKBONE}
+        node |= {"options": options} if options else {}
+    else:
+        kind = "Torchvision"
+        node |= (
+            {"freeze": list(_FROZEN)} if pretrained and values["backbone"].startswith(("resne", "wide_resn")) else {}
+        )
+    unknown = [key for key in given if key not in _OWN_BACKBONE]
+    if unknown:
+        raise DataError(f"backbone_kwargs: {unknown[0][:100]!r} is nothing that a backbone of torchvision has")
+    return {"_target_": f"dino.modeling.{kind}Backbone", **node, **given}
+
+
+def _out_indices(levels: int) -> list[int]:
+    """timm's numbers of the maps that a pyramid of so many levels is made of: number i has stride 2^(i+1)."""
+    return [1, 2, 3, 4] if levels > 4 else [2, 3, 4][-levels:]
+
+
+def _check_widths(values: Mapping[str, Any]) -> None:
+    """Raise a DataError where the width does not fit the heads or the neck's groups."""
+    width = values["d_model"]
+    if width % _GROUPS:
+        raise _unexpected("d_model", width, f"a multiple of {_GROUPS}")
+    for name in ("encoder_attention_heads", "decoder_attention_heads"):
+        if width % values[name]:
+            raise _unexpected(name, values[name], f"a divisor of d_model, {width},")
+
+
+def _is_whole(value: Any, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def _whole(least: int, most: int) -> tuple[str, _Test]:
+    return f"a whole number from {least:,} to {most:,}", lambda value: _is_whole(value, least, most)
+
+
+def _number(least: float, most: float) -> tuple[str, _Test]:
+    kinds = (int, float)
+    return f"a number from {least:,} to {most:,}", lambda value: type(value) in kinds and least <= value <= most
+
+
+_FLAG: tuple[str, _Test] = ("true or false", lambda value: isinstance(value, bool))
+# Field -> what a message calls its values, and the test of a value.
+_EXPECTED: dict[str, tuple[str, _Test]] = {
+    "backbone": ("the name of a network of torchvision or timm", lambda value: isinstance(value, str) and bool(value)),
+    "backbone_kwargs": ("a dict, or null,", lambda value: value is None or isinstance(value, dict)),
+    "num_channels": ("3 (other images are not read)", lambda value: value == 3),
+    "position_embedding_type": ("sine or learned", lambda value: value in ("sine", "learned")),
+    **dict.fromkeys(("use_timm_backbone", "use_pretrained_backbone", "shared_heads", "auxiliary_loss"), _FLAG),
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), _whole(1, 1000)),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), _whole(1, 1000)),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "num_queries"), _whole(1, 1_000_000)),
+    **dict.fromkeys(("encoder_n_points", "decoder_n_points"), _whole(1, 1000)),
+    "d_model": _whole(1, 1_000_000),
+    "num_feature_levels": _whole(1, 20),
+    "num_denoising": _whole(0, 1_000_000),
+    "label_noise_ratio": _number(0, 1),
+    "box_noise_scale": _number(0, 1000),
+    **dict.fromkeys(("pe_temperature_H", "pe_temperature_W"), _number(1e-3, 1_000_000)),
+    "pe_offset": _number(-1000, 1000),
+    **dict.fromkeys(("class_cost", "bbox_cost", "giou_cost"), _number(0, 1_000_000)),
+    **{f"{name}_loss_coefficient": _number(0, 1_000_000) for name in ("cls", "bbox", "giou")},
+    "focal_alpha": _number(0, 1),
+}
