@@ -38,8 +38,8 @@ class Samples(Dataset):
         torch.manual_seed(3)
         self.samples = [
             {
-                "pixel_values": torch.randn(3, 64, 64),
-                "pixel_mask": torch.ones(64, 64, dtype=torch.int64),
+                "pixel_values": torch.randn(3, 96, 96),
+                "pixel_mask": torch.ones(96, 96, dtype=torch.int64),
                 "labels": {"class_labels": torch.randint(3, (n,)), "boxes": random_boxes(n)},
             }
             for n in counts
