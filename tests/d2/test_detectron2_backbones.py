@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dino.weights import description
+from dino.weights import network_parts
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
@@ -180,7 +180,7 @@ def test_checkpoints_can_describe_them(name):
             "Detectron2's ResNet becomes torchvision's, under other names: see tests/weights/test_description.py"
         )
     backbone = statements(name)[0]
-    again = description._build(json.loads(json.dumps(plain(OmegaConf.to_container(backbone)))))
+    again = network_parts._build(json.loads(json.dumps(plain(OmegaConf.to_container(backbone)))))
     shapes = {key: value.shape for key, value in instantiate(backbone).state_dict().items()}
     assert {key: value.shape for key, value in again.state_dict().items()} == shapes
 

@@ -19,7 +19,8 @@ from dino.d2.checkpoint import Checkpointer
 from dino.d2.recipe_description import describe, recipe_of
 from dino.training.recipe_nodes import plain
 from dino.utils.files import DataError, UserError
-from dino.weights.description import _PARTS_OF_DETECTRON2, model_from_checkpoint
+from dino.weights.description import model_from_checkpoint
+from dino.weights.network_parts import _PARTS_OF_DETECTRON2
 
 from ..tiny import TinyBackbone, random_batch
 from ..weights.states import randomise

@@ -10,7 +10,8 @@ import torch
 import dino
 from dino.utils.files import DataError
 from dino.weights import description
-from dino.weights.description import Preprocessing, _check, detector_from_checkpoint, model_from_checkpoint
+from dino.weights.description import Preprocessing, detector_from_checkpoint, model_from_checkpoint
+from dino.weights.network_parts import check_description as _check
 
 from ..tiny import random_batch
 from .states import randomise
@@ -215,7 +216,8 @@ def test_nothing_is_imported_but_for_a_name_on_the_list(tmp_path):
     for number, target in enumerate(targets):
         write_content(tmp_path / f"{number}.pth", network(backbone={"_target_": target}))
     code = """
-from dino.weights.description import _check, model_from_checkpoint
+from dino.weights.description import model_from_checkpoint
+from dino.weights.network_parts import check_description as _check
 for number in range(3):
     try:
         model_from_checkpoint(f"{number}.pth")
@@ -247,7 +249,8 @@ def test_backbones_of_detectron2_without_it(tmp_path):
     code = f"""
 import sys
 sys.modules["detectron2"] = None
-from dino.weights.description import _check, model_from_checkpoint
+from dino.weights.description import model_from_checkpoint
+from dino.weights.network_parts import check_description as _check
 print(model_from_checkpoint({str(tmp_path / "resnet.pth")!r}).names)
 model_from_checkpoint({str(tmp_path / "swin.pth")!r})
 """
