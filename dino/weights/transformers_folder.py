@@ -103,7 +103,7 @@ def describe_fields(fields: Mapping[str, Any]) -> _Node:
     Raises:
         DataError: a field has a value that no network has. The message names the field.
     """
-    values = _complete(fields)
+    values = complete_fields(fields)
     classes = _count_labels(fields)
     if values["network"] is not None:
         return _with_classes(values["network"], classes)
@@ -117,7 +117,7 @@ def describe_fields(fields: Mapping[str, Any]) -> _Node:
     return _describe(values, classes)
 
 
-def _complete(fields: Mapping[str, Any]) -> dict[str, Any]:
+def complete_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """All fields of `FIELDS`: those given, by their own or by other names, else the defaults."""
     given: dict[str, Any] = {name: fields[other] for other, name in ALIASES.items() if other in fields}
     for other, end in _BOTH.items():

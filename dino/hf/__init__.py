@@ -1,0 +1,26 @@
+"""The road of transformers: DINO as a model of that library. Importing it registers the Auto classes.
+
+Extra `hf`: pip install "dino-detectron2[hf]".
+"""
+
+try:
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForObjectDetection
+except ModuleNotFoundError as error:
+    raise ImportError('dino.hf needs transformers: pip install "dino-detectron2[hf]"') from error
+
+from .configuration_dino_detr import DinoDetrConfig
+from .image_processing_dino_detr import DinoDetrImageProcessor
+from .modeling_dino_detr import DinoDetrForObjectDetection, DinoDetrModel, DinoDetrPreTrainedModel
+
+__all__ = [
+    "DinoDetrConfig",
+    "DinoDetrForObjectDetection",
+    "DinoDetrImageProcessor",
+    "DinoDetrModel",
+    "DinoDetrPreTrainedModel",
+]
+
+AutoConfig.register(DinoDetrConfig.model_type, DinoDetrConfig, exist_ok=True)
+AutoModel.register(DinoDetrConfig, DinoDetrModel, exist_ok=True)
+AutoModelForObjectDetection.register(DinoDetrConfig, DinoDetrForObjectDetection, exist_ok=True)
+AutoImageProcessor.register(DinoDetrConfig, fast_image_processor_class=DinoDetrImageProcessor, exist_ok=True)

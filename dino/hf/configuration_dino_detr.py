@@ -1,0 +1,109 @@
+"""The config of DINO as a model of transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from dino.utils.files import DataError
+from dino.weights.transformers_folder import ALIASES, FIELDS, MODEL_TYPE, complete_fields, describe_fields
+
+_OTHER_NAMES = {*ALIASES, "num_heads", "d_ffn", "use_dn", "num_classes"}
+
+
+class DinoDetrConfig(PretrainedConfig):
+    """Settings of a DINO, under the names of transformers' Deformable DETR and RT-DETR.
+
+    Defaults are those of the published 4-scale model. Other programs' names (`hidden_size`, `num_heads`, `d_ffn`,
+    `num_classes`, `dn_number`, …) are understood too.
+
+    Args:
+        backbone: name of a network of torchvision, or of timm with `use_timm_backbone=True`.
+        use_pretrained_backbone: start a new model with the backbone's published weights. `from_pretrained` never
+            fetches them.
+        backbone_checkpoint: file or address of the backbone's weights, for machines without a network. Never saved.
+        backbone_kwargs: further arguments of the backbone. `out_indices` are timm's: number i has stride 2^(i+1).
+        d_model: E, width of encoder and decoder.
+        num_feature_levels: L, levels of the pyramid.
+        encoder_layers, decoder_layers: number of layers; `encoder_attention_heads`, `encoder_ffn_dim`,
+            `encoder_n_points` and those of the decoder are their sizes.
+        num_queries: Q, candidates of an image.
+        position_embedding_type: "sine" or "learned". `pe_temperature_H`, `pe_temperature_W` and `pe_offset` are the
+            constants of the sine encoding.
+        shared_heads: one pair of heads for all decoder layers, as in the official program.
+        num_denoising: budget of denoising queries, 0 for none; `label_noise_ratio` and `box_noise_scale`: see
+            `ContrastiveDenoising`.
+        auxiliary_loss: losses of all decoder layers, not only of the last one. The losses of the encoder's proposals
+            (`loss_*_interm`) stay in any case: without them, nothing trains the selection of queries.
+        class_cost, bbox_cost, giou_cost: weights of the matching costs.
+        cls_loss_coefficient, bbox_loss_coefficient, giou_loss_coefficient, focal_alpha: weights of the losses.
+        category_ids: ids of the classes in the data set, by label.
+        network: a whole network, as a checkpoint of this project describes it, in place of the fields.
+        fields: all other fields of `dino.weights.transformers_folder.FIELDS`, and those of every config: `id2label`,
+            `num_labels`, ….
+
+    Raises:
+        ValueError: a field has a value that no DINO has. The message names the field.
+    """
+
+    model_type = MODEL_TYPE
+    attribute_map = {**ALIASES, "num_classes": "num_labels"}  # noqa: RUF012
+    keys_to_ignore_at_inference = [  # noqa: RUF012
+        "loss_dict",
+        "auxiliary_outputs",
+        "init_reference_points",
+        "last_hidden_state",
+        "intermediate_hidden_states",
+        "intermediate_reference_points",
+        "intermediate_logits",
+        "decoder_hidden_states",
+        "decoder_attentions",
+        "cross_attentions",
+        "encoder_last_hidden_state",
+        "encoder_hidden_states",
+        "encoder_attentions",
+        "enc_outputs_class",
+        "enc_outputs_coord_logits",
+    ]
+
+    def __init__(self, **fields: Any):
+        others = {name: value for name, value in fields.items() if name not in FIELDS and name not in _OTHER_NAMES}
+        if "num_classes" in fields:
+            others.setdefault("num_labels", fields["num_classes"])
+        values = complete_fields(fields)
+        for name, value in values.items():
+            setattr(self, name, value)
+        super().__init__(is_encoder_decoder=values["is_encoder_decoder"], **others)
+        self.describe()
+        ids = self.category_ids
+        whole = ids is None or (isinstance(ids, list | tuple) and all(type(number) is int for number in ids))
+        if not whole or (ids is not None and not len(ids) == len(set(ids)) == self.num_labels):
+            raise DataError(
+                f"category_ids must be {self.num_labels} different whole numbers, one for each label, or None"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """Check the fields that make the network, and describe it, see `dino.weights.description`.
+
+        Raises:
+            ValueError: a field has a value that no DINO has. The message names the field.
+        """
+        fields = self.to_dict()
+        described = describe_fields({**fields, "network": None})
+        return described if self.network is None else describe_fields(fields)
+
+    def without_pretrained_backbone(self) -> dict[str, Any]:
+        """Changes to the fields after which they describe the same network, but no weights of its backbone."""
+        changes: dict[str, Any] = {"use_pretrained_backbone": False, "backbone_checkpoint": None}
+        if self.use_pretrained_backbone and self.network is None:  # that also decides what is frozen
+            node = self.describe()["neck"]["backbone"]
+            frozen = {"norm": node["norm"], "freeze": node.get("freeze", [])}
+            changes["backbone_kwargs"] = {**(self.backbone_kwargs or {}), **frozen}
+        return changes
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields but `backbone_checkpoint`, which is a file of this machine."""
+        fields = super().to_dict()
+        fields.pop("backbone_checkpoint", None)
+        return fields

@@ -1,0 +1,447 @@
+"""DINO as a model of transformers: a thin adapter around the network of this project."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput, logging
+
+from dino.layers import HungarianMatcher, SetCriterion
+from dino.modeling import DINO
+from dino.modeling.blocks import find_blocks
+from dino.modeling.detector import IMAGENET_MEAN
+from dino.modeling.variants.criteria import FinalCriterion, check_criterion
+from dino.structures import Outputs, Target
+from dino.training.memory_saving import checkpoint_activations
+from dino.utils.device import to_device
+from dino.utils.files import DataError, UserError
+from dino.weights.addresses import locate
+from dino.weights.load_report import reason_of
+from dino.weights.loading import load_weights
+from dino.weights.network_parts import build_network
+
+from .configuration_dino_detr import DinoDetrConfig
+from .recording import Recorder, attentions_of, hidden_states_of, states_of
+
+_logger = logging.get_logger(__name__)
+_REGISTER = nn.Module.register_parameter
+_INITS = {name: value for name, value in vars(nn.init).items() if name.endswith("_") and callable(value)}
+_OUTSIDE = 0.01  # of the image, by which rounded boxes may leave it
+
+
+@dataclass
+class DinoDetrModelOutput(ModelOutput):
+    """What `DinoDetrModel` returns. B images, Q queries, C classes, E channels, S tokens, N layers of the decoder.
+
+    Args:
+        last_hidden_state: (B, Q, E), the queries after the last layer and the decoder's norm.
+        init_reference_points: (B, Q, 4), the boxes of the selected tokens, which the decoder refines.
+        intermediate_hidden_states: (B, N, Q, E), the queries after each layer and the norm, as the heads read them.
+        intermediate_reference_points: (B, N, Q, 4), the boxes after each layer.
+        intermediate_logits: (B, N, Q, C), the class logits after each layer.
+        decoder_hidden_states: N + 1 times (B, Q, E): the contents of the queries, and the state after each layer,
+            before the norm.
+        decoder_attentions: N times (B, M, Q, Q).
+        cross_attentions: N times (B, Q, M, L, P), the weights of the points that each query reads.
+        encoder_last_hidden_state: (B, S, E).
+        encoder_hidden_states: (B, S, E) before the first and after each layer of the encoder.
+        encoder_attentions: (B, S, M, L, P) of each layer of the encoder.
+        enc_outputs_class: (B, Q, C), the encoder's class logits of the selected tokens.
+        enc_outputs_coord_logits: (B, Q, 4), the boxes of the selected tokens before the sigmoid.
+        network_outputs: all that the losses are computed from, and the targets; with `labels` only.
+    """
+
+    last_hidden_state: Tensor | None = None
+    init_reference_points: Tensor | None = None
+    intermediate_hidden_states: Tensor | None = None
+    intermediate_reference_points: Tensor | None = None
+    intermediate_logits: Tensor | None = None
+    decoder_hidden_states: tuple[Tensor, ...] | None = None
+    decoder_attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
+    encoder_last_hidden_state: Tensor | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    encoder_attentions: tuple[Tensor, ...] | None = None
+    enc_outputs_class: Tensor | None = None
+    enc_outputs_coord_logits: Tensor | None = None
+    network_outputs: tuple[Outputs, list[Target]] | None = None
+
+
+@dataclass
+class DinoDetrObjectDetectionOutput(ModelOutput):
+    """What `DinoDetrForObjectDetection` returns. All fields that are not named here: see `DinoDetrModelOutput`.
+
+    Args:
+        loss: scalar, the sum of the weighted losses; with `labels` only.
+        loss_dict: the weighted losses by name, see `SetCriterion`; with `labels` only.
+        logits: (B, Q, C), the class logits of the last layer, before the sigmoid.
+        pred_boxes: (B, Q, 4) float32, (cx, cy, w, h) as fractions of the unpadded image.
+        auxiliary_outputs: dicts of `logits` and `pred_boxes` of all layers but the last; with `labels` and
+            `auxiliary_loss` only.
+    """
+
+    loss: Tensor | None = None
+    loss_dict: dict[str, Tensor] | None = None
+    logits: Tensor | None = None
+    pred_boxes: Tensor | None = None
+    auxiliary_outputs: list[dict[str, Tensor]] | None = None
+    last_hidden_state: Tensor | None = None
+    init_reference_points: Tensor | None = None
+    intermediate_hidden_states: Tensor | None = None
+    intermediate_reference_points: Tensor | None = None
+    intermediate_logits: Tensor | None = None
+    decoder_hidden_states: tuple[Tensor, ...] | None = None
+    decoder_attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
+    encoder_last_hidden_state: Tensor | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    encoder_attentions: tuple[Tensor, ...] | None = None
+    enc_outputs_class: Tensor | None = None
+    enc_outputs_coord_logits: Tensor | None = None
+
+
+class DinoDetrPreTrainedModel(PreTrainedModel):
+    """What the models of this file have in common: initialisation, loading and saving."""
+
+    config_class = DinoDetrConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _no_split_modules = ["TorchvisionBackbone", "TimmBackbone", "_EncoderLayer", "DecoderLayer"]  # noqa: RUF012
+
+    def initialize_weights(self) -> None:
+        """Initialise what was not loaded as in a new network; transformers calls this after loading too."""
+        super().initialize_weights()
+        self.base_model.finish_loading()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Give a module's own tensors the values of a new network, except for loaded ones."""
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        lacking = [(name, x) for name, x in own if not (x.is_meta or getattr(x, "_is_hf_initialized", False))]
+        new = self.base_model.new_module(module) if lacking else None
+        if new is not None:
+            for name, tensor in lacking:
+                tensor.data.copy_(getattr(new, name))
+
+    def save_pretrained(self, *arguments: Any, **options: Any) -> None:
+        """Save the model into a folder, see transformers. The folder never asks for a backbone's weights."""
+        config = self.config
+        changed = config.without_pretrained_backbone()
+        kept = {name: getattr(config, name) for name in changed}
+        try:
+            config.update(changed)
+            super().save_pretrained(*arguments, **options)
+        finally:
+            config.update(kept)
+
+
+class DinoDetrModel(DinoDetrPreTrainedModel):
+    """The network, with hidden states and attentions where they are asked for.
+
+    Args:
+        config: of the network. With `use_pretrained_backbone`, a new model starts with the backbone's published
+            weights.
+
+    Raises:
+        ValueError: a field of the config has a value that no DINO has, or the backbone's weights can't be read.
+    """
+
+    def __init__(self, config: DinoDetrConfig):
+        super().__init__(config)
+        if config.category_ids is not None and len(config.category_ids) != config.num_labels:
+            config.category_ids = None  # of other labels
+        is_new = not nn.Linear(1, 1).weight.is_meta  # else weights are loaded later
+        network = _build(config)
+        if is_new and config.use_pretrained_backbone:
+            _load_backbone(network, config)
+        self._shared = _shared_names(network)
+        self._frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
+        self._new: dict[nn.Module, nn.Module] | None = {} if is_new else None  # module -> the same of a new network
+        self._recorder = Recorder(network)
+        self.network = network.to(torch.empty(0).device, torch.get_default_dtype())
+        self.gradient_checkpointing = False
+        self.register_load_state_dict_pre_hook(_repeat_shared)
+        self.post_init()
+        self._new = None
+
+    def new_module(self, module: nn.Module) -> nn.Module | None:
+        """The same module of a new network with random weights; None where the model itself is new."""
+        if self._new is None:
+            self._new = dict(zip(self.network.modules(), _build(self.config).modules(), strict=True))
+        return self._new.get(module)
+
+    def finish_loading(self) -> None:
+        """Drop the network that gave initial values, and freeze what loading made trainable."""
+        self._new = None
+        for name, parameter in self.network.named_parameters():
+            if name in self._frozen:
+                parameter.requires_grad_(False)
+
+    def state_dict(self, *arguments: Any, prefix: str = "", **options: Any) -> dict[str, Tensor]:
+        """The tensors by name. Those that several layers share are there once, under the first layer's name."""
+        state = super().state_dict(*arguments, prefix=prefix, **options)
+        for name in self._shared:
+            state.pop(f"{prefix}network.{name}", None)
+        return state
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        labels: Sequence[Mapping[str, Tensor]] | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> DinoDetrModelOutput | tuple:
+        """Run the network.
+
+        Args:
+            pixel_values: (B, 3, H, W), normalised, zero where padded.
+            pixel_mask: (B, H, W), 1 where an image is, 0 where it is padded; None where nothing is.
+            labels: the objects of each image, see `DinoDetrForObjectDetection.forward`. In training, they are denoised.
+            output_attentions, output_hidden_states, return_dict: as in all models of transformers.
+
+        Raises:
+            ValueError: an argument has another shape, or labels can't be used.
+        """
+        attentions = _or_else(output_attentions, self.config.output_attentions)
+        hidden = _or_else(output_hidden_states, self.config.output_hidden_states)
+        images, padding = _read_images(pixel_values, pixel_mask, self.network.level_embed)
+        targets = None if labels is None else _read_labels(labels, images, self.config.num_labels)
+        with self._recorder.record(attentions) as run:
+            outputs = self.network(images, padding, targets if self.training else None)
+        found = DinoDetrModelOutput(
+            **states_of(run, outputs),
+            **(hidden_states_of(run, outputs) if hidden else {}),
+            **(attentions_of(run, outputs) if attentions else {}),
+            network_outputs=None if targets is None else (outputs, targets),
+        )
+        return found if _or_else(return_dict, self.config.return_dict) else found.to_tuple()
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *_: Any, **options: Any) -> None:
+        """Recompute the activations of all blocks in the backward pass, or no longer; transformers calls this."""
+        if options.get("every_n_layers", 1) != 1:
+            raise UserError("every_n_layers must be 1: all blocks are recomputed, or none")
+        if enable and not self.gradient_checkpointing:
+            checkpoint_activations(self, _parts_with_blocks(self.network))
+        elif not enable:
+            _unwrap(self.network)
+        self.gradient_checkpointing = enable
+
+
+class DinoDetrForObjectDetection(DinoDetrPreTrainedModel):
+    """DINO with its losses.
+
+    Args:
+        config: of the network and the losses, see `DinoDetrModel`.
+
+    Raises:
+        ValueError: as of `DinoDetrModel`.
+    """
+
+    def __init__(self, config: DinoDetrConfig):
+        super().__init__(config)
+        self.model = DinoDetrModel(config)
+        self.criterion = _make_criterion(config)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        labels: Sequence[Mapping[str, Tensor]] | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> DinoDetrObjectDetectionOutput | tuple:
+        """Detect; with labels, also compute the losses.
+
+        In evaluation mode nothing is denoised, so there are no `loss_*_dn`.
+
+        Args:
+            pixel_values: (B, 3, H, W), normalised, zero where padded.
+            pixel_mask: (B, H, W), 1 where an image is, 0 where it is padded; None where nothing is.
+            labels: for each image a dict of `class_labels` (G,) int64, from 0 to `num_labels` - 1, and `boxes` (G, 4),
+                (cx, cy, w, h) as fractions of the unpadded image, as the image processor makes them.
+            output_attentions, output_hidden_states, return_dict: as in all models of transformers.
+
+        Raises:
+            ValueError: an argument has another shape, or labels can't be used; the message says which.
+            FloatingPointError: a prediction is not finite, so that nothing can be matched.
+        """
+        found = self.model(pixel_values, pixel_mask, labels, output_attentions, output_hidden_states, True)
+        outputs = DinoDetrObjectDetectionOutput(
+            **({} if labels is None else self._losses(*found.network_outputs)),
+            logits=found.intermediate_logits[:, -1],
+            pred_boxes=found.intermediate_reference_points[:, -1],
+            **{name: value for name, value in found.items() if name != "network_outputs"},
+        )
+        return outputs if _or_else(return_dict, self.config.return_dict) else outputs.to_tuple()
+
+    def _losses(self, outputs: Outputs, targets: list[Target]) -> dict[str, Any]:
+        """`loss`, `loss_dict` and `auxiliary_outputs`."""
+        check_criterion(self.criterion, self.model.network)
+        losses = self.criterion(outputs, targets)
+        found = {"loss": sum(losses.values()), "loss_dict": losses}
+        if not self.config.auxiliary_loss:  # those of the other layers are 0
+            return {**found, "loss_dict": {name: x for name, x in losses.items() if not name[-1].isdigit()}}
+        earlier = zip(outputs.decoder.logits[:-1], outputs.decoder.boxes[:-1], strict=True)
+        return {**found, "auxiliary_outputs": [{"logits": logits, "pred_boxes": boxes} for logits, boxes in earlier]}
+
+
+@contextmanager
+def _plain_construction() -> Iterator[None]:
+    """Context where modules are made as without transformers: on the CPU, in float32, with initial values.
+
+    While it loads weights, transformers makes a model without memory. Backbones here measure themselves by a forward
+    pass when they are made.
+    """
+    dtype = torch.get_default_dtype()
+    with torch.device("cpu"), patch.multiple(nn.init, **_INITS), patch.object(nn.Module, _REGISTER.__name__, _REGISTER):
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+
+
+def _build(config: DinoDetrConfig) -> DINO:
+    """Build the network of a config with random weights, on the CPU."""
+    description = {"network": config.describe()}
+    try:
+        with _plain_construction():
+            return build_network(description)
+    except DataError:
+        raise
+    except Exception as error:  # wrong arguments can raise anything
+        raise DataError(f"can't build the network of this config: {reason_of(error)}") from error
+
+
+def _load_backbone(network: DINO, config: DinoDetrConfig) -> None:
+    """Load the published weights of a config's backbone, or those of its file."""
+    library = "timm://{}" if config.use_timm_backbone else "torchvision://{}/IMAGENET1K_V1"
+    address = config.backbone_checkpoint or library.format(config.backbone)
+    try:
+        load_weights(network, locate(str(address)), parts="backbone")
+    except UserError as error:
+        raise UserError(
+            f"{error}. Or give the config backbone_checkpoint=FILE with the weights of {config.backbone}, or "
+            "use_pretrained_backbone=False for random ones"
+        ) from error
+    expected = getattr(network.neck.backbone, "pixel_statistics", {})
+    mean = expected.get("pixel_mean", IMAGENET_MEAN)
+    if max(abs(a - b) for a, b in zip(mean, IMAGENET_MEAN, strict=True)) > 0.1:
+        stated = ", ".join(f"image_{name[6:]}={[round(x / 255, 4) for x in x]}" for name, x in expected.items())
+        _logger.warning(f"{config.backbone} expects other images than ImageNet's: give the image processor {stated}")
+
+
+def _shared_names(network: DINO) -> dict[str, str]:
+    """Name of each parameter that is another one too -> the first name."""
+    first: dict[int, str] = {}
+    names = {name: first.setdefault(id(x), name) for name, x in network.named_parameters(remove_duplicate=False)}
+    return {name: other for name, other in names.items() if name != other}
+
+
+def _repeat_shared(model: DinoDetrModel, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Let the model load what it saves: a shared tensor has one name there."""
+    for name, first in model._shared.items():
+        if f"{prefix}network.{first}" in state:
+            state.setdefault(f"{prefix}network.{name}", state[f"{prefix}network.{first}"])
+
+
+def _parts_with_blocks(network: DINO) -> list[str]:
+    """Parts whose activations can be recomputed block by block."""
+    try:
+        find_blocks(network.neck.backbone)
+    except ValueError:
+        return ["encoder", "decoder"]
+    return ["backbone", "encoder", "decoder"]
+
+
+def _unwrap(module: nn.Module) -> None:
+    """Replace the wrappers of `checkpoint_activations` by what they wrap."""
+    for name, child in module.named_children():
+        if isinstance(child, CheckpointWrapper):
+            setattr(module, name, child._checkpoint_wrapped_module)
+        else:
+            _unwrap(child)
+
+
+def _make_criterion(config: DinoDetrConfig) -> SetCriterion:
+    """The losses of a config."""
+    alpha = config.focal_alpha
+    costs = {"class_cost": config.class_cost, "l1_cost": config.bbox_cost, "giou_cost": config.giou_cost}
+    return (SetCriterion if config.auxiliary_loss else FinalCriterion)(
+        matcher=HungarianMatcher(**costs, alpha=alpha),
+        class_weight=config.cls_loss_coefficient,
+        l1_weight=config.bbox_loss_coefficient,
+        giou_weight=config.giou_loss_coefficient,
+        alpha=alpha,
+    )
+
+
+def _or_else(given: bool | None, default: bool | None) -> bool:
+    return bool(default if given is None else given)
+
+
+def _read_images(pixel_values: Tensor, pixel_mask: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Check the images -> the arguments of the network, in the dtype of `like`."""
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+        raise DataError(f"pixel_values must be (B, 3, H, W), not {tuple(pixel_values.shape)}")
+    images = pixel_values.to(like.dtype)
+    if pixel_mask is None:
+        return images, None
+    if pixel_mask.shape != (len(images), *images.shape[2:]):
+        expected = (len(images), *images.shape[2:])
+        raise DataError(f"pixel_mask must be {expected}, as pixel_values, not {tuple(pixel_mask.shape)}")
+    padding = ~pixel_mask.bool()
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if padding.device.type == "cpu" and not recorded and not padding.any():
+        return images, None  # faster
+    return images, padding
+
+
+def _read_labels(labels: Any, images: Tensor, num_labels: int) -> list[Target]:
+    """Check the labels of a batch, in one device sync -> targets on the device of the images."""
+    if not isinstance(labels, Sequence) or len(labels) != len(images):
+        raise DataError(f"labels must be a list of {len(images)} dicts, one for each image")
+    targets = [_read_objects(label, f"labels[{i}]", images.device) for i, label in enumerate(labels)]
+    indices = [i for i, target in enumerate(targets) if len(target.labels)]
+    ends = [end for i in indices for x in targets[i] for end in x.float().aminmax()]
+    values = torch.stack(ends).view(-1, 4).tolist() if ends else []
+    for i, (first, last, low, high) in zip(indices, values, strict=True):
+        if not 0 <= first <= last < num_labels:
+            raise DataError(
+                f"labels[{i}]: class_labels go from {first:.0f} to {last:.0f}, but the model has the labels 0 to "
+                f"{num_labels - 1}. Give the image processor the category_ids of the data set, or the model num_labels"
+            )
+        if not -_OUTSIDE <= low <= high <= 1 + _OUTSIDE:
+            raise DataError(
+                f"labels[{i}]: boxes go from {low:g} to {high:g}, but (cx, cy, w, h) as fractions of the image were "
+                "expected, from 0 to 1. The image processor makes them of a data set's pixels"
+            )
+    return targets
+
+
+def _read_objects(label: Any, name: str, device: torch.device) -> Target:
+    """Check the shapes of an image's labels."""
+    if not isinstance(label, Mapping) or not {"class_labels", "boxes"} <= label.keys():
+        raise DataError(f"{name} must be a dict of class_labels and boxes, as the image processor makes it")
+    classes, boxes = (torch.as_tensor(label[key]) for key in ("class_labels", "boxes"))
+    whole = not classes.is_floating_point() or not len(classes)
+    if classes.ndim != 1 or not whole or boxes.numel() != 4 * len(classes) or boxes.shape[-1:] not in ((4,), (0,)):
+        raise DataError(
+            f"{name}: class_labels must be (G,) whole numbers and boxes (G, 4), but they are {tuple(classes.shape)} "
+            f"{classes.dtype} and {tuple(boxes.shape)}"
+        )
+    return Target(to_device(classes, device, torch.int64), to_device(boxes.reshape(-1, 4), device, torch.float32))
