@@ -49,8 +49,8 @@ class DinoDetrConfig(PretrainedConfig):
 
     model_type = MODEL_TYPE
     attribute_map = {**ALIASES, "num_classes": "num_labels"}  # noqa: RUF012
+    # What Trainer does not gather. `loss_dict` stays: metrics written for DETR read logits and boxes as batch[1] and [2].
     keys_to_ignore_at_inference = [  # noqa: RUF012
-        "loss_dict",
         "auxiliary_outputs",
         "init_reference_points",
         "last_hidden_state",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,28 @@ class DinoDetrImageProcessor(_TorchvisionProcessor):
         parts = [resize_tensor(part, (size.height, size.width)) for part in image.reshape(-1, *image.shape[-3:])]
         return torch.stack(parts).reshape(*image.shape[:-2], size.height, size.width)
 
+    def rescale_and_normalize(
+        self,
+        images: Tensor,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: float | Sequence[float],
+        image_std: float | Sequence[float],
+    ) -> Tensor:
+        """As the parent; mean and deviation of values up to 255 are not rounded before, so that they are `Detector`'s.
+
+        Args:
+            images: (..., 3, H, W).
+            do_rescale, rescale_factor, do_normalize, image_mean, image_std: see transformers.
+        """
+        if do_rescale and do_normalize:
+            image_mean, image_std = (
+                tuple(np.divide(np.atleast_1d(values), rescale_factor).tolist()) for values in (image_mean, image_std)
+            )
+            do_rescale = False
+        return super().rescale_and_normalize(images, do_rescale, rescale_factor, do_normalize, image_mean, image_std)
+
     def prepare_annotation(
         self, image: Tensor, target: Mapping, format: str | None = None, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
@@ -158,7 +181,7 @@ class DinoDetrImageProcessor(_TorchvisionProcessor):
         format = getattr(format or self.format, "value", format)
         if format != "coco_detection":
             raise UserError(f"format {format!r} is not supported: DINO detects boxes. Use coco_detection")
-        if not isinstance(target["image_id"], int):
+        if not isinstance(target["image_id"], Integral):
             raise DataError(f"image_id must be a whole number, not {target['image_id']!r}")
         objects = [self._to_object(entry, target) for entry in target["annotations"]]
         labels = super().prepare_annotation(image, {**target, "annotations": objects})
@@ -244,7 +267,7 @@ class DinoDetrImageProcessor(_TorchvisionProcessor):
 def _check_ids(category_ids: Sequence[int]) -> list[int]:
     """`category_ids` as a list, each a whole number that comes once."""
     ids = list(category_ids)
-    if not all(isinstance(value, int) for value in ids) or len(set(ids)) < len(ids):
+    if not all(isinstance(value, Integral) for value in ids) or len(set(ids)) < len(ids):
         raise UserError(f"category_ids must be whole numbers, one a label, each once, not {ids}")
     return ids
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from dino.utils.files import DataError, UserError, write_whole
+from dino.utils.paths import WEIGHTS
 
 from .addresses import locate
 from .checkpoint_formats import (
@@ -19,13 +21,14 @@ from .checkpoint_formats import (
     convert,
 )
 from .coco_classes import RAW_COCO_CLASSES, coco_names
-from .description import build_network
+from .description import build_network, detector_for_classes, read_category_ids, read_description, set_classes
 from .file_weights import FileWeights, read_weights
 from .inferred_description import Unshown, find_unshown, name_classes, with_description
 from .load_report import reason_of
 from .loading import load_weights
 from .names import StateDict
 from .reading import DESCRIPTION, read_content
+from .transformers_writing import write_folder
 
 
 class _Position(NamedTuple):
@@ -48,8 +51,10 @@ def convert_file(
     """Convert one file.
 
     Args:
-        source: a checkpoint in any known format (.pth, .safetensors), an address, or the name of published weights.
-        target: the file to write; must not exist.
+        source: a checkpoint in any known format (.pth, .safetensors, a folder of transformers), an address, or the name
+            of published weights.
+        target: the file to write, or with `to` huggingface the folder, unless its name ends as that of a file with
+            weights; must not exist.
         to: the format to write: own, official, detrex, huggingface, mmdetection, or "safetensors" for own format in
             such a file.
         coco80: of 91 classes (raw ids), keep the 80 that COCO has.
@@ -64,7 +69,8 @@ def convert_file(
         raise UserError(f"{target} exists: choose another name, or move it away")
     path = locate(str(source))
     content = read_content(path)
-    describable = to in ("own", "safetensors")  # the other formats have no place for a description
+    folder = to == "huggingface" and target.suffix.lower() not in WEIGHTS
+    describable = folder or to in ("own", "safetensors")  # the other formats have no place for a description
     try:
         found = read_weights(content, copy)
         own = _read_own(found, coco80)
@@ -74,6 +80,9 @@ def convert_file(
     position = _Position(temperature, offset)
     _check_position(position, found.format)
     extra = _describe(content, own, found.format, str(source), position) if describable else {}
+    if folder:
+        _write_folder(target, {"model": own, **extra}, found, str(source))
+        return
     _print_report(content, extra.get("about") or content.get("about"), found, copy, str(source))
     target.parent.mkdir(parents=True, exist_ok=True)
     if "safetensors" in (to, target.suffix.removeprefix(".")):
@@ -119,9 +128,9 @@ def _describe(
     content: dict[str, Any], own: StateDict, format_: str, source: str, position: _Position
 ) -> dict[str, Any]:
     """What describes the model in a file in own format: the input's own description, or what its tensors show."""
-    if format_ == "own":
-        return {key: content[key] for key in DESCRIPTION if key in content}
     classes = len(own["decoder.class_heads.0.bias"])
+    if format_ == "own":
+        return _with_classes({key: content[key] for key in DESCRIPTION if key in content}, classes)
     try:
         described = with_description(content, own, _unshown(content, format_, source, position), source)
     except DataError as error:
@@ -130,6 +139,36 @@ def _describe(
     if described["names"] == coco_names(classes):
         print(f"names: those of COCO, because the model has {classes} classes")
     return {key: described[key] for key in DESCRIPTION if key in described}
+
+
+def _with_classes(described: dict[str, Any], classes: int) -> dict[str, Any]:
+    """The description of a file in own format, for COCO's 80 classes where only these are kept of 91."""
+    names, about = described.get("names"), described.get("about")
+    if classes == RAW_COCO_CLASSES or not isinstance(names, list) or len(names) != RAW_COCO_CLASSES:
+        return described
+    described = {**described, **name_classes({}, classes)}
+    if isinstance(about, Mapping) and isinstance(about.get("config"), str):
+        config = set_classes(json.loads(about["config"]), RAW_COCO_CLASSES, classes)
+        described["about"] = {**about, "config": json.dumps(config)}
+    return described
+
+
+def _write_folder(target: Path, content: dict[str, Any], found: FileWeights, source: str) -> None:
+    """Write a folder for transformers.
+
+    Raises:
+        DataError: the file does not describe its model, or lacks weights of it.
+    """
+    for note in found.notes:
+        print(note)
+    config, names, _ = read_description(content, source)
+    detector, report = detector_for_classes(content, source, names)
+    detector.category_ids = read_category_ids(content, source)
+    print(f"weights: {report}")
+    write_folder(target, detector, config)
+    print(f"{target}: a folder for transformers, {len(names)} classes; {source} was in {found.format} format")
+    if UNUSED_LABELS in content["model"]:
+        print("dropped: the label embeddings that belong to no class; transformers' folder has no place for them")
 
 
 def _unshown(content: dict[str, Any], format_: str, source: str, position: _Position) -> Unshown:

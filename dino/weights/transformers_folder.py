@@ -6,21 +6,25 @@ Nothing here imports transformers: a folder of that library is one more form of 
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from dino.modeling.transformer import HIDDEN_DIM, Decoder, SharedHeadsDecoder
 from dino.utils.files import DataError
 
+from .folder_json import CONFIG, PROCESSOR, read_json
+from .folder_json import MODEL_TYPE as MODEL_TYPE  # for others
 from .network_parts import PARTS, check_description, set_classes, without_detectron2
+from .transformers_preprocessing import from_processor
 
 _Node = dict[str, Any]
 _Test = Callable[[Any], bool]
 
-MODEL_TYPE = "dino_detr"
 # Every field that describes a model, and its default. Names as in transformers' Deformable DETR and RT-DETR.
 FIELDS: dict[str, Any] = {
     "backbone": "resnet50",
@@ -311,6 +315,57 @@ _EXPECTED: dict[str, tuple[str, _Test]] = {
 }
 
 
+def describe_folder(folder: Path) -> dict[str, Any]:
+    """Describe the model in a folder of transformers, by its two JSON files.
+
+    Returns:
+        `names`, `category_ids` and `about`, as a checkpoint of this project has them.
+
+    Raises:
+        DataError: a file is broken, or a field has a value that no model of this project has.
+    """
+    config = folder / CONFIG
+    fields = read_json(config)
+    try:
+        network, names = describe_fields(fields), _read_names(fields)
+    except DataError as error:
+        raise DataError(f"can't use {config}: {error}") from error
+    processor = folder / PROCESSOR
+    stated = read_json(processor) if processor.is_file() else {}
+    try:
+        preprocessing = from_processor(stated)
+    except DataError as error:
+        raise DataError(f"can't use {processor}: {error}") from error
+    given = {config: fields.get("category_ids"), processor: stated.get("category_ids")}
+    source = next((path for path, ids in given.items() if ids is not None), None)
+    ids = given[source] if source else list(range(len(names)))  # as transformers: a label is an id
+    if not _are_ids(ids, len(names)):
+        raise DataError(f"can't use {source}: category_ids must be {len(names)} different whole numbers, one a class")
+    about = {"config": json.dumps({"network": network}), "preprocessing": preprocessing}
+    return {"names": names, "category_ids": ids, "about": about}
+
+
+def _read_names(fields: Mapping[str, Any]) -> list[str]:
+    """The names of the classes, by label; those of transformers where there is no `id2label`.
+
+    Raises:
+        DataError: `id2label` has other keys than 0, 1, …, or other values than names.
+    """
+    labels = fields.get("id2label")
+    if labels is None:
+        return [f"LABEL_{label}" for label in range(_count_labels(fields))]
+    names = [labels.get(str(label), labels.get(label)) for label in range(len(labels))]
+    if not all(isinstance(name, str) for name in names):
+        raise _unexpected("id2label", labels, "a dict of the labels 0, 1, … -> names")
+    return names
+
+
+def _are_ids(values: Any, count: int) -> bool:
+    """Whether these are `count` different whole numbers."""
+    whole = isinstance(values, list) and all(type(value) is int and abs(value) < 2**63 for value in values)
+    return whole and len(values) == count == len(set(values))
+
+
 # Field -> the part and its argument that hold the value, in a description of a `DINO`.
 _HELD: dict[str, tuple[str, str]] = {
     "d_model": ("neck", "out_channels"),
@@ -352,13 +407,13 @@ def fields_of(config: Mapping[str, Any], names: Sequence[str], category_ids: Seq
     fields = {name: value for name, value in FIELDS.items() if name != "backbone_checkpoint"}
     fields |= {"category_ids": list(category_ids), "id2label": {str(label): name for label, name in enumerate(names)}}
     node = _canonical(config["network"])
-    fields |= _mirror(node) | _mirror_losses(config.get("criterion"))
+    fields |= _mirror_losses(config.get("criterion"))
+    mirrored = _mirror(node)
     try:
-        expressed = _canonical(describe_fields(fields)) == node
-    except DataError:
-        expressed = False
-    if not expressed:
-        fields["network"] = config["network"]
+        expressed = _canonical(describe_fields(fields | mirrored)) == node
+    except DataError:  # sizes of a variant that no other network has
+        expressed, mirrored = False, {}
+    fields |= mirrored if expressed else {**mirrored, "network": config["network"]}
     return fields | {"label2id": {name: label for label, name in enumerate(names)}}
 
 
@@ -384,7 +439,7 @@ def _mirror_backbone(backbone: _Node, levels: int) -> dict[str, Any]:
     libraries = {_full_name(f"dino.modeling.{library}Backbone"): library for library in ("Torchvision", "Timm")}
     library = libraries.get(backbone.get("_target_"))
     maps = backbone.get("out_features")
-    if library is None or not _are_words(maps) or not all(map(_RES.fullmatch, maps)):
+    if library is None or not _are_maps(maps):
         return {}
     fields = {"backbone": backbone.get("name"), "use_timm_backbone": library == "Timm"}
     indices = [int(name[3:]) - 1 for name in maps]
@@ -412,8 +467,9 @@ def _at(node: _Node, key: str) -> _Node:
     return part if isinstance(part, dict) else {}
 
 
-def _are_words(values: Any) -> bool:
-    return isinstance(values, list) and bool(values) and all(isinstance(value, str) for value in values)
+def _are_maps(values: Any) -> bool:
+    """Whether these are names such as `res3`."""
+    return isinstance(values, list) and all(isinstance(value, str) and _RES.fullmatch(value) for value in values)
 
 
 def _full_name(target: Any) -> Any:
@@ -434,7 +490,7 @@ def _canonical(node: Any) -> Any:
         node = _expand(node)
     stated = _defaults(node.get("_target_")) | {key: _canonical(value) for key, value in node.items()}
     stated |= {"_target_": _full_name(node["_target_"])} if "_target_" in node else {}
-    return {key: None if value in ({}, []) else value for key, value in stated.items()}
+    return {key: None if value == {} else value for key, value in stated.items()}
 
 
 def _defaults(target: Any) -> _Node:

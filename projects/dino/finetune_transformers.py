@@ -1,0 +1,194 @@
+"""Fine-tune DINO on data in COCO format with transformers' Trainer.
+
+    python projects/dino/finetune_transformers.py --train_json train.json --train_images images \\
+        --val_json val.json --val_images images --model FOLDER --output_dir output/mine --num_train_epochs 12
+
+The other flags are those of transformers' TrainingArguments: --learning_rate, --bf16, --gradient_accumulation_steps, ….
+`--resume_from_checkpoint last` continues. On several GPUs: `accelerate launch --num_processes 4` in place of `python`.
+Needs the extra `hf` (pip install ".[hf]"). docs/transformers.md explains.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import timm
+import torch
+import torchvision
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.transforms import v2
+from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from dino.data.coco import CocoImages, ResizeShortSide, collate, to_results
+from dino.evaluation.average_precision import evaluate
+from dino.hf import DinoDetrConfig, DinoDetrForObjectDetection, DinoDetrImageProcessor
+from dino.structures import Detections
+from dino.training.parameter_groups import parameter_groups, tenth_for_backbone
+from dino.utils.files import UserError, message_of
+
+SCALES = [0.6 + 0.04 * step for step in range(11)]  # of training images: short sides of 480, …, 800 pixels
+PADDING = -100.0  # what Trainer fills tables of unequal length with
+
+
+@dataclass
+class Start:
+    """The data, and the model to begin with."""
+
+    train_json: str = field(metadata={"help": "COCO-format annotations"})
+    train_images: str = field(metadata={"help": "folder of their images"})
+    val_json: str = field(metadata={"help": "annotations to evaluate"})
+    val_images: str = field(metadata={"help": "folder of their images"})
+    model: str = field(default="", metadata={"help": "folder of a model, or its name on the hub; none: a new model"})
+    backbone: str = field(default="resnet50", metadata={"help": "of a new model: of torchvision, else of timm"})
+    backbone_checkpoint: str = field(default="", metadata={"help": "file with its weights, to load without a network"})
+    from_scratch: bool = field(default=False, metadata={"help": "random weights in the backbone too"})
+    fields: str = field(default="{}", metadata={"help": "more fields of DinoDetrConfig, as JSON"})
+    short_side: int = field(default=0, metadata={"help": "of images in pixels (default: the model's; 800 of a new one)"})
+
+
+@dataclass
+class Settings(TrainingArguments):
+    """Those of transformers, with the defaults of DINO."""
+
+    output_dir: str = "output/transformers"
+    learning_rate: float = 1e-4  # a tenth for the backbone
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 0.1
+    per_device_train_batch_size: int = 2
+    per_device_eval_batch_size: int = 2
+    num_train_epochs: float = 12
+    lr_scheduler_type: str = "cosine"
+    eval_strategy: str = "epoch"
+    save_strategy: str = "epoch"
+    save_total_limit: int = 2
+    load_best_model_at_end: bool = True
+    metric_for_best_model: str = "AP"
+    remove_unused_columns: bool = False
+    report_to: str = "none"
+
+
+class DetectionTrainer(Trainer):
+    """Trainer whose predictions are tables of detections: small, and of one shape in all processes."""
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """-> loss, rows (B, K, 6) of score, label and box in pixels of the file, ids (B,) of the images."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss.detach(), None, None
+        sizes = torch.stack([label["orig_size"] for label in inputs["labels"]])
+        found = self.processing_class.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
+        rows = [torch.cat([f["scores"][:, None], f["labels"][:, None], f["boxes"]], 1).float() for f in found]
+        ids = torch.stack([label["image_id"] for label in inputs["labels"]])
+        return loss.detach(), pad_sequence(rows, batch_first=True, padding_value=PADDING), ids
+
+
+def make_processor(start):
+    """The image processor: that of the model, or of a new one, with the mean and deviation of its backbone."""
+    options = {"size": {"shortest_edge": start.short_side, "longest_edge": start.short_side * 5 // 3}}
+    options = options if start.short_side else {}
+    if start.model:
+        return DinoDetrImageProcessor.from_pretrained(start.model, **options)
+    if is_of_timm(start.backbone):
+        pixels = timm.get_pretrained_cfg(start.backbone)
+        options.update(image_mean=list(pixels.mean), image_std=list(pixels.std))
+    return DinoDetrImageProcessor(**options)
+
+
+def open_data(start, size):
+    """Training images, flipped and resized at random, and images to evaluate."""
+    short, long = size["shortest_edge"], size["longest_edge"]
+    augment = [v2.RandomHorizontalFlip(), v2.RandomShortestSize([round(short * scale) for scale in SCALES], long)]
+    clean = [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1)]
+    train = CocoImages(start.train_json, start.train_images, v2.Compose([*augment, *clean]))
+    val = CocoImages(start.val_json, start.val_images, v2.Compose([ResizeShortSide(short, long), *clean]))
+    if train.names != val.names:
+        raise UserError(f"{start.train_json} has the classes {train.names}, {start.val_json} has {val.names}")
+    if train.problem:
+        raise UserError(train.problem)
+    return train, val
+
+
+def is_of_timm(backbone):
+    """Whether a name is none of torchvision's."""
+    return not hasattr(torchvision.models, backbone)
+
+
+def make_model(start, data):
+    """The model: a whole one, a new one with a pre-trained backbone, or all random."""
+    labels = {"id2label": dict(enumerate(data.names)), "label2id": {name: n for n, name in enumerate(data.names)}}
+    labels["category_ids"] = data.category_ids
+    if start.model:
+        return DinoDetrForObjectDetection.from_pretrained(start.model, ignore_mismatched_sizes=True, **labels)
+    backbone = {"backbone": start.backbone, "backbone_checkpoint": start.backbone_checkpoint or None}
+    backbone["use_timm_backbone"] = is_of_timm(start.backbone)
+    fields = {**backbone, "use_pretrained_backbone": not start.from_scratch, **json.loads(start.fields)}
+    return DinoDetrForObjectDetection(DinoDetrConfig(**fields, **labels))
+
+
+class Collator:
+    """Samples of `CocoImages`, resized already -> a batch for the model."""
+
+    def __init__(self, processor):
+        self.processor = processor
+
+    def __call__(self, samples):
+        images, targets, entries = collate(samples)
+        batch = self.processor(images=images, do_resize=False, return_tensors="pt")
+        labels = [{"class_labels": target.labels, "boxes": target.boxes} for target in targets]
+        for label, entry in zip(labels, entries, strict=True):
+            label["image_id"] = torch.tensor(entry["id"])
+            label["orig_size"] = torch.tensor([entry["height"], entry["width"]])
+        return {**batch, "labels": labels}
+
+
+def make_metrics(data):
+    """AP by pycocotools, from the rows of `DetectionTrainer`."""
+
+    def to_metrics(prediction):
+        results = []
+        for rows, number in zip(torch.tensor(prediction.predictions), prediction.label_ids.tolist(), strict=True):
+            rows = rows[rows[:, 0] >= 0]
+            results += to_results(Detections(rows[:, 2:], rows[:, 0], rows[:, 1].long()), number, data.category_ids)
+        return evaluate(data.data, results)
+
+    return to_metrics
+
+
+def main(argv=None):
+    """Train, evaluate after each epoch, save the best model with its processor in `output_dir`."""
+    usage = "finetune_transformers.py --train_json FILE --train_images FOLDER --val_json FILE --val_images FOLDER …"
+    start, settings = HfArgumentParser((Start, Settings), usage=usage).parse_args_into_dataclasses(argv)
+    last = get_last_checkpoint(settings.output_dir) if Path(settings.output_dir).is_dir() else None
+    resume = last if settings.resume_from_checkpoint == "last" else settings.resume_from_checkpoint
+    if last and not resume:
+        raise UserError(f"{last} exists: give --resume_from_checkpoint last, or another --output_dir")
+    set_seed(settings.seed)
+    processor = make_processor(start)
+    train, val = open_data(start, processor.size)
+    processor.category_ids = train.category_ids
+    model = make_model(start, train)
+    groups = parameter_groups(model, base_lr=settings.learning_rate, lr_factor_func=tenth_for_backbone)
+    trainer = DetectionTrainer(
+        model,
+        settings,
+        data_collator=Collator(processor),
+        train_dataset=train,
+        eval_dataset=val,
+        processing_class=processor,
+        compute_metrics=make_metrics(val),
+        optimizers=(torch.optim.AdamW(groups, weight_decay=settings.weight_decay), None),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    trainer.save_metrics("eval", trainer.evaluate())
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FloatingPointError, OSError) as error:
+        sys.exit(f"error: {message_of(error)}")
