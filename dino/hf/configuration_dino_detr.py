@@ -76,12 +76,16 @@ class DinoDetrConfig(PretrainedConfig):
             setattr(self, name, value)
         super().__init__(is_encoder_decoder=values["is_encoder_decoder"], **others)
         self.describe()
-        ids = self.category_ids
-        whole = ids is None or (isinstance(ids, list | tuple) and all(type(number) is int for number in ids))
-        if not whole or (ids is not None and not len(ids) == len(set(ids)) == self.num_labels):
-            raise DataError(
-                f"category_ids must be {self.num_labels} different whole numbers, one for each label, or None"
-            )
+        self._check_ids()
+
+    def _check_ids(self) -> None:
+        """Raise a DataError unless there is one id for each label."""
+        ids, count = self.category_ids, self.num_labels
+        if ids is None:
+            return
+        whole = isinstance(ids, list | tuple) and all(type(number) is int for number in ids)
+        if not whole or not len(ids) == len(set(ids)) == count:
+            raise DataError(f"category_ids must be {count} different whole numbers, one for each label, or None")
 
     def describe(self) -> dict[str, Any]:
         """Check the fields that make the network, and describe it, see `dino.weights.description`.
@@ -92,6 +96,13 @@ class DinoDetrConfig(PretrainedConfig):
         fields = self.to_dict()
         described = describe_fields({**fields, "network": None})
         return described if self.network is None else describe_fields(fields)
+
+    def follow_labels(self) -> None:
+        """Drop what belongs to other labels, after `num_labels` or `id2label` alone were set."""
+        if self.category_ids is not None and len(self.category_ids) != self.num_labels:
+            self.category_ids = None
+        if set((self.label2id or {}).values()) != set(self.id2label):
+            self.label2id = {name: label for label, name in self.id2label.items()}
 
     def without_pretrained_backbone(self) -> dict[str, Any]:
         """Changes to the fields after which they describe the same network, but no weights of its backbone."""
