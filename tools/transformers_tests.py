@@ -67,6 +67,11 @@ NOT_APPLICABLE: dict[str, str] = {  # test, or a pattern of tests -> why
     "test_model_get_set_embeddings": "a model of language has embeddings of inputs",
     "test_valid_kwargs_set": "asks for a public name of the class of settings",
 }
+if transformers.__version__.startswith("4."):
+    NOT_APPLICABLE |= {
+        "test_model_weights_reload_no_missing_tied_weights": "4.57 does not name shared heads that a file lacks; they "
+        "are initialised",
+    }
 WORDS = {"passed": "passed", "failed": "FAILED", "skipped": "skipped by transformers", "absent": "not applicable"}
 
 
