@@ -15,11 +15,14 @@ import transformers
 from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
+from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from dino.data.images import check_input_range, read_image, resize_tensor
 from dino.layers.postprocess import detections
 from dino.modeling.detector import resized_size
 from dino.utils.files import DataError, UserError
+
+from .remote_code_saving import SavesRemoteCode
 
 if int(transformers.__version__.partition(".")[0]) < 5:
     from transformers import DeformableDetrImageProcessorFast as _TorchvisionProcessor
@@ -39,7 +42,7 @@ class _Settings(_TorchvisionProcessor.valid_kwargs, total=False):
     input_range: list[float] | None
 
 
-class DinoDetrImageProcessor(_TorchvisionProcessor):
+class DinoDetrImageProcessor(SavesRemoteCode, _TorchvisionProcessor):
     """The image processor of Deformable DETR (the one of torchvision), with what differs for DINO.
 
     Sizes are rounded as by the official program, and 8-bit pictures on a CPU are resized by Pillow, so that
@@ -59,6 +62,7 @@ class DinoDetrImageProcessor(_TorchvisionProcessor):
     """
 
     valid_kwargs = _Settings
+    _saved_as = IMAGE_PROCESSOR_NAME
 
     def __init__(
         self,
