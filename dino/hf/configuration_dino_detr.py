@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import PretrainedConfig
+from transformers.utils import CONFIG_NAME
 
 from dino.utils.files import DataError
 from dino.weights.transformers_folder import ALIASES, FIELDS, MODEL_TYPE, complete_fields, describe_fields
 
+from .remote_code_saving import SavesRemoteCode
+
 _OTHER_NAMES = {*ALIASES, "num_heads", "d_ffn", "use_dn", "num_classes"}
 
 
-class DinoDetrConfig(PretrainedConfig):
+class DinoDetrConfig(SavesRemoteCode, PretrainedConfig):
     """Settings of a DINO, under the names of transformers' Deformable DETR and RT-DETR.
 
     Defaults are those of the published 4-scale model. Other programs' names (`hidden_size`, `num_heads`, `d_ffn`,
@@ -48,6 +51,7 @@ class DinoDetrConfig(PretrainedConfig):
     """
 
     model_type = MODEL_TYPE
+    _saved_as = CONFIG_NAME
     attribute_map = {**ALIASES, "num_classes": "num_labels"}  # noqa: RUF012
     # What Trainer does not gather. `loss_dict` stays: metrics for DETR read logits and boxes as batch[1] and batch[2].
     keys_to_ignore_at_inference = [  # noqa: RUF012

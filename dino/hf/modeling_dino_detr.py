@@ -144,6 +144,10 @@ class DinoDetrPreTrainedModel(PreTrainedModel):
             raise UserError("every_n_layers must be 1: all blocks are recomputed, or none")
         self.base_model.recompute(enable)
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Nothing, see `SavesRemoteCode`."""
+
     def save_pretrained(self, *arguments: Any, **options: Any) -> None:
         """Save the model into a folder, see transformers. The folder never asks for a backbone's weights."""
         config = self.config

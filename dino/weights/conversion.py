@@ -38,6 +38,15 @@ class _Position(NamedTuple):
     offset: float | None
 
 
+class _Input(NamedTuple):
+    """What is converted."""
+
+    content: dict[str, Any]  # of the file
+    found: FileWeights
+    own: StateDict  # to write, in own format
+    source: str  # the file, as it was named
+
+
 def convert_file(
     source: str | Path,
     target: Path,
@@ -79,10 +88,11 @@ def convert_file(
         raise DataError(f"can't convert {source}: {reason_of(error)}") from error
     position = _Position(temperature, offset)
     _check_position(position, found.format)
-    extra = _describe(content, own, found.format, str(source), position) if describable else {}
+    given = _Input(content, found, own, str(source))
     if folder:
-        _write_folder(target, {"model": own, **extra}, found, str(source))
+        _write_folder(target, given, position)
         return
+    extra = _describe_or_warn(given, position) if describable else {}
     _print_report(content, extra.get("about") or content.get("about"), found, copy, str(source))
     target.parent.mkdir(parents=True, exist_ok=True)
     if "safetensors" in (to, target.suffix.removeprefix(".")):
@@ -124,21 +134,32 @@ def _read_own(found: FileWeights, coco80: bool) -> StateDict:
     return coco_to_contiguous(found.state)
 
 
-def _describe(
-    content: dict[str, Any], own: StateDict, format_: str, source: str, position: _Position
-) -> dict[str, Any]:
-    """What describes the model in a file in own format: the input's own description, or what its tensors show."""
+def _describe(given: _Input, position: _Position) -> dict[str, Any]:
+    """What describes the model in a file in own format: the input's own description, or what its tensors show.
+
+    Raises:
+        DataError: they don't show it.
+    """
+    content, own = given.content, given.own
     classes = len(own["decoder.class_heads.0.bias"])
-    if format_ == "own":
+    if given.found.format == "own":
         return _with_classes({key: content[key] for key in DESCRIPTION if key in content}, classes)
-    try:
-        described = with_description(content, own, _unshown(content, format_, source, position), source)
-    except DataError as error:
-        print(f"warning: no description, so the file serves with a recipe alone: {error}")
-        described = name_classes(content, classes)
+    described = with_description(content, own, _unshown(given, position), given.source)
     if described["names"] == coco_names(classes):
         print(f"names: those of COCO, because the model has {classes} classes")
     return {key: described[key] for key in DESCRIPTION if key in described}
+
+
+def _describe_or_warn(given: _Input, position: _Position) -> dict[str, Any]:
+    """`_describe`; the names of the classes alone, with a warning, where nothing shows more."""
+    try:
+        return _describe(given, position)
+    except DataError as error:
+        print(f"warning: no description, so the file serves with a recipe alone: {error}")
+    described = name_classes(given.content, len(given.own["decoder.class_heads.0.bias"]))
+    if described["names"] == coco_names(len(described["names"])):
+        print(f"names: those of COCO, because the model has {len(described['names'])} classes")
+    return described
 
 
 def _with_classes(described: dict[str, Any], classes: int) -> dict[str, Any]:
@@ -153,31 +174,36 @@ def _with_classes(described: dict[str, Any], classes: int) -> dict[str, Any]:
     return described
 
 
-def _write_folder(target: Path, content: dict[str, Any], found: FileWeights, source: str) -> None:
+def _write_folder(target: Path, given: _Input, position: _Position) -> None:
     """Write a folder for transformers.
 
     Raises:
-        DataError: the file does not describe its model, or lacks weights of it.
+        DataError: nothing describes the model, or weights of it are missing.
     """
-    for note in found.notes:
+    try:
+        content = {"model": given.own, **_describe(given, position)}
+    except DataError as error:
+        raise DataError(f"can't convert {given.source}: {error}") from error
+    config, names, _ = read_description(content, given.source)
+    detector, report = detector_for_classes(content, given.source, names)
+    detector.category_ids = read_category_ids(content, given.source)
+    for note in given.found.notes:
         print(note)
-    config, names, _ = read_description(content, source)
-    detector, report = detector_for_classes(content, source, names)
-    detector.category_ids = read_category_ids(content, source)
     print(f"weights: {report}")
     write_folder(target, detector, config)
-    print(f"{target}: a folder for transformers, {len(names)} classes; {source} was in {found.format} format")
-    if UNUSED_LABELS in content["model"]:
-        print("dropped: the label embeddings that belong to no class; transformers' folder has no place for them")
+    print(f"{target}: folder for transformers, {len(names)} classes; {given.source} was in {given.found.format} format")
+    if UNUSED_LABELS in given.own:
+        print("dropped: the label embeddings that belong to no class; transformers has no place for them")
 
 
-def _unshown(content: dict[str, Any], format_: str, source: str, position: _Position) -> Unshown:
+def _unshown(given: _Input, position: _Position) -> Unshown:
     """What no tensor shows: as stated, else as the file says.
 
     Raises:
         DataError: neither says it.
     """
-    found = find_unshown(content, format_, source) if None in position else Unshown()
+    asked = None in position
+    found = find_unshown(given.content, given.found.format, given.source) if asked else Unshown()
     if position.temperature is not None:
         found = found._replace(temperatures=(position.temperature,) * 2)
     return found if position.offset is None else found._replace(offset=position.offset)
