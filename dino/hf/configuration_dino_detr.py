@@ -13,6 +13,8 @@ from dino.weights.transformers_folder import ALIASES, FIELDS, MODEL_TYPE, comple
 from .remote_code_saving import SavesRemoteCode
 
 _OTHER_NAMES = {*ALIASES, "num_heads", "d_ffn", "use_dn", "num_classes"}
+_ELSEWHERE = {"use_pretrained_backbone", "backbone_checkpoint", "num_channels"}  # not in the description of a network
+_OF_NETWORK = {*tuple(FIELDS)[: tuple(FIELDS).index("auxiliary_loss")]} - _ELSEWHERE
 
 
 class DinoDetrConfig(SavesRemoteCode, PretrainedConfig):
@@ -83,6 +85,21 @@ class DinoDetrConfig(SavesRemoteCode, PretrainedConfig):
             self.follow_labels()  # `from_pretrained(…, num_labels=…)`
         self.describe()
         self._check_ids()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field.
+
+        Raises:
+            ValueError: `network` describes the network, so that another value would change nothing.
+        """
+        field = ALIASES.get(name, name)
+        held = vars(self)
+        if field in _OF_NETWORK and held.get("network") is not None and held.get(field, value) != value:
+            raise DataError(
+                f"{field}={value!r:.100} would change nothing: the config's `network` describes the network. Set "
+                "network=None before to build it from the fields"
+            )
+        super().__setattr__(name, value)
 
     def _check_ids(self) -> None:
         """Raise a DataError unless there is one id for each label."""

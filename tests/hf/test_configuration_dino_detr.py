@@ -141,6 +141,21 @@ def test_a_described_network_is_checked():
             tiny_config(network=bad)
 
 
+def test_a_field_beside_a_described_network_can_not_be_changed(tmp_path):
+    config = tiny_config(network=tiny_config().describe())
+    for name in ("num_queries", "hidden_size", "backbone"):
+        with pytest.raises(ValueError, match=f"{'d_model' if name == 'hidden_size' else name}=.* would change nothing"):
+            setattr(config, name, 64)
+    config.num_queries = config.num_queries
+    config.bbox_cost = 3.0
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="num_queries=5 would change nothing"):
+        AutoConfig.from_pretrained(tmp_path, num_queries=5)
+    config.network = None
+    config.num_queries = 5
+    assert config.describe()["query_selection"]["num_queries"] == 5
+
+
 def test_the_lines_of_a_saved_folder_ask_for_no_weights():
     """Norms and frozen layers stay those of the pre-trained backbone."""
     config = DinoDetrConfig(backbone_checkpoint="x.pth")
