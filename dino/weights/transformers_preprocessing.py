@@ -13,7 +13,7 @@ from dino.utils.files import DataError
 _WHITE = 255
 _RESCALE = 1 / _WHITE
 _BILINEAR = 2  # Pillow's number of the filter
-_DIGITS = 9  # after the point, of a mean or a deviation in values from 0 to 255
+_DIGITS = 14  # of a mean or a deviation; more would show the rounding of the division
 
 
 def to_processor(preprocessing: Preprocessing, category_ids: Sequence[int]) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def _to_fraction(value: float) -> float:
 
 def _from_fraction(value: float, factor: float) -> float:
     """`_to_fraction` back, for pictures that were multiplied by `factor`."""
-    return round(value / factor, _DIGITS)
+    return float(f"{value / factor:.{_DIGITS}g}")
 
 
 def from_processor(fields: Mapping[str, Any]) -> dict[str, Any]:
