@@ -15,7 +15,7 @@ try:
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "dino":
         raise
-    raise ImportError('This model is a DINO of another package: pip install "dino-detectron2[hf]"') from None
+    raise ImportError('This model needs dino-detectron2: pip install "dino-detectron2[hf]"') from None
 '''
 _CLASSES = {
     "config.json": {

@@ -120,11 +120,30 @@ def test_arrays_and_tensors(detector):
         processor()(np.zeros((5, 40, 40), np.uint8), input_data_format="channels_first")
 
 
+def test_floats_that_are_rescaled_already():
+    image = torch.rand(3, 70, 90)
+    with pytest.warns(UserWarning, match="do_rescale=False"):
+        processor()(image)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = processor()(image, do_rescale=False)["pixel_values"]
+        assert torch.allclose(processor()(255 * image)["pixel_values"], found, atol=1e-5)
+
+
+def test_a_broken_file_is_named(tmp_path):
+    path = tmp_path / "broken.png"
+    Image.fromarray(pixels()).save(path)
+    path.write_bytes(path.read_bytes()[:5000])
+    for source in (str(path), Image.open(path)):
+        with pytest.raises(ValueError, match=r"can't read image .*broken\.png"):
+            processor()(source)
+
+
 def test_an_opened_picture_that_is_stored_turned_is_used_as_it_is_with_a_warning(tmp_path):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     Image.fromarray(pixels(70, 90)).save(tmp_path / "turned.jpg", exif=exif)
-    with pytest.warns(UserWarning, match=r"turned\.jpg.*exif_transpose"):
+    with pytest.warns(UserWarning, match="stored turned.*exif_transpose"):
         stored = processor()(Image.open(tmp_path / "turned.jpg"))["pixel_values"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
