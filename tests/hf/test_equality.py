@@ -1,5 +1,7 @@
 """The model of transformers computes what `Detector` computes, and so what the official program does."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -99,6 +101,20 @@ def test_losses_of_a_padded_batch(model, detector, processor):
     for name, loss in wanted.items():
         assert torch.allclose(found.loss_dict[name], loss, atol=1e-6, rtol=1e-6), name
     assert torch.allclose(found.loss, sum(wanted.values()), rtol=1e-6)
+
+
+def test_collated_samples_train(model, processor):
+    objects = [{"bbox": [10, 20, 30, 25], "category_id": 8}]
+    samples = [
+        processor(pixels(*size), annotations={"image_id": 1, "annotations": objects * number}, return_tensors="pt")
+        for number, size in enumerate([LARGE, SMALL, LARGE])
+    ]
+    model = copy.deepcopy(model).train()
+    model(**processor.collate(samples)).loss.backward()
+    learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert set(gradients) == set(learning)
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
 @torch.no_grad()
