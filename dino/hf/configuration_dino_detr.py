@@ -49,7 +49,7 @@ class DinoDetrConfig(PretrainedConfig):
 
     model_type = MODEL_TYPE
     attribute_map = {**ALIASES, "num_classes": "num_labels"}  # noqa: RUF012
-    # What Trainer does not gather. `loss_dict` stays: metrics written for DETR read logits and boxes as batch[1] and [2].
+    # Trainer does not gather these. `loss_dict` stays: metrics written for DETR read batch[1] (logits) and batch[2].
     keys_to_ignore_at_inference = [  # noqa: RUF012
         "auxiliary_outputs",
         "init_reference_points",
