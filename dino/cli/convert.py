@@ -17,6 +17,9 @@ examples:
   a checkpoint of your training with detrex, which does not store its position encoding:
     %(prog)s model_final.pth own.pth --to own --temperature 10000 --offset -0.5
   back to the official program: %(prog)s own.pth official.pth --to official
+  a folder for transformers (config.json, model.safetensors, preprocessor_config.json):
+    %(prog)s own.pth mine --to huggingface
+  and back: %(prog)s mine own.pth --to own
 Training and evaluation read all of these formats directly: --weights checkpoint0011_4scale.pth
 """
 _FORMATS = ("own", "official", "detrex", "huggingface", "mmdetection", "safetensors")
@@ -28,15 +31,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "input",
         metavar="CHECKPOINT",
-        help="in any known format; or a run's folder, an address, or a name of `dino weights`",
+        help="in any known format; or the folder of a run or of transformers, an address, a name of `dino weights`",
     )
-    parser.add_argument("output", metavar="OUT", type=Path, help="the file to write; it must not exist")
+    parser.add_argument(
+        "output",
+        metavar="OUT",
+        type=Path,
+        help="the file to write; with --to huggingface a folder, unless it ends in .pth or .safetensors: then a file "
+        "under the names of transformers' own proposal. It must not exist",
+    )
     parser.add_argument(
         "--to",
         required=True,
         choices=_FORMATS,
-        help="the format to write; safetensors: own format in such a file. official and huggingface need a model "
-        "whose decoder layers share one pair of heads",
+        help="the format to write; safetensors: own format in such a file. official, and huggingface in a file, need a "
+        "model whose decoder layers share one pair of heads",
     )
     parser.add_argument(
         "--coco80", action="store_true", help="of 91 classes (raw ids), keep the 80 that COCO has; drops the other rows"

@@ -5,6 +5,7 @@ Extra `hf`: pip install "dino-detectron2[hf]".
 
 try:
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForObjectDetection
+    from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 except ModuleNotFoundError as error:
     raise ImportError('dino.hf needs transformers: pip install "dino-detectron2[hf]"') from error
 
@@ -24,3 +25,5 @@ AutoConfig.register(DinoDetrConfig.model_type, DinoDetrConfig, exist_ok=True)
 AutoModel.register(DinoDetrConfig, DinoDetrModel, exist_ok=True)
 AutoModelForObjectDetection.register(DinoDetrConfig, DinoDetrForObjectDetection, exist_ok=True)
 AutoImageProcessor.register(DinoDetrConfig, fast_image_processor_class=DinoDetrImageProcessor, exist_ok=True)
+# Without it, `pipeline` works but logs as an error that it does not know the model.
+MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES.setdefault(DinoDetrConfig.model_type, DinoDetrForObjectDetection.__name__)

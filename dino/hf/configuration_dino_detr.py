@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import PretrainedConfig
+from transformers.utils import CONFIG_NAME
 
 from dino.utils.files import DataError
 from dino.weights.transformers_folder import ALIASES, FIELDS, MODEL_TYPE, complete_fields, describe_fields
 
+from .remote_code_saving import SavesRemoteCode
+
 _OTHER_NAMES = {*ALIASES, "num_heads", "d_ffn", "use_dn", "num_classes"}
 
 
-class DinoDetrConfig(PretrainedConfig):
+class DinoDetrConfig(SavesRemoteCode, PretrainedConfig):
     """Settings of a DINO, under the names of transformers' Deformable DETR and RT-DETR.
 
     Defaults are those of the published 4-scale model. Other programs' names (`hidden_size`, `num_heads`, `d_ffn`,
@@ -48,6 +51,7 @@ class DinoDetrConfig(PretrainedConfig):
     """
 
     model_type = MODEL_TYPE
+    _saved_as = CONFIG_NAME
     attribute_map = {**ALIASES, "num_classes": "num_labels"}  # noqa: RUF012
     # Trainer does not gather these. `loss_dict` stays: metrics written for DETR read batch[1] (logits) and batch[2].
     keys_to_ignore_at_inference = [  # noqa: RUF012
@@ -76,12 +80,16 @@ class DinoDetrConfig(PretrainedConfig):
             setattr(self, name, value)
         super().__init__(is_encoder_decoder=values["is_encoder_decoder"], **others)
         self.describe()
-        ids = self.category_ids
-        whole = ids is None or (isinstance(ids, list | tuple) and all(type(number) is int for number in ids))
-        if not whole or (ids is not None and not len(ids) == len(set(ids)) == self.num_labels):
-            raise DataError(
-                f"category_ids must be {self.num_labels} different whole numbers, one for each label, or None"
-            )
+        self._check_ids()
+
+    def _check_ids(self) -> None:
+        """Raise a DataError unless there is one id for each label."""
+        ids, count = self.category_ids, self.num_labels
+        if ids is None:
+            return
+        whole = isinstance(ids, list | tuple) and all(type(number) is int for number in ids)
+        if not whole or not len(ids) == len(set(ids)) == count:
+            raise DataError(f"category_ids must be {count} different whole numbers, one for each label, or None")
 
     def describe(self) -> dict[str, Any]:
         """Check the fields that make the network, and describe it, see `dino.weights.description`.
@@ -92,6 +100,13 @@ class DinoDetrConfig(PretrainedConfig):
         fields = self.to_dict()
         described = describe_fields({**fields, "network": None})
         return described if self.network is None else describe_fields(fields)
+
+    def follow_labels(self) -> None:
+        """Drop what belongs to other labels, after `num_labels` or `id2label` alone were set."""
+        if self.category_ids is not None and len(self.category_ids) != self.num_labels:
+            self.category_ids = None
+        if set((self.label2id or {}).values()) != set(self.id2label):
+            self.label2id = {name: label for label, name in self.id2label.items()}
 
     def without_pretrained_backbone(self) -> dict[str, Any]:
         """Changes to the fields after which they describe the same network, but no weights of its backbone."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,14 @@ import transformers
 from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
+from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from dino.data.images import check_input_range, read_image, resize_tensor
 from dino.layers.postprocess import detections
 from dino.modeling.detector import resized_size
 from dino.utils.files import DataError, UserError
+
+from .remote_code_saving import SavesRemoteCode
 
 if int(transformers.__version__.partition(".")[0]) < 5:
     from transformers import DeformableDetrImageProcessorFast as _TorchvisionProcessor
@@ -39,7 +42,7 @@ class _Settings(_TorchvisionProcessor.valid_kwargs, total=False):
     input_range: list[float] | None
 
 
-class DinoDetrImageProcessor(_TorchvisionProcessor):
+class DinoDetrImageProcessor(SavesRemoteCode, _TorchvisionProcessor):
     """The image processor of Deformable DETR (the one of torchvision), with what differs for DINO.
 
     Sizes are rounded as by the official program, and 8-bit pictures on a CPU are resized by Pillow, so that
@@ -59,6 +62,7 @@ class DinoDetrImageProcessor(_TorchvisionProcessor):
     """
 
     valid_kwargs = _Settings
+    _saved_as = IMAGE_PROCESSOR_NAME
 
     def __init__(
         self,
@@ -111,27 +115,23 @@ class DinoDetrImageProcessor(_TorchvisionProcessor):
         return super().preprocess(self._read(images), annotations, **kwargs)
 
     def _read(self, source: Any) -> Any:
-        """The input of `preprocess` with arrays (H, W, 3) uint8 for files and PIL images."""
+        """The input of `preprocess` with arrays (H, W, 3) uint8 for files, PIL images and grey arrays."""
         if isinstance(source, list | tuple):
             return [self._read(one) for one in source]
-        if isinstance(source, str | Path) and Path(source).is_file():
-            return read_image(source, self.input_range)
-        if not isinstance(source, Image.Image):
-            grey = isinstance(source, np.ndarray | Tensor) and source.ndim == 2
-            return np.repeat(np.asarray(source)[:, :, None], 3, 2) if grey else source
-        if source.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            name = getattr(source, "filename", "") or "a picture"
-            warnings.warn(
-                f"{name} is stored turned and is used so. Boxes of annotations mostly refer to the upright picture: "
-                "PIL.ImageOps.exif_transpose(image)",
-                stacklevel=2,
-            )
-        return (
-            read_image(source, self.input_range) if source.mode.startswith(_DEEP) else np.array(source.convert("RGB"))
-        )
+        if isinstance(source, Image.Image):
+            return _read_opened(source, self.input_range)
+        if isinstance(source, str | Path):
+            return read_image(source, self.input_range) if Path(source).is_file() else source
+        grey = isinstance(source, np.ndarray | Tensor) and source.ndim == 2
+        return np.repeat(np.asarray(source)[:, :, None], 3, 2) if grey else source
 
     def _preprocess(self, images: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
         """As the parent, for pictures of three channels."""
+        if kwargs["do_rescale"] and any(image.is_floating_point() and image.max() <= 1 for image in images):
+            warnings.warn(
+                "a picture of floats up to 1 is divided by 255 once more: set do_rescale=False, or give uint8",
+                stacklevel=2,
+            )
         return super()._preprocess([_to_three_channels(image) for image in images], *args, **kwargs)
 
     def resize(self, image: Tensor, size: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -151,6 +151,28 @@ class DinoDetrImageProcessor(_TorchvisionProcessor):
         parts = [resize_tensor(part, (size.height, size.width)) for part in image.reshape(-1, *image.shape[-3:])]
         return torch.stack(parts).reshape(*image.shape[:-2], size.height, size.width)
 
+    def rescale_and_normalize(
+        self,
+        images: Tensor,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: float | Sequence[float],
+        image_std: float | Sequence[float],
+    ) -> Tensor:
+        """As the parent; mean and deviation of values up to 255 are not rounded before, so that they are `Detector`'s.
+
+        Args:
+            images: (..., 3, H, W).
+            do_rescale, rescale_factor, do_normalize, image_mean, image_std: see transformers.
+        """
+        if do_rescale and do_normalize:
+            image_mean, image_std = (
+                tuple(np.divide(np.atleast_1d(values), rescale_factor).tolist()) for values in (image_mean, image_std)
+            )
+            do_rescale = False
+        return super().rescale_and_normalize(images, do_rescale, rescale_factor, do_normalize, image_mean, image_std)
+
     def prepare_annotation(
         self, image: Tensor, target: Mapping, format: str | None = None, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
@@ -158,7 +180,7 @@ class DinoDetrImageProcessor(_TorchvisionProcessor):
         format = getattr(format or self.format, "value", format)
         if format != "coco_detection":
             raise UserError(f"format {format!r} is not supported: DINO detects boxes. Use coco_detection")
-        if not isinstance(target["image_id"], int):
+        if not isinstance(target["image_id"], Integral):
             raise DataError(f"image_id must be a whole number, not {target['image_id']!r}")
         objects = [self._to_object(entry, target) for entry in target["annotations"]]
         labels = super().prepare_annotation(image, {**target, "annotations": objects})
@@ -230,21 +252,29 @@ class DinoDetrImageProcessor(_TorchvisionProcessor):
         """
         images = [image for sample in samples for image in _split(sample["pixel_values"], 3)]
         masks = [mask for sample in samples for mask in _split(_mask_of(sample), 2)]
-        height, width = (max(image.shape[axis] for image in images) for axis in (-2, -1))
-        fill = partial(_fill, height=height, width=width)
-        batch = {
-            "pixel_values": torch.stack(list(map(fill, images))),
-            "pixel_mask": torch.stack(list(map(fill, masks))),
-        }
-        if any("labels" in sample for sample in samples):
+        batch: dict[str, Any] = {"pixel_values": _stack(images), "pixel_mask": _stack(masks)}
+        if "labels" in samples[0]:
             batch["labels"] = [labels for sample in samples for labels in _as_list(sample["labels"])]
         return batch
+
+
+def _read_opened(image: Image.Image, input_range: Sequence[float] | None) -> np.ndarray:
+    """(H, W, 3) uint8 of an image that Pillow opened; 8-bit ones are not turned upright."""
+    upright = read_image(image, input_range)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) == 1 or image.mode.startswith(_DEEP):
+        return upright
+    warnings.warn(
+        "a picture is stored turned and is used so, but boxes of annotations mostly refer to the upright picture: "
+        "turn it by PIL.ImageOps.exif_transpose(image)",
+        stacklevel=2,
+    )
+    return np.array(image.convert("RGB"))
 
 
 def _check_ids(category_ids: Sequence[int]) -> list[int]:
     """`category_ids` as a list, each a whole number that comes once."""
     ids = list(category_ids)
-    if not all(isinstance(value, int) for value in ids) or len(set(ids)) < len(ids):
+    if not all(isinstance(value, Integral) for value in ids) or len(set(ids)) < len(ids):
         raise UserError(f"category_ids must be whole numbers, one a label, each once, not {ids}")
     return ids
 
@@ -288,9 +318,10 @@ def _split(values: Any, dimensions: int) -> list[Tensor]:
     return list(tensor) if tensor.ndim > dimensions else [tensor]
 
 
-def _fill(image: Tensor, height: int, width: int) -> Tensor:
-    """(..., h, w) -> (..., height, width), zero at the right and the bottom."""
-    return F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2]))
+def _stack(images: Sequence[Tensor]) -> Tensor:
+    """B tensors (..., h, w) of any sizes -> (B, ..., H, W), zero at the right and the bottom."""
+    height, width = (max(image.shape[axis] for image in images) for axis in (-2, -1))
+    return torch.stack([F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2])) for image in images])
 
 
 def _as_list(labels: Any) -> list:

@@ -50,7 +50,8 @@ class DinoDetrModelOutput(ModelOutput):
         decoder_hidden_states: N + 1 times (B, Q, E): the contents of the queries, and the state after each layer,
             before the norm.
         decoder_attentions: N times (B, M, Q, Q).
-        cross_attentions: N times (B, Q, M, L, P), the weights of the points that each query reads.
+        cross_attentions: N times (B, Q, M, L, P), the weights of the points that each query reads. Attentions have no
+            gradient.
         encoder_last_hidden_state: (B, S, E).
         encoder_hidden_states: (B, S, E) before the first and after each layer of the encoder.
         encoder_attentions: (B, S, M, L, P) of each layer of the encoder.
@@ -133,6 +134,20 @@ class DinoDetrPreTrainedModel(PreTrainedModel):
             for name, tensor in lacking:
                 tensor.data.copy_(getattr(new, name))
 
+    def _set_gradient_checkpointing(self, enable: bool = True, *_: Any, **options: Any) -> None:
+        """Switch it on or off, for `gradient_checkpointing_enable`; always by the way that is not reentrant.
+
+        Raises:
+            ValueError: it is asked for in some of the blocks only.
+        """
+        if options.get("every_n_layers", 1) != 1:
+            raise UserError("every_n_layers must be 1: all blocks are recomputed, or none")
+        self.base_model.recompute(enable)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Nothing, see `SavesRemoteCode`."""
+
     def save_pretrained(self, *arguments: Any, **options: Any) -> None:
         """Save the model into a folder, see transformers. The folder never asks for a backbone's weights."""
         config = self.config
@@ -158,8 +173,7 @@ class DinoDetrModel(DinoDetrPreTrainedModel):
 
     def __init__(self, config: DinoDetrConfig):
         super().__init__(config)
-        if config.category_ids is not None and len(config.category_ids) != config.num_labels:
-            config.category_ids = None  # of other labels
+        config.follow_labels()
         is_new = not nn.Linear(1, 1).weight.is_meta  # else weights are loaded later
         network = _build(config)
         if is_new and config.use_pretrained_backbone:
@@ -228,10 +242,8 @@ class DinoDetrModel(DinoDetrPreTrainedModel):
         )
         return found if _or_else(return_dict, self.config.return_dict) else found.to_tuple()
 
-    def _set_gradient_checkpointing(self, enable: bool = True, *_: Any, **options: Any) -> None:
-        """Recompute the activations of all blocks in the backward pass, or no longer; transformers calls this."""
-        if options.get("every_n_layers", 1) != 1:
-            raise UserError("every_n_layers must be 1: all blocks are recomputed, or none")
+    def recompute(self, enable: bool) -> None:
+        """Recompute the activations of all blocks in the backward pass instead of keeping them; or no longer."""
         if enable and not self.gradient_checkpointing:
             checkpoint_activations(self, _parts_with_blocks(self.network))
         elif not enable:
@@ -297,7 +309,7 @@ class DinoDetrForObjectDetection(DinoDetrPreTrainedModel):
         check_criterion(self.criterion, self.model.network)
         losses = self.criterion(outputs, targets)
         found = {"loss": sum(losses.values()), "loss_dict": losses}
-        if not self.config.auxiliary_loss:  # those of the other layers are 0
+        if isinstance(self.criterion, FinalCriterion):  # those of the other layers are 0
             return {**found, "loss_dict": {name: x for name, x in losses.items() if not name[-1].isdigit()}}
         earlier = zip(outputs.decoder.logits[:-1], outputs.decoder.boxes[:-1], strict=True)
         return {**found, "auxiliary_outputs": [{"logits": logits, "pred_boxes": boxes} for logits, boxes in earlier]}
@@ -442,8 +454,9 @@ def _read_objects(label: Any, name: str, device: torch.device) -> Target:
     if not isinstance(label, Mapping) or not {"class_labels", "boxes"} <= label.keys():
         raise DataError(f"{name} must be a dict of class_labels and boxes, as the image processor makes it")
     classes, boxes = (torch.as_tensor(label[key]) for key in ("class_labels", "boxes"))
-    whole = not classes.is_floating_point() or not len(classes)
-    if classes.ndim != 1 or not whole or boxes.numel() != 4 * len(classes) or boxes.shape[-1:] not in ((4,), (0,)):
+    count = classes.numel()
+    whole = not count or not (classes.is_floating_point() or classes.is_complex())
+    if classes.ndim != 1 or not whole or (boxes.shape != (count, 4) and boxes.numel() + count > 0):
         raise DataError(
             f"{name}: class_labels must be (G,) whole numbers and boxes (G, 4), but they are {tuple(classes.shape)} "
             f"{classes.dtype} and {tuple(boxes.shape)}"

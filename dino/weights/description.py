@@ -55,7 +55,7 @@ def detector_from_checkpoint(path: str | Path, copy: str = "auto") -> Detector:
     """
     path, content = open_checkpoint(path)
     network, names, preprocessing = _build_model(content, path, copy)
-    return Detector(network, preprocessing, names, category_ids=_read_category_ids(content, path)).eval()
+    return Detector(network, preprocessing, names, category_ids=read_category_ids(content, path)).eval()
 
 
 def model_from_checkpoint(path: str | Path, *, copy: str = "auto") -> _ModelFromCheckpoint:
@@ -228,8 +228,12 @@ def _read_config(text: str) -> dict:
     return config
 
 
-def _read_category_ids(content: Mapping, path: str | Path) -> list[int]:
+def read_category_ids(content: Mapping, path: str | Path) -> list[int]:
     """Read the ids of the classes in the data set, by label: 1, 2, … in files from before they were stored.
+
+    Args:
+        content: of `read_content`.
+        path: the file, for messages.
 
     Raises:
         DataError: they are no ids, or not one for each class.

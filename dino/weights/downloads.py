@@ -129,6 +129,7 @@ def fetch(
     sha256: str = "",
     size: int | None = None,
     place: Path | None = None,
+    keep: Path | None = None,
     accept: tuple[str, ...] = (),
     limit: int = _LIMIT,
     token: str = "",
@@ -142,6 +143,7 @@ def fetch(
         sha256: of the file, or its first digits; "" if unknown. A file that is there is checked, too.
         size: of the file in bytes, None if unknown.
         place: the temporary file to write; by default that of `cached_path`.
+        keep: another place in the cache than that of `cached_path`.
         accept: beginnings of the content types to accept; all but web pages by default.
         limit: most bytes.
         token: for the host of `url` and no other one.
@@ -151,7 +153,11 @@ def fetch(
     Raises:
         UserError: it can't be fetched or written, is too large, or is not the expected file.
     """
-    address, target, variable = check_address(url), place or cached_path(url), "TMPDIR" if place else "DINO_CACHE"
+    address, target, variable = (
+        check_address(url),
+        place or keep or cached_path(url),
+        "TMPDIR" if place else "DINO_CACHE",
+    )
     advice = f"Fetch it on another machine and put it into {target}, or anywhere and give the path of the file (for a "
     advice = "Give a file instead" if place else f"{advice}recipe, write train.init_checkpoint=FILE)"
     most = min(limit, size or limit)

@@ -131,10 +131,13 @@ class _Stages(NamedTuple):
     stride_in_1x1: bool = False
 
 
-def _torchvision_resnet(
-    *, stem: str, stages: _Stages, out_features: Sequence[str], freeze_at: int = 0
-) -> TorchvisionBackbone:
-    """Detectron2's ResNet from torchvision's, which computes the same.
+def _torchvision_resnet(**arguments: Any) -> TorchvisionBackbone:
+    """Detectron2's ResNet from torchvision's, which computes the same."""
+    return TorchvisionBackbone(**_resnet_arguments(**arguments))
+
+
+def _resnet_arguments(*, stem: str, stages: _Stages, out_features: Sequence[str], freeze_at: int = 0) -> dict[str, Any]:
+    """The arguments of a `TorchvisionBackbone` for those of Detectron2's ResNet.
 
     Args:
         freeze_at: 1 does not train the stem, 2 neither `res2`, and so on.
@@ -143,7 +146,19 @@ def _torchvision_resnet(
     if stages.stride_in_1x1 or norm not in ("BN", "FrozenBN") or stem not in ("BN", "FrozenBN", "SyncBN"):
         raise DataError(f"a ResNet with {tuple(stages)} is not torchvision's: Detectron2 would be needed")
     freeze = [*("conv1", "bn1")[: 2 * freeze_at], *(f"layer{stage}" for stage in range(1, min(freeze_at, 5)))]
-    return TorchvisionBackbone(f"resnet{stages.depth}", out_features=out_features, norm=norm, freeze=freeze)
+    return {"name": f"resnet{stages.depth}", "out_features": out_features, "norm": norm, "freeze": freeze}
+
+
+def without_detectron2(node: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A described ResNet of Detectron2 as torchvision's; any other part as it is.
+
+    Raises:
+        DataError: torchvision has no such ResNet.
+    """
+    if node.get("_target_") != _RESNET:
+        return node
+    arguments = {key: _build(value) for key, value in node.items() if key != "_target_"}
+    return {"_target_": "dino.modeling.TorchvisionBackbone", **_resnet_arguments(**arguments)}
 
 
 def _resnet_stem(*, in_channels: int = 3, out_channels: int = 64, norm: str = "BN") -> str:
@@ -153,6 +168,7 @@ def _resnet_stem(*, in_channels: int = 3, out_channels: int = 64, norm: str = "B
     return norm
 
 
+_RESNET = "detectron2.modeling.ResNet"
 _NETWORK = "DINO ChannelMapper Decoder Encoder QuerySelection SharedHeadsDecoder build_dino share_heads"
 _OF_MODELING = [*_NETWORK.split(), "TimmBackbone", "TorchvisionBackbone"]
 # All that a checkpoint may ask for. To add a part of the network, name it here, or export it from `modeling.variants`.
@@ -162,7 +178,7 @@ PARTS: dict[str, Callable] = {
     **{f"{getattr(variants, name).__module__}.{name}": getattr(variants, name) for name in variants.__all__},
     "dino.layers.ContrastiveDenoising": ContrastiveDenoising,
     "dino.layers.SinePositionEncoding": SinePositionEncoding,
-    "detectron2.modeling.ResNet": _torchvision_resnet,
+    _RESNET: _torchvision_resnet,
     "detectron2.modeling.ResNet.make_default_stages": _Stages,
     "detectron2.modeling.backbone.BasicStem": _resnet_stem,
 }

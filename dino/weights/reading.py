@@ -19,11 +19,13 @@ from torch import Tensor
 from dino.utils.files import DataError
 
 from .content_check import MOST_INFLATED, check_content
+from .folder_json import CONFIG, MODEL_TYPE, WEIGHT_FILES, check_shards, is_index, read_json
 from .names import StateDict
 from .pickle_check import BoundedFile, PickleCheck
 from .pickles import read_pickle
 from .signatures import split_copies
 from .stand_ins import PYTORCH_NAMES, PYTORCH_STAND_INS
+from .transformers_folder import describe_folder
 
 DESCRIPTION = ("names", "category_ids", "about")  # what a file of this project has besides tensors
 # Under which programs keep the weights, DeepSpeed under `module`, and their running average.
@@ -39,7 +41,8 @@ def read_content(path: str | Path) -> dict[str, Any]:
 
     A `.safetensors` file gives `model`, and `names` and `about` from its metadata. `dino.weights.pickles` reads `.pkl`
     files. All others are PyTorch's; these may hold an argparse.Namespace, as those of the official program do. Settings
-    and states of trainers become data or `Skipped`, see `stand_ins`.
+    and states of trainers become data or `Skipped`, see `stand_ins`. The weights in a folder of transformers get the
+    description of the JSON files beside them; an index gives the tensors of all its files.
 
     Raises:
         DataError: the file is missing, cut short, altered, or holds more than plain data; or it claims more memory, or
@@ -48,6 +51,36 @@ def read_content(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"weights not found: {path}")
+    content = _read_shards(path) if is_index(path) else _read_file(path)
+    return content | _describe_beside(path) if "about" not in content else content
+
+
+def _read_shards(path: Path) -> dict[str, Any]:
+    """Read the files that an index names -> `model`."""
+    state: StateDict = {}
+    for name, tensors in check_shards(path).items():
+        found = weights_of(_read_file(path.parent / name))
+        missing = [tensor for tensor in tensors if tensor not in found]
+        if missing:
+            raise DataError(f"can't use the weights {path}: {name} lacks {', '.join(missing[:3])}")
+        state |= {tensor: found[tensor] for tensor in tensors}
+    return {"model": state}
+
+
+def _describe_beside(path: Path) -> dict[str, Any]:
+    """The description of weights in a folder of transformers; {} for all other files."""
+    config = path.parent / CONFIG
+    if path.name not in WEIGHT_FILES or not config.is_file():
+        return {}
+    try:
+        kind = read_json(config).get("model_type")
+    except DataError:  # the weights were named alone: `find_weights` reads the config of a folder first
+        return {}
+    return describe_folder(path.parent) if kind == MODEL_TYPE else {}
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """`read_content` for a single file."""
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if path.suffix == ".pkl":

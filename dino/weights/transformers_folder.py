@@ -5,19 +5,26 @@ Nothing here imports transformers: a folder of that library is one more form of 
 
 from __future__ import annotations
 
+import inspect
+import json
+import re
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from dino.modeling.transformer import HIDDEN_DIM
+from dino.modeling.transformer import HIDDEN_DIM, Decoder, SharedHeadsDecoder
 from dino.utils.files import DataError
 
-from .network_parts import check_description, set_classes
+from .folder_json import CONFIG, PROCESSOR, read_json
+from .folder_json import MODEL_TYPE as MODEL_TYPE  # for others
+from .network_parts import PARTS, check_description, set_classes, without_detectron2
+from .transformers_preprocessing import from_processor
 
 _Node = dict[str, Any]
 _Test = Callable[[Any], bool]
 
-MODEL_TYPE = "dino_detr"
 # Every field that describes a model, and its default. Names as in transformers' Deformable DETR and RT-DETR.
 FIELDS: dict[str, Any] = {
     "backbone": "resnet50",
@@ -84,6 +91,7 @@ _OWN_BACKBONE = ("norm", "map_norm", "freeze")  # of `backbone_kwargs`, argument
 _FROZEN = ("conv1", "bn1", "layer1")  # of a pre-trained ResNet of torchvision, as in the official program
 _GROUPS = 32  # of the neck's GroupNorm
 _MOST_LABELS = 100_000
+_RES = re.compile(r"res\d")  # the map of stride 2^number
 
 
 def describe_fields(fields: Mapping[str, Any]) -> _Node:
@@ -289,7 +297,8 @@ _EXPECTED: dict[str, tuple[str, _Test]] = {
     "num_channels": ("3 (other images are not read)", lambda value: value == 3),
     "position_embedding_type": ("sine or learned", lambda value: value in ("sine", "learned")),
     **dict.fromkeys(("use_timm_backbone", "use_pretrained_backbone", "shared_heads", "auxiliary_loss"), _FLAG),
-    **dict.fromkeys(("encoder_layers", "decoder_layers"), _whole(1, 1000)),
+    "encoder_layers": _whole(0, 1000),
+    "decoder_layers": _whole(1, 1000),
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), _whole(1, 1000)),
     **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "num_queries"), _whole(1, 1_000_000)),
     **dict.fromkeys(("encoder_n_points", "decoder_n_points"), _whole(1, 1000)),
@@ -304,3 +313,219 @@ _EXPECTED: dict[str, tuple[str, _Test]] = {
     **{f"{name}_loss_coefficient": _number(0, 1_000_000) for name in ("cls", "bbox", "giou")},
     "focal_alpha": _number(0, 1),
 }
+
+
+def describe_folder(folder: Path) -> dict[str, Any]:
+    """Describe the model in a folder of transformers, by its two JSON files.
+
+    Returns:
+        `names`, `category_ids` and `about`, as a checkpoint of this project has them.
+
+    Raises:
+        DataError: a file is broken, or a field has a value that no model of this project has.
+    """
+    config = folder / CONFIG
+    fields = read_json(config)
+    try:
+        network, names = describe_fields(fields), _read_names(fields)
+    except DataError as error:
+        raise DataError(f"can't use {config}: {error}") from error
+    processor = folder / PROCESSOR
+    stated = read_json(processor) if processor.is_file() else {}
+    try:
+        preprocessing = from_processor(stated)
+    except DataError as error:
+        raise DataError(f"can't use {processor}: {error}") from error
+    given = {config: fields.get("category_ids"), processor: stated.get("category_ids")}
+    source = next((path for path, ids in given.items() if ids is not None), None)
+    ids = given[source] if source else list(range(len(names)))  # as transformers: a label is an id
+    if not _are_ids(ids, len(names)):
+        raise DataError(f"can't use {source}: category_ids must be {len(names)} different whole numbers, one a class")
+    about = {"config": json.dumps({"network": network}), "preprocessing": preprocessing}
+    return {"names": names, "category_ids": ids, "about": about}
+
+
+def _read_names(fields: Mapping[str, Any]) -> list[str]:
+    """The names of the classes, by label; those of transformers where there is no `id2label`.
+
+    Raises:
+        DataError: `id2label` has other keys than 0, 1, …, or other values than names.
+    """
+    labels = fields.get("id2label")
+    if labels is None:
+        return [f"LABEL_{label}" for label in range(_count_labels(fields))]
+    names = [labels.get(str(label), labels.get(label)) for label in range(len(labels))]
+    if not all(isinstance(name, str) for name in names):
+        raise _unexpected("id2label", labels, "a dict of the labels 0, 1, … -> names")
+    return names
+
+
+def _are_ids(values: Any, count: int) -> bool:
+    """Whether these are `count` different whole numbers."""
+    whole = isinstance(values, list) and all(type(value) is int and abs(value) < 2**63 for value in values)
+    return whole and len(values) == count == len(set(values))
+
+
+# Field -> the part and its argument that hold the value, in a description of a `DINO`.
+_HELD: dict[str, tuple[str, str]] = {
+    "d_model": ("neck", "out_channels"),
+    "num_feature_levels": ("neck", "num_levels"),
+    "num_queries": ("query_selection", "num_queries"),
+    "pe_offset": ("position_encoding", "offset"),
+    **{name: ("denoising", argument) for name, argument in _NOISE.items()},
+    **{
+        f"{part}_{end}": (part, argument)
+        for part in ("encoder", "decoder")
+        for end, argument in {
+            "layers": "num_layers",
+            "attention_heads": "num_heads",
+            "ffn_dim": "hidden_dim",
+            "n_points": "num_points",
+        }.items()
+    },
+}
+_LOSSES = {  # field -> its name in a recipe's criterion
+    "cls_loss_coefficient": "class_weight",
+    "bbox_loss_coefficient": "l1_weight",
+    "giou_loss_coefficient": "giou_weight",
+    "focal_alpha": "alpha",
+}
+_COSTS = {"class_cost": "class_cost", "bbox_cost": "l1_cost", "giou_cost": "giou_cost"}  # the same, in its matcher
+
+
+def fields_of(config: Mapping[str, Any], names: Sequence[str], category_ids: Sequence[int]) -> dict[str, Any]:
+    """The fields of a transformers config for a described network: the inverse of `describe_fields`.
+
+    Args:
+        config: of a checkpoint's description: its `network`, and a `criterion` where a recipe had one.
+        names, category_ids: of the classes.
+
+    Returns:
+        the fields of `FIELDS`, `id2label` and `label2id`. `network` holds the description itself where the other fields
+        can't express it; they mirror it as far as they can.
+    """
+    fields = {name: value for name, value in FIELDS.items() if name != "backbone_checkpoint"}
+    fields |= {"category_ids": list(category_ids), "id2label": {str(label): name for label, name in enumerate(names)}}
+    node = _canonical(config["network"])
+    fields |= _mirror_losses(config.get("criterion"))
+    mirrored = _mirror(node)
+    try:
+        expressed = _canonical(describe_fields(fields | mirrored)) == node
+    except DataError:  # sizes of a variant that no other network has
+        expressed, mirrored = False, {}
+    fields |= mirrored if expressed else {**mirrored, "network": config["network"]}
+    return fields | {"label2id": {name: label for label, name in enumerate(names)}}
+
+
+def _mirror(node: _Node) -> dict[str, Any]:
+    """The fields of a canonical description, as far as they hold its values."""
+    found: dict[str, Any] = {}
+    for name, (part, argument) in _HELD.items():
+        found[name] = _at(node, part).get(argument)
+    found["shared_heads"] = _at(node, "decoder").get("_target_") == _full_name("dino.modeling.SharedHeadsDecoder")
+    position = _at(node, "position_encoding")
+    temperatures = position.get("temperatures")
+    if isinstance(temperatures, list) and len(temperatures) == 2:
+        found["pe_temperature_H"], found["pe_temperature_W"] = temperatures
+    if position.get("_target_") == _full_name("dino.modeling.variants.LearnedPositionEncoding"):
+        found["position_embedding_type"] = "learned"
+    fields = {name: value for name, value in found.items() if _EXPECTED[name][1](value)}
+    backbone = _at(_at(node, "neck"), "backbone")
+    return fields | _mirror_backbone(backbone, fields.get("num_feature_levels", FIELDS["num_feature_levels"]))
+
+
+def _mirror_backbone(backbone: _Node, levels: int) -> dict[str, Any]:
+    """The fields of a backbone of torchvision or timm; {} for any other."""
+    libraries = {_full_name(f"dino.modeling.{library}Backbone"): library for library in ("Torchvision", "Timm")}
+    library = libraries.get(backbone.get("_target_"))
+    maps = backbone.get("out_features")
+    if library is None or not _are_maps(maps):
+        return {}
+    fields = {"backbone": backbone.get("name"), "use_timm_backbone": library == "Timm"}
+    indices = [int(name[3:]) - 1 for name in maps]
+    kwargs: dict[str, Any] = {} if indices == _out_indices(levels) else {"out_indices": indices}
+    usual = _canonical(_describe_backbone({**FIELDS, **fields}))
+    kwargs |= {key: backbone[key] for key in _OWN_BACKBONE if backbone.get(key) != usual[key]}
+    kwargs |= backbone.get("options") or {}
+    return fields | ({"backbone_kwargs": kwargs} if kwargs else {})
+
+
+def _mirror_losses(criterion: Any) -> dict[str, Any]:
+    """The fields of a recipe's criterion, as far as it is DINO's own."""
+    if not isinstance(criterion, dict) or criterion.get("_target_") != "dino.layers.SetCriterion":
+        return {}
+    matcher = _at(criterion, "matcher")
+    matcher = matcher if matcher.get("_target_") == "dino.layers.HungarianMatcher" else {}
+    found = {name: criterion.get(argument) for name, argument in _LOSSES.items()}
+    found |= {name: matcher.get(argument) for name, argument in _COSTS.items()}
+    return {name: value for name, value in found.items() if _EXPECTED[name][1](value)}
+
+
+def _at(node: _Node, key: str) -> _Node:
+    """A part of a description; {} where it is none."""
+    part = node.get(key)
+    return part if isinstance(part, dict) else {}
+
+
+def _are_maps(values: Any) -> bool:
+    """Whether these are names such as `res3`."""
+    return isinstance(values, list) and all(isinstance(value, str) and _RES.fullmatch(value) for value in values)
+
+
+def _full_name(target: Any) -> Any:
+    """One name for a part that a description can call by several."""
+    part = PARTS.get(target) if isinstance(target, str) else None
+    return f"{part.__module__}.{part.__qualname__}" if part else target
+
+
+def _canonical(node: Any) -> Any:
+    """A description in one form: every argument stated, ResNets torchvision's, one name for each part."""
+    if isinstance(node, list | tuple):
+        return [_canonical(child) for child in node]
+    if not isinstance(node, Mapping):
+        return node
+    with suppress(TypeError, ValueError, AttributeError):  # a DataError too: it stays what it is
+        node = without_detectron2(node)
+    if node.get("_target_") == "dino.modeling.build_dino" and node.get("query_selection") is None:
+        node = _expand(node)
+    stated = _defaults(node.get("_target_")) | {key: _canonical(value) for key, value in node.items()}
+    stated |= {"_target_": _full_name(node["_target_"])} if "_target_" in node else {}
+    return {key: None if value == {} else value for key, value in stated.items()}
+
+
+def _defaults(target: Any) -> _Node:
+    """The default arguments of a part."""
+    part = PARTS.get(target) if isinstance(target, str) else None
+    part = Decoder if part is SharedHeadsDecoder else part
+    arguments = inspect.signature(part).parameters if part else {}
+    return {n: _canonical(p.default) for n, p in arguments.items() if p.default is not inspect.Parameter.empty}
+
+
+def _expand(node: Mapping[str, Any]) -> _Node:
+    """A description by `build_dino` as one by the parts that it makes."""
+    given = {**_defaults("dino.modeling.build_dino"), **node}
+    width = {"embed_dim": given.get("embed_dim")}
+    classes = {"num_classes": given.get("num_classes")}
+    shared = {name: given.get(name) for name in ("num_heads", "num_levels", "num_points", "hidden_dim")} | width
+    neck = {"out_channels": given.get("embed_dim"), "num_levels": given.get("num_levels")}
+    neck |= {"backbone": given.get("backbone"), "in_features": given.get("in_features")}
+    denoising = {"num_denoising": given.get("num_denoising")}
+    return {
+        "_target_": "dino.modeling.DINO",
+        "neck": {"_target_": "dino.modeling.ChannelMapper", **neck},
+        "position_encoding": {"_target_": "dino.layers.SinePositionEncoding", **width},
+        "encoder": {"_target_": "dino.modeling.Encoder", "num_layers": given.get("encoder_layers"), **shared},
+        "query_selection": {
+            "_target_": "dino.modeling.QuerySelection",
+            "num_queries": given.get("num_queries"),
+            **classes,
+            **width,
+        },
+        "denoising": {"_target_": "dino.layers.ContrastiveDenoising", **classes, **width, **denoising},
+        "decoder": {
+            "_target_": "dino.modeling.Decoder",
+            "num_layers": given.get("decoder_layers"),
+            **classes,
+            **shared,
+        },
+    }

@@ -60,7 +60,7 @@ def test_pixels_and_mask_of_a_padded_batch_are_those_of_the_detector(detector):
     pictures = [pixels(70, 90), pixels(90, 40, 1), pixels(30, 200, 2)]
     found = processor()([Image.fromarray(picture) for picture in pictures], return_tensors="pt")
     images, padding = read_as_detector(detector, *pictures)
-    assert torch.allclose(found["pixel_values"], images, atol=1e-6, rtol=0)
+    assert torch.equal(found["pixel_values"], images)
     assert torch.equal(found["pixel_mask"], (~padding).long())
     assert not found["pixel_values"].masked_select(padding[:, None]).any()
 
@@ -94,7 +94,7 @@ def test_another_filter_is_that_of_transformers():
 def test_modes_of_pillow_are_read_as_by_the_detector(detector, mode):
     image = Image.fromarray(pixels()).convert(mode)
     images, _ = read_as_detector(detector, read_image(image.copy()))
-    assert torch.allclose(processor()(image)["pixel_values"], images, atol=1e-6, rtol=0)
+    assert torch.equal(processor()(image)["pixel_values"], images)
 
 
 def test_deep_grey_files_are_scaled_by_their_type_or_the_given_range(detector, tmp_path):
@@ -104,7 +104,7 @@ def test_deep_grey_files_are_scaled_by_their_type_or_the_given_range(detector, t
         images, _ = read_as_detector(detector, read_image(path, input_range))
         ours = processor(input_range=input_range)
         for source in (str(path), path, Image.open(path)):
-            assert torch.allclose(ours(source)["pixel_values"], images, atol=1e-6, rtol=0)
+            assert torch.equal(ours(source)["pixel_values"], images)
 
 
 def test_arrays_and_tensors(detector):
@@ -112,19 +112,38 @@ def test_arrays_and_tensors(detector):
     images, _ = read_as_detector(detector, picture)
     tensor = torch.from_numpy(picture).permute(2, 0, 1)
     for source in (picture, tensor, [tensor], picture.transpose(2, 0, 1)):
-        assert torch.allclose(processor()(source)["pixel_values"], images, atol=1e-6, rtol=0)
+        assert torch.equal(processor()(source)["pixel_values"], images)
     grey = picture[:, :, 0]
     images, _ = read_as_detector(detector, np.repeat(grey[:, :, None], 3, 2))
-    assert torch.allclose(processor()(grey)["pixel_values"], images, atol=1e-6, rtol=0)
+    assert torch.equal(processor()(grey)["pixel_values"], images)
     with pytest.raises(ValueError, match=r"channels"):
         processor()(np.zeros((5, 40, 40), np.uint8), input_data_format="channels_first")
+
+
+def test_floats_that_are_rescaled_already():
+    image = torch.rand(3, 70, 90)
+    with pytest.warns(UserWarning, match="do_rescale=False"):
+        processor()(image)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = processor()(image, do_rescale=False)["pixel_values"]
+        assert torch.allclose(processor()(255 * image)["pixel_values"], found, atol=1e-5)
+
+
+def test_a_broken_file_is_named(tmp_path):
+    path = tmp_path / "broken.png"
+    Image.fromarray(pixels()).save(path)
+    path.write_bytes(path.read_bytes()[:5000])
+    for source in (str(path), Image.open(path)):
+        with pytest.raises(ValueError, match=r"can't read image .*broken\.png"):
+            processor()(source)
 
 
 def test_an_opened_picture_that_is_stored_turned_is_used_as_it_is_with_a_warning(tmp_path):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     Image.fromarray(pixels(70, 90)).save(tmp_path / "turned.jpg", exif=exif)
-    with pytest.warns(UserWarning, match=r"turned\.jpg.*exif_transpose"):
+    with pytest.warns(UserWarning, match="stored turned.*exif_transpose"):
         stored = processor()(Image.open(tmp_path / "turned.jpg"))["pixel_values"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
