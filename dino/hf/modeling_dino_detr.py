@@ -38,7 +38,33 @@ _OUTSIDE = 0.01  # of the image, by which rounded boxes may leave it
 
 
 @dataclass
-class DinoDetrModelOutput(ModelOutput):
+class _Predictions(ModelOutput):
+    loss: Tensor | None = None
+    loss_dict: dict[str, Tensor] | None = None
+    logits: Tensor | None = None
+    pred_boxes: Tensor | None = None
+    auxiliary_outputs: list[dict[str, Tensor]] | None = None
+
+
+@dataclass
+class _States(ModelOutput):
+    last_hidden_state: Tensor | None = None
+    init_reference_points: Tensor | None = None
+    intermediate_hidden_states: Tensor | None = None
+    intermediate_reference_points: Tensor | None = None
+    intermediate_logits: Tensor | None = None
+    decoder_hidden_states: tuple[Tensor, ...] | None = None
+    decoder_attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
+    encoder_last_hidden_state: Tensor | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    encoder_attentions: tuple[Tensor, ...] | None = None
+    enc_outputs_class: Tensor | None = None
+    enc_outputs_coord_logits: Tensor | None = None
+
+
+@dataclass
+class DinoDetrModelOutput(_States):
     """What `DinoDetrModel` returns. B images, Q queries, C classes, E channels, S tokens, N layers of the decoder.
 
     Args:
@@ -60,24 +86,11 @@ class DinoDetrModelOutput(ModelOutput):
         network_outputs: all that the losses are computed from, and the targets; with `labels` only.
     """
 
-    last_hidden_state: Tensor | None = None
-    init_reference_points: Tensor | None = None
-    intermediate_hidden_states: Tensor | None = None
-    intermediate_reference_points: Tensor | None = None
-    intermediate_logits: Tensor | None = None
-    decoder_hidden_states: tuple[Tensor, ...] | None = None
-    decoder_attentions: tuple[Tensor, ...] | None = None
-    cross_attentions: tuple[Tensor, ...] | None = None
-    encoder_last_hidden_state: Tensor | None = None
-    encoder_hidden_states: tuple[Tensor, ...] | None = None
-    encoder_attentions: tuple[Tensor, ...] | None = None
-    enc_outputs_class: Tensor | None = None
-    enc_outputs_coord_logits: Tensor | None = None
     network_outputs: tuple[Outputs, list[Target]] | None = None
 
 
 @dataclass
-class DinoDetrObjectDetectionOutput(ModelOutput):
+class DinoDetrObjectDetectionOutput(_States, _Predictions):
     """What `DinoDetrForObjectDetection` returns. All fields that are not named here: see `DinoDetrModelOutput`.
 
     Args:
@@ -88,25 +101,6 @@ class DinoDetrObjectDetectionOutput(ModelOutput):
         auxiliary_outputs: dicts of `logits` and `pred_boxes` of all layers but the last; with `labels` and
             `auxiliary_loss` only.
     """
-
-    loss: Tensor | None = None
-    loss_dict: dict[str, Tensor] | None = None
-    logits: Tensor | None = None
-    pred_boxes: Tensor | None = None
-    auxiliary_outputs: list[dict[str, Tensor]] | None = None
-    last_hidden_state: Tensor | None = None
-    init_reference_points: Tensor | None = None
-    intermediate_hidden_states: Tensor | None = None
-    intermediate_reference_points: Tensor | None = None
-    intermediate_logits: Tensor | None = None
-    decoder_hidden_states: tuple[Tensor, ...] | None = None
-    decoder_attentions: tuple[Tensor, ...] | None = None
-    cross_attentions: tuple[Tensor, ...] | None = None
-    encoder_last_hidden_state: Tensor | None = None
-    encoder_hidden_states: tuple[Tensor, ...] | None = None
-    encoder_attentions: tuple[Tensor, ...] | None = None
-    enc_outputs_class: Tensor | None = None
-    enc_outputs_coord_logits: Tensor | None = None
 
 
 class DinoDetrPreTrainedModel(PreTrainedModel):
@@ -430,6 +424,12 @@ def _read_labels(labels: Any, images: Tensor, num_labels: int) -> list[Target]:
     if not isinstance(labels, Sequence) or len(labels) != len(images):
         raise DataError(f"labels must be a list of {len(images)} dicts, one for each image")
     targets = [_read_objects(label, f"labels[{i}]", images.device) for i, label in enumerate(labels)]
+    _check_values(targets, num_labels)
+    return targets
+
+
+def _check_values(targets: list[Target], num_labels: int) -> None:
+    """Raise a DataError for labels that the model lacks, or for boxes that are no fractions of an image."""
     indices = [i for i, target in enumerate(targets) if len(target.labels)]
     ends = [end for i in indices for x in targets[i] for end in x.float().aminmax()]
     values = torch.stack(ends).view(-1, 4).tolist() if ends else []
@@ -444,7 +444,6 @@ def _read_labels(labels: Any, images: Tensor, num_labels: int) -> list[Target]:
                 f"labels[{i}]: boxes go from {low:g} to {high:g}, but (cx, cy, w, h) as fractions of the image were "
                 "expected, from 0 to 1. The image processor makes them of a data set's pixels"
             )
-    return targets
 
 
 def _read_objects(label: Any, name: str, device: torch.device) -> Target:
