@@ -27,6 +27,7 @@ from dino.weights.addresses import locate
 from dino.weights.load_report import reason_of
 from dino.weights.loading import load_weights
 from dino.weights.network_parts import build_network
+from dino.weights.size_check import SizeGuard
 
 from .configuration_dino_detr import DinoDetrConfig
 from .recording import Recorder, attentions_of, hidden_states_of, states_of
@@ -34,6 +35,8 @@ from .recording import Recorder, attentions_of, hidden_states_of, states_of
 _logger = logging.get_logger(__name__)
 _REGISTER = nn.Module.register_parameter
 _INITS = {name: value for name, value in vars(nn.init).items() if name.endswith("_") and callable(value)}
+# Stands for the weights of the largest network that a config may ask for: two thousand million numbers.
+_LARGEST = {str(i): torch.empty(2**20, device="meta") for i in range(1000)}
 _OUTSIDE = 0.01  # of the image, by which rounded boxes may leave it
 
 
@@ -326,12 +329,11 @@ def _build(config: DinoDetrConfig) -> DINO:
     """Build the network of a config with random weights, on the CPU."""
     description = {"network": config.describe()}
     try:
-        with _plain_construction():
+        with _plain_construction(), SizeGuard(_LARGEST):
             return build_network(description)
-    except DataError:
-        raise
     except Exception as error:  # wrong arguments can raise anything
-        raise DataError(f"can't build the network of this config: {reason_of(error)}") from error
+        why = error if isinstance(error, DataError) else reason_of(error)
+        raise DataError(f"can't build the network of this config: {why}") from error
 
 
 def _load_backbone(network: DINO, config: DinoDetrConfig) -> None:
