@@ -239,9 +239,7 @@ def test_an_unknown_backbone_is_one_clear_error():
 
 
 def test_a_network_beyond_all_memory_is_refused_before_it_is_made(monkeypatch):
-    with pytest.raises(ValueError, match="can't build the network of this config: "):
-        tiny_model(d_model=999_936)
-    monkeypatch.setattr("dino.hf.modeling_dino_detr._LARGEST", {})  # a smaller bound: this machine has such a gigabyte
+    monkeypatch.setattr("dino.hf.modeling_dino_detr._LARGEST", {})  # a smaller bound, for machines of little memory
     with pytest.raises(ValueError, match=r"of this config: .* up to a tensor of shape \(1000000, 256\)"):
         tiny_model(d_model=256, num_queries=1_000_000)
 
