@@ -318,7 +318,10 @@ def _number(least: float, most: float) -> tuple[str, _Test]:
 _FLAG: tuple[str, _Test] = ("true or false", lambda value: isinstance(value, bool))
 # Field -> what a message calls its values, and the test of a value.
 _EXPECTED: dict[str, tuple[str, _Test]] = {
-    "backbone": ("the name of a network of torchvision or timm", lambda value: isinstance(value, str) and bool(value)),
+    "backbone": (
+        "the name of a network of torchvision or timm",
+        lambda value: isinstance(value, str) and bool(re.fullmatch(r"[\w.+-]{1,200}", value)),
+    ),
     "backbone_kwargs": ("a dict, or null,", lambda value: value is None or isinstance(value, dict)),
     "num_channels": ("3 (other images are not read)", lambda value: value == 3),
     "position_embedding_type": ("sine or learned", lambda value: value in ("sine", "learned")),

@@ -14,22 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import timm
-import torch
 import torchvision
-from torch.nn.utils.rnn import pad_sequence
 from torchvision.transforms import v2
-from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import HfArgumentParser, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from dino.data.coco import CocoImages, ResizeShortSide, collate, to_results
-from dino.evaluation.average_precision import evaluate
+from dino.data.coco import CocoImages, ResizeShortSide
 from dino.hf import DinoDetrConfig, DinoDetrForObjectDetection, DinoDetrImageProcessor
-from dino.structures import Detections
-from dino.training.parameter_groups import parameter_groups, tenth_for_backbone
+from dino.hf.detection_training import CocoCollator, CocoMetrics, DetectionTrainer
 from dino.utils.files import UserError, message_of
 
 SCALES = [0.6 + 0.04 * step for step in range(11)]  # of training images: short sides of 480, …, 800 pixels
-PADDING = -100.0  # what Trainer fills tables of unequal length with
 
 
 @dataclass
@@ -45,7 +40,7 @@ class Start:
     backbone_checkpoint: str = field(default="", metadata={"help": "file with its weights, to load without a network"})
     from_scratch: bool = field(default=False, metadata={"help": "random weights in the backbone too"})
     fields: str = field(default="{}", metadata={"help": "more fields of DinoDetrConfig, as JSON"})
-    short_side: int = field(default=0, metadata={"help": "of images in pixels (default: the model's; 800 of a new one)"})
+    short_side: int = field(default=0, metadata={"help": "of images in pixels; 0: that of the model, or 800"})
 
 
 @dataclass
@@ -67,23 +62,6 @@ class Settings(TrainingArguments):
     metric_for_best_model: str = "AP"
     remove_unused_columns: bool = False
     report_to: str = "none"
-
-
-class DetectionTrainer(Trainer):
-    """Trainer whose predictions are tables of detections: small, and of one shape in all processes."""
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """-> loss, rows (B, K, 6) of score, label and box in pixels of the file, ids (B,) of the images."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        if prediction_loss_only:
-            return loss.detach(), None, None
-        sizes = torch.stack([label["orig_size"] for label in inputs["labels"]])
-        found = self.processing_class.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
-        rows = [torch.cat([f["scores"][:, None], f["labels"][:, None], f["boxes"]], 1).float() for f in found]
-        ids = torch.stack([label["image_id"] for label in inputs["labels"]])
-        return loss.detach(), pad_sequence(rows, batch_first=True, padding_value=PADDING), ids
 
 
 def make_processor(start):
@@ -113,7 +91,9 @@ def open_data(start, size):
 
 
 def is_of_timm(backbone):
-    """Whether a name is none of torchvision's."""
+    """Whether a name is timm's, not torchvision's."""
+    if not (hasattr(torchvision.models, backbone) or timm.is_model(backbone)):
+        raise UserError(f"--backbone {backbone}: neither torchvision nor timm has it")
     return not hasattr(torchvision.models, backbone)
 
 
@@ -123,66 +103,45 @@ def make_model(start, data):
     labels["category_ids"] = data.category_ids
     if start.model:
         return DinoDetrForObjectDetection.from_pretrained(start.model, ignore_mismatched_sizes=True, **labels)
-    backbone = {"backbone": start.backbone, "backbone_checkpoint": start.backbone_checkpoint or None}
-    backbone["use_timm_backbone"] = is_of_timm(start.backbone)
-    fields = {**backbone, "use_pretrained_backbone": not start.from_scratch, **json.loads(start.fields)}
-    return DinoDetrForObjectDetection(DinoDetrConfig(**fields, **labels))
-
-
-class Collator:
-    """Samples of `CocoImages`, resized already -> a batch for the model."""
-
-    def __init__(self, processor):
-        self.processor = processor
-
-    def __call__(self, samples):
-        images, targets, entries = collate(samples)
-        batch = self.processor(images=images, do_resize=False, return_tensors="pt")
-        labels = [{"class_labels": target.labels, "boxes": target.boxes} for target in targets]
-        for label, entry in zip(labels, entries, strict=True):
-            label["image_id"] = torch.tensor(entry["id"])
-            label["orig_size"] = torch.tensor([entry["height"], entry["width"]])
-        return {**batch, "labels": labels}
-
-
-def make_metrics(data):
-    """AP by pycocotools, from the rows of `DetectionTrainer`."""
-
-    def to_metrics(prediction):
-        results = []
-        for rows, number in zip(torch.tensor(prediction.predictions), prediction.label_ids.tolist(), strict=True):
-            rows = rows[rows[:, 0] >= 0]
-            results += to_results(Detections(rows[:, 2:], rows[:, 0], rows[:, 1].long()), number, data.category_ids)
-        return evaluate(data.data, results)
-
-    return to_metrics
+    try:
+        fields = json.loads(start.fields)
+    except ValueError as error:
+        raise UserError(f"--fields {start.fields}: no JSON: {error}") from error
+    backbone = {"backbone": start.backbone, "use_timm_backbone": is_of_timm(start.backbone)}
+    weights = {
+        "use_pretrained_backbone": not start.from_scratch,
+        "backbone_checkpoint": start.backbone_checkpoint or None,
+    }
+    return DinoDetrForObjectDetection(DinoDetrConfig(**{**backbone, **weights, **fields}, **labels))
 
 
 def main(argv=None):
     """Train, evaluate after each epoch, save the best model with its processor in `output_dir`."""
     usage = "finetune_transformers.py --train_json FILE --train_images FOLDER --val_json FILE --val_images FOLDER …"
     start, settings = HfArgumentParser((Start, Settings), usage=usage).parse_args_into_dataclasses(argv)
-    last = get_last_checkpoint(settings.output_dir) if Path(settings.output_dir).is_dir() else None
-    resume = last if settings.resume_from_checkpoint == "last" else settings.resume_from_checkpoint
+    output, resume = settings.output_dir, settings.resume_from_checkpoint
+    last = get_last_checkpoint(output) if Path(output).is_dir() else None
+    if resume == "last" and not last:
+        raise UserError(f"--resume_from_checkpoint last: {output} holds no checkpoint")
     if last and not resume:
         raise UserError(f"{last} exists: give --resume_from_checkpoint last, or another --output_dir")
+    if start.from_scratch and (start.model or start.backbone_checkpoint):
+        raise UserError("--from_scratch contradicts --model and --backbone_checkpoint")
     set_seed(settings.seed)
     processor = make_processor(start)
     train, val = open_data(start, processor.size)
     processor.category_ids = train.category_ids
     model = make_model(start, train)
-    groups = parameter_groups(model, base_lr=settings.learning_rate, lr_factor_func=tenth_for_backbone)
     trainer = DetectionTrainer(
         model,
         settings,
-        data_collator=Collator(processor),
+        data_collator=CocoCollator(processor, do_resize=False),
         train_dataset=train,
         eval_dataset=val,
         processing_class=processor,
-        compute_metrics=make_metrics(val),
-        optimizers=(torch.optim.AdamW(groups, weight_decay=settings.weight_decay), None),
+        compute_metrics=CocoMetrics(val),
     )
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=last if resume == "last" else resume)
     trainer.save_model()
     trainer.save_metrics("eval", trainer.evaluate())
 
@@ -191,4 +150,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, FloatingPointError, OSError) as error:
-        sys.exit(f"error: {message_of(error)}")
+        sys.exit(f"error: {' '.join(message_of(error).split())}")

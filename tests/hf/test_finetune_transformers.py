@@ -21,8 +21,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("timm")
 
-from .test_two_processes import launch  # noqa: E402
-from .tiny_model import TINY, tiny_model  # noqa: E402
+from .test_two_processes import launch
+from .tiny_model import TINY, tiny_model
 
 BCCD = Path(os.environ.get("DINO_BCCD", ROOT.parent / "shared/data/bccd"))
 PROGRAM = ROOT / "projects/dino/finetune_transformers.py"
@@ -46,7 +46,11 @@ def arguments(folder, output, images=4, **flags):
     """Words for the example: a tiny network on a few photographs."""
     train = write_split(folder / "train.json", "train", images)
     val = write_split(folder / "val.json", "val", 3)
-    fields = {key: value for key, value in TINY.items() if not key.startswith(("backbone", "use_"))}
+    fields = {
+        key: value
+        for key, value in TINY.items()
+        if key not in ("backbone", "use_timm_backbone", "use_pretrained_backbone")
+    }
     words = {"train_json": train, "train_images": BCCD / "images", "val_json": val, "val_images": BCCD / "images"}
     words |= {"output_dir": output, "short_side": 120, "num_train_epochs": 1, "learning_rate": 1e-3}
     words |= {} if "model" in flags else {"fields": json.dumps(fields)}
@@ -54,7 +58,7 @@ def arguments(folder, output, images=4, **flags):
 
 
 def finetune(folder, output, **flags):
-    return run_python(PROGRAM, *arguments(folder, output, **flags), *FAST, folder=folder)
+    return run_python(PROGRAM, *arguments(folder, output, **flags), *FAST, folder=folder, HF_HUB_OFFLINE="1")
 
 
 def assert_done(result, output):
@@ -122,7 +126,7 @@ def test_a_killed_training_resumes(tmp_path):
 @photographs
 def test_two_processes_evaluate_like_one(tmp_path):
     """Three photographs on two processes: none is counted twice."""
-    settings = {"backbone": "test_efficientnet", "from_scratch": True, "learning_rate": 1e-12}
+    settings = {"backbone": "test_efficientnet", "from_scratch": True, "learning_rate": 0}
     one, two = tmp_path / "one", tmp_path / "two"
     expected = assert_done(finetune(tmp_path, one, **settings), one)
     result = launch(PROGRAM, *arguments(tmp_path, two, **settings), *FAST, folder=tmp_path)
@@ -140,19 +144,20 @@ def test_two_processes_evaluate_like_one(tmp_path):
     [
         ({"train_json": "absent.json"}, "annotations not found: absent.json"),
         ({"val_images": "absent"}, "image folder not found: absent"),
-        ({"fields": "{"}, "--fields"),
-        ({"fields": '{"num_queries": 0}'}, "num_queries"),
+        ({"fields": "{"}, "--fields {: no JSON"),
+        ({"fields": '{"num_queries": 0}', "from_scratch": True}, "num_queries"),
         ({"model": "absent"}, "absent"),
-        ({"backbone": "no_such_network"}, "no_such_network"),
+        ({"backbone": "no_such_network"}, "--backbone no_such_network: neither torchvision nor timm has it"),
         ({"backbone": "resnet18", "backbone_checkpoint": "absent.pth"}, "absent.pth"),
-        ({"resume_from_checkpoint": "last"}, "no checkpoint"),
+        ({"model": "absent", "from_scratch": True}, "--from_scratch contradicts --model"),
+        ({"resume_from_checkpoint": "last"}, "holds no checkpoint"),
         ({"save_strategy": "no"}, "load_best_model_at_end"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "_".join(value),
+    ids=lambda value: "" if isinstance(value, str) else "-".join(map(str, value.values())),
 )
 def test_mistakes_are_one_error(tmp_path, flags, message):
     output = tmp_path / "output"
-    assert_one_error(finetune(tmp_path, output, **{"from_scratch": True, **flags}), message)
+    assert_one_error(finetune(tmp_path, output, **flags), message)
     assert not (output / "config.json").exists()
 
 
