@@ -92,7 +92,7 @@ MISTAKES = {
     "checkpoint from it",
     "predict mine.py photo.jpg": "mine.py is a recipe, not a checkpoint, such as model_final.pth",
     "predict images photo.jpg": "weights not found: images: this folder holds no checkpoint (model_best.pth, "
-    "model_final.pth, model_0000499.pth)",
+    "model_final.pth, model_0000499.pth; of transformers config.json and model.safetensors)",
     "predict train.json photo.jpg": "train.json is a JSON file, not a checkpoint, such as model_final.pth",
     "predict photo.jpg photo.jpg": "photo.jpg is a picture, not a checkpoint, such as model_final.pth",
     f"train {RECIPE} {DATA} --weights mine.py": "mine.py is a recipe, not a checkpoint, such as model_final.pth",

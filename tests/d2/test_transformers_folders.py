@@ -70,7 +70,10 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("name", RECIPES)
+ORDINARY = ("the paper's", "a Swin of Detectron2")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in ORDINARY else pytest.mark.slow) for n in RECIPES])
 def test_a_checkpoint_of_a_recipe_comes_back(tmp_path, name):
     path, change = RECIPES[name]
     cfg = small_recipe(path)
