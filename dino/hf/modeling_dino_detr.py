@@ -300,10 +300,6 @@ class DinoDetrForObjectDetection(DinoDetrPreTrainedModel):
         )
         return outputs if _or_else(return_dict, self.config.return_dict) else outputs.to_tuple()
 
-    def _set_gradient_checkpointing(self, *arguments: Any, **options: Any) -> None:
-        """As of `DinoDetrModel`: transformers calls the outermost model's."""
-        self.model._set_gradient_checkpointing(*arguments, **options)
-
     def _losses(self, outputs: Outputs, targets: list[Target]) -> dict[str, Any]:
         """`loss`, `loss_dict` and `auxiliary_outputs`."""
         check_criterion(self.criterion, self.model.network)
