@@ -32,6 +32,7 @@ OWNERS = {
         "modeling/backbones.py",  # those of timm's weights
         "weights/description.py",
         "weights/file_facts.py",  # what a file says
+        "weights/transformers_preprocessing.py",  # what an image processor of transformers says
         "training/file_settings.py",  # the recipe's settings
     },
     r"58\.395|0\.229": {"modeling/detector.py"},

@@ -40,8 +40,13 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 import transformers
 from transformers.models.auto import modeling_auto
 
-from dino.hf import DinoDetrConfig, DinoDetrForObjectDetection, DinoDetrImageProcessor, DinoDetrModel
-from dino.hf import modeling_dino_detr
+from dino.hf import (
+    DinoDetrConfig,
+    DinoDetrForObjectDetection,
+    DinoDetrImageProcessor,
+    DinoDetrModel,
+    modeling_dino_detr,
+)
 from dino.modeling.detector import resized_size
 
 SIZES = {  # fields of the smallest network that has all parts
@@ -132,16 +137,16 @@ class _ModelTests:
                 with torch.no_grad():
                     outputs = model_class(config).eval()(**inputs, **asked)
                 for name, shape in expected.items():
-                    self.assertEqual([tuple(a.shape) for a in outputs[name]], [(tester.batch_size, *shape)] * 2, name)
+                    assert [tuple(a.shape) for a in outputs[name]] == [(tester.batch_size, *shape)] * 2, name
             config.output_attentions = False
             with torch.no_grad():
                 outputs = model_class(config).eval()(**inputs)
-            self.assertFalse(set(expected) & set(outputs))
+            assert not set(expected) & set(outputs)
 
     def test_forward_signature(self) -> None:
         for model_class in self.all_model_classes:
             names = list(inspect.signature(model_class.forward).parameters)
-            self.assertEqual(names[1:3], ["pixel_values", "pixel_mask"])
+            assert names[1:3] == ["pixel_values", "pixel_mask"]
 
     def test_can_init_all_missing_weights(self) -> None:
         """What is not loaded comes from a new network, which has the values of a new model for the same seed."""
@@ -151,9 +156,9 @@ class _ModelTests:
             for model_class in self.all_model_classes:
                 new = model_class(copy.deepcopy(config)).state_dict()
                 filled = model_class.from_pretrained(None, config=copy.deepcopy(config), state_dict={})
-                self.assertFalse([name for name, x in filled.named_parameters() if x.is_meta])
-                self.assertEqual(new.keys(), filled.state_dict().keys())
-                self.assertEqual([k for k, v in filled.state_dict().items() if not torch.equal(v, new[k])], [])
+                assert not [name for name, x in filled.named_parameters() if x.is_meta]
+                assert new.keys() == filled.state_dict().keys()
+                assert [k for k, v in filled.state_dict().items() if not torch.equal(v, new[k])] == []
 
     def test_gradient_checkpointing_enable_disable(self) -> None:
         for model_class in self.all_model_classes:
@@ -162,7 +167,7 @@ class _ModelTests:
             for switch in (model.gradient_checkpointing_enable, model.gradient_checkpointing_disable) * 2:
                 switch()
                 flags.append(model.is_gradient_checkpointing)
-            self.assertEqual(flags, [False, True, False, True, False])
+            assert flags == [False, True, False, True, False]
 
     def check_training_gradient_checkpointing(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
         """Blocks run twice, and the gradients are those without checkpointing; torch's wrapper does it, any kind."""
@@ -178,8 +183,8 @@ class _ModelTests:
             model(**inputs, labels=self.model_tester.labels()).loss.backward()
             gradients.append({name.replace("._checkpoint_wrapped_module", ""): x.grad for name, x in _named(model)})
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
-        self.assertEqual(len(runs), len(layers) * 3)
-        self.assertEqual([name for name, gradient in gradients[1].items() if gradient is None], [])
+        assert len(runs) == len(layers) * 3
+        assert [name for name, gradient in gradients[1].items() if gradient is None] == []
         torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
 
     def test_retain_grad_hidden_states_attentions(self) -> None:
@@ -190,7 +195,7 @@ class _ModelTests:
         for state in states:
             state.retain_grad()
         outputs.last_hidden_state.flatten()[0].backward()
-        self.assertEqual([i for i, state in enumerate(states) if state.grad is None], [])
+        assert [i for i, state in enumerate(states) if state.grad is None] == []
 
 
 def _named(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -212,8 +217,8 @@ class _ConfigTests:
 class _ProcessorTester:
     """Settings of the processor, and pictures, for transformers' tests of image processors."""
 
-    image_processing_classes = {"torchvision": DinoDetrImageProcessor}
-    size = {"shortest_edge": 18, "longest_edge": 1333}
+    image_processing_classes = {"torchvision": DinoDetrImageProcessor}  # noqa: RUF012
+    size = {"shortest_edge": 18, "longest_edge": 1333}  # noqa: RUF012
     batch_size, num_channels, min_resolution, max_resolution = 7, 3, 30, 400
 
     def prepare_image_processor_dict(self) -> dict[str, Any]:
@@ -316,7 +321,11 @@ def _reason(name: str) -> str | None:
 
 
 def run_test(test: unittest.TestCase) -> tuple[str, str, str]:
-    """Run a test: its result (a key of `WORDS`, or "unlisted"), a line that says why, and the traceback if there is one."""
+    """Run a test.
+
+    Returns:
+        the result (a key of `WORDS`, or "unlisted"), a line that says why, and the traceback if there is one.
+    """
     name, result = test.id().rpartition(".")[2], unittest.TestResult()
     with warnings.catch_warnings(), tempfile.TemporaryFile("w") as sink:
         warnings.simplefilter("ignore")

@@ -33,7 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
         "opts",
         nargs="*",
         metavar="CHECKPOINT [ANNOTATIONS IMAGES] [key=value ...]",
-        help="a checkpoint, a run's folder, an address, or a name of `dino weights`; JSON file in COCO format, and "
+        help="a checkpoint, the folder of a run or of transformers, an address, or a name of `dino weights`; "
+        "JSON file in COCO format, and "
         "folder of its images; settings to change",
     )
     parser.add_argument(

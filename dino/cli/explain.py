@@ -26,7 +26,8 @@ def build_parser() -> argparse.ArgumentParser:
         "words",
         nargs="*",
         metavar="CHECKPOINT ANNOTATIONS IMAGES",
-        help="a checkpoint, a run's folder, an address, or a name of `dino weights`; JSON file in COCO format; "
+        help="a checkpoint, the folder of a run or of transformers, an address, or a name of `dino weights`; "
+        "JSON file in COCO format; "
         "folder of its images",
     )
     parser.add_argument("--weights", help=argparse.SUPPRESS)

@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
-        help="a checkpoint, a run's folder, an address, or a name of `dino weights`",
+        help="a checkpoint, the folder of a run or of transformers, an address, or a name of `dino weights`",
     )
     parser.add_argument("output", metavar="OUT", type=Path, help="the file to write; it must not exist")
     parser.add_argument("--format", choices=_FORMATS, help="default: by the suffix of OUT (.onnx, .pt2, .ts)")

@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
-        help="of this or another DINO program, a run's folder, an address, or a name of `dino weights`",
+        help="of this or another program; the folder of a run or of transformers, an address, a name of `dino weights`",
     )
     parser.add_argument(
         "inputs", nargs="+", metavar="INPUT", help="image, its address, folder, glob, video, or webcam's number"

@@ -4,10 +4,16 @@ Extra `hf`: pip install "dino-detectron2[hf]".
 """
 
 try:
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForObjectDetection
-    from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
+    import transformers
 except ModuleNotFoundError as error:
     raise ImportError('dino.hf needs transformers: pip install "dino-detectron2[hf]"') from error
+
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (4, 57):
+    found = transformers.__version__
+    raise ImportError(f'dino.hf needs transformers 4.57 or newer, not {found}: pip install -U "dino-detectron2[hf]"')
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForObjectDetection
+from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 
 from .configuration_dino_detr import DinoDetrConfig
 from .image_processing_dino_detr import DinoDetrImageProcessor

@@ -53,7 +53,7 @@ class DinoDetrConfig(SavesRemoteCode, PretrainedConfig):
     model_type = MODEL_TYPE
     _saved_as = CONFIG_NAME
     attribute_map = {**ALIASES, "num_classes": "num_labels"}  # noqa: RUF012
-    # Trainer does not gather these. `loss_dict` stays: metrics written for DETR read batch[1] (logits) and batch[2].
+    # What Trainer does not gather. `loss_dict` stays: metrics for DETR read logits and boxes as batch[1] and batch[2].
     keys_to_ignore_at_inference = [  # noqa: RUF012
         "auxiliary_outputs",
         "init_reference_points",
@@ -79,6 +79,8 @@ class DinoDetrConfig(SavesRemoteCode, PretrainedConfig):
         for name, value in values.items():
             setattr(self, name, value)
         super().__init__(is_encoder_decoder=values["is_encoder_decoder"], **others)
+        if fields.get("id2label") and fields.get("num_labels") not in (None, len(fields["id2label"])):
+            self.follow_labels()  # `from_pretrained(…, num_labels=…)`
         self.describe()
         self._check_ids()
 

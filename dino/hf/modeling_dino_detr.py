@@ -120,9 +120,9 @@ class DinoDetrPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = False
     _no_split_modules = ["TorchvisionBackbone", "TimmBackbone", "_EncoderLayer", "DecoderLayer"]  # noqa: RUF012
 
-    def initialize_weights(self) -> None:
-        """Initialise what was not loaded as in a new network; transformers calls this after loading too."""
-        super().initialize_weights()
+    def tie_weights(self, *arguments: Any, **options: Any) -> None:
+        """Nothing is tied; transformers calls this when weights have been loaded or initialised."""
+        super().tie_weights(*arguments, **options)
         self.base_model.finish_loading()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -174,7 +174,7 @@ class DinoDetrModel(DinoDetrPreTrainedModel):
     def __init__(self, config: DinoDetrConfig):
         super().__init__(config)
         config.follow_labels()
-        is_new = not nn.Linear(1, 1).weight.is_meta  # else weights are loaded later
+        is_new = not nn.LayerNorm(1).weight.is_meta  # else weights are loaded later
         network = _build(config)
         if is_new and config.use_pretrained_backbone:
             _load_backbone(network, config)
@@ -186,7 +186,6 @@ class DinoDetrModel(DinoDetrPreTrainedModel):
         self.gradient_checkpointing = False
         self.register_load_state_dict_pre_hook(_repeat_shared)
         self.post_init()
-        self._new = None
 
     def new_module(self, module: nn.Module) -> nn.Module | None:
         """The same module of a new network with random weights; None where the model itself is new."""
@@ -195,8 +194,9 @@ class DinoDetrModel(DinoDetrPreTrainedModel):
         return self._new.get(module)
 
     def finish_loading(self) -> None:
-        """Drop the network that gave initial values, and freeze what loading made trainable."""
+        """Undo what loading does to parameters: it makes all of them trainable, and gives them the usual layout."""
         self._new = None
+        self.network.neck.to(memory_format=torch.channels_last)
         for name, parameter in self.network.named_parameters():
             if name in self._frozen:
                 parameter.requires_grad_(False)
@@ -300,6 +300,7 @@ class DinoDetrForObjectDetection(DinoDetrPreTrainedModel):
         )
         return outputs if _or_else(return_dict, self.config.return_dict) else outputs.to_tuple()
 
+    @torch.compiler.disable  # matching runs on the host, in shapes that follow the number of objects
     def _losses(self, outputs: Outputs, targets: list[Target]) -> dict[str, Any]:
         """`loss`, `loss_dict` and `auxiliary_outputs`."""
         check_criterion(self.criterion, self.model.network)
@@ -423,6 +424,7 @@ def _read_images(pixel_values: Tensor, pixel_mask: Tensor | None, like: Tensor) 
     return images, padding
 
 
+@torch.compiler.disable
 def _read_labels(labels: Any, images: Tensor, num_labels: int) -> list[Target]:
     """Check the labels of a batch, in one device sync -> targets on the device of the images."""
     if not isinstance(labels, Sequence) or len(labels) != len(images):

@@ -297,13 +297,14 @@ def _split_hub(rest: str) -> tuple[str, str, str, str]:
     Raises:
         UserError: it is none of these.
     """
-    whole = _HUB_FOLDER.fullmatch(rest)
-    if whole and not {".", ".."} & set(whole.groups()):
-        return whole[1], whole[2], "", whole[3] or "main"
-    found = _HUB_FILE.fullmatch(rest)
-    org, repo, before, file, after = (text or "" for text in found.groups()) if found else [""] * 5
+    if folder := _HUB_FOLDER.fullmatch(rest):
+        org, repo, before = folder.groups()
+        file, after = "", ""
+    else:
+        found = _HUB_FILE.fullmatch(rest)
+        org, repo, before, file, after = found.groups() if found else [""] * 5
     revision = before or after or "main"
-    words = [org, repo, *file.split("/"), *revision.split("/")]
+    words = [org, repo, *(file.split("/") if file or not folder else []), *revision.split("/")]
     if {"", ".", ".."} & set(words) or (before and after):
         raise UserError(
             f"hf://ORG/REPO/FILE[@REVISION] was expected, not hf://{printable(rest, 200)} (hf://ORG/REPO for a folder "

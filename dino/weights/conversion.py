@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 
+from dino.modeling.detector import Detector
 from dino.utils.files import DataError, UserError, write_whole
 from dino.utils.paths import WEIGHTS
 
@@ -46,6 +48,11 @@ class _Input(NamedTuple):
     own: StateDict  # to write, in own format
     source: str  # the file, as it was named
 
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.own["decoder.class_heads.0.bias"])
+
 
 def convert_file(
     source: str | Path,
@@ -76,33 +83,52 @@ def convert_file(
     """
     if target.exists():
         raise UserError(f"{target} exists: choose another name, or move it away")
-    path = locate(str(source))
-    content = read_content(path)
-    folder = to == "huggingface" and target.suffix.lower() not in WEIGHTS
-    describable = folder or to in ("own", "safetensors")  # the other formats have no place for a description
-    try:
+    position = _Position(temperature, offset)
+    given = _read(str(source), coco80, copy)
+    _check_position(position, given.found.format)
+    if to == "huggingface" and target.suffix.lower() not in WEIGHTS:
+        _write_folder(target, given, position)
+    else:
+        _write_file(target, given, position, to, copy)
+
+
+def _read(source: str, coco80: bool, copy: str) -> _Input:
+    """Read what is to be converted.
+
+    Raises:
+        DataError: it can't be used.
+    """
+    content = read_content(locate(source))
+    with _errors_of(source):
         found = read_weights(content, copy)
-        own = _read_own(found, coco80)
-        state = own if describable else convert(own, to=to)
+        return _Input(content, found, _read_own(found, coco80), source)
+
+
+@contextmanager
+def _errors_of(source: str) -> Iterator[None]:
+    """Turn what broken weights can raise into a DataError that names their file."""
+    try:
+        yield
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise DataError(f"can't convert {source}: {reason_of(error)}") from error
-    position = _Position(temperature, offset)
-    _check_position(position, found.format)
-    given = _Input(content, found, own, str(source))
-    if folder:
-        _write_folder(target, given, position)
-        return
+
+
+def _write_file(target: Path, given: _Input, position: _Position, to: str, copy: str) -> None:
+    """Write a file, see `convert_file`."""
+    describable = to in ("own", "safetensors")  # the other formats have no place for a description
+    with _errors_of(given.source):
+        state = given.own if describable else convert(given.own, to=to)
     extra = _describe_or_warn(given, position) if describable else {}
-    _print_report(content, extra.get("about") or content.get("about"), found, copy, str(source))
+    _print_report(given, extra.get("about") or given.content.get("about"), copy)
     target.parent.mkdir(parents=True, exist_ok=True)
     if "safetensors" in (to, target.suffix.removeprefix(".")):
         _write_safetensors(target, state, extra)
     else:
         write_whole(target, lambda part: torch.save({"model": state, **extra}, part))
-    classes = len(own["decoder.class_heads.0.bias"])
-    print(f"{target}: {to} format, {len(state)} tensors, {classes} classes; {source} was in {found.format} format")
+    what = f"{to} format, {len(state)} tensors, {given.classes} classes"
+    print(f"{target}: {what}; {given.source} was in {given.found.format} format")
     if not describable:
-        _print_dropped(own, to)
+        _print_dropped(given.own, to)
 
 
 def _check_position(position: _Position, format_: str) -> None:
@@ -140,11 +166,10 @@ def _describe(given: _Input, position: _Position) -> dict[str, Any]:
     Raises:
         DataError: they don't show it.
     """
-    content, own = given.content, given.own
-    classes = len(own["decoder.class_heads.0.bias"])
+    content, classes = given.content, given.classes
     if given.found.format == "own":
         return _with_classes({key: content[key] for key in DESCRIPTION if key in content}, classes)
-    described = with_description(content, own, _unshown(given, position), given.source)
+    described = with_description(content, given.own, _unshown(given, position), given.source)
     if described["names"] == coco_names(classes):
         print(f"names: those of COCO, because the model has {classes} classes")
     return {key: described[key] for key in DESCRIPTION if key in described}
@@ -156,9 +181,9 @@ def _describe_or_warn(given: _Input, position: _Position) -> dict[str, Any]:
         return _describe(given, position)
     except DataError as error:
         print(f"warning: no description, so the file serves with a recipe alone: {error}")
-    described = name_classes(given.content, len(given.own["decoder.class_heads.0.bias"]))
-    if described["names"] == coco_names(len(described["names"])):
-        print(f"names: those of COCO, because the model has {len(described['names'])} classes")
+    described = name_classes(given.content, given.classes)
+    if described["names"] == coco_names(given.classes):
+        print(f"names: those of COCO, because the model has {given.classes} classes")
     return described
 
 
@@ -185,8 +210,9 @@ def _write_folder(target: Path, given: _Input, position: _Position) -> None:
     except DataError as error:
         raise DataError(f"can't convert {given.source}: {error}") from error
     config, names, _ = read_description(content, given.source)
-    detector, report = detector_for_classes(content, given.source, names)
-    detector.category_ids = read_category_ids(content, given.source)
+    built, report = detector_for_classes(content, given.source, names)
+    ids = read_category_ids(content, given.source)
+    detector = Detector(built.network, built.preprocessing, names, category_ids=ids)
     for note in given.found.notes:
         print(note)
     print(f"weights: {report}")
@@ -209,15 +235,15 @@ def _unshown(given: _Input, position: _Position) -> Unshown:
     return found if position.offset is None else found._replace(offset=position.offset)
 
 
-def _print_report(content: dict[str, Any], about: Any, found: FileWeights, copy: str, name: str) -> None:
+def _print_report(given: _Input, about: Any, copy: str) -> None:
     """Print the report of loading the file into the network that `about` describes; without one, notes on the file."""
     try:
         network = build_network(json.loads(about["config"]))
     except Exception:  # a description can be absent, or hold anything; `dino predict` says what is wrong with it
-        for note in found.notes:
+        for note in given.found.notes:
             print(note)
     else:
-        print(f"weights: {load_weights(network, content, copy=copy, name=name)}")
+        print(f"weights: {load_weights(network, given.content, copy=copy, name=given.source)}")
 
 
 def _write_safetensors(path: Path, state: StateDict, extra: dict[str, Any]) -> None:

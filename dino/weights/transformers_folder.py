@@ -91,6 +91,7 @@ _OWN_BACKBONE = ("norm", "map_norm", "freeze")  # of `backbone_kwargs`, argument
 _FROZEN = ("conv1", "bn1", "layer1")  # of a pre-trained ResNet of torchvision, as in the official program
 _GROUPS = 32  # of the neck's GroupNorm
 _MOST_LABELS = 100_000
+_LABELS = 2  # transformers' default
 _RES = re.compile(r"res\d")  # the map of stride 2^number
 
 
@@ -142,15 +143,16 @@ def _count_labels(fields: Mapping[str, Any]) -> int:
         DataError: it is none, or `id2label` and `num_labels` differ.
     """
     labels = fields.get("id2label")
-    if labels is not None and not isinstance(labels, Mapping):
+    if not isinstance(labels, Mapping | None):
         raise _unexpected("id2label", labels, "a dict of label -> name")
-    stated = next((name for name in ("num_labels", "num_classes") if fields.get(name) is not None), None)
-    count = fields[stated] if stated else 2 if labels is None else len(labels)
-    if not _is_whole(count, 1, _MOST_LABELS):
-        raise _unexpected(stated or "id2label", count, f"a number of labels from 1 to {_MOST_LABELS:,}")
-    if labels is not None and len(labels) != count:
-        raise DataError(f"{stated} is {count}, but id2label has {len(labels)} labels")
-    return count
+    counts = {name: fields[name] for name in ("num_labels", "num_classes") if fields.get(name) is not None}
+    counts |= {} if labels is None else {"id2label": len(labels)}
+    for name, count in counts.items():
+        if not _is_whole(count, 1, _MOST_LABELS):
+            raise _unexpected(name, count, f"a number of labels from 1 to {_MOST_LABELS:,}")
+    if len(set(counts.values())) > 1:
+        raise DataError(f"the numbers of labels differ: {', '.join(f'{n} has {count}' for n, count in counts.items())}")
+    return next(iter(counts.values()), _LABELS)
 
 
 def _with_classes(node: Any, classes: int) -> _Node:
@@ -234,31 +236,55 @@ def _describe_backbone(values: Mapping[str, Any]) -> _Node:
     Raises:
         DataError: `backbone_kwargs` has what no backbone has.
     """
-    given = dict(values["backbone_kwargs"] or {})
+    given = _check_kwargs(values["backbone_kwargs"] or {})
+    maps = _name_maps(given.pop("out_indices", None) or _out_indices(values["num_feature_levels"]))
+    own = {name: given.pop(name) for name in _OWN_BACKBONE if name in given}
+    own = _usual_norm(values) | own
+    kind = "Timm" if values["use_timm_backbone"] else "Torchvision"
+    if given and kind == "Torchvision":
+        raise DataError(f"backbone_kwargs: {next(iter(given))[:100]!r} is nothing that a backbone of torchvision has")
+    options = {"options": given} if given else {}
+    return {
+        "_target_": f"dino.modeling.{kind}Backbone",
+        "name": values["backbone"],
+        "out_features": maps,
+        **own,
+        **options,
+    }
+
+
+def _check_kwargs(given: Mapping[str, Any]) -> _Node:
+    """`backbone_kwargs` without the number of channels.
+
+    Raises:
+        DataError: they ask for what is not allowed.
+    """
     try:
         check_description(given, "backbone_kwargs")
     except DataError as error:
         raise DataError(f"backbone_kwargs: {error}") from error
-    indices = given.pop("out_indices", None) or _out_indices(values["num_feature_levels"])
+    if given.get("in_chans", 3) != 3:
+        raise DataError("backbone_kwargs: in_chans must be 3: images have three channels")
+    return {name: value for name, value in given.items() if name != "in_chans"}
+
+
+def _name_maps(indices: Any) -> list[str]:
+    """The names of a backbone's maps for timm's numbers of them.
+
+    Raises:
+        DataError: these are no numbers.
+    """
     if not isinstance(indices, list | tuple) or not all(_is_whole(index, 0, 9) for index in indices):
         raise _unexpected("backbone_kwargs: out_indices", indices, "a list of numbers from 0 to 9")
-    if given.pop("in_chans", 3) != 3:
-        raise DataError("backbone_kwargs: in_chans must be 3: images have three channels")
-    pretrained = values["use_pretrained_backbone"]
-    node = {"name": values["backbone"], "out_features": [f"res{index + 1}" for index in indices]}
-    node["norm"] = "FrozenBN" if pretrained else "BN"
-    if values["use_timm_backbone"]:
-        kind, options = "Timm", {key: given.pop(key) for key in list(given) if key not in _OWN_BACKBONE}
-        node |= {"options": options} if options else {}
-    else:
-        kind = "Torchvision"
-        node |= (
-            {"freeze": list(_FROZEN)} if pretrained and values["backbone"].startswith(("resne", "wide_resn")) else {}
-        )
-    unknown = [key for key in given if key not in _OWN_BACKBONE]
-    if unknown:
-        raise DataError(f"backbone_kwargs: {unknown[0][:100]!r} is nothing that a backbone of torchvision has")
-    return {"_target_": f"dino.modeling.{kind}Backbone", **node, **given}
+    return [f"res{index + 1}" for index in indices]
+
+
+def _usual_norm(values: Mapping[str, Any]) -> _Node:
+    """`norm` and `freeze` of a backbone where `backbone_kwargs` don't state them."""
+    if not values["use_pretrained_backbone"]:
+        return {"norm": "BN"}
+    resnet = not values["use_timm_backbone"] and values["backbone"].startswith(("resne", "wide_resn"))
+    return {"norm": "FrozenBN", **({"freeze": list(_FROZEN)} if resnet else {})}
 
 
 def _out_indices(levels: int) -> list[int]:
@@ -292,7 +318,10 @@ def _number(least: float, most: float) -> tuple[str, _Test]:
 _FLAG: tuple[str, _Test] = ("true or false", lambda value: isinstance(value, bool))
 # Field -> what a message calls its values, and the test of a value.
 _EXPECTED: dict[str, tuple[str, _Test]] = {
-    "backbone": ("the name of a network of torchvision or timm", lambda value: isinstance(value, str) and bool(value)),
+    "backbone": (
+        "the name of a network of torchvision or timm",
+        lambda value: isinstance(value, str) and bool(re.fullmatch(r"[\w.+-]{1,200}", value)),
+    ),
     "backbone_kwargs": ("a dict, or null,", lambda value: value is None or isinstance(value, dict)),
     "num_channels": ("3 (other images are not read)", lambda value: value == 3),
     "position_embedding_type": ("sine or learned", lambda value: value in ("sine", "learned")),

@@ -13,7 +13,7 @@ from dino.utils.files import DataError
 _WHITE = 255
 _RESCALE = 1 / _WHITE
 _BILINEAR = 2  # Pillow's number of the filter
-_DIGITS = 9  # after the point, of a mean or a deviation in values from 0 to 255
+_DIGITS = 14  # of a mean or a deviation; more would show the rounding of the division
 
 
 def to_processor(preprocessing: Preprocessing, category_ids: Sequence[int]) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def _to_fraction(value: float) -> float:
 
 def _from_fraction(value: float, factor: float) -> float:
     """`_to_fraction` back, for pictures that were multiplied by `factor`."""
-    return round(value / factor, _DIGITS)
+    return float(f"{value / factor:.{_DIGITS}g}")
 
 
 def from_processor(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,19 +75,24 @@ def _read_statistics(fields: Mapping[str, Any]) -> dict[str, list[float]]:
     factor = fields.get("rescale_factor", _RESCALE) if fields.get("do_rescale", True) else 1.0
     if not _is_number(factor) or not 1e-6 <= factor <= 1e6:
         raise DataError(f"rescale_factor is {reprlib.repr(factor)}: a number such as 1/255 was expected")
-    normal = fields.get("do_normalize", True)
-    given = {
-        "image_mean": fields.get("image_mean") if normal else [0.0] * 3,
-        "image_std": fields.get("image_std") if normal else [1.0] * 3,
+    plain = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+    given = {name: fields.get(name) for name in plain} if fields.get("do_normalize", True) else plain
+    return {
+        name.replace("image", "pixel"): [_from_fraction(value, factor) for value in _check_colors(name, values)]
+        for name, values in given.items()
+        if values is not None
     }
-    found = {}
-    for name, values in given.items():
-        if values is None:
-            continue
-        if not isinstance(values, list) or len(values) != 3 or not all(map(_is_number, values)):
-            raise DataError(f"{name} is {reprlib.repr(values)}: a list of three numbers was expected")
-        found[name.replace("image", "pixel")] = [_from_fraction(value, factor) for value in values]
-    return found
+
+
+def _check_colors(name: str, values: Any) -> list[float]:
+    """The values of a field.
+
+    Raises:
+        DataError: they are not three numbers.
+    """
+    if not isinstance(values, list) or len(values) != 3 or not all(map(_is_number, values)):
+        raise DataError(f"{name} is {reprlib.repr(values)}: a list of three numbers was expected")
+    return values
 
 
 def _read_size(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,33 +1,30 @@
 """The model of transformers computes what `Detector` computes, and so what the official program does."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 pytest.importorskip("transformers")
+pytest.importorskip("timm")
 
 from dino.data.images import resize_image
-from dino.hf import DinoDetrConfig, DinoDetrForObjectDetection, DinoDetrImageProcessor
+from dino.hf import DinoDetrImageProcessor
 from dino.layers import HungarianMatcher, SetCriterion
 from dino.modeling.detector import Detector, Preprocessing, to_target
 from tests.tiny import stirred
+
+from .tiny_model import tiny_model
 
 SIZE, IDS = {"shortest_edge": 60, "longest_edge": 100}, [3, 8, 21]
 LARGE, SMALL = (70, 100), (90, 65)  # height, width
 
 
-def small_config(**fields):
-    sizes = {"encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
-    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
-    names = {"backbone": "resnet18", "use_pretrained_backbone": False, "d_model": 32, "num_queries": 15}
-    return DinoDetrConfig(**{"num_labels": 3, "num_denoising": 10} | names | sizes | heads | fields)
-
-
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    model = DinoDetrForObjectDetection(small_config()).eval()
+    model = tiny_model().eval()
     stirred(model)
     return model
 
@@ -73,7 +70,7 @@ def test_a_picture_alone(model, detector, processor, size):
     check(found, detector.network(*detector.batch(images)))
     (wanted,) = detector.detect(images, [size])
     (detected,) = processor.post_process_object_detection(found, 0, [size])
-    assert len(wanted.scores) == 45
+    assert len(wanted.scores) == 60
     assert torch.equal(detected["labels"], wanted.labels)
     assert torch.allclose(detected["scores"], wanted.scores, atol=1e-6, rtol=0)
     assert torch.allclose(detected["boxes"], wanted.boxes, atol=1e-4, rtol=0)  # pixels
@@ -104,6 +101,20 @@ def test_losses_of_a_padded_batch(model, detector, processor):
     for name, loss in wanted.items():
         assert torch.allclose(found.loss_dict[name], loss, atol=1e-6, rtol=1e-6), name
     assert torch.allclose(found.loss, sum(wanted.values()), rtol=1e-6)
+
+
+def test_collated_samples_train(model, processor):
+    objects = [{"bbox": [10, 20, 30, 25], "category_id": 8}]
+    samples = [
+        processor(pixels(*size), annotations={"image_id": 1, "annotations": objects * number}, return_tensors="pt")
+        for number, size in enumerate([LARGE, SMALL, LARGE])
+    ]
+    model = copy.deepcopy(model).train()
+    model(**processor.collate(samples)).loss.backward()
+    learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert set(gradients) == set(learning)
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
 @torch.no_grad()

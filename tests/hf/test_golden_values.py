@@ -23,6 +23,7 @@ def read_config():
     both = {"attention_heads": "nheads", "ffn_dim": "dim_feedforward"}
     sizes = {f"{part}_{ours}": official[theirs] for part in ("encoder", "decoder") for ours, theirs in both.items()}
     return DinoDetrConfig(
+        backbone="resnet18",  # replaced by recorded feature maps
         use_pretrained_backbone=False,
         num_labels=official["num_classes"],
         d_model=official["hidden_dim"],

@@ -1,6 +1,7 @@
 """The image processor: pictures as `Detector` reads them, labels from COCO annotations, detections as of `Detector`."""
 
 import json
+import pickle
 import warnings
 from types import SimpleNamespace
 
@@ -260,6 +261,8 @@ def test_threshold_number_and_fractions():
     assert len(processor(max_detections=5).post_process_object_detection(found, 0)[0]["scores"]) == 5
     (best, _) = processor().post_process_object_detection(found, 0, top_k=5)
     assert torch.equal(best["scores"], every["scores"][:5])
+    (above, _) = processor().post_process_object_detection(found, every["scores"][3].item())
+    assert torch.equal(above["scores"], every["scores"][:3])
     (default, _) = processor().post_process_object_detection(found)
     kept = every["scores"] > 0.5
     assert 0 < kept.sum() < 36
@@ -300,4 +303,6 @@ def test_samples_of_single_pictures_are_collated_to_the_batch_of_the_processor()
         for one, other in zip(found["labels"], batch["labels"], strict=True):
             assert set(one) == set(other)
             assert all(torch.equal(one[key], other[key]) for key in one)
+    again = pickle.loads(pickle.dumps(ours.collate))(single)  # as in the workers of a loader
+    assert torch.equal(again["pixel_values"], batch["pixel_values"])
     assert set(ours.collate([ours(pictures[0])])) == {"pixel_values", "pixel_mask"}

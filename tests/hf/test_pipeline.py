@@ -6,6 +6,7 @@ import torch
 from PIL import ExifTags, Image, ImageDraw
 
 pytest.importorskip("transformers")
+pytest.importorskip("timm")
 
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeline
 
@@ -14,9 +15,9 @@ from dino.hf import DinoDetrForObjectDetection, DinoDetrImageProcessor
 from dino.modeling.detector import Detector, Preprocessing
 from tests.tiny import stirred
 
-from .test_equality import SIZE, small_config
+from .tiny_model import NAMES, tiny_model
 
-NAMES = {0: "red", 1: "green", 2: "blue"}
+SIZE = {"shortest_edge": 60, "longest_edge": 100}
 
 
 def draw(width, height, seed=0):
@@ -32,8 +33,7 @@ def draw(width, height, seed=0):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A saved model and its image processor."""
-    torch.manual_seed(0)
-    model = DinoDetrForObjectDetection(small_config(id2label=NAMES)).eval()
+    model = tiny_model().eval()
     stirred(model)
     with torch.no_grad():
         model.model.network.decoder.class_heads[-1].bias += 3.7  # scores on both sides of the threshold

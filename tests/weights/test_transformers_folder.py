@@ -124,7 +124,7 @@ def test_backbones():
         ({"backbone_kwargs": {"freeze": ["../a"]}}, "backbone_kwargs: '../a' is no plain word"),
         ({"id2label": ["a"]}, r"id2label is \['a'\]: a dict"),
         ({"id2label": {}}, "id2label is 0: a number of labels"),
-        ({"num_labels": 3, "id2label": {0: "a"}}, "num_labels is 3, but id2label has 1 labels"),
+        ({"num_labels": 3, "id2label": {0: "a"}}, "the numbers of labels differ: num_labels has 3, id2label has 1"),
         ({"network": "dino"}, "network is 'dino': the description of a network was expected"),
         ({"network": {"_target_": "os.system"}}, r"network: 'os\.system' is not on the list"),
         ({"network": {"_target_": "dino.modeling.DINO"}}, "network states no num_classes"),
