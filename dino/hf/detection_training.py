@@ -24,7 +24,7 @@ class CocoCollator:
     """A data collator for `CocoImages`.
 
     Args:
-        processor: normalises and pads the images, and resizes them unless told otherwise.
+        processor: normalises and pads the images, and resizes them by default.
         options: of each call of the processor: `do_resize=False` where the data set resizes its images.
     """
 

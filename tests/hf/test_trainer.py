@@ -96,6 +96,18 @@ def test_bfloat16(tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_torch_compile(tmp_path):
+    """The losses are those of the plain model."""
+    losses = []
+    for compiled in (False, True):
+        trainer = make_trainer(tmp_path, tiny_model(num_denoising=0), torch_compile=compiled, max_steps=2)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
 @pytest.mark.parametrize("stop", [2, 3], ids=["within an epoch", "after an epoch"])
 def test_resuming_is_exact(tmp_path, stop):
     """Order of the pictures, denoising noise, optimizer and schedule."""
