@@ -17,6 +17,7 @@ from dino.modeling.detector import Detector
 from dino.utils.files import UserError, make_folder, write_whole
 
 from .folder_json import CONFIG, MODEL_TYPE, PROCESSOR, WEIGHT_FILES
+from .remote_code import AUTO_MAPS, write_remote_code
 from .transformers_folder import fields_of
 from .transformers_preprocessing import to_processor
 
@@ -68,17 +69,19 @@ def write_folder(folder: Path, detector: Detector, config: Mapping[str, Any]) ->
         raise UserError(f"{folder} exists: choose another name, or move it away")
     fields = fields_of(config, detector.names, detector.category_ids)
     kind = {"architectures": ["DinoDetrForObjectDetection"], "dtype": "float32", "model_type": MODEL_TYPE}
-    texts = {
-        CONFIG: _to_json({**fields, **kind}),
-        PROCESSOR: _to_json(to_processor(detector.preprocessing, detector.category_ids)),
-        "README.md": _write_card(folder.name, detector.names),
+    files = {
+        CONFIG: {**fields, **kind},
+        PROCESSOR: to_processor(detector.preprocessing, detector.category_ids),
     }
+    texts = {name: _to_json({**values, "auto_map": AUTO_MAPS[name]}) for name, values in files.items()}
+    texts["README.md"] = _write_card(folder.name, detector.names)
     make_folder(folder.parent)
     part = folder.with_name(f".{folder.name[:_LONGEST_NAME]}.{secrets.token_hex(4)}.part")
     try:
         part.mkdir()
         for name, text in texts.items():
             write_whole(part / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+        write_remote_code(part)
         tensors = _tensors_of(detector.network)
         write_whole(part / WEIGHT_FILES[0], lambda path: save_file(tensors, path, {"format": "pt"}))
         part.rename(folder)

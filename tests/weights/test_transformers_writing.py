@@ -23,7 +23,7 @@ from . import folders
 from .folders import IDS, NAMES, PREPROCESSING, tiny_detector, write_own, write_tiny
 from .states import detrex_state, equal, official_state, randomise
 
-FILES = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
+FILES = ["README.md", "config.json", "dino_detr.py", "model.safetensors", "preprocessor_config.json"]
 
 
 def keys_of(folder):
