@@ -148,7 +148,8 @@ def hub(monkeypatch):
     for name in ("create_repo", "create_commit"):
         send = getattr(found, name)
         monkeypatch.setattr(huggingface_hub.HfApi, name, lambda _, *args, send=send, **options: send(*args, **options))
-        monkeypatch.setattr(transformers.utils.hub, name, send, raising=False)  # 4.57
+        for module in ("utils.hub", "modeling_utils", "configuration_utils", "image_processing_base"):
+            monkeypatch.setattr(f"transformers.{module}.{name}", send, raising=False)  # before 5.4
     card = SimpleNamespace(save=lambda path: Path(path).write_text("card"))
     for module in ("modeling_utils", "utils.hub"):
         monkeypatch.setattr(f"transformers.{module}.create_and_tag_model_card", lambda *_, **__: card)
