@@ -16,7 +16,6 @@ pytest.importorskip("transformers")
 pytest.importorskip("timm")
 
 import huggingface_hub
-import transformers.utils.hub
 from transformers import AutoModelForObjectDetection
 
 from dino.hf import DinoDetrForObjectDetection, DinoDetrImageProcessor, DinoDetrModel
