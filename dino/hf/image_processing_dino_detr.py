@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
+from transformers import DeformableDetrImageProcessor as _TorchvisionProcessor
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from dino.data.images import check_input_range, read_image, resize_tensor
@@ -24,10 +24,8 @@ from dino.utils.files import DataError, UserError
 
 from .remote_code_saving import SavesRemoteCode
 
-if int(transformers.__version__.partition(".")[0]) < 5:
+if not hasattr(_TorchvisionProcessor, "_preprocess"):  # 4.57 to 5.3 have a slower one of this name
     from transformers import DeformableDetrImageProcessorFast as _TorchvisionProcessor
-else:
-    from transformers import DeformableDetrImageProcessor as _TorchvisionProcessor
 
 _DEEP = ("I", "F")  # how the names of Pillow's modes of more than 8 bits begin
 _PER_CALL = set(_TorchvisionProcessor.valid_kwargs.__annotations__)  # settings that a call can replace
@@ -112,7 +110,7 @@ class DinoDetrImageProcessor(SavesRemoteCode, _TorchvisionProcessor):
             raise UserError("masks are not supported: DINO detects boxes. Leave out return_segmentation_masks")
         if wrong := sorted((_Settings.__annotations__.keys() & kwargs.keys()) - _PER_CALL):
             raise UserError(f"{wrong[0]} belongs to the image processor, not to a call of it")
-        return super().preprocess(self._read(images), annotations, **kwargs)
+        return super().preprocess(self._read(images), annotations=annotations, **kwargs)
 
     def _read(self, source: Any) -> Any:
         """The input of `preprocess` with arrays (H, W, 3) uint8 for files, PIL images and grey arrays."""

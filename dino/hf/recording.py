@@ -137,7 +137,8 @@ def hidden_states_of(run: _Run, outputs: Outputs) -> dict[str, tuple[Tensor, ...
     decoder = [run["decoder_input"][0].content, *run["decoder_layers"][:layers]]
     return {
         "encoder_hidden_states": (run["tokens"][0].features, *run.get("encoder_layers", ())),
-        "decoder_hidden_states": tuple(x[:, -queries:] for x in decoder),
+        # the layer's own tensor where nothing is denoised: a view would keep no gradient for `retain_grad`
+        "decoder_hidden_states": tuple(x if x.shape[1] == queries else x[:, -queries:] for x in decoder),
     }
 
 
