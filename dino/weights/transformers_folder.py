@@ -434,6 +434,7 @@ def fields_of(config: Mapping[str, Any], names: Sequence[str], category_ids: Seq
         can't express it; they mirror it as far as they can.
     """
     fields = {name: value for name, value in FIELDS.items() if name != "backbone_checkpoint"}
+    fields["use_pretrained_backbone"] = False  # the folder has the weights
     fields |= {"category_ids": list(category_ids), "id2label": {str(label): name for label, name in enumerate(names)}}
     node = _canonical(config["network"])
     fields |= _mirror_losses(config.get("criterion"))
@@ -470,7 +471,11 @@ def _mirror_backbone(backbone: _Node, levels: int) -> dict[str, Any]:
     maps = backbone.get("out_features")
     if library is None or not _are_maps(maps):
         return {}
-    fields = {"backbone": backbone.get("name"), "use_timm_backbone": library == "Timm"}
+    fields = {
+        "backbone": backbone.get("name"),
+        "use_timm_backbone": library == "Timm",
+        "use_pretrained_backbone": False,
+    }
     indices = [int(name[3:]) - 1 for name in maps]
     kwargs: dict[str, Any] = {} if indices == _out_indices(levels) else {"out_indices": indices}
     usual = _canonical(_describe_backbone({**FIELDS, **fields}))

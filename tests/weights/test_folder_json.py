@@ -207,7 +207,7 @@ def test_a_missing_shard_is_named(folder):
         ({"encoder_layers": 1000}, "the description has more layers|numbers, but the weights only"),
         ({"decoder_layers": 3}, "lacks weights of its own model"),
         ({"backbone": "resnet5"}, "unknown torchvision backbone 'resnet5'"),
-        ({"backbone": "../net"}, "no plain word"),
+        ({"backbone": "../net"}, "backbone is .../net.: the name of a network"),
         ({"id2label": {"0": "a\x1b[0m", "1": "b", "2": "c"}}, "has control characters"),
     ],
 )

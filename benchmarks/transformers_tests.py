@@ -1,6 +1,6 @@
 """Run transformers' own common tests of models, configs and image processors over DINO for transformers.
 
-    python tools/transformers_tests.py CHECKOUT [--only WORD ...] [--verbose]
+    python benchmarks/transformers_tests.py CHECKOUT [--only WORD ...] [--verbose]
 
 CHECKOUT is a folder of transformers' repository at the version that is installed, or its unpacked source distribution
 (`pip download --no-binary :all: --no-deps transformers==VERSION`), which has the common tests too. The modules of tests
