@@ -101,6 +101,34 @@ class DinoDetrConfig(SavesRemoteCode, PretrainedConfig):
             )
         super().__setattr__(name, value)
 
+    @property
+    def num_heads(self) -> int:
+        """Heads of the encoder; setting it sets those of the decoder too."""
+        return self.encoder_attention_heads
+
+    @num_heads.setter
+    def num_heads(self, value: int) -> None:
+        self.encoder_attention_heads = self.decoder_attention_heads = value
+
+    @property
+    def d_ffn(self) -> int:
+        """Width of the encoder's feed-forward networks; setting it sets that of the decoder's too."""
+        return self.encoder_ffn_dim
+
+    @d_ffn.setter
+    def d_ffn(self, value: int) -> None:
+        self.encoder_ffn_dim = self.decoder_ffn_dim = value
+
+    @property
+    def use_dn(self) -> bool:
+        """Whether there is denoising; False sets `num_denoising` to 0."""
+        return self.num_denoising > 0
+
+    @use_dn.setter
+    def use_dn(self, value: bool) -> None:
+        if not value:
+            self.num_denoising = 0
+
     def _check_ids(self) -> None:
         """Raise a DataError unless there is one id for each label."""
         ids, count = self.category_ids, self.num_labels

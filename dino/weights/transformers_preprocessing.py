@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from dino.modeling.detector import Preprocessing
 from dino.utils.files import DataError
 
 _WHITE = 255
+_MOST = 1e12  # of any number of the file
 _RESCALE = 1 / _WHITE
 _BILINEAR = 2  # Pillow's number of the filter
 _DIGITS = 14  # of a mean or a deviation; more would show the rounding of the division
@@ -106,4 +106,4 @@ def _read_size(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < _MOST  # NaN is not; an integer may be too long for a float

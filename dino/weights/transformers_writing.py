@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dino.modeling.detector import Detector
 from dino.utils.files import UserError, make_folder, write_whole
+from dino.utils.printable import printable
 
 from .folder_json import CONFIG, MODEL_TYPE, PROCESSOR, WEIGHT_FILES
 from .remote_code import AUTO_MAPS, write_remote_code
@@ -71,7 +72,7 @@ def write_folder(folder: Path, detector: Detector, config: Mapping[str, Any]) ->
     kind = {"architectures": ["DinoDetrForObjectDetection"], "dtype": "float32", "model_type": MODEL_TYPE}
     files = {CONFIG: {**fields, **kind}, PROCESSOR: to_processor(detector.preprocessing, detector.category_ids)}
     texts = {name: _to_json({**content, "auto_map": AUTO_MAPS[name]}) for name, content in files.items()}
-    texts["README.md"] = _write_card(folder.name, detector.names)
+    texts["README.md"] = _write_card(printable(folder.name, None), detector.names)
     make_folder(folder.parent)
     part = folder.with_name(f".{folder.name[:_LONGEST_NAME]}.{secrets.token_hex(4)}.part")
     try:

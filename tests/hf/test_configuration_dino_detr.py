@@ -180,3 +180,19 @@ def test_without_transformers_one_line_names_the_extra():
     assert result.stderr.strip().splitlines()[-1] == (
         'ImportError: dino.hf needs transformers: pip install "dino-detectron2[hf]"'
     )
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ({"num_heads": 4}, {"encoder_attention_heads": 4, "decoder_attention_heads": 4}),
+        ({"d_ffn": 64}, {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64}),
+        ({"use_dn": False}, {"num_denoising": 0}),
+        ({"dn_number": 7}, {"num_denoising": 7}),
+    ],
+)
+def test_other_names_change_a_saved_config(tmp_path, names, expected):
+    DinoDetrConfig(backbone="resnet18").save_pretrained(tmp_path)
+    changed = DinoDetrConfig.from_pretrained(tmp_path, **names)
+    assert {name: getattr(changed, name) for name in expected} == expected
+    assert not {"num_heads", "d_ffn", "use_dn"} & changed.to_dict().keys()

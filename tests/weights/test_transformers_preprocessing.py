@@ -60,6 +60,7 @@ def test_other_processors(fields, expected):
         ({"do_resize": False}, "do_resize is not true"),
         ({"resample": 3}, "resample is 3: only bilinear, 2"),
         ({"rescale_factor": 0}, "rescale_factor is 0"),
+        ({"rescale_factor": 10**400}, "rescale_factor is 1000"),
         ({"rescale_factor": float("inf")}, "rescale_factor is inf"),
         ({"image_mean": [0.5, float("nan"), 0.5]}, "image_mean is"),
         ({"image_std": 0.5}, "image_std is 0.5: a list of three numbers was expected"),
