@@ -17,6 +17,16 @@ _ELSEWHERE = {"use_pretrained_backbone", "backbone_checkpoint", "num_channels"} 
 _OF_NETWORK = {*tuple(FIELDS)[: tuple(FIELDS).index("auxiliary_loss")]} - _ELSEWHERE
 
 
+def _of_both(end: str) -> property:
+    """A name for the encoder's field with this end; setting it sets the decoder's too."""
+
+    def set_both(config: DinoDetrConfig, value: Any) -> None:
+        for part in ("encoder", "decoder"):
+            setattr(config, f"{part}_{end}", value)
+
+    return property(lambda config: getattr(config, f"encoder_{end}"), set_both)
+
+
 class DinoDetrConfig(SavesRemoteCode, PretrainedConfig):
     """Settings of a DINO, under the names of transformers' Deformable DETR and RT-DETR.
 
@@ -101,23 +111,8 @@ class DinoDetrConfig(SavesRemoteCode, PretrainedConfig):
             )
         super().__setattr__(name, value)
 
-    @property
-    def num_heads(self) -> int:
-        """Heads of the encoder; setting it sets those of the decoder too."""
-        return self.encoder_attention_heads
-
-    @num_heads.setter
-    def num_heads(self, value: int) -> None:
-        self.encoder_attention_heads = self.decoder_attention_heads = value
-
-    @property
-    def d_ffn(self) -> int:
-        """Width of the encoder's feed-forward networks; setting it sets that of the decoder's too."""
-        return self.encoder_ffn_dim
-
-    @d_ffn.setter
-    def d_ffn(self, value: int) -> None:
-        self.encoder_ffn_dim = self.decoder_ffn_dim = value
+    num_heads = _of_both("attention_heads")
+    d_ffn = _of_both("ffn_dim")
 
     @property
     def use_dn(self) -> bool:

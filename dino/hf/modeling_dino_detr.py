@@ -25,7 +25,7 @@ from dino.utils.device import to_device
 from dino.utils.files import DataError, UserError
 from dino.weights.addresses import locate
 from dino.weights.load_report import reason_of
-from dino.weights.loading import load_weights
+from dino.weights.loading import first_names, load_weights
 from dino.weights.network_parts import build_network
 from dino.weights.size_check import SizeGuard
 
@@ -175,7 +175,7 @@ class DinoDetrModel(DinoDetrPreTrainedModel):
         network = _build(config)
         if is_new and config.use_pretrained_backbone:
             _load_backbone(network, config)
-        self._shared = _shared_names(network)
+        self._shared = {name: first for name, first in first_names(network).items() if name != first}
         self._frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
         self._new: dict[nn.Module, nn.Module] | None = {} if is_new else None  # module -> the same of a new network
         self._recorder = Recorder(network)
@@ -352,13 +352,6 @@ def _load_backbone(network: DINO, config: DinoDetrConfig) -> None:
     if max(abs(a - b) for a, b in zip(mean, IMAGENET_MEAN, strict=True)) > 0.1:
         stated = ", ".join(f"image_{name[6:]}={[round(x / 255, 4) for x in x]}" for name, x in expected.items())
         _logger.warning(f"{config.backbone} expects other images than ImageNet's: give the image processor {stated}")
-
-
-def _shared_names(network: DINO) -> dict[str, str]:
-    """Name of each parameter that is another one too -> the first name."""
-    first: dict[int, str] = {}
-    names = {name: first.setdefault(id(x), name) for name, x in network.named_parameters(remove_duplicate=False)}
-    return {name: other for name, other in names.items() if name != other}
 
 
 def _repeat_shared(model: DinoDetrModel, state: dict[str, Tensor], prefix: str, *_: Any) -> None:

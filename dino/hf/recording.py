@@ -58,8 +58,10 @@ class Recorder:
         run: _Run = {"attentions": [attentions]}
         if torch.compiler.is_compiling():
             self.compiled_run = run
-            yield run
-            self.compiled_run = None
+            try:
+                yield run
+            finally:
+                self.compiled_run = None
             return
         token = _RUN.set((self, run))
         try:

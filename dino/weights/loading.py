@@ -73,10 +73,14 @@ class _Target(NamedTuple):
     @classmethod
     def of(cls, network: DINO) -> _Target:
         """Read them from a network."""
-        firsts: dict[int, str] = {}
-        own = network.state_dict(keep_vars=True)  # the parameters themselves: a shared one is the same object
-        first = {name: firsts.setdefault(id(value), name) for name, value in own.items()}
-        return cls(network.state_dict(), first)
+        return cls(network.state_dict(), first_names(network))
+
+
+def first_names(network: nn.Module) -> dict[str, str]:
+    """Name of each tensor in the state dict of a network -> the first name of the same tensor: layers may share it."""
+    first: dict[int, str] = {}
+    own = network.state_dict(keep_vars=True)  # the parameters themselves: a shared one is the same object
+    return {name: first.setdefault(id(value), name) for name, value in own.items()}
 
 
 def load_weights(

@@ -18,6 +18,7 @@ from dino.utils.files import UserError, make_folder, write_whole
 from dino.utils.printable import printable
 
 from .folder_json import CONFIG, MODEL_TYPE, PROCESSOR, WEIGHT_FILES
+from .loading import first_names
 from .remote_code import AUTO_MAPS, write_remote_code
 from .transformers_folder import fields_of
 from .transformers_preprocessing import to_processor
@@ -91,10 +92,8 @@ def write_folder(folder: Path, detector: Detector, config: Mapping[str, Any]) ->
 
 def _tensors_of(network: nn.Module) -> dict[str, Tensor]:
     """The tensors of a network under the names of `DinoDetrForObjectDetection`; one of several names of a tensor."""
-    first: dict[int, str] = {}
-    own = network.state_dict(keep_vars=True)  # the parameters themselves: a shared one is the same object
-    kept = {name: value for name, value in own.items() if first.setdefault(id(value), name) == name}
-    return {f"{_PREFIX}{name}": value.detach().contiguous() for name, value in kept.items()}
+    first, own = first_names(network), network.state_dict()
+    return {f"{_PREFIX}{name}": value.contiguous() for name, value in own.items() if first[name] == name}
 
 
 def _to_json(fields: Mapping[str, Any]) -> str:
