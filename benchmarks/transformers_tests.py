@@ -35,19 +35,21 @@ from unittest.mock import patch
 
 import torch
 
+# Beside this file, `kernels.py` would be taken for the library of that name.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
-import transformers
-from transformers.models.auto import modeling_auto
+import transformers  # noqa: E402
+from transformers.models.auto import modeling_auto  # noqa: E402
 
-from dino.hf import (
+from dino.hf import (  # noqa: E402
     DinoDetrConfig,
     DinoDetrForObjectDetection,
     DinoDetrImageProcessor,
     DinoDetrModel,
     modeling_dino_detr,
 )
-from dino.modeling.detector import resized_size
+from dino.modeling.detector import resized_size  # noqa: E402
 
 SIZES = {  # fields of the smallest network that has all parts
     "backbone": "test_resnet",
