@@ -26,7 +26,7 @@ train.epochs = 26
 lr_multiplier.milestones = [24]
 train.amp.enabled, train.amp.dtype = True, "float16"
 model.num_classes = 365
-# 1000 queries: 500 positives and 500 negatives. The paper's table 7 counts queries of DN (1000, 200, 100 ...) apart from
+# 1000 queries: 500 positives and 500 negatives. The paper's table 7 counts queries of DN (1000, 200, 100) apart from
 # pairs of CDN (100, which are 200 queries). Read as pairs, it would be num_denoising=1000.
 model.network.denoising.num_denoising = 500
 dataloader.train.total_batch_size = 64
