@@ -8,8 +8,8 @@ temperature 20 and no offset, not 10000 and -0.5, norms have weight decay, image
 (`dataloader.train.dataset.filter_empty=True` drops them too), images of any shapes meet in a batch, not wide with wide
 and tall with tall, epochs have 7,393 iterations, not 7,500, sides are cut to whole pixels, not rounded, and tokens
 without an anchor are selected last. The weights are MAE's, as there. Images are padded to multiples of 16 pixels;
-there, what is over is cut. The rate rises over 250 iterations, as there. The learning rate falls after 40 epochs. Not
-trained here.
+there, what is over is cut. The rate rises over 250 iterations, as there. The learning rate falls after 40 epochs.
+Not trained here.
 
 326,779,724 parameters, 1656.1 G multiply-adds at 800x1280; memory: not measured.
 """
