@@ -93,7 +93,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["dino", "dino.*"]),
-    package_data={"dino.layers.ops": ["csrc/*"], "dino.evaluation.report": ["templates/*"], "dino.migration": ["*.toml"]},
+    package_data={
+        "dino.layers.ops": ["csrc/*"],
+        "dino.evaluation.report": ["templates/*"],
+        "dino.migration": ["*.toml"],
+    },
     entry_points={"console_scripts": ["dino = dino.cli:main"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildOperator, "build_py": BuildPackage},
