@@ -93,7 +93,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["dino", "dino.*"]),
-    package_data={"dino.layers.ops": ["csrc/*"], "dino.evaluation.report": ["templates/*"]},
+    package_data={
+        "dino.layers.ops": ["csrc/*"],
+        "dino.evaluation.report": ["templates/*"],
+        "dino.migration": ["*.toml"],
+    },
     entry_points={"console_scripts": ["dino = dino.cli:main"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildOperator, "build_py": BuildPackage},
@@ -104,7 +108,7 @@ setup(
         "jinja2",
         "matplotlib",
         "numpy>=2",
-        "omegaconf",  # recipes
+        "omegaconf>=2.3,<2.4",  # recipes; Detectron2 has the same bound, and 2.4 keeps tuples as another type
         "pillow",
         "pycocotools",
         "pyyaml",

@@ -27,7 +27,7 @@ TIERS = [  # a room imports from its own line and those above it
     {"modeling"},
     {"weights", "data"},
     {"inference", "evaluation", "export", "explain", "training", "d2", "hf"},
-    {"api"},
+    {"api", "migration"},
     {"cli", "__main__"},
 ]
 OWNERS = {"detectron2": "d2", "transformers": "hf", "argparse": "cli"}  # library -> the only room that imports it

@@ -128,7 +128,7 @@ def tools() -> list[Path]:
 def programs() -> Iterator[tuple[str, str, argparse.ArgumentParser]]:
     """(command, what it does, parser) of every verb and tool."""
     for name, does in cli.VERBS.items():
-        parser = importlib.import_module(f"dino.cli.{name}").build_parser()
+        parser = importlib.import_module(f"dino.cli.{name.replace('-', '_')}").build_parser()
         verbs = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
         if verbs:
             helps = {choice.dest: choice.help for choice in verbs[0]._choices_actions}

@@ -21,8 +21,8 @@ hide_library_warnings()  # at import: the processes of a training on several GPU
 
 __all__ = ["SCORE_THRESH", "VERBS", "check_arguments", "main", "new_parser", "report_errors"]
 
-# Verb -> what it does. Its module here, of the same name, has `build_parser()` and `main(argv)`, imports nothing heavy
-# before the arguments are parsed, and raises a UserError for what a person can correct.
+# Verb -> what it does. Its module here, of the same name with _ for -, has `build_parser()` and `main(argv)`, imports
+# nothing heavy before the arguments are parsed, and raises a UserError for what a person can correct.
 VERBS = {
     "train": "train or evaluate a recipe, on COCO-format files or a registered data set",
     "eval": "write AP, curves, confusions and the worst images to one report.html",
@@ -33,6 +33,7 @@ VERBS = {
     "explain": "draw what a checkpoint computes for a training batch",
     "weights": "list the published weights that have a name, and fetch them",
     "convert": "convert checkpoints from and to the formats of other DINO programs",
+    "convert-config": "find the recipe and the overrides for a configuration of the official program",
     "env": "print what a bug report needs, and which attention operator runs",
 }
 _OTHER_VERBS = {  # words of other programs, and parts of verbs
@@ -73,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] not in VERBS:
         print(f"error: {_describe_unknown(words)}; see `dino --help`", file=sys.stderr)
         return 2
-    return report_errors(lambda: importlib.import_module(f"dino.cli.{words[0]}").main(words[1:]))
+    module = words[0].replace("-", "_")
+    return report_errors(lambda: importlib.import_module(f"dino.cli.{module}").main(words[1:]))
 
 
 @contextmanager

@@ -216,17 +216,19 @@ class QuerySelection(nn.Module):
         An anchor is usable if all its numbers lie within (0.01, 0.99) and its token is not padding.
         """
         centers = _token_centers(memory)  # (B, S, 2)
-        sizes = [
-            centers.new_full((h * w, 2), self.anchor_size * 2.0**level) for level, (h, w) in enumerate(memory.shapes)
-        ]
+        sizes = [self.sides(centers, level).expand(h * w, 2) for level, (h, w) in enumerate(memory.shapes)]
         boxes = torch.cat([centers, torch.cat(sizes).expand(centers.shape[0], -1, -1)], -1)  # (B, S, 4)
         usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1)
         if memory.padding_mask is not None:
             usable = usable & ~memory.padding_mask
         return torch.log(boxes / (1 - boxes)).masked_fill(~usable[..., None], math.inf), usable
 
+    def sides(self, like: Tensor, level: int) -> Tensor:
+        """(2,) width and height of the anchors of a level."""
+        return like.new_full((2,), self.anchor_size * 2.0**level)
 
-class _SelfAttention(nn.MultiheadAttention):
+
+class SelfAttention(nn.MultiheadAttention):
     """Self-attention among queries, with the parameters of PyTorch's module but fewer operations.
 
     One matrix product computes queries and keys, and no tensor is copied to have the dimension of queries in front.
@@ -253,7 +255,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, embed_dim: int, num_heads: int, num_levels: int, num_points: int, hidden_dim: int):
         super().__init__()
-        self.self_attention = _SelfAttention(embed_dim, num_heads)
+        self.self_attention = SelfAttention(embed_dim, num_heads)
         self.self_norm = nn.LayerNorm(embed_dim)
         self.cross_attention = MultiScaleDeformableAttention(embed_dim, num_heads, num_levels, num_points)
         self.cross_norm = nn.LayerNorm(embed_dim)

@@ -5,12 +5,17 @@ from torch import nn
 from dino.layers import ContrastiveDenoising, HungarianMatcher, SetCriterion, cxcywh_to_xyxy, denoising_mask
 from dino.modeling import QuerySelection
 from dino.modeling.variants import (
+    AllTokenSelection,
     DeepFusionEncoder,
     DenseFusionEncoder,
     DistinctSelection,
+    DropoutDecoder,
+    DropoutEncoder,
     FinalCriterion,
+    LearnedAnchors,
     LearnedPositionEncoding,
     LearnedQueries,
+    LearnedSizeSelection,
     LookForwardOnce,
     ObjectnessCriterion,
     PatternSelection,
@@ -19,11 +24,12 @@ from dino.modeling.variants import (
     PureSelection,
     RelationDecoder,
     SeparateCriterion,
+    SharedHeadsDropoutDecoder,
     ShiftDenoising,
 )
 from dino.structures import LayerOutputs, Outputs, Target
 
-from ..tiny import default_criterion, random_batch, random_targets, tiny_network
+from ..tiny import default_criterion, random_batch, random_targets, stirred, tiny_network
 
 SIZES = {"embed_dim": 32, "num_heads": 4, "num_levels": 4, "num_points": 2, "hidden_dim": 16}
 SELECTION = {"num_queries": 12, "num_classes": 3, "embed_dim": 32}
@@ -31,6 +37,13 @@ DENOISING = {"num_classes": 3, "embed_dim": 32, "num_denoising": 6}
 MATCHER = HungarianMatcher()
 ADJUSTED = {  # how a variant differs from the tiny network: parts, and the criterion that it wants
     "static": lambda: ({"query_selection": LearnedQueries(**SELECTION)}, SetCriterion),
+    "zero contents": lambda: ({"query_selection": LearnedAnchors(**SELECTION)}, SetCriterion),
+    "learned sizes": lambda: ({"query_selection": LearnedSizeSelection(**SELECTION)}, SetCriterion),
+    "all tokens": lambda: ({"query_selection": AllTokenSelection(**SELECTION)}, SeparateCriterion),
+    "all tokens, objectness": lambda: (
+        {"query_selection": AllTokenSelection(**{**SELECTION, "num_classes": 1})},
+        ObjectnessCriterion,
+    ),
     "pure": lambda: ({"query_selection": PureSelection(**SELECTION)}, SetCriterion),
     "distinct": lambda: ({"query_selection": DistinctSelection(**SELECTION, max_iou=0.3)}, SetCriterion),
     "objectness": lambda: (
@@ -48,6 +61,20 @@ ADJUSTED = {  # how a variant differs from the tiny network: parts, and the crit
     "relation": lambda: ({"decoder": RelationDecoder(num_classes=3, num_layers=2, **SIZES)}, SetCriterion),
     "dense fusion": lambda: ({"encoder": DenseFusionEncoder(num_layers=2, **SIZES)}, SetCriterion),
     "deep fusion": lambda: ({"encoder": DeepFusionEncoder(num_layers=2, **SIZES)}, SetCriterion),
+    "dropout": lambda: (
+        {
+            "encoder": DropoutEncoder(num_layers=2, **SIZES),
+            "decoder": DropoutDecoder(num_classes=3, num_layers=2, **SIZES),
+        },
+        SetCriterion,
+    ),
+    "gelu": lambda: (
+        {
+            "encoder": DropoutEncoder(num_layers=2, dropout=0.0, activation="gelu", **SIZES),
+            "decoder": SharedHeadsDropoutDecoder(num_classes=3, num_layers=2, dropout=0.0, activation="gelu", **SIZES),
+        },
+        SetCriterion,
+    ),
     "no encoder": lambda: ({"encoder": PlacedEncoder(num_layers=0, **SIZES)}, SetCriterion),
     "no auxiliary losses": lambda: ({}, FinalCriterion),
 }
@@ -118,6 +145,20 @@ def test_static_queries_ask_no_image():
     torch.testing.assert_close(boxes, fresh.query_selection.anchors.weight.sigmoid().expand(2, -1, -1))
 
 
+def test_anchors_have_no_contents():
+    """Contents are zeros, boxes those of the anchors, which alone are in the state dict; nothing is proposed."""
+    network, criterion = variant("zero contents")
+    outputs, losses = gradients(network, criterion, (1, 2))
+    assert outputs.proposals.boxes.shape == (0, 2, 12, 4)
+    assert len(losses) == 12
+    selection = network.query_selection
+    queries, _ = selection(network.tokenize(network.neck(random_batch(2)[0]), random_batch(2)[1]))
+    assert queries.content.shape == (2, 12, 32)
+    assert not queries.content.any()
+    assert torch.equal(queries.box_logits[1], selection.anchors.weight)
+    assert selection.state_dict().keys() == {"anchors.weight"}
+
+
 def selected(network, images, padding):
     """Memory and the selection's answer to it."""
     memory = network.encoder(network.tokenize(network.neck(images), padding))
@@ -162,6 +203,64 @@ def test_separate_criterion_agrees_with_the_common_one():
     assert set(found) == set(expected)
     for name, loss in expected.items():
         torch.testing.assert_close(found[name], loss)
+
+
+def test_losses_of_all_tokens():
+    """Queries are those of mixed selection; proposals those of each token, in the order of the memory."""
+    network, criterion = variant("all tokens")
+    memory, queries, proposals = selected(stirred(network), *random_batch(2))
+    mixed = QuerySelection(**SELECTION)
+    mixed.load_state_dict(network.query_selection.state_dict())
+    expected, chosen = mixed(memory)
+    for found, wanted in zip(queries[:2], expected[:2], strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert not queries.box_logits.requires_grad
+    features = mixed.project(memory.features.masked_fill(~mixed.anchors(memory)[1][..., None], 0))
+    torch.testing.assert_close(proposals.logits[0], mixed.class_head(features))
+    distances = torch.cdist(chosen.boxes[0], proposals.boxes[0], p=1)  # each selected box is among them
+    assert distances.amin(2).max() < 1e-5
+    unusable = ~mixed.anchors(memory)[1]
+    assert unusable.any()
+    assert (proposals.boxes[0][unusable] == 1).all()
+    outputs, losses = gradients(network, criterion, (2, 3))
+    assert len(losses) == 15
+    assert outputs.proposals.boxes.shape[2] == memory.features.shape[1] > 12
+
+
+def test_learned_sizes_start_at_the_usual_ones():
+    """As mixed selection at first; then a wide anchor, which doubles with each level; too large ones are unusable."""
+    network, _ = variant("learned sizes")
+    memory, queries, _ = selected(network, *random_batch(2))
+    selection, mixed = network.query_selection, QuerySelection(**SELECTION)
+    mixed.load_state_dict(selection.state_dict(), strict=False)
+    torch.testing.assert_close(queries.box_logits, mixed(memory)[0].box_logits)
+    with torch.no_grad():
+        selection.size.weight.copy_(torch.tensor([[0.2, 0.1]]).logit())
+    anchors, usable = selection.anchors(memory)
+    centers, _ = mixed.anchors(memory)
+    levels = [height * width for height, width in memory.shapes]
+    for level, (found, old, use) in enumerate(
+        zip(*(x.split(levels, 1) for x in (anchors, centers, usable)), strict=True)
+    ):
+        if level == 3:  # 1.6 of the image
+            assert not use.any()
+            continue
+        torch.testing.assert_close(found[use][:, :2], old[use][:, :2])
+        sides = torch.tensor([0.2, 0.1]) * 2**level
+        torch.testing.assert_close(found[use][:, 2:].sigmoid(), sides.expand(int(use.sum()), 2))
+
+
+def test_box_losses_of_the_proposals_train_the_sizes():
+    """Even where a side is exactly that of the image, at which the logit of an anchor has no gradient."""
+    network, criterion = variant("learned sizes")
+    with torch.no_grad():
+        network.query_selection.size.weight.copy_(torch.tensor([[0.5, 0.25]]).logit())  # 1 in levels 1 and 2
+    targets = random_targets(2, 3)
+    losses = criterion(network(*random_batch(2), targets), targets)
+    size = network.query_selection.size.weight
+    for name, trains in {"loss_bbox_interm": True, "loss_giou_interm": True, "loss_ce_interm": False}.items():
+        (gradient,) = torch.autograd.grad(losses[name], size, retain_graph=True, allow_unused=True)
+        assert (gradient is not None and gradient.isfinite().all() and gradient.any()) == trains, name
 
 
 def test_patterns_share_their_boxes():

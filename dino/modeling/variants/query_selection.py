@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from dino.structures import LayerOutputs, Queries, Tokens, at_most
 
 from ..transformer import QuerySelection
 
+_LARGEST_SIDE = 0.995  # of a learned anchor, as a fraction of the image
 _ROUNDS = 4  # of the suppression among tokens
 
 
 class LearnedQueries(nn.Module):
-    """Static queries: boxes and contents are learned, the same for all images (DAB-DETR, arXiv 2201.12329).
+    """Learned queries: boxes and contents are learned, the same for all images (Deformable DETR, arXiv 2010.04159).
 
     The encoder proposes nothing, so there are no `_interm` losses. Anchors are initialised as DAB-DETR's, from a normal
     distribution in logit space: large boxes around the middle. Unlike selected boxes, they have a gradient.
@@ -37,10 +39,67 @@ class LearnedQueries(nn.Module):
     def forward(self, memory: Tokens) -> tuple[Queries, LayerOutputs]:
         """Memory -> the same Q queries for every image, and predictions of no layer (N = 0)."""
         images = memory.features.shape[0]
-        content = self.content.weight.expand(images, -1, -1)  # (B, Q, E)
+        content = self.contents(memory.features).expand(images, -1, -1)  # (B, Q, E)
         box_logits = to_float32(self.anchors.weight).expand(images, -1, -1)  # (B, Q, 4)
         logits = content.new_zeros(0, images, self.num_queries, self.num_classes)
         return Queries(content, box_logits), LayerOutputs(logits, box_logits.new_zeros(0, *box_logits.shape))
+
+    def contents(self, features: Tensor) -> Tensor:
+        """(Q, E), in any case; `features` (B, S, E) are those of the memory."""
+        return self.content.weight
+
+
+class LearnedAnchors(LearnedQueries):
+    """Static queries: boxes are learned, contents are zero vectors (DETR; DAB-DETR, arXiv 2201.12329).
+
+    The paper's section 3.4 starts from these. Arguments are those of `LearnedQueries`.
+    """
+
+    def __init__(self, *, num_queries: int, num_classes: int, embed_dim: int = 256):
+        super().__init__(num_queries=num_queries, num_classes=num_classes, embed_dim=embed_dim)
+        del self.content  # nothing would train it
+
+    def contents(self, features: Tensor) -> Tensor:
+        """Zeros (Q, E)."""
+        return features.new_zeros(self.num_queries, features.shape[-1])
+
+
+class LearnedSizeSelection(QuerySelection):
+    """Query selection with a learned width and height of the anchors (`two_stage_learn_wh` of the official program).
+
+    Both are those of the finest level, the same for all images, and double with every level. The box losses of the
+    proposals train them. Arguments are those of `QuerySelection`; `anchor_size` is where both start.
+    """
+
+    def __init__(self, *, num_queries: int, num_classes: int, embed_dim: int = 256, anchor_size: float = 0.05):
+        super().__init__(num_queries=num_queries, num_classes=num_classes, embed_dim=embed_dim, anchor_size=anchor_size)
+        self.size = nn.Embedding(1, 2)  # before the sigmoid
+        nn.init.constant_(self.size.weight, math.log(anchor_size / (1 - anchor_size)))
+
+    def sides(self, like: Tensor, level: int) -> Tensor:
+        """(2,) width and height of the anchors of a level."""
+        # Anchors beyond 0.99 are unusable. At 1 the logarithm would give them a gradient that is no number.
+        return (to_float32(self.size.weight[0]).sigmoid() * 2.0**level).clamp(max=_LARGEST_SIDE).to(like)
+
+
+class AllTokenSelection(QuerySelection):
+    """Query selection whose proposals are those of all tokens (two-stage Deformable DETR, arXiv 2010.04159).
+
+    Queries are those of `QuerySelection`. Tokens without a usable anchor have the box (1, 1, 1, 1), and losses too.
+    There are more proposals than queries: use `SeparateCriterion`. The authors of DINO found no clear gain, for more
+    time and memory. Arguments are those of `QuerySelection`.
+    """
+
+    def choose(self, memory: Tokens, project: nn.Module) -> tuple[Queries, LayerOutputs]:
+        """See `QuerySelection.choose`; there are as many proposals as tokens."""
+        anchors, usable = self.anchors(memory)
+        features = project(memory.features.masked_fill(~usable[..., None], 0))  # (B, S, E)
+        box_logits = anchors + to_float32(self.box_head(features))  # (B, S, 4)
+        proposals = LayerOutputs(self.class_head(features)[None], box_logits.sigmoid()[None])
+        with torch.no_grad():
+            best = self.best_tokens(features, anchors, usable, memory.padding_mask)[..., None]  # (B, Q, 1)
+        contents = self.contents(features.gather(1, best.expand(-1, -1, features.shape[-1])))
+        return Queries(contents, box_logits.detach().gather(1, best.expand(-1, -1, 4))), proposals
 
 
 class DistinctSelection(QuerySelection):
