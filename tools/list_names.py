@@ -52,20 +52,24 @@ def anchor(text: str) -> str:
 def section(name_map: NameMap) -> Iterator[str]:
     """The lines of a program: how many settings, then a table for each group."""
     settings = list(name_map.settings.values())
-    counts = {
-        "with a counterpart": sum(bool(s.ours) for s in settings),
-        "left out": sum(bool(s.left_out) for s in settings),
-        "missing": sum(bool(s.missing) for s in settings),
-        "never read by that program": sum(s.never_read for s in settings),
-    }
-    numbers = ", ".join(f"{number} {what}" for what, number in counts.items() if number)
     yield f"\n## {heading(name_map)}\n"
-    yield f"[Source]({name_map.address}). {counted(len(settings), 'setting')}: {numbers}."
+    yield f"[Source]({name_map.address}). {counted(len(settings), 'setting')}: {numbers(settings)}."
     yield f"Defaults here: of `{name_map.recipe}`."
     for group, title in name_map.groups.items():
         rows = [row(setting) for setting in settings if setting.group == group]
-        yield f"\n### {title}\n" if rows else ""
-        yield from table(rows) if rows else ()
+        yield from (f"\n### {title}\n", *table(rows)) if rows else ()
+
+
+def numbers(settings: list[Setting]) -> str:
+    """How many of each kind."""
+    kinds = {
+        "ours": "with a counterpart",
+        "left_out": "left out",
+        "missing": "missing",
+        "never_read": "never read by that program",
+    }
+    counts = {what: sum(bool(getattr(setting, kind)) for setting in settings) for kind, what in kinds.items()}
+    return ", ".join(f"{number} {what}" for what, number in counts.items() if number)
 
 
 def table(rows: list[list[str]]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from detectron2.config import instantiate
 
 from dino.d2.recipe import read_recipe
 from dino.migration.python_settings import parse_options, read_settings
-from dino.migration.recipe_overrides import convert_settings
+from dino.migration.recipe_overrides import convert_settings, recipe_text
 from dino.modeling.network_cost import count_multiply_adds, count_parameters
 from dino.utils.overrides import apply
 from dino.utils.recipes import find_recipe
@@ -73,6 +73,39 @@ def test_the_recipe_has_the_same_network(convert, name, options):
     parameters, _ = COSTS.search(find_recipe(found.recipe).read_text()).groups()
     assert found.overrides == []
     assert int(parameters.replace(",", "")) == OFFICIAL[name, options][0]
+
+
+def test_a_written_recipe_is_read_with_detectron2(convert, tmp_path):
+    options = ("focal_alpha=0.3", "dropout=0.1", "param_dict_type=ddetr_in_mmdet", "lr_drop=8")
+    (tmp_path / "mine.py").write_text(recipe_text(convert("DINO_4scale", options), "DINO_4scale.py"))
+    cfg = read_recipe(str(tmp_path / "mine.py"))
+    with torch.device("meta"):
+        model = instantiate(cfg.model)
+    assert model.criterion.matcher.alpha == model.criterion.class_loss.alpha == 0.3
+    assert type(model.network.encoder).__name__ == "DropoutEncoder"
+    assert cfg.optimizer.params.lr_factor_func("sampling_offsets.weight") == 1.0
+    assert cfg.optimizer.params.lr_factor_func("layer.sampling_offsets.weight") == 0.1
+    assert list(instantiate(cfg.lr_multiplier)._milestones) == [8]
+
+
+@pytest.mark.parametrize(
+    ("option", "part", "name"),
+    [
+        ("two_stage_type=no", "network.query_selection", "LearnedQueries"),
+        ("embed_init_tgt=false", "network.query_selection", "PureSelection"),
+        ("two_stage_learn_wh=true", "network.query_selection", "LearnedSizeSelection"),
+        ("two_stage_keep_all_tokens=true", "network.query_selection", "AllTokenSelection"),
+        ("two_stage_keep_all_tokens=true", "criterion", "SeparateCriterion"),
+        ("aux_loss=false", "criterion", "FinalCriterion"),
+        ("use_detached_boxes_dec_out=true", "network.decoder", "LookForwardOnce"),
+        ("dec_pred_class_embed_share=false", "network.decoder", "Decoder"),
+    ],
+)
+def test_classes_of_overrides_are_built(convert, option, part, name):
+    found = convert("DINO_4scale", (option,))
+    with torch.device("meta"):
+        model = instantiate(apply(read_recipe(found.recipe), found.overrides).model)
+    assert type(model.get_submodule(part)).__name__ == name
 
 
 def test_multiply_adds(convert):
