@@ -113,7 +113,7 @@ def _read_python(path: Path, folder: Path, above: tuple[Path, ...]) -> dict[str,
     bases = own.pop(_BASE, [])
     where = f"{_shown(path)}, line {lines.get(_BASE)}"
     settings: dict[str, Any] = {}
-    for name in [bases] if isinstance(bases, str) else bases:
+    for name in bases if isinstance(bases, list) else [bases]:
         found = _read_python(_find_base(where, name, path, folder), folder, (*above, real))
         twice = sorted(settings.keys() & found.keys())
         if twice:
