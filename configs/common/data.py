@@ -13,7 +13,7 @@ MAX_SIZE = 1333  # bound of the long side
 
 dataloader = OmegaConf.create()
 dataloader.train = L(TrainLoader)(
-    dataset=L(dataset)(name="coco_2017_train"),
+    dataset=L(dataset)(name="coco_2017_train", filter_empty=False),
     mapper=L(TrainMapper)(
         augmentations=[
             L(T.RandomFlip)(),

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import argparse
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dino.cli import check_arguments, new_parser
 
 if TYPE_CHECKING:
-    from dino.weights.published import Published
+    from dino.weights.published import NotRead, Published
 
 _EXAMPLES = """
 examples:
@@ -46,16 +46,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_arguments(parser, {"--download needs a name": args.download and not args.name})
 
     from dino.weights import locate
-    from dino.weights.published import PUBLISHED, find
+    from dino.weights.published import NOT_READ, PUBLISHED, find
 
     entry = find(args.name)
     if args.download:
         print(locate(entry.name if entry else args.name))
         return
-    chosen = [other for name, other in PUBLISHED.items() if args.name in name]
-    if entry is None and not chosen:
+    chosen, others = ([e for name, e in table.items() if args.name in name] for table in (PUBLISHED, NOT_READ))
+    if entry is None and not chosen + others:
         locate(args.name)  # raises the error that names similar ones
-    print("\n".join(_describe(entry) if entry else _list(chosen)))
+    if entry:
+        lines = _describe(entry)
+    elif args.name in NOT_READ:
+        lines = _describe_not_read(NOT_READ[args.name])
+    else:
+        lines = _list(chosen, others)
+    print("\n".join(lines))
 
 
 def _find_here(entry: Published) -> Path | None:
@@ -72,12 +78,12 @@ def _megabytes(entry: Published, here: Path | None) -> int:
     return round((here.stat().st_size if here else entry.size or entry.megabytes * 10**6) / 1e6)
 
 
-def _list(entries: Sequence[Published]) -> list[str]:
+def _list(entries: Sequence[Published], not_read: Sequence[NotRead]) -> list[str]:
     """One line for each, and what the columns mean."""
     from dino.utils.files import counted
     from dino.weights.downloads import cache_folder
 
-    width = max(len(entry.name) for entry in entries)
+    width = max(len(entry.name) for entry in (*entries, *not_read))
     lines, sizes = [f"{'name':<{width}}    AP    MB  whose        file"], []
     for entry in entries:
         here = _find_here(entry)
@@ -86,14 +92,16 @@ def _list(entries: Sequence[Published]) -> list[str]:
         state = "in cache" if here else "download" if entry.address else "by hand"
         whose = "official" if entry.format == "official" else entry.owner
         lines.append(f"{entry.name:<{width}}  {entry.ap:.1f}  {size:>4}  {whose:<11}  {state}")
+    lines += [f"{e.name:<{width}}  {e.ap:.1f}     -  {e.owner:<11}  not read" for e in not_read]
     return [
         *lines,
         "",
         "AP: of boxes on COCO val2017, as published. MB: of the file that is in the cache,",
         "else of its tensors; the file may hold more.",
         f"{counted(len(sizes), 'file')} with {sum(sizes)} MB in the cache: {cache_folder()}",
-        "`dino weights NAME` says more. A name is used as a file is:",
-        f"  dino predict {entries[0].name} photo.jpg",
+        *(["not read: this project does not have the file's backbone."] if not_read else []),
+        "`dino weights NAME` says more.",
+        *(["A name is used as a file is:", f"  dino predict {entries[0].name} photo.jpg"] if entries else []),
     ]
 
 
@@ -115,8 +123,26 @@ def _describe(entry: Published) -> list[str]:
         "note": entry.note,
         "file": _describe_file(entry, here),
     }
+    return _lines_of(entry.name, facts)
+
+
+def _describe_not_read(entry: NotRead) -> list[str]:
+    """What is known of a file that this project can't use."""
+    facts = {
+        "AP": f"{entry.ap} on COCO val2017",
+        "whose": entry.owner,
+        "backbone": entry.backbone,
+        "address": entry.address,
+        "note": entry.note,
+        "not read": entry.reason,
+    }
+    return _lines_of(entry.name, facts)
+
+
+def _lines_of(name: str, facts: Mapping[str, str]) -> list[str]:
+    """A name, and below it a line for each fact that is known."""
     width = max(map(len, facts)) + 4
-    return [entry.name, *(f"  {key:<{width - 2}}{_wrap(fact, width)}" for key, fact in facts.items() if fact)]
+    return [name, *(f"  {key:<{width - 2}}{_wrap(fact, width)}" for key, fact in facts.items() if fact)]
 
 
 def _describe_file(entry: Published, here: Path | None) -> str:

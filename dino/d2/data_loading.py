@@ -32,21 +32,31 @@ logger = logging.getLogger("detectron2.dino")
 _OF_A_JOB = ("custom_train", "custom_val")  # names of the data that `dino.d2.recipe.DataFiles` states
 
 
-def dataset(name: str, annotations: str | None = None, images: str | None = None, crowd: str = "ignore") -> list[dict]:
+def dataset(
+    name: str,
+    annotations: str | None = None,
+    images: str | None = None,
+    crowd: str = "ignore",
+    filter_empty: bool = False,
+) -> list[dict]:
     """Load the dicts of a data set. Register its files first where `annotations` and `images` name them.
 
-    Keeps images without objects. Drops crowd regions, and boxes without area with a warning. The last two data sets
-    stay in memory; `load_dataset.cache_clear()` frees them.
+    Drops crowd regions, and boxes without area with a warning. The last two data sets stay in memory;
+    `load_dataset.cache_clear()` frees them.
 
     Args:
         name: of the set in Detectron2's catalog.
         annotations, images: a COCO-format JSON file and the folder of its images; None for a registered set.
         crowd: of such a file: "ignore" leaves crowd regions out, "objects" learns them as objects.
+        filter_empty: drop images without objects, as detrex does in all but its 24-epoch configuration. (Detectron2's
+            name. The official program keeps them.)
 
     Raises:
         DataError: `name` is not registered, the files have an issue, or a label is outside the classes.
     """
-    return load_dataset(name, annotations, images, crowd)  # by position: the cache distinguishes keywords
+    dicts = load_dataset(name, annotations, images, crowd)  # by position: the cache distinguishes keywords
+    # Data without any object keep their images: the summary of a training says what is wrong with such data.
+    return ([entry for entry in dicts if entry["annotations"]] or dicts) if filter_empty else dicts
 
 
 @functools.lru_cache(maxsize=2)

@@ -130,15 +130,16 @@ def _use_files(cfg: DictConfig, files: DataFiles, eval_only: bool) -> None:
     if files.train_json and not files.val_json and not eval_only:
         raise UserError("--train-json without --val-json: give validation data of the same classes too")
     if files.train_json:
-        cfg.dataloader.train.dataset = _dataset_node("train", *pairs["train"])
+        filter_empty = OmegaConf.select(cfg, "dataloader.train.dataset.filter_empty", default=False)
+        cfg.dataloader.train.dataset = _dataset_node("train", *pairs["train"], filter_empty=filter_empty)
     if files.val_json:
         cfg.dataloader.test.dataset = node = _dataset_node("val", *pairs["val"])
         cfg.dataloader.evaluator.dataset_name = node.name
 
 
-def _dataset_node(split: str, annotations: str, images: str) -> DictConfig:
+def _dataset_node(split: str, annotations: str, images: str, **options: bool) -> DictConfig:
     paths = {"annotations": os.path.abspath(annotations), "images": os.path.abspath(images)}
-    return LazyCall(_DATASET)(name=f"custom_{split}", **paths, crowd="ignore")
+    return LazyCall(_DATASET)(name=f"custom_{split}", **paths, crowd="ignore", **options)
 
 
 def _use_classes(cfg: DictConfig, stated: set[str], names: Sequence[str]) -> None:

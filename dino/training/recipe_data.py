@@ -37,6 +37,7 @@ class SplitFiles(NamedTuple):
     annotations: str
     images: str
     crowd: str = "ignore"
+    filter_empty: bool = False
 
 
 def files_of(node: Mapping) -> SplitFiles:
@@ -48,8 +49,10 @@ def files_of(node: Mapping) -> SplitFiles:
     """
     if "name" not in node:
         raise UserError("the recipe's data sets must be written as L(dino.d2.data_loading.dataset)(name=…)")
+    filter_empty = bool(node.get("filter_empty", False))
     if node.get("annotations") is not None:
-        return SplitFiles(str(node["annotations"]), str(node["images"]), node.get("crowd", "ignore"))
+        crowd = node.get("crowd", "ignore")
+        return SplitFiles(str(node["annotations"]), str(node["images"]), crowd, filter_empty)
     if node["name"] not in _COCO:
         raise DataError(
             f"the recipe's data set {node['name']!r} has no files: give --train and --val ANNOTATIONS IMAGES"
@@ -61,7 +64,7 @@ def files_of(node: Mapping) -> SplitFiles:
             f"the recipe's data set is COCO, but there is no file {annotations}: give --train and --val ANNOTATIONS "
             "IMAGES, or set DETECTRON2_DATASETS to the folder that holds coco/"
         )
-    return SplitFiles(str(annotations), str(images))
+    return SplitFiles(str(annotations), str(images), filter_empty=filter_empty)
 
 
 def class_names(node: Mapping) -> list[str]:
@@ -85,6 +88,8 @@ def _open(files: SplitFiles, changed: int) -> CocoImages:
     images = CocoImages(files.annotations, files.images, _unchanged, crowd=files.crowd)
     for annotation in images.data["annotations"]:
         annotation.pop("segmentation", None)  # COCO's outlines take gigabytes; only boxes are learned and evaluated
+    if files.filter_empty:  # as `dino.d2.data_loading.dataset` does
+        images.images = [entry for entry in images.images if images.objects[entry["id"]]] or images.images
     return images
 
 

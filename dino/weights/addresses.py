@@ -137,9 +137,11 @@ def _locate_published(name: str) -> str:
         PathError: there is no such name.
         UserError: it can't be fetched.
     """
-    from .published import PUBLISHED, find  # here: addresses without a name need no table
+    from .published import NOT_READ, PUBLISHED, find  # here: addresses without a name need no table
 
     entry = find(name)
+    if name in NOT_READ:
+        raise UserError(f"{name} can't be used: {NOT_READ[name].reason}")
     if entry is None:
         raise PathError(f"weights not found: {printable(name, 300)}{_describe_missing(name, tuple(PUBLISHED))}")
     by_hand = published_path(entry)

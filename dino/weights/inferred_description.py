@@ -22,6 +22,7 @@ from .levels import count_projections
 from .load_report import reason_of
 from .mmdetection import classes_of
 from .names import StateDict, count_parts, resnet_to_detectron2
+from .other_detectors import refuse_missing_backbone
 from .published import find, find_source
 from .reading import read_content
 
@@ -109,12 +110,16 @@ def describe_content(content: dict[str, Any], source: str) -> dict[str, Any]:
     """Describe the model in the content of a file of another program, see `with_description`.
 
     The content of any other file, such as that of a backbone, stays as it is.
+
+    Raises:
+        DataError: its model can't be described, or has a backbone that this project lacks.
     """
     if isinstance(content.get("about"), Mapping) or not any(isinstance(v, Mapping | Tensor) for v in content.values()):
         return content
     found = read_weights(content)
     if found.format in ("own", "backbone"):
         return content
+    refuse_missing_backbone(found.state)
     return with_description(content, found.state, find_unshown(content, found.format, source), source)
 
 

@@ -24,6 +24,7 @@ from .imagenet import ADDED, check_network, doubts_of_name, fit_backbone
 from .levels import fit_levels
 from .load_report import MISSING, Report, reason_of, shorten
 from .names import StateDict
+from .other_detectors import name_missing_backbone, refuse_missing_backbone
 from .reading import read_content
 from .values import to_dtypes
 
@@ -266,10 +267,12 @@ def _compare(
     """Sort all names into the report, and return the tensors to load; `fresh` has reasons known before.
 
     Raises:
-        DataError: a shape differs for another reason than `_Sizes` or the number of queries, or too little of the
-            backbone is there.
+        DataError: a shape differs for another reason than `_Sizes` or the number of queries, too little of the
+            backbone is there, or it is one that this project lacks.
     """
     tolerant = bool(wishes.min_backbone < MIN_BACKBONE or report.without_detector)
+    if not tolerant and name_missing_backbone(target.tensors) is None:
+        refuse_missing_backbone(own)
     chosen, reasons = _sort(own, target.tensors, theirs, tolerant)
     _fill_in(report, chosen, fresh | reasons, own, target)
     _check_backbone(report, own, target, wishes.min_backbone)

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from dino.utils.files import DataError
+
 _DINO = ""  # stands for DINO itself in the table
 _MOST, _LONGEST = 100_000, 500  # keys and characters that are looked at: files are not trusted
 # Name of a detector, and groups of fragments. Keys that have all fragments of one group are the detector's. A fragment
@@ -60,6 +62,10 @@ _DETECTORS: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = (
     ("a detector of mmdetection", (("bbox_head.",), ("rpn_head.",), ("roi_head.",))),
     ("another detector", (("bbox_embed.",), ("bbox_predictor.",), ("bbox_pred.",), ("box_predictor.",))),
 )
+_BACKBONES = (  # that published DINOs have and this project lacks
+    ("InternImage", (("levels.{i}.blocks.{i}.dcn.",),)),
+    ("EVA", (("net.blocks.{i}.attn.q_bias", "simfp_{i}."),)),
+)
 
 
 class _Fragment(NamedTuple):
@@ -79,7 +85,11 @@ class _Fragment(NamedTuple):
         return self.beginning in keys and bool(self.pattern.search(keys))
 
 
-_FRAGMENTS = [(name, [[_Fragment.of(part) for part in group] for group in groups]) for name, groups in _DETECTORS]
+def _read_table(table: tuple) -> list[tuple[str, list[list[_Fragment]]]]:
+    return [(name, [[_Fragment.of(part) for part in group] for group in groups]) for name, groups in table]
+
+
+_OF_DETECTORS, _OF_BACKBONES = _read_table(_DETECTORS), _read_table(_BACKBONES)
 
 
 def name_detector(keys: Iterable[str]) -> str | None:
@@ -89,6 +99,26 @@ def name_detector(keys: Iterable[str]) -> str | None:
         such as "Deformable DETR" or "a detector of torchvision"; None for a DINO in any known format, for a backbone
         alone and for anything else.
     """
+    return _find_first(_OF_DETECTORS, keys) or None
+
+
+def name_missing_backbone(keys: Iterable[str]) -> str | None:
+    """Name the backbone of a published DINO that this project lacks, such as "InternImage"; None for any other."""
+    return _find_first(_OF_BACKBONES, keys)
+
+
+def refuse_missing_backbone(keys: Iterable[str]) -> None:
+    """Raise a DataError where a file with these names of tensors has a backbone that this project lacks."""
+    backbone = name_missing_backbone(keys)
+    if backbone:
+        raise DataError(
+            f"its backbone is {backbone}, which this project does not have: use detrex for this file. The rest of it "
+            "can start a training with another backbone: train.init_checkpoint with train.min_backbone=0"
+        )
+
+
+def _find_first(table: list[tuple[str, list[list[_Fragment]]]], keys: Iterable[str]) -> str | None:
+    """The first name of a table whose fragments these keys have."""
     text = "\n".join(key[:_LONGEST] for key in itertools.islice(keys, _MOST))
-    found = (name for name, groups in _FRAGMENTS if any(all(part.is_in(text) for part in group) for group in groups))
-    return next(found, _DINO) or None
+    found = (name for name, groups in table if any(all(part.is_in(text) for part in group) for group in groups))
+    return next(found, None)

@@ -44,6 +44,23 @@ class Published(NamedTuple):
         return RAW_COCO_CLASSES if self.format == "official" else len(COCO_IDS)
 
 
+class NotRead(NamedTuple):
+    """A published file of weights whose backbone this project does not have, trained on COCO."""
+
+    name: str  # what a file with this backbone would be called here
+    backbone: str
+    address: str
+    page: str
+    owner: str
+    ap: float  # published box AP on COCO val2017, percent
+    note: str
+
+    @property
+    def reason(self) -> str:
+        """Why it is not read, and which program runs it."""
+        return f"this project has no {self.backbone} backbone; {self.owner} has: {self.page}"
+
+
 def _of_detrex(
     recipe: str, ending: str, file: str, ap: float, megabytes: int, note: str = "", *, position=(10000.0, -0.5)
 ) -> Published:
@@ -287,6 +304,35 @@ _ENTRIES = (
     ),
 )
 PUBLISHED: dict[str, Published] = {entry.name: entry for entry in _ENTRIES}
+
+NOT_READ: dict[str, NotRead] = {
+    name: NotRead(name, backbone, address, _DETREX_PAGE, "detrex", ap, f"{note}, 12 epochs, 4 scales")
+    for name, backbone, address, ap, note in (
+        *(
+            (
+                f"dino_internimage_{size[0]}_4scale_12ep",
+                f"InternImage-{size.title()}",
+                f"{_DETREX_FILES}v0.4.0/dino_internimage_{size}_4scale_12ep.pth",
+                ap,
+                f"backbone from ImageNet-{weights} weights",
+            )
+            for size, ap, weights in (
+                ("tiny", 52.3, "1k"),
+                ("small", 53.6, "1k"),
+                ("base", 54.7, "1k"),
+                ("large", 57.0, "22k"),
+            )
+        ),
+        (
+            "dino_eva_01_4scale_12ep",
+            "EVA-01",
+            "https://huggingface.co/IDEA-CVR/DINO-EVA/resolve/main/"
+            "dino_eva_01_o365_finetune_detr_like_augmentation_4scale_12ep.pth",
+            59.1,
+            "backbone from Objects365 weights",
+        ),
+    )
+}
 
 
 def find(name: str) -> Published | None:

@@ -5,7 +5,7 @@ import pytest
 from dino import cli
 from dino.weights.addresses import published_path
 from dino.weights.downloads import cached_path
-from dino.weights.published import PUBLISHED
+from dino.weights.published import NOT_READ, PUBLISHED
 
 from ..file_server import Reply
 
@@ -36,7 +36,7 @@ def test_the_list(capsys, cache):
     code, lines, _ = run(capsys)
     rows = rows_of(lines)
     assert code == 0
-    assert list(rows) == list(PUBLISHED)
+    assert list(rows) == [*PUBLISHED, *NOT_READ]
     assert rows["dino_r50_4scale_12ep"].split()[1:] == ["49.2", "191", "detrex", "download"]
     assert rows["dino_r50_4scale_12ep_official"].split()[1:] == ["49.0", "188", "official", "by", "hand"]
     assert f"0 files with 0 MB in the cache: {cache}" in lines
@@ -86,9 +86,20 @@ def test_download(capsys, monkeypatch, server):
     assert cached_path(entry.address).read_bytes() == b"weights"
 
 
+def test_files_that_are_not_read(capsys):
+    code, lines, _ = run(capsys, "internimage")
+    assert (code, len(rows_of(lines)), lines[-1]) == (0, 4, "`dino weights NAME` says more.")
+    assert rows_of(lines)["dino_internimage_s_4scale_12ep"].split()[1:] == ["53.6", "-", "detrex", "not", "read"]
+    _, lines, _ = run(capsys, "dino_eva_01_4scale_12ep")
+    text = " ".join(" ".join(lines).split())
+    for fact in ("59.1 on COCO", NOT_READ[lines[0]].address, "this project has no EVA-01 backbone; detrex has"):
+        assert fact in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected", "message"),
     [
+        (["dino_internimage_t_4scale_12ep", "--download"], 1, "this project has no InternImage-Tiny backbone; detrex"),
         (
             ["dino_r50_4scale_36ep", "--download"],
             1,

@@ -8,7 +8,12 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
+from detectron2.data import (
+    DatasetCatalog,
+    MetadataCatalog,
+    build_detection_test_loader,
+    get_detection_dataset_dicts,
+)
 from detectron2.data import transforms as T
 from detectron2.evaluation import inference_on_dataset
 from detectron2.structures import Boxes, BoxMode, Instances
@@ -151,6 +156,18 @@ def test_crowd_regions_as_objects(tmp_path):
         dataset("crowds_learned", *files)
     with pytest.raises(UserError, match="crowd='all': write ignore or objects"):
         dataset("crowds_of_another_kind", *files, crowd="all")
+
+
+def test_images_without_objects_are_dropped_on_request(tmp_path):
+    """As Detectron2's own reader drops them: crowd regions and boxes without area are no objects."""
+    files = write_coco(tmp_path, (2, 0, 3, 1))
+    files.change(lambda content: content["annotations"][-1].update(iscrowd=1))
+    assert [len(d["annotations"]) for d in dataset("all_images", *files)] == [2, 0, 3, 0]
+    assert [len(d["annotations"]) for d in dataset("with_objects", *files, filter_empty=True)] == [2, 3]
+    theirs = get_detection_dataset_dicts("with_objects", filter_empty=True)
+    assert [d["file_name"] for d in theirs] == [d["file_name"] for d in dataset("with_objects", filter_empty=True)]
+    empty = write_coco(tmp_path / "empty", (0, 0))
+    assert len(dataset("no_objects", *empty, filter_empty=True)) == 2  # the summary of a training refuses them
 
 
 def test_what_the_reader_accepts_is_evaluated(tmp_path):

@@ -283,6 +283,7 @@ def test_data_of_the_command_line_is_in_the_saved_recipe(tmp_path):
         "annotations": str(tmp_path / "train/annotations.json"),
         "images": str(tmp_path / "train"),
         "crowd": "ignore",
+        "filter_empty": False,
     }
     assert again.model.num_classes == 3
 

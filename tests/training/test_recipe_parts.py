@@ -43,6 +43,19 @@ def completed(files, *overrides, name=NAME):
     return complete(read_recipe(name), ["dataloader.train.num_workers=0", "train.device=cpu", *overrides], files)
 
 
+def test_images_without_objects_are_dropped_on_request(tmp_path, files):
+    """They stay in the validation data, and in training data without any object, which the summary refuses."""
+    key = "dataloader.train.dataset.filter_empty"
+    cfg = completed(files, f"{key}=True")
+    assert [train_loader(c).images.data.images[-1]["id"] for c in (cfg, completed(files))] == [4, 4]
+    assert [len(train_loader(c).images) for c in (cfg, completed(files))] == [3, 4]
+    assert len(train_loader(cfg).ratios) == 3
+    empty = DataFiles(*write_coco(tmp_path / "empty", (0, 0), category_ids=(7, 42)), *files[2:])
+    assert len(train_loader(completed(empty, f"{key}=True")).images) == 2
+    both = DataFiles(*files[:2], *files[:2])
+    assert len(val_images(completed(both, f"{key}=True"))) == 4
+
+
 def test_a_step_of_training(files):
     cfg = completed(files, "model.network.decoder.num_layers=1", "optimizer.lr=1e-3")
     check_supported(cfg)
@@ -200,7 +213,7 @@ def test_coco_in_its_folder(tmp_path, monkeypatch):
     (tmp_path / "coco/annotations").mkdir()
     path = tmp_path / "coco/annotations/instances_val2017.json"
     path.write_bytes((tmp_path / "coco/val2017/annotations.json").read_bytes())
-    assert files_of(node) == (str(path), written.images, "ignore")
+    assert files_of(node) == (str(path), written.images, "ignore", False)
     assert class_names(node) == ["red", "green", "blue"]
 
 

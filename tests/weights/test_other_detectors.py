@@ -3,8 +3,10 @@ import torch
 import torchvision
 
 from dino.modeling.variants import HybridBranch
-from dino.weights import convert
-from dino.weights.other_detectors import name_detector
+from dino.utils.files import DataError
+from dino.weights import convert, load_weights
+from dino.weights.inferred_description import describe_content
+from dino.weights.other_detectors import name_detector, name_missing_backbone
 
 from ..tiny import tiny_network
 from .test_checkpoint_formats import shared_network
@@ -119,3 +121,49 @@ def test_a_backbone_is_no_detector(name):
 
 def test_nothing_is_no_detector():
     assert name_detector([]) is None
+
+
+# Names of tensors of detrex' backbones that this project lacks, as in its models.
+MISSING_BACKBONES = {
+    "InternImage": "patch_embed.conv1.weight levels.0.blocks.0.dcn.offset.weight levels.3.blocks.4.gamma1",
+    "EVA": "net.pos_embed net.blocks.0.attn.q_bias net.blocks.0.attn.qkv.weight simfp_2.0.weight",
+}
+
+
+def file_with(backbone):
+    """A file of detrex with another backbone: names, and projections of other channels."""
+    state = convert(shared_network().state_dict(), to="detrex")
+    state["neck.convs.0.conv.weight"] = torch.zeros(32, 5, 1, 1)
+    rest = {key: value for key, value in state.items() if not key.startswith("backbone.")}
+    return {"model": rest | {f"backbone.{key}": torch.zeros(3) for key in MISSING_BACKBONES[backbone].split()}}
+
+
+@pytest.mark.parametrize("backbone", MISSING_BACKBONES)
+def test_a_file_with_a_backbone_that_is_missing_here(backbone):
+    """Says so in every place, before it asks for the position encoding or compares shapes."""
+    content, message = file_with(backbone), f"its backbone is {backbone}, which this project does not have"
+    assert name_missing_backbone(content["model"]) == backbone
+    with pytest.raises(DataError, match=message):
+        describe_content(content, "renamed.pth")
+    with pytest.raises(DataError, match=message):
+        load_weights(tiny_network(), content)
+    report = load_weights(tiny_network(), content, min_backbone=0)  # the rest may start a training
+    assert any(name.startswith("encoder.") for name in report.loaded)
+    assert not any(name.startswith("neck.backbone.") for name in report.loaded)
+
+
+def test_a_model_with_that_backbone_loads_its_own_file():
+    """Somebody's own InternImage, inside this project's network."""
+    network = tiny_network()
+    network.neck.backbone.levels = torch.nn.ModuleDict({"0": torch.nn.Module()})
+    block = torch.nn.Module()
+    block.dcn = torch.nn.Linear(2, 2)
+    network.neck.backbone.levels["0"].blocks = torch.nn.ModuleList([block])
+    assert name_missing_backbone(network.state_dict()) == "InternImage"
+    assert load_weights(network, network.state_dict()).problems == []
+
+
+@pytest.mark.parametrize("name", ["swin_t", "convnext_tiny", "vit_b_16"])
+def test_backbones_that_are_here_are_not_missing(name):
+    with torch.device("meta"):
+        assert name_missing_backbone(torchvision.models.get_model(name, weights=None).state_dict()) is None

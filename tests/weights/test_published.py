@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import dino
+from dino.utils.files import UserError
 from dino.utils.recipes import find_recipe
 from dino.weights import load_weights
-from dino.weights.addresses import published_path
+from dino.weights.addresses import locate, published_path
 from dino.weights.downloads import cached_path
-from dino.weights.published import PUBLISHED, find, find_file
+from dino.weights.published import NOT_READ, PUBLISHED, find, find_file
 
 from . import published_keys
 
@@ -36,6 +37,28 @@ def test_entries_say_what_is_needed():
         assert re.fullmatch(r"[0-9a-f]{8}|", entry.sha256)
         assert entry.sha256 in entry.file
         assert 45 < entry.ap < 60
+
+
+def test_every_download_of_detrex_is_known():
+    """Each row of its README has an entry with its AP and address, or the file is one that is not read."""
+    lines = (Path(__file__).parent / "detrex_downloads.txt").read_text().splitlines()
+    rows = [line.split() for line in lines if not line.startswith("#")]
+    storage = "https://github.com/IDEA-Research/detrex-storage/releases/download/"
+    theirs = {(float(ap), file if "//" in file else storage + file) for ap, file in rows if file != "-"}
+    assert (len(rows), len(theirs)) == (41, 40)
+    read = {(entry.ap, entry.address) for entry in PUBLISHED.values() if entry.owner == "detrex"}
+    not_read = {(entry.ap, entry.address) for entry in NOT_READ.values()}
+    assert (len(read), len(not_read)) == (35, 5)
+    assert read | not_read == theirs
+
+
+def test_files_that_are_not_read():
+    page = (Path(__file__).parents[2] / "docs/checkpoints.md").read_text()
+    for name, entry in NOT_READ.items():
+        assert (name, name in PUBLISHED) == (entry.name, False)
+        assert f"[{entry.backbone}]({entry.address}) {entry.ap}" in page
+        with pytest.raises(UserError, match=f"{name} can't be used: this project has no {entry.backbone} backbone"):
+            locate(name)
 
 
 def test_files_to_fetch_by_hand_say_so_in_their_names():
@@ -176,7 +199,10 @@ def test_the_projects_table_links_every_file():
         entries = [entry for entry in PUBLISHED.values() if entry.recipe == recipe]
         links = ", ".join(f"[`{e.name}`]({e.address or e.page}) {e.ap}" for e in entries)
         assert rows[recipe].rstrip("| ").endswith(f"| {links}"), links
-    assert page.count("detrex-storage") == sum("detrex-storage" in entry.address for entry in PUBLISHED.values())
+    known = {entry.address for entry in (*PUBLISHED.values(), *NOT_READ.values())}
+    linked = re.findall(r"https://[^\s)]*detrex-storage[^\s)]*", page)
+    assert known.issuperset(linked)
+    assert len(set(linked)) == len(linked) >= sum("detrex-storage" in entry.address for entry in PUBLISHED.values())
 
 
 @pytest.mark.parametrize(
