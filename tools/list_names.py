@@ -40,7 +40,7 @@ def page() -> str:
 
 def heading(name_map: NameMap) -> str:
     """The heading of a program."""
-    return f"{name_map.name[0].upper()}{name_map.name[1:]}"
+    return name_map.name.replace("the ", "The ", 1) if name_map.name.startswith("the ") else name_map.name
 
 
 def anchor(text: str) -> str:

@@ -21,6 +21,7 @@ _TEST_AUGMENTATIONS = "dataloader.test.mapper.augmentations.0"
 _START = "dino train RECIPE"  # what stands for the configuration itself
 _LEFT_OUT, _MISSING, _BY_HAND = "left out", "missing", "by hand"
 _NOTE = "note"  # of what is carried over
+_OF_A_PROCESS = ("commad_txt", "dist_backend", "dist_url", "distributed", "gpu", "local_rank", "rank")  # in stored runs
 _UNKNOWN = "no setting of that program"
 _ACTIVATIONS = ("relu", "gelu", "selu")
 _ONE_SHARED = (_LEFT_OUT, "one shared head of the two: no published model has it; here each layer has its own pair")
@@ -58,6 +59,8 @@ def convert_values(config: Mapping[str, Any], name_map: NameMap) -> Wanted:
     called: set[str] = set()
     for key, value in config.items():
         setting = name_map.settings.get(key)
+        if key in _OF_A_PROCESS:
+            continue
         if setting is None:
             remarks.append(Remark(key, value, _UNKNOWN, "no file and no argument of the official program has it"))
         elif setting.convert not in called:
