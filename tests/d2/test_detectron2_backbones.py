@@ -208,18 +208,18 @@ def test_the_faults_of_detectron2_are_known():
 
 
 @torch.no_grad()
-def test_the_dilated_resnet_computes_the_same_as_torchvisions(depth=50):
+def test_the_dilated_resnet_computes_the_same_as_torchvisions():
     """Parameters of the undilated one, outputs and strides of torchvision's; also built from a description."""
-    stem, stages = BasicStem(norm="FrozenBN"), dilated_stages(depth=depth, norm="FrozenBN")
+    stem, stages = BasicStem(norm="FrozenBN"), dilated_stages(depth=50, norm="FrozenBN")
     theirs = ResNet(stem, stages, out_features=R[1:], freeze_at=2).eval()
-    plain = ResNet.make_default_stages(depth, norm="FrozenBN", stride_in_1x1=False)
+    plain = ResNet.make_default_stages(50, norm="FrozenBN", stride_in_1x1=False)
     shapes = [
         {key: x.shape for key, x in nn.ModuleList(nn.Sequential(*blocks) for blocks in found).state_dict().items()}
         for found in (stages, plain)
     ]
     assert shapes[0] == shapes[1]
     assert {name: shape.stride for name, shape in theirs.output_shape().items()} == {"res3": 8, "res4": 16, "res5": 16}
-    node = {"norm": "FrozenBN", "depth": depth, "_target_": "dino.d2.detectron2_backbones.dilated_stages"}
+    node = {"norm": "FrozenBN", "depth": 50, "_target_": "dino.d2.detectron2_backbones.dilated_stages"}
     described = {
         "_target_": "detectron2.modeling.ResNet",
         "stem": {"_target_": "detectron2.modeling.backbone.BasicStem"},
