@@ -108,6 +108,15 @@ def test_classes_of_overrides_are_built(convert, option, part, name):
     assert type(model.get_submodule(part)).__name__ == name
 
 
+def test_dilation_is_of_the_last_stage(convert):
+    backbone = build(convert("DINO_4scale", ("dilation=true",))).neck.backbone
+    assert {name: shape.stride for name, shape in backbone.output_shape().items()} == {
+        "res3": 8,
+        "res4": 16,
+        "res5": 16,
+    }
+
+
 def test_multiply_adds(convert):
     found = convert("DINO_4scale", ())
     _, work = COSTS.search(find_recipe(found.recipe).read_text()).groups()

@@ -99,6 +99,9 @@ def test_other_backbones(settings):
             "train.mapper.augmentations.1.branches.1.2",
             "test.mapper.augmentations.0",
         )]),
+        (["dilation=true"], [
+            "model.network.neck.backbone.stages._target_=dino.d2.detectron2_backbones.dilated_stages"
+        ]),
         (["use_ema=true", "ema_decay=0.999"], ["train.ema.enabled=True", "train.ema.decay=0.999"]),
     ],
 )  # fmt: skip
@@ -136,12 +139,13 @@ def test_the_batch_of_all_gpus_keeps_the_learning_rate(settings):
         ("matcher_type=SimpleMinsumMatcher", "left out", "two objects"),
         ("dec_pred_bbox_embed_share=false", "left out", "one shared head"),
         ("use_detached_boxes_dec_out=true", "missing", "LookForwardOnce"),
+        ("dilation=true backbone=swin_L_384_22k", "left out", "patch merging"),
         ("transformer_activation=glu", "left out", "glu is an error"),
         ("mine=1", "no setting of that program", "no file"),
     ],
 )
 def test_what_is_not_carried_over_is_said(settings, option, kind, text):
-    (remark,) = convert(settings, option).remarks
+    (remark,) = convert(settings, *option.split()).remarks
     assert (remark.key, remark.kind) == (option.partition("=")[0], kind)
     assert text in remark.text
 
