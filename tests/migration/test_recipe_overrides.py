@@ -1,7 +1,11 @@
 """Configurations of the official program become the nearest recipe and its overrides."""
 
+import copy
+import functools
+
 import pytest
 
+from dino.migration import recipe_overrides
 from dino.migration.converted_values import _FUNCTIONS
 from dino.migration.name_map import read_map
 from dino.migration.python_settings import parse_options, read_settings
@@ -12,6 +16,7 @@ from dino.utils.overrides import apply
 
 from .official_files import SCRIPT, write_official
 
+READ = functools.cache(read_recipe)
 SELECTION = "model.network.query_selection._target_"
 
 
@@ -23,6 +28,12 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def settings(folder):
     return read_settings(folder / "DINO_4scale.py")
+
+
+@pytest.fixture(autouse=True)
+def read_once(monkeypatch):
+    """Each recipe's file runs once."""
+    monkeypatch.setattr(recipe_overrides, "read_recipe", lambda name: copy.deepcopy(READ(name)))
 
 
 def convert(settings, *options, **more):
