@@ -90,14 +90,18 @@ def _report(conversion: Conversion, source: str, output: Path | None) -> list[st
         " ".join(["dino train", *words]),
     ]
     if conversion.additions:
-        lines += [
-            "",
-            "Settings that no override can change" + (f", in {output}:" if output else ": write --output mine.py"),
-        ]
+        where = f", in {output}:" if output else ", so the command lacks them: add --output mine.py"
+        lines += ["", f"Settings that no override can change{where}"]
         lines += [f"  {key} = {printable(value, 200)}" for key, value in conversion.additions.items()]
+    return lines + _remarks(conversion)
+
+
+def _remarks(conversion: Conversion) -> list[str]:
+    """The remarks, by kind."""
+    lines = []
     for kind in dict.fromkeys(remark.kind for remark in conversion.remarks):
-        lines += ["", f"{kind.capitalize()}:"]
         found = [remark for remark in conversion.remarks if remark.kind == kind]
+        lines += ["", f"{kind.capitalize()}:"]
         lines += [f"  {printable(r.key)}={printable(r.value)}: {r.text}" for r in found]
     if conversion.never_read:
         lines += ["", f"Never read by that program: {', '.join(conversion.never_read)}"]

@@ -9,12 +9,42 @@ from collections.abc import Sequence
 from functools import partial
 
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import Backbone, SimpleFeaturePyramid, ViT
+from detectron2.modeling import Backbone, ResNet, SimpleFeaturePyramid, ViT
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
+from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import Tensor, nn
 
 from dino.modeling.backbones import extract, padding_of
+
+
+def dilated_stages(*, depth: int, norm: str = "BN", stride_in_1x1: bool = False) -> list[list[nn.Module]]:
+    """The stages of a ResNet whose last one dilates its convolutions instead of halving the size ("DC5" of DETR).
+
+    `res5` has stride 16 then. Parameters are those of `ResNet.make_default_stages`. As in torchvision, the dilation of
+    2 begins at the second block of the stage. (`RES5_DILATION` of Detectron2's former recipes dilates the first too.)
+
+    Args:
+        depth, norm, stride_in_1x1: as of `ResNet.make_default_stages`; the depth is 50, 101 or 152.
+
+    Raises:
+        ValueError: a depth whose blocks are no bottlenecks.
+    """
+    if depth not in (50, 101, 152):
+        raise ValueError(f"a ResNet of depth {depth} has no dilated form: those of depth 50, 101 and 152 have one")
+    *stages, last = ResNet.make_default_stages(depth, norm=norm, stride_in_1x1=stride_in_1x1)
+    count = len(last)
+    dilated = ResNet.make_stage(
+        BottleneckBlock,
+        count,
+        in_channels=last[0].in_channels,
+        out_channels=last[0].out_channels,
+        bottleneck_channels=last[0].out_channels // 4,
+        dilation_per_block=[1, *[2] * (count - 1)],
+        norm=norm,
+        stride_in_1x1=stride_in_1x1,
+    )
+    return [*stages, dilated]
 
 
 def vitdet(

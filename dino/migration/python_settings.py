@@ -14,7 +14,7 @@ from dino.utils.paths import find_file
 from dino.utils.printable import printable
 
 _MOST_BYTES = 1 << 20  # of a file; the official ones have 3 KB
-_DEEPEST = 10  # files that name one another as base
+_MOST_FILES = 20  # of one configuration; the official ones have two
 _BASE = "_base_"
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
 
@@ -35,7 +35,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
             back to a file that names it. The message names file, line and key.
     """
     file = find_file(path, "configuration file", {".py", ".json"})
-    return _read_json(file) if file.suffix.lower() == ".json" else _read_python(file, file.parent, ())
+    return _read_json(file) if file.suffix.lower() == ".json" else _read_python(file, file.parent, (), [])
 
 
 def parse_options(words: Sequence[str]) -> dict[str, Any]:
@@ -97,24 +97,25 @@ def _read_text(path: Path) -> str:
         raise DataError(f"{_shown(path)} is no text in UTF-8") from None
 
 
-def _read_python(path: Path, folder: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+def _read_python(path: Path, folder: Path, above: tuple[Path, ...], read: list[Path]) -> dict[str, Any]:
     """The settings of a file and of its bases.
 
     Args:
         folder: which must hold all bases.
-        above: the files that lead here by `_base_`.
+        above: the files that lead here by `_base_`. read: all files so far; this one is added.
     """
     real = path.resolve()
     if real in above:
         raise DataError(f"{_shown(path)}: its {_BASE} leads back to itself, through {_shown(above[-1])}")
-    if len(above) >= _DEEPEST:
-        raise DataError(f"{_shown(path)}: more than {_DEEPEST} files name one another as {_BASE}")
+    read.append(real)
+    if len(read) > _MOST_FILES:
+        raise DataError(f"{_shown(path)}: more than {_MOST_FILES} files are named by {_BASE}")
     own, lines = _assignments(path)
     bases = own.pop(_BASE, [])
     where = f"{_shown(path)}, line {lines.get(_BASE)}"
     settings: dict[str, Any] = {}
-    for name in [bases] if isinstance(bases, str) else bases:
-        found = _read_python(_find_base(where, name, path, folder), folder, (*above, real))
+    for name in bases if isinstance(bases, list) else [bases]:
+        found = _read_python(_find_base(where, name, path, folder), folder, (*above, real), read)
         twice = sorted(settings.keys() & found.keys())
         if twice:
             raise DataError(f"{where}: {printable(twice[0])} stands in two files of {_BASE}")

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _TORCHVISION_FAMILIES = re.compile(r"resnet|resnext|convnext|swin|efficientnet")
+_BOTTLENECKS = re.compile(r"resnet(50|1\d\d)|resnext")  # torchvision's ResNets whose 3x3 convolutions can be dilated
+_DILATABLE = ("res3", "res4", "res5")
 _NORMS = ("FrozenBN", "BN")
 _MAP_NORMS = ("none", "LN")
 _ODD_SIZE = (75, 101)  # pixels; no stride divides either side
@@ -48,9 +50,11 @@ class TorchvisionBackbone(nn.Module):
             BatchNorm only.
         map_norm: `LN` for a LayerNorm over the channels of each map, as detrex' ConvNeXt and FocalNet have.
         freeze: prefixes of parameter names (`conv1`, `bn1`, `layer1`, `features.0.`, …) that are not trained.
+        dilated: names of maps, `["res5"]` for DC5, whose stage dilates its convolutions instead of halving the size:
+            strides 8, 16, 16 for `res3` to `res5`. ResNets with bottlenecks only; weights stay the same.
 
     Raises:
-        ValueError: an unknown name, feature, norm or prefix.
+        ValueError: an unknown name, feature, norm, prefix or dilated map, or a network without dilation.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class TorchvisionBackbone(nn.Module):
         norm: str = "FrozenBN",
         map_norm: str = "none",
         freeze: Sequence[str] = (),
+        dilated: Sequence[str] = (),
     ):
         super().__init__()
         import torchvision  # here, because the network needs torch only
@@ -68,7 +73,7 @@ class TorchvisionBackbone(nn.Module):
         known = self.names_of_models()
         if name not in known:
             raise ValueError(f"unknown torchvision backbone {name!r}; there are {', '.join(known)}")
-        model = torchvision.models.get_model(name, weights=None)
+        model = torchvision.models.get_model(name, weights=None, **_dilation(name, dilated))
         self.channels_last = "swin" in name
         self.nested = hasattr(model, "features")  # all but ResNets keep their stages there
         layers = dict((model.features if self.nested else model).named_children())
@@ -241,12 +246,27 @@ def _feature_name(stride: int) -> str:
     return f"res{power:.0f}" if power.is_integer() else f"stride{stride}"
 
 
+def _dilation(name: str, dilated: Sequence[str]) -> dict[str, list[bool]]:
+    """The argument of torchvision's ResNets for the names of dilated maps; nothing for no names.
+
+    Raises:
+        ValueError: a name of no map, or of a network that torchvision can't dilate.
+    """
+    unknown = [feature for feature in dilated if feature not in _DILATABLE]
+    if unknown:
+        raise ValueError(f"unknown dilated maps {unknown} of {name!r}; there are {', '.join(_DILATABLE)}")
+    if dilated and not _BOTTLENECKS.search(name):
+        raise ValueError(f"{name!r} has no dilated form: ResNets from resnet50 on have one")
+    return {"replace_stride_with_dilation": [feature in dilated for feature in _DILATABLE]} if dilated else {}
+
+
 @torch.no_grad()
 def _find_stages(layers: dict[str, nn.Module], channels_last: bool) -> dict[str, tuple[str, FeatureShape]]:
     """Run the layers on a black image: name of a map -> (layer that returns it, its shape).
 
-    Stages are plain Sequentials. Of several with one stride, the last one counts. The last convolution of an
-    EfficientNet belongs to the classifier and is no stage.
+    Stages are plain Sequentials. A ResNet's keep their names where they are dilated; others are named by their strides.
+    Of several with one stride, the last one counts. The last convolution of an EfficientNet belongs to the classifier
+    and is no stage.
     """
     size = 64
     x, stages = torch.zeros(1, 3, size, size), {}
@@ -257,7 +277,8 @@ def _find_stages(layers: dict[str, nn.Module], channels_last: bool) -> dict[str,
         if type(layer) is nn.Sequential:
             shape = x.permute(0, 3, 1, 2).shape if channels_last else x.shape
             stride = size // shape[2]
-            stages[_feature_name(stride)] = (name, FeatureShape(shape[1], stride))
+            feature = f"res{int(name[-1]) + 1}" if name.startswith("layer") else _feature_name(stride)
+            stages[feature] = (name, FeatureShape(shape[1], stride))
         if name in ("7", "layer4"):  # pooling and classification follow
             break
     return stages

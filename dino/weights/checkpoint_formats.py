@@ -45,8 +45,9 @@ CLASS_KEYS = re.compile(
 )
 BRANCHES = "branches."  # front of the names of what only training uses
 
-_FROM_OFFICIAL = rules((official, own) for own, official, _ in DINO_NAMES)
-_TO_OFFICIAL = rules((own, official) for own, official, _ in DINO_NAMES)
+_LEARNED_SIZES = ("query_selection.size.weight", "transformer.two_stage_wh_embedding.weight")  # own · official
+_FROM_OFFICIAL = rules([(official, own) for own, official, _ in DINO_NAMES] + [_LEARNED_SIZES[::-1]])
+_TO_OFFICIAL = rules([(own, official) for own, official, _ in DINO_NAMES] + [_LEARNED_SIZES])
 _FROM_DETREX = rules((detrex, own) for own, _, detrex in DINO_NAMES)
 _TO_DETREX = rules((own, detrex) for own, _, detrex in DINO_NAMES)
 _FROM_HUGGING_FACE = rules((theirs.removeprefix("model."), official) for official, theirs in HUGGING_FACE_NAMES)
@@ -78,6 +79,8 @@ def convert(state_dict: StateDict, to: str = "own") -> StateDict:
     if to == "own":
         return own
     _check_standard(own)
+    if to != "official" and _LEARNED_SIZES[0] in own:
+        raise DataError("its anchors have learned sizes: only this project and the official program have them")
     return _WRITE[to]({key: value for key, value in own.items() if not key.startswith(BRANCHES)})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,6 +129,26 @@ def _write_file(target: Path, given: _Input, position: _Position, to: str, copy:
     print(f"{target}: {what}; {given.source} was in {given.found.format} format")
     if not describable:
         _print_dropped(given.own, to)
+        for setting in sorted(_unwritten(given.content)):
+            print(f"dropped: {setting}; the {to} format has no place for it, so set it in the other program")
+
+
+def _unwritten(content: Mapping) -> set[str]:
+    """Settings that change what the network computes, that no tensor shows, and that other programs have off."""
+    about = content.get("about")
+    text = about.get("config") if isinstance(about, Mapping) else None
+    found: set[str] = set()
+
+    def note(node: dict[str, Any]) -> dict[str, Any]:
+        if node.get("activation", "relu") != "relu":
+            found.add(f"the activation {node['activation']!s:.20}")
+        if node.get("dilated") or str(node.get("_target_")).endswith(".dilated_stages"):
+            found.add("the dilated stage of the ResNet")
+        return node
+
+    with suppress(ValueError, RecursionError):  # a broken description is none
+        json.loads(text if isinstance(text, str) else "{}", object_hook=note)
+    return found
 
 
 def _check_position(position: _Position, format_: str) -> None:

@@ -39,13 +39,13 @@ _BACKBONE = "neck.backbone."
 _DINO_ARGUMENTS = {
     "two_stage_type": ("standard",),
     "position_embedding": ("sine", "v2"),
-    "transformer_activation": ("relu",),
+    "transformer_activation": ("relu", "gelu", "selu"),
     "decoder_sa_type": ("sa",),
     "decoder_module_seq": (["sa", "ca", "ffn"],),
     "num_patterns": (0,),
     "embed_init_tgt": (True,),
     **dict.fromkeys(
-        ("pre_norm", "dilation", "masks", "add_channel_attention", "two_stage_learn_wh", "use_detached_boxes_dec_out"),
+        ("pre_norm", "dilation", "masks", "add_channel_attention", "use_detached_boxes_dec_out"),
         (False,),
     ),
 }
@@ -80,12 +80,14 @@ class Unshown(NamedTuple):
         offset: of the position encoding.
         num_heads: of the attention.
         max_detections: per image.
+        activation: of the feed-forward networks.
     """
 
     temperatures: tuple[float, float] = (20.0, 20.0)
     offset: float = 0.0
     num_heads: int = 8
     max_detections: int = 300
+    activation: str = "relu"
 
 
 def open_checkpoint(source: str | Path) -> tuple[str, dict[str, Any]]:
@@ -185,7 +187,8 @@ def _read_arguments(args: Mapping[str, Any]) -> Unshown:
         if type(value) not in {int, type(usual)} or not 0 < value < 1e9:
             raise DataError(f"args.{name} is {value!r:.100}, a number such as {usual} was expected")
     high, wide, heads, number = values.values()
-    return Unshown((float(high), float(wide)), default.offset, heads, number)
+    activation = args.get("transformer_activation", default.activation)
+    return Unshown((float(high), float(wide)), default.offset, heads, number, activation)
 
 
 def _preprocessing(unshown: Unshown) -> _Node:
@@ -229,7 +232,8 @@ def describe_network(own: StateDict, backbone: _Node, unshown: Unshown) -> _Node
     encoder, decoder = (
         {**attention, "num_layers": count_parts(own, f"{part}.layers.")} for part in ("encoder", "decoder")
     )
-    kind = "SharedHeadsDecoder" if has_shared_heads(own) else "Decoder"
+    shared = "SharedHeads" if has_shared_heads(own) else ""
+    selects = "variants.LearnedSizeSelection" if "query_selection.size.weight" in own else "QuerySelection"
     neck = {**_read_maps(backbone, own), "out_channels": embed_dim, "num_levels": levels}
     position = {"embed_dim": embed_dim, "temperatures": list(unshown.temperatures), "offset": unshown.offset}
     selection = {"num_queries": queries, "num_classes": classes, "embed_dim": embed_dim}
@@ -237,11 +241,18 @@ def describe_network(own: StateDict, backbone: _Node, unshown: Unshown) -> _Node
         "_target_": "dino.modeling.DINO",
         "neck": {"_target_": "dino.modeling.ChannelMapper", **neck},
         "position_encoding": {"_target_": "dino.layers.SinePositionEncoding", **position},
-        "encoder": {"_target_": "dino.modeling.Encoder", **encoder},
-        "query_selection": {"_target_": "dino.modeling.QuerySelection", **selection},
+        "encoder": {**_activated("", "Encoder", unshown.activation), **encoder},
+        "query_selection": {"_target_": f"dino.modeling.{selects}", **selection},
         "denoising": {"_target_": "dino.layers.ContrastiveDenoising", "num_classes": classes, "embed_dim": embed_dim},
-        "decoder": {"_target_": f"dino.modeling.{kind}", "num_classes": classes, **decoder},
+        "decoder": {**_activated(shared, "Decoder", unshown.activation), "num_classes": classes, **decoder},
     }
+
+
+def _activated(front: str, part: str, activation: str) -> _Node:
+    """The class of encoder or decoder for an activation, without dropout."""
+    if activation == "relu":
+        return {"_target_": f"dino.modeling.{front}{part}"}
+    return {"_target_": f"dino.modeling.variants.{front}Dropout{part}", "dropout": 0.0, "activation": activation}
 
 
 def _describe_resnet(own: StateDict) -> _Node | None:

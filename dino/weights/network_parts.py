@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import dino.modeling
@@ -124,11 +125,12 @@ def _find_part(target: Any) -> Callable:
 
 
 class _Stages(NamedTuple):
-    """The arguments of Detectron2's `ResNet.make_default_stages`."""
+    """The arguments of Detectron2's `ResNet.make_default_stages`, and the maps that `dilated_stages` dilates."""
 
     depth: int
     norm: str = "BN"
     stride_in_1x1: bool = False
+    dilated: Sequence[str] = ()
 
 
 def _torchvision_resnet(**arguments: Any) -> TorchvisionBackbone:
@@ -146,7 +148,8 @@ def _resnet_arguments(*, stem: str, stages: _Stages, out_features: Sequence[str]
     if stages.stride_in_1x1 or norm not in ("BN", "FrozenBN") or stem not in ("BN", "FrozenBN", "SyncBN"):
         raise DataError(f"a ResNet with {tuple(stages)} is not torchvision's: Detectron2 would be needed")
     freeze = [*("conv1", "bn1")[: 2 * freeze_at], *(f"layer{stage}" for stage in range(1, min(freeze_at, 5)))]
-    return {"name": f"resnet{stages.depth}", "out_features": out_features, "norm": norm, "freeze": freeze}
+    dilated = {"dilated": list(stages.dilated)} if stages.dilated else {}
+    return {"name": f"resnet{stages.depth}", "out_features": out_features, "norm": norm, "freeze": freeze, **dilated}
 
 
 def without_detectron2(node: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -180,6 +183,7 @@ PARTS: dict[str, Callable] = {
     "dino.layers.SinePositionEncoding": SinePositionEncoding,
     _RESNET: _torchvision_resnet,
     "detectron2.modeling.ResNet.make_default_stages": _Stages,
+    "dino.d2.detectron2_backbones.dilated_stages": partial(_Stages, dilated=("res5",)),
     "detectron2.modeling.backbone.BasicStem": _resnet_stem,
 }
 # The parts that need Detectron2, as module:attribute. Strings, because the module is imported only for a file that asks

@@ -50,7 +50,7 @@ def test_a_recipe(capsys, folder, tmp_path):
     out = tmp_path / "mine.py"
     arguments = [folder / "DINO_4scale.py", "--options", "focal_alpha=0.3", "enc_layers=3"]
     _, lines, _ = run(capsys, *arguments)
-    assert "Settings that no override can change: write --output mine.py" in lines
+    assert "Settings that no override can change, so the command lacks them: add --output mine.py" in lines
     assert "  model.criterion.alpha = 0.3" in lines
     code, lines, _ = run(capsys, *arguments, "--output", out)
     assert code == 0

@@ -17,12 +17,13 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from omegaconf import OmegaConf
 from torch import nn
 
-from dino.d2.detectron2_backbones import AsBackbone, regnet, vitdet
+from dino.d2.detectron2_backbones import AsBackbone, dilated_stages, regnet, vitdet
 from dino.d2.training import engine
 from dino.modeling import ChannelMapper, TimmBackbone, TorchvisionBackbone
 from dino.modeling.backbones import extract, padding_of
 from dino.training.memory_saving import checkpoint_activations
 from dino.training.recipe_nodes import plain
+from dino.weights.names import resnet_to_detectron2
 
 from .recipes import tiny_recipe
 
@@ -35,6 +36,11 @@ def resnet(depth, features=R[1:]):
     return L(ResNet)(
         stem=L(BasicStem)(norm="BN"), stages=L(ResNet.make_default_stages)(**stages), out_features=features
     )
+
+
+def dilated_resnet():
+    stages = L(dilated_stages)(depth=50, norm="BN")
+    return L(ResNet)(stem=L(BasicStem)(norm="BN"), stages=stages, out_features=R[1:])
 
 
 def swin(indices):
@@ -70,6 +76,7 @@ BACKBONES = {
     "ResNet-18, 5 levels": (resnet(18, R), R),
     "ResNet-50": (resnet(50), R[1:]),
     "ResNet-101": (resnet(101), R[1:]),
+    "ResNet-50, dilated": (dilated_resnet(), R[1:]),
     "RegNet": (small_regnet(["s2", "s3", "s4"]), ["s2", "s3", "s4"]),
     "RegNet, 5 levels": (small_regnet(["s1", "s2", "s3", "s4"]), ["s1", "s2", "s3", "s4"]),
     "Swin": (swin([1, 2, 3]), ["p1", "p2", "p3"]),
@@ -198,6 +205,39 @@ def test_the_faults_of_detectron2_are_known():
     assert padding_of(instantiate(L(vitdet)(embed_dim=32, depth=1, num_heads=2, square_pad=256))) == (32, 256)
     assert padding_of(instantiate(fpn(resnet(18), R[1:]))) == (32, 0)
     assert padding_of(instantiate(resnet(18))) == (1, 0)
+
+
+@torch.no_grad()
+def test_the_dilated_resnet_computes_the_same_as_torchvisions():
+    """Parameters of the undilated one, outputs and strides of torchvision's; also built from a description."""
+    stem, stages = BasicStem(norm="FrozenBN"), dilated_stages(depth=50, norm="FrozenBN")
+    theirs = ResNet(stem, stages, out_features=R[1:], freeze_at=2).eval()
+    plain = ResNet.make_default_stages(50, norm="FrozenBN", stride_in_1x1=False)
+    shapes = [
+        {key: x.shape for key, x in nn.ModuleList(nn.Sequential(*blocks) for blocks in found).state_dict().items()}
+        for found in (stages, plain)
+    ]
+    assert shapes[0] == shapes[1]
+    assert {name: shape.stride for name, shape in theirs.output_shape().items()} == {"res3": 8, "res4": 16, "res5": 16}
+    node = {"norm": "FrozenBN", "depth": 50, "_target_": "dino.d2.detectron2_backbones.dilated_stages"}
+    described = {
+        "_target_": "detectron2.modeling.ResNet",
+        "stem": {"_target_": "detectron2.modeling.backbone.BasicStem"},
+    }
+    ours = network_parts._build({**described, "stages": node, "out_features": R[1:], "freeze_at": 2}).eval()
+    assert isinstance(ours, TorchvisionBackbone)
+    for name, buffer in ours.named_buffers():
+        buffer.uniform_(0.5, 1) if name.endswith(("weight", "var")) else buffer.normal_(std=0.1)
+    theirs.load_state_dict(resnet_to_detectron2(ours.state_dict()))
+    images = torch.randn(1, 3, 61, 70)
+    expected = theirs(images)
+    for name, features in ours(images).items():
+        torch.testing.assert_close(features, expected[name], rtol=1e-4, atol=1e-4)
+
+
+def test_shallow_resnets_are_not_dilated():
+    with pytest.raises(ValueError, match="a ResNet of depth 18 has no dilated form"):
+        dilated_stages(depth=18)
 
 
 def test_squares_that_are_too_small_crop_nothing():

@@ -2,14 +2,17 @@
 
 import pytest
 
+from dino.migration.converted_values import _FUNCTIONS
 from dino.migration.name_map import read_map
 from dino.migration.python_settings import parse_options, read_settings
-from dino.migration.recipe_overrides import _FUNCTIONS, convert_settings, recipe_text
+from dino.migration.recipe_overrides import convert_settings, recipe_text
 from dino.training.recipe_reading import read_recipe
 from dino.utils.files import DataError
 from dino.utils.overrides import apply
 
 from .official_files import SCRIPT, write_official
+
+SELECTION = "model.network.query_selection._target_"
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +70,13 @@ def test_other_backbones(settings):
     [
         (["hidden_dim=128", "nheads=4"], ["model.network.neck.out_channels=128", "model.network.encoder.num_heads=4"]),
         (["use_dn=false"], ["model.network.denoising.num_denoising=0"]),
-        (["two_stage_type=no", "embed_init_tgt=false"], ["model.network.query_selection._target_=dino.modeling.variants.LearnedQueries"]),
-        (["embed_init_tgt=false"], ["model.network.query_selection._target_=dino.modeling.variants.PureSelection"]),
+        (["two_stage_type=no", "embed_init_tgt=false"], [f"{SELECTION}=dino.modeling.variants.LearnedQueries"]),
+        (["embed_init_tgt=false"], [f"{SELECTION}=dino.modeling.variants.PureSelection"]),
+        (["two_stage_learn_wh=true"], [f"{SELECTION}=dino.modeling.variants.LearnedSizeSelection"]),
+        (["two_stage_keep_all_tokens=true"], [
+            f"{SELECTION}=dino.modeling.variants.AllTokenSelection",
+            "model.criterion._target_=dino.modeling.variants.SeparateCriterion",
+        ]),
         (["aux_loss=false"], ["model.criterion._target_=dino.modeling.variants.FinalCriterion"]),
         (
             ["dec_pred_bbox_embed_share=false", "dec_pred_class_embed_share=false"],
@@ -91,6 +99,9 @@ def test_other_backbones(settings):
             "train.mapper.augmentations.1.branches.1.2",
             "test.mapper.augmentations.0",
         )]),
+        (["dilation=true"], [
+            "model.network.neck.backbone.stages._target_=dino.d2.detectron2_backbones.dilated_stages"
+        ]),
         (["use_ema=true", "ema_decay=0.999"], ["train.ema.enabled=True", "train.ema.decay=0.999"]),
     ],
 )  # fmt: skip
@@ -128,11 +139,13 @@ def test_the_batch_of_all_gpus_keeps_the_learning_rate(settings):
         ("matcher_type=SimpleMinsumMatcher", "left out", "two objects"),
         ("dec_pred_bbox_embed_share=false", "left out", "one shared head"),
         ("use_detached_boxes_dec_out=true", "missing", "LookForwardOnce"),
+        ("dilation=true backbone=swin_L_384_22k", "left out", "patch merging"),
+        ("transformer_activation=glu", "left out", "glu is an error"),
         ("mine=1", "no setting of that program", "no file"),
     ],
 )
 def test_what_is_not_carried_over_is_said(settings, option, kind, text):
-    (remark,) = convert(settings, option).remarks
+    (remark,) = convert(settings, *option.split()).remarks
     assert (remark.key, remark.kind) == (option.partition("=")[0], kind)
     assert text in remark.text
 
@@ -153,6 +166,31 @@ def test_what_no_override_can_change_is_a_recipe(settings, tmp_path):
     assert recipe.model.network.encoder.embed_dim == 256
 
 
+def test_dropout_is_another_class(settings):
+    found = convert(settings, "dropout=0.1", "transformer_activation=gelu")
+    assert found.overrides == [
+        "model.network.encoder._target_=dino.modeling.variants.DropoutEncoder",
+        "model.network.decoder._target_=dino.modeling.variants.SharedHeadsDropoutDecoder",
+    ]
+    assert found.additions == {
+        f"model.network.{part}.{name}": value
+        for part in ("encoder", "decoder")
+        for name, value in (("dropout", 0.1), ("activation", "gelu"))
+    }
+
+
+def test_text_of_a_file_is_never_code(settings, tmp_path):
+    """Values are written as literals, whatever they say."""
+    odd = "dino.utils; open('executed', 'w')"
+    found = convert_settings({**settings, "device": odd, "focal_alpha": odd, "dropout": 0.5})
+    text = recipe_text(found, "a.py")
+    assert f"train.device = {odd!r}" in text
+    assert f"model.criterion.alpha = {odd!r}" in text
+    assert [line for line in text.splitlines() if "import" in line] == [
+        "from dino.training.recipe_reading import read_recipe"
+    ]
+
+
 def test_weight_decay_as_large_wd(settings):
     found = convert(settings, "param_dict_type=large_wd")
     assert found.additions["optimizer.params.weight_decay_norm"] == 0.0
@@ -162,12 +200,15 @@ def test_weight_decay_as_large_wd(settings):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("lr=fast", "optimizer.lr must be a number, not 'fast'"),
+        ("lr=fast", "lr=fast: a number from 0"),
+        ("weight_decay=high", "optimizer.weight_decay must be a number, not 'high'"),
         ("enc_layers=6,6", "model.network.encoder.num_layers must be"),
         ("backbone=vgg", "backbone='vgg': the official program has resnet50"),
         ("backbone=1", "backbone='1'"),
-        ("lr_drop=0", "lr_drop=0: a whole number of at least 1"),
+        ("lr_drop=0", "lr_drop=0: a whole number from 1"),
         ("epochs=many", "epochs=many: a number"),
+        ("epochs=1e300", "epochs=1e+300: a number from 1 to 1,000,000"),
+        ("epochs=1000000", "lr_drop: 90,909 drops"),
         ("dn_number=-1", "dn_number=-1"),
         ("data_aug_scales=480", "data_aug_scales=480: a list of numbers"),
         ("return_interm_indices=1,2", "return_interm_indices=[1, 2]"),

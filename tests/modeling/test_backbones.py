@@ -8,6 +8,8 @@ from torch import nn
 from dino.modeling import ChannelMapper, TimmBackbone, TorchvisionBackbone
 from dino.modeling.backbones import FeatureShape, Padding, extract, padding_of
 
+from ..tiny import default_criterion, random_batch, random_targets, tiny_network
+
 NAMES = ["res2", "res3", "res4", "res5"]
 
 
@@ -65,6 +67,74 @@ def test_errors():
         TorchvisionBackbone("resnet18", freeze=["layer9"])
     with pytest.raises(ValueError, match="unknown norm 'GN'; there are FrozenBN, BN"):
         TorchvisionBackbone("resnet18", norm="GN")
+
+
+DC5 = {"res3": FeatureShape(512, 8), "res4": FeatureShape(1024, 16), "res5": FeatureShape(2048, 16)}
+
+
+@torch.no_grad()
+def test_a_dilated_stage_keeps_the_size_and_the_weights():
+    """The numbers of the undilated ResNet up to `res4`, torchvision's own of its last stage; any size of the image."""
+    plain, dilated = TorchvisionBackbone("resnet50").eval(), TorchvisionBackbone("resnet50", dilated=["res5"]).eval()
+    assert dilated.output_shape() == DC5
+    assert dilated.size_divisibility == 0
+    dilated.load_state_dict(plain.state_dict())
+    images = torch.randn(1, 3, 59, 75)
+    maps, expected = dilated(images), plain(images)
+    assert [maps[name].shape[-2:] for name in DC5] == [(8, 10), (4, 5), (4, 5)]
+    for name in ("res3", "res4"):
+        torch.testing.assert_close(maps[name], expected[name])
+    convolutions = [block.conv2 for block in dilated.body.layer4]
+    assert [c.dilation for c in convolutions] == [(1, 1), (2, 2), (2, 2)]
+    assert {c.stride for c in convolutions} == {(1, 1)}
+    # Every second cell of a stage without stride is what the stride gives, as long as no dilation has followed.
+    first = plain.body.layer4[0](expected["res4"])
+    torch.testing.assert_close(dilated.body.layer4[0](maps["res4"])[..., ::2, ::2], first, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_levels_of_a_dilated_network():
+    """Strides 8, 16, 16 and 32: the extra level comes from `res5`. Padding, anchors and boxes fit their images."""
+    torch.manual_seed(0)
+    network = tiny_network()
+    backbone = TorchvisionBackbone("resnet50", dilated=["res5"])
+    network.neck = ChannelMapper(backbone=backbone, in_features=list(DC5), out_channels=32, norm_groups=8)
+    images, padding = random_batch(2, 96, 128)  # the second image has 72 x 96 pixels
+    tokens = network.eval().tokenize(network.neck(images), padding)
+    assert tokens.shapes == [(12, 16), (6, 8), (6, 8), (3, 4)]
+    sides = torch.tensor([[12.0, 9.0], [6.0, 5.0], [6.0, 5.0], [3.0, 3.0]])  # of the second image in cells, as (w, h)
+    torch.testing.assert_close(tokens.valid_sizes[1], sides)
+    logits, usable = network.query_selection.anchors(tokens)
+    levels = [x[0].split([h * w for h, w in tokens.shapes]) for x in (logits.sigmoid(), usable)]
+    for level, (boxes, use) in enumerate(zip(*levels, strict=True)):
+        assert use.all()
+        torch.testing.assert_close(boxes[:, 2:], torch.full_like(boxes[:, 2:], 0.05 * 2**level))
+    torch.testing.assert_close(levels[0][1][:, :2], levels[0][2][:, :2])  # centres of the two levels of one stride
+    assert network(images, padding).decoder.boxes.isfinite().all()
+
+
+def test_a_dilated_network_trains():
+    torch.manual_seed(0)
+    network = tiny_network()
+    backbone = TorchvisionBackbone("resnet50", dilated=["res5"], freeze=["conv1", "layer1"])
+    network.neck = ChannelMapper(backbone=backbone, in_features=list(DC5), out_channels=32, norm_groups=8)
+    targets = random_targets(1, 2)
+    losses = default_criterion()(network(*random_batch(2), targets), targets)
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("name", "dilated", "message"),
+    [
+        ("resnet50", ["layer4"], r"unknown dilated maps \['layer4'\] of 'resnet50'; there are res3, res4, res5"),
+        ("resnet18", ["res5"], "'resnet18' has no dilated form: ResNets from resnet50 on have one"),
+        ("convnext_tiny", ["res5"], "'convnext_tiny' has no dilated form"),
+    ],
+)
+def test_what_can_not_be_dilated(name, dilated, message):
+    with pytest.raises(ValueError, match=message):
+        TorchvisionBackbone(name, dilated=dilated)
 
 
 @torch.no_grad()

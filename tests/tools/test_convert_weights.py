@@ -1,4 +1,5 @@
 import argparse
+import json
 
 import pytest
 import torch
@@ -68,6 +69,27 @@ def test_what_is_lost_is_said(tmp_path, capsys):
     assert "dropped" not in capsys.readouterr().out
     convert(tmp_path / "branch.pth", tmp_path / "other.pth", "official")
     assert "dropped: the branches, which only training uses; the official format" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("described", "lost"),
+    [
+        ({"encoder": {"activation": "gelu"}, "decoder": {"activation": "gelu"}}, ["the activation gelu"]),
+        ({"backbone": {"name": "resnet50", "dilated": ["res5"]}}, ["the dilated stage of the ResNet"]),
+        ({"stages": {"_target_": "dino.d2.detectron2_backbones.dilated_stages"}}, ["the dilated stage of the ResNet"]),
+        ({"encoder": {"activation": "relu"}, "backbone": {"dilated": []}}, []),
+    ],
+)
+def test_settings_that_no_tensor_shows_are_named(tmp_path, capsys, described, lost):
+    content = {"model": shared_network().state_dict(), "about": {"config": json.dumps({"network": described})}}
+    torch.save(content, tmp_path / "own.pth")
+    convert(tmp_path / "own.pth", tmp_path / "official.pth", "official")
+    said = [
+        f"dropped: {name}; the official format has no place for it, so set it in the other program" for name in lost
+    ]
+    assert [line for line in capsys.readouterr().out.splitlines() if "dropped" in line] == said
+    convert(tmp_path / "own.pth", tmp_path / "again.pth", "own")
+    assert "dropped" not in capsys.readouterr().out
 
 
 @torch.no_grad()

@@ -92,3 +92,9 @@ def test_an_installed_package_carries_them(installed, monkeypatch):
 def test_an_installed_package_carries_the_templates(installed):
     names = {path.name for path in (ROOT / "dino/evaluation/report/templates").iterdir()}
     assert {path.name for path in (installed / "evaluation/report/templates").iterdir()} == names
+
+
+def test_an_installed_package_carries_the_maps_of_names(installed):
+    names = {path.name for path in (ROOT / "dino/migration").glob("*.toml")}
+    assert "official.toml" in names
+    assert {path.name for path in (installed / "migration").glob("*.toml")} == names

@@ -75,6 +75,7 @@ def official_name(own, laterals):
             "class_head": f"transformer.enc_out_class_embed.{leaf}",
             "box_head": f"transformer.enc_out_bbox_embed.layers.{MLP_LAYERS.get(words[1])}.{leaf}",
             "content": "transformer.tgt_embed.weight",
+            "size": "transformer.two_stage_wh_embedding.weight",
         }[words[0]]
     return decoder_name(words)
 

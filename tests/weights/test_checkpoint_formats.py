@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dino.modeling import TorchvisionBackbone, build_dino, share_heads
-from dino.modeling.variants import HybridBranch, LearnedQueries, PureSelection
+from dino.modeling.variants import HybridBranch, LearnedQueries, LearnedSizeSelection, PureSelection
 from dino.utils.files import DataError
 from dino.weights import convert, recognise, resnet_to_detectron2
 from dino.weights.checkpoint_formats import COCO_IDS, UNUSED_LABELS, coco_to_contiguous
@@ -143,6 +143,18 @@ def test_variants_are_not_written_for_other_programs(variant):
     assert set(convert(network.state_dict())) == set(network.state_dict())
     with pytest.raises(DataError, match="only this project has it"):
         convert(network.state_dict(), to="detrex")
+
+
+def test_learned_sizes_are_written_for_the_official_program_alone():
+    network = shared_network()
+    network.query_selection = randomise(LearnedSizeSelection(num_queries=12, num_classes=3, embed_dim=32))
+    own = network.state_dict()
+    official = convert(own, to="official")
+    assert torch.equal(official["transformer.two_stage_wh_embedding.weight"], own["query_selection.size.weight"])
+    assert equal(convert(official), own)
+    for to in ("detrex", "huggingface", "mmdetection"):
+        with pytest.raises(DataError, match="its anchors have learned sizes"):
+            convert(own, to=to)
 
 
 @pytest.mark.parametrize("to", ["official", "detrex", "huggingface"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dino.modeling import TorchvisionBackbone, build_dino, share_heads
+from dino.modeling.variants import DropoutEncoder, LearnedSizeSelection, SharedHeadsDropoutDecoder
 from dino.utils.files import DataError
 from dino.weights import file_facts
 from dino.weights.checkpoint_formats import COCO_IDS
@@ -47,6 +48,39 @@ def test_an_official_file_is_a_detector(tmp_path):
     found = detector_from_checkpoint(official_file(tmp_path / "checkpoint0011_4scale.pth", model))
     assert found.category_ids == list(range(91))
     assert [found.names[label] for label in (1, 3, 90)] == ["person", "car", "toothbrush"]
+    batch = random_batch(2)
+    assert torch.equal(found.network(*batch).decoder.boxes, model(*batch).decoder.boxes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ["gelu", "selu"])
+def test_activations_of_the_official_program(tmp_path, activation):
+    """Of encoder and decoder, from the arguments alone; dropout is over when a file is evaluated."""
+    model = network().eval()
+    for part, kind in (("encoder", DropoutEncoder), ("decoder", SharedHeadsDropoutDecoder)):
+        old, options = getattr(model, part), {"embed_dim": 32, "hidden_dim": 16, "activation": activation}
+        options |= {"num_classes": 91, "num_layers": 2} if part == "decoder" else {"num_layers": 1}
+        new = kind(**options)
+        new.load_state_dict(old.state_dict())
+        setattr(model, part, new.eval())
+    args = {"transformer_activation": activation, "dropout": 0.1}
+    found = detector_from_checkpoint(official_file(tmp_path / "a.pth", model, **args)).eval()
+    batch = random_batch(2)
+    assert torch.equal(found.network(*batch).decoder.boxes, model(*batch).decoder.boxes)
+    again = json.loads(json.dumps(describe_network(model.state_dict(), {}, Unshown(activation=activation))))
+    assert again["encoder"]["_target_"] == "dino.modeling.variants.DropoutEncoder"
+
+
+@torch.no_grad()
+def test_learned_sizes_of_anchors_of_the_official_program(tmp_path):
+    model = network().eval()
+    selection = LearnedSizeSelection(num_queries=12, num_classes=91, embed_dim=32)
+    selection.load_state_dict(model.query_selection.state_dict(), strict=False)
+    selection.size.weight.copy_(torch.tensor([[-1.5, -2.0]]))
+    model.query_selection = selection
+    path = official_file(tmp_path / "a.pth", model, two_stage_learn_wh=True)
+    assert "transformer.two_stage_wh_embedding.weight" in torch.load(path, weights_only=False)["model"]
+    found = detector_from_checkpoint(path).eval()
     batch = random_batch(2)
     assert torch.equal(found.network(*batch).decoder.boxes, model(*batch).decoder.boxes)
 

@@ -5,14 +5,18 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
+from detectron2.modeling import SwinTransformer
 from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
+from detectron2.solver.build import get_default_optimizer_params
 from torch import nn
 
 from dino.d2.detectron2_backbones import vitdet
-from dino.d2.training.optimizer import layerwise_params
-from dino.modeling import TorchvisionBackbone
+from dino.d2.training.optimizer import layerwise_params, tenth_for_backbone, tenth_for_backbone_and_offsets
+from dino.modeling import ChannelMapper, TorchvisionBackbone
+from dino.training.parameter_groups import parameter_groups
+from dino.weights.names import DINO_NAMES, rename, rules
 
-from ...tiny import TinyBackbone
+from ...tiny import TinyBackbone, tiny_network
 
 
 class Detector(nn.Module):
@@ -61,3 +65,63 @@ def test_as_a_recipe_says_it():
 def test_backbones_without_blocks_are_refused():
     with pytest.raises(ValueError, match="no blocks found in TinyBackbone"):
         layerwise_params(Detector(TinyBackbone()), base_lr=1.0, rate=0.5)
+
+
+class Whole(nn.Module):
+    """A tiny network with a Swin, under its name in a detector."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = tiny_network()
+        swin = SwinTransformer(
+            embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], window_size=4, out_indices=[1, 2, 3]
+        )
+        options = {"in_features": ["p1", "p2", "p3"], "out_channels": 32, "norm_groups": 8}
+        self.network.neck = ChannelMapper(backbone=swin, **options)
+
+
+def has_any(name, words):
+    return any(word in name for word in words)
+
+
+# param_dict_type of the official program: (official name -> learning rate, weight decay), our settings, exceptions
+NO_DECAY = {"weight_decay": 0.0}
+OFFICIAL = {
+    "default": (
+        lambda name: (1e-5 if "backbone" in name else 1e-4, 0.01),
+        {"lr_factor_func": tenth_for_backbone},
+        [],
+    ),
+    "ddetr_in_mmdet": (
+        lambda name: (1e-5 if has_any(name, ["backbone.0", "reference_points", "sampling_offsets"]) else 1e-4, 0.01),
+        {"lr_factor_func": tenth_for_backbone_and_offsets},
+        [],
+    ),
+    "large_wd": (
+        lambda name: (1e-5 if "backbone" in name else 1e-4, 0.0 if has_any(name, ["norm", "bias"]) else 0.01),
+        {
+            "lr_factor_func": tenth_for_backbone,
+            "weight_decay_norm": 0.0,
+            "weight_decay_bias": 0.0,
+            "overrides": {"in_proj_bias": NO_DECAY, "relative_position_bias_table": NO_DECAY},
+        },
+        [f"input_proj.{i}.1.weight" for i in (0, 1, 2, "extra.0")],  # norms without "norm" in their names
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+@pytest.mark.parametrize("make", [get_default_optimizer_params, parameter_groups])
+def test_groups_of_the_official_program(make, name):
+    """Its three groupings, which match words in its names of parameters, on both roads."""
+    expected, settings, exceptions = OFFICIAL[name]
+    model = Whole()
+    options = {key: dict(value) if key == "overrides" else value for key, value in settings.items()}
+    groups = make(model, base_lr=1e-4, weight_decay=0.01, **options)
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    names = {own.removeprefix("network."): id(p) for own, p in model.named_parameters()}
+    official = rename(names, rules((own, theirs) for own, theirs, _ in DINO_NAMES))
+    assert not [name for name in official if has_any(name, ["query_selection", "neck", "decoder.class_heads"])]
+    differ = {name for name, key in official.items() if found[key] != pytest.approx(expected(name))}
+    assert differ == set(exceptions)
+    assert len({rate for rate, _ in found.values()}) == 2
