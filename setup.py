@@ -108,7 +108,7 @@ setup(
         "jinja2",
         "matplotlib",
         "numpy>=2",
-        "omegaconf",  # recipes
+        "omegaconf>=2.3,<2.4",  # recipes; Detectron2 has the same bound, and 2.4 keeps tuples as another type
         "pillow",
         "pycocotools",
         "pyyaml",

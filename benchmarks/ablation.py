@@ -29,13 +29,16 @@ from typing import NamedTuple
 
 import torch
 
+import dino
+from dino.data.coco import CocoImages
+from dino.evaluation.anchor_distance import average_topk_distance
 from dino.utils.files import DataError, make_folder, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
 
 import ablation_report  # noqa: E402
-from ablation_report import CHAIN, DENOISING, DESCENDANTS, LAYERS, OTHERS, RESULTS  # noqa: E402
+from ablation_report import ATD, CHAIN, DENOISING, DESCENDANTS, LAYERS, OTHERS, RESULTS  # noqa: E402
 from cells import Running, Table, exit_with, launch, lock, run_cells  # noqa: E402
 from measure import git, hardware  # noqa: E402
 from run_demo import versions  # noqa: E402
@@ -165,13 +168,14 @@ def start(cell: Cell, slot: int, args: argparse.Namespace) -> Running | None:
 def finish(running: Running, processor_seconds: float, args: argparse.Namespace) -> None:
     """Write the result of a training, then remove its checkpoints. Keep log, curves and predictions."""
     run = args.runs / running.cell.name
-    annotations = json.loads(data_files(running.cell.data, args.runs)["train-json"].read_text())
-    training_images = len(annotations["images"])
+    files = data_files(running.cell.data, args.runs)
+    training_images = len(json.loads(files["train-json"].read_text())["images"])
     evaluations = json.loads((run / "evaluations.json").read_text())
     result = {
         **running.about,
         "budget": budget(run, evaluations, training_images),
         **metrics_of(evaluations[-1]),
+        **anchor_distances(run / "model_final.pth", files),
         "curve": [{"iteration": e["iteration"], "AP": e[f"{EMA}AP"], "last_AP": e[f"{LAST}AP"]} for e in evaluations],
         "processor_seconds": round(processor_seconds, 1),
         "wall_seconds": round(time.monotonic() - running.began, 1),
@@ -190,6 +194,16 @@ def metrics_of(evaluation: dict) -> dict[str, float | None]:
     found = {}
     for prefix, name in ((EMA, ""), (LAST, "last_")):
         found |= {name + key.removeprefix(prefix): v for key, v in evaluation.items() if key.startswith(prefix)}
+    return found
+
+
+def anchor_distances(checkpoint: Path, files: dict[str, Path]) -> dict[str, float]:
+    """ATD(100) of the averaged weights, and with `last_` in front, of the last ones."""
+    found = {}
+    for copy, name in (("ema", ""), ("model", "last_")):
+        detector = dino.load(checkpoint, copy=copy)
+        data = CocoImages.for_detector(files["val-json"], files["val-images"], detector)
+        found[f"{name}{ATD}"] = average_topk_distance(detector, data)
     return found
 
 

@@ -68,6 +68,7 @@ PUBLISHED = (
     'first row is "optimised DN-DETR", 43.4 before.\n'
 )
 DATA = {"shapes": "hard shapes", "bccd": "BCCD"}
+ATD = "ATD100"  # in a result: the paper's ATD(100), see `dino.evaluation.anchor_distance`
 COLUMNS = {"AP": "AP", "AP50": "AP50", "last_AP": "AP of last weights"}
 NOT_RUN = "not run"
 

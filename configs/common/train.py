@@ -46,6 +46,7 @@ train = dict(
     ),
     eval_period=None,  # iterations between evaluations; 0 for the last one only
     log_period=20,  # iterations between lines of the log
+    log_matching=False,  # log class_error, cardinality_error and count_error of the last decoder layer too
     wandb=dict(
         enabled=False,  # log to Weights & Biases too (pip install wandb)
         project="dino",  # its project

@@ -21,6 +21,7 @@ examples:
   dino data import annotations.xml train.json --val val.json --val-fraction 0.2
   dino data merge a.json images_a b.json images_b all.json
   dino data split all.json images train.json val.json
+  dino data split all.json images train.json val.json --val-first 5000
 Nothing that exists is replaced. Images that are nearly the same stay on one side of a split.
 """
 _FRACTION = 0.2
@@ -47,6 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
     split.add_argument("output", type=Path, help="training data to write")
     split.add_argument("val", type=Path, help="validation data to write")
     _add_split(split)
+    split.add_argument(
+        "--val-first", type=int, metavar="N", help="the first N images of the file for validation, instead of a draw"
+    )
     return parser
 
 
@@ -66,10 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     fraction = getattr(args, "val_fraction", _FRACTION)
-    val = getattr(args, "val", None)
+    val, first = getattr(args, "val", None), getattr(args, "val_first", None)
     problems = {
         "--val-fraction must be between 0 and 1": not 0 < fraction < 1,
         "--seed must not be negative": getattr(args, "seed", 0) < 0,
+        "--val-first must be at least 1": first is not None and first < 1,
         "training and validation data need files of their own": val is not None
         and val.absolute() == args.output.absolute(),
     }
@@ -182,6 +187,19 @@ def _split(args: argparse.Namespace) -> int:
     from dino.data.coco import read_annotations
 
     data = read_annotations(args.annotations, args.images)
-    written = _divide(data, args.images, args)
-    _write(written)
+    _write(_divide(data, args.images, args) if args.val_first is None else _cut(data, args))
     return 0
+
+
+def _cut(data: dict[str, Any], args: argparse.Namespace) -> list[tuple[Path, Path, dict]]:
+    """As `_divide`, with the first images of the file for validation, in its order."""
+    from dino.data.coco import take_images
+    from dino.utils.files import DataError
+
+    ids = [image["id"] for image in data["images"]]
+    if args.val_first >= len(ids):
+        raise DataError(f"--val-first {args.val_first} leaves nothing to train on: {args.annotations} has {len(ids)}")
+    return [
+        (path, args.images, take_images(data, set(part)))
+        for path, part in ((args.output, ids[args.val_first :]), (args.val, ids[: args.val_first]))
+    ]

@@ -17,6 +17,7 @@ from dino.utils.files import UserError
 from .boxes import cxcywh_to_xyxy, generalized_iou, to_float32
 from .class_loss import FocalLoss, Positives
 from .matcher import NonFinite, Pairs, start_matching, takes
+from .matching_metrics import MatchingMetrics
 
 # The targets (K,) of the class loss, or None, and the pairs -> weights (K,) of the pairs; None for 1.
 PairWeights = Callable[[Tensor | None, Positives], Tensor | None]
@@ -78,24 +79,25 @@ class SetCriterion(nn.Module):
         *,
         normalizer: Tensor | None = None,
         non_finite: NonFinite = "raise",
+        metrics: MatchingMetrics | None = None,
     ) -> dict[str, Tensor]:
         """Outputs and B targets -> named scalars in float32.
 
         Args:
             outputs: of the network.
             targets: the objects of each image.
-            normalizer: (2,) float32, at least 1: the numbers of objects and of denoised objects, by which the sums over
-                both are divided. None: those of this batch, averaged over the processes. Where a batch comes in parts,
-                give every part the numbers of the whole batch (`global_loss_normalizer`); the sum of the parts' losses
-                is then the loss of the whole batch.
-            non_finite: see `HungarianMatcher.forward`.
+            normalizer: (2,) float32, at least 1: the numbers of objects and of denoised objects, which divide the sums
+                over both. None: those of this batch, averaged over the processes. Give every part of a batch those of
+                the whole (`global_loss_normalizer`): the sum of the parts' losses is then the loss of the batch.
+            non_finite, metrics: see `HungarianMatcher.forward`; collects the matching of the last decoder layer.
 
         Raises:
             NonFiniteCostError: see `HungarianMatcher.forward`; elsewhere NaN predictions give NaN losses.
         """
         if normalizer is None:
-            denoised = outputs.denoising.targets if outputs.denoising else []
-            normalizer = global_loss_normalizer(_count(targets), _count(denoised), outputs.decoder.boxes.device)
+            divided = targets, outputs.denoising.targets if outputs.denoising else []
+            counts = [sum(len(t.labels) for t in part) for part in divided]
+            normalizer = global_loss_normalizer(*counts, outputs.decoder.boxes.device)
         num_objects, num_denoised = normalizer
         layers = [f"_{i}" for i in range(len(outputs.decoder.logits) - 1)]
         matched = LayerOutputs(*(torch.cat(pair) for pair in zip(outputs.decoder, outputs.proposals, strict=True)))
@@ -109,6 +111,8 @@ class SetCriterion(nn.Module):
             scale = num_denoised * max(1, outputs.denoising.num_groups)
             denoising_losses = self._weighted(sums, scale, [f"_dn{layer}" for layer in [*layers, ""]])
         matches = _flatten_matches(matching(), targets, matched, self.pair_weights)
+        if metrics is not None:
+            metrics.add(matched.logits, matches, len(layers), targets)
         suffixes = [*layers, "", *["_interm"] * len(outputs.proposals.logits)]
         sums = self.losses(matched, negatives, matches, targets)
         return self._weighted(sums, self.divisor(num_objects), suffixes) | denoising_losses
@@ -200,11 +204,6 @@ def _flatten_matches(
     counts = [sum(len(query) for query, _ in pairs) for pairs in layers]
     query, target = to_device(np.concatenate(rows, 1), predictions.boxes.device, torch.int64)
     return _Matches(query, target, counts, pair_weights)
-
-
-def _count(targets: list[Target]) -> int:
-    """Number of objects of all images."""
-    return sum(len(t.labels) for t in targets)
 
 
 def global_loss_normalizer(num_objects: int, num_denoised: int, device: torch.device) -> Tensor:

@@ -130,6 +130,7 @@ class _Run:
             output_dir=str(self.folder),
             seed=settings.seed,
             skip_non_finite=settings.skip_non_finite,
+            log_matching=settings.get("log_matching", False),
         )
         self.rates = _Rates(self.step.optimizer, build_schedule(cfg), self.length)
         self.ema = Ema(detector, settings.ema.decay) if settings.ema.enabled else None
@@ -228,11 +229,11 @@ class _Run:
 
     def _log(self, iteration: int, values: dict[str, float]) -> None:
         """Add the means since the last log to metrics.json."""
-        losses, norm = self.step.means()
+        losses, norm, metrics = self.step.means()
         values |= {"iteration": iteration, "skipped_steps": self.step.checker.skipped}
         values |= {} if norm is None else {"grad_norm": norm}
         if losses:
-            values |= {"total_loss": sum(losses.values()), **losses}
+            values |= {"total_loss": sum(losses.values()), **losses, **metrics}
             self.progress.losses[iteration] = values["total_loss"]
         append_metrics(self.folder / "metrics.json", values)
 

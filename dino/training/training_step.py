@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dino.layers.criterion import check_normalizer
 from dino.layers.matcher import takes
+from dino.layers.matching_metrics import MatchingMetrics
 from dino.modeling.detector import Detector
 
 from .memory_saving import advice
@@ -22,6 +23,7 @@ class _Means(NamedTuple):
 
     losses: dict[str, float]  # none where no step was finite
     grad_norm: float | None
+    metrics: dict[str, float]  # of `MatchingMetrics`; none where they are not logged
 
 
 class TrainingStep:
@@ -44,6 +46,7 @@ class TrainingStep:
         output_dir: folder for batches with a loss or gradient that is infinite or NaN.
         seed: of the run.
         skip_non_finite: skip a step with a loss or gradient that is infinite or NaN, instead of stopping.
+        log_matching: compute the metrics of `MatchingMetrics` too.
     """
 
     iter = 0  # of the step, from 0 on
@@ -58,6 +61,7 @@ class TrainingStep:
         output_dir: str = ".",
         seed: int = 0,
         skip_non_finite: bool = False,
+        log_matching: bool = False,
     ):
         self.model = model
         self.optimizer = optimizer
@@ -70,6 +74,8 @@ class TrainingStep:
         self.scaler = torch.amp.GradScaler(self.device_type, init_scale=2.0**16 if self.scaled else 1.0)
         self.clip_norm = clip_norm
         self.seed = seed
+        self.log_matching = log_matching
+        self.metrics: dict[str, Tensor] = {}  # of the last step
         self.checker = NonFiniteChecker(
             unwrapped(model), output_dir, self.describe, skip=skip_non_finite, scaled=self.scaled
         )
@@ -120,6 +126,7 @@ class TrainingStep:
                 values = values / len(parts) if average else values
                 self.scaler.scale(values.sum()).backward()
             totals = values.detach() if totals is None else totals + values.detach()
+        self.metrics = options.get("metrics", MatchingMetrics()).values() if self.log_matching else {}
         return dict(zip(losses, totals, strict=True))
 
     def loss_options(self, parts: Sequence[list]) -> dict[str, Any]:
@@ -129,6 +136,7 @@ class TrainingStep:
             return {}
         skip = self.checker.skip and takes(model, "non_finite")
         options: dict[str, Any] = {"non_finite": "match"} if skip else {}
+        options |= {"metrics": MatchingMetrics()} if self.log_matching and takes(model, "metrics") else {}
         if len(parts) > 1:
             check_normalizer(model)
             options["normalizer"] = model.loss_normalizer([self.count_objects(x) for part in parts for x in part])
@@ -155,12 +163,12 @@ class TrainingStep:
         self.add_up(losses, norm, usable)
 
     def add_up(self, losses: dict[str, Tensor], norm: Tensor, usable: Tensor) -> None:
-        """Add losses and gradient norm of a step to the sums since the last log."""
-        finite = norm.isfinite()
+        """Add losses, metrics and gradient norm of a step to the sums since the last log."""
+        finite, logged = norm.isfinite(), {**losses, **self.metrics}
         others = {"usable": usable, "grad_norm": torch.where(finite, norm, 0), "finite": finite}
-        values = torch.where(usable, torch.stack(list(losses.values())).float(), 0)
+        values = torch.where(usable, torch.stack(list(logged.values())).float(), 0)
         numbers = torch.cat([values, torch.stack([x.float() for x in others.values()])])
-        names = [*losses, *others]
+        names = [*logged, *others]
         self.sums = numbers if names != self.names or self.sums is None else self.sums + numbers
         self.names = names
 
@@ -170,7 +178,8 @@ class TrainingStep:
         self.sums = None
         usable, finite, norm = (values.pop(name).item() for name in ("usable", "finite", "grad_norm"))
         losses = {name: (value / usable).item() for name, value in values.items()} if usable else {}
-        return _Means(losses, norm / finite if finite else None)
+        metrics = {name: losses.pop(name) for name in self.metrics if name in losses}
+        return _Means(losses, norm / finite if finite else None, metrics)
 
     def state(self) -> dict:
         """The loss scale, the seed and the number of skipped steps."""

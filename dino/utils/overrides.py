@@ -34,6 +34,7 @@ _OTHER_NAMES = {  # setting -> bare words for it: its own, those of other progra
     "train.seed": "seed",
     "train.compile": "compile",
     "train.log_period": "log_period",
+    "train.log_matching": "log_matching",
     "train.wandb.enabled": "wandb",
     "train.deterministic": "deterministic",
     "optimizer.lr": "lr lr0 base_lr learning_rate",

@@ -92,6 +92,27 @@ def test_split(tmp_path, capsys):
     assert "one image can't be split" in capsys.readouterr().err
 
 
+def test_the_first_images_are_held_out_and_the_rest_joins_the_training_data(tmp_path, capsys):
+    """The split of Objects365 in the paper's appendix D.2: some validation images are kept, all others trained on."""
+    train = write_coco(tmp_path / "train", counts=(2, 1))
+    val = write_coco(tmp_path / "val", counts=(1, 2, 3, 0), seed=1)
+    val.change(lambda content: content["images"].reverse())
+    rest, held_out = tmp_path / "rest.json", tmp_path / "held_out.json"
+    assert data("split", *val, rest, held_out, "--val-first", "3") == 0
+    names = [[i["file_name"] for i in json.loads(path.read_text())["images"]] for path in (held_out, rest)]
+    assert names == [["image_4.png", "image_3.png", "image_2.png"], ["image_1.png"]]
+    assert len(json.loads(held_out.read_text())["annotations"]) == 5
+    assert data("merge", *train, rest, val.images, tmp_path / "all.json") == 0
+    assert "all.json: 3 images, 4 objects" in capsys.readouterr().out
+    words = ["check", tmp_path / "all.json", tmp_path, "--val", held_out, val.images]
+    assert cli.main(list(map(str, words))) == 0
+    assert data("split", *val, tmp_path / "a.json", tmp_path / "b.json", "--val-first", "4") == 1
+    assert "--val-first 4 leaves nothing to train on" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        data("split", *val, tmp_path / "a.json", tmp_path / "b.json", "--val-first", "0")
+    assert "--val-first must be at least 1" in capsys.readouterr().err
+
+
 def test_merge_of_links_to_images(tmp_path, capsys):
     """Images that are links to files elsewhere keep the names of the links."""
     first, second = write_coco(tmp_path / "a", counts=(1,)), write_coco(tmp_path / "b", counts=(1,))

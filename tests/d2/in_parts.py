@@ -150,8 +150,18 @@ def make_trainer(model, folder=".", *, batches=(), parallel="ddp", **options):
     return Trainer(shared, batches, optimizer, output_dir=str(folder), log_period=1000, **options)
 
 
-def step(recipe, counts, stops, *, wrapper="plain", own_denoising=True, parallel="ddp", change=lambda model: None):
-    """Losses and gradients of a batch of images with `counts` objects, averaged over the processes.
+def step(
+    recipe,
+    counts,
+    stops,
+    *,
+    wrapper="plain",
+    own_denoising=True,
+    parallel="ddp",
+    change=lambda model: None,
+    log_matching=False,
+):
+    """Losses and gradients of a batch of images with `counts` objects, averaged over the processes; this one's metrics.
 
     Args:
         recipe, wrapper: as of `tiny_model`.
@@ -160,6 +170,7 @@ def step(recipe, counts, stops, *, wrapper="plain", own_denoising=True, parallel
         own_denoising: each part denoises by itself, without noise; else as `PartOfWhole`.
         parallel: ddp or fsdp.
         change: is called with the model.
+        log_matching: as of the trainer.
     """
     rank, world = comm.get_rank(), comm.get_world_size()
     batch = images(counts)
@@ -170,7 +181,7 @@ def step(recipe, counts, stops, *, wrapper="plain", own_denoising=True, parallel
     change(model)
     own = batch[rank * share : (rank + 1) * share]
     parts = [own[start:stop] for start, stop in pairwise([0, *stops])]
-    trainer = make_trainer(model, parallel=parallel, grad_accum_steps=len(parts))
+    trainer = make_trainer(model, parallel=parallel, grad_accum_steps=len(parts), log_matching=log_matching)
     losses = trainer.accumulate(parts)
     for loss in losses.values() if world > 1 else ():
         torch.distributed.all_reduce(loss)
@@ -178,6 +189,7 @@ def step(recipe, counts, stops, *, wrapper="plain", own_denoising=True, parallel
     return {
         "losses": {name: loss / world for name, loss in losses.items()},
         "gradients": {name: whole(gradient) for name, gradient in gradients.items()},
+        "metrics": trainer.metrics,
     }
 
 

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from torch.overrides import TorchFunctionMode
 
 from dino.d2 import recipe
-from dino.modeling import Decoder
+from dino.modeling import Decoder, QuerySelection
 from dino.utils.files import DataError, UserError
 
 from ..coco_files import write_coco
@@ -121,7 +121,8 @@ def test_published_settings(r50):
     cfg, model = r50
     network = model.network
     assert (len(network.encoder.layers), len(network.decoder.layers)) == (6, 6)
-    assert network.query_selection.num_queries == 900
+    assert type(network.query_selection) is QuerySelection  # no patterns: one content for each box
+    assert network.query_selection.content.weight.shape == (900, 256)
     assert network.denoising.num_denoising == 100
     assert (network.denoising.label_noise, network.denoising.box_noise) == (0.5, 1.0)
     assert network.encoder.layers[0].feed_forward.linear1.out_features == 2048

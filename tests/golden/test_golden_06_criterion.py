@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dino.layers import DenoisingOutputs, HungarianMatcher, Outputs, SetCriterion
+from dino.layers.matching_metrics import MatchingMetrics
 from dino.structures import LayerOutputs
 
 from .golden import GoldenFile
@@ -67,3 +68,17 @@ def test_losses_and_gradients(case):
 def test_matches(case):
     outputs = outputs_of(case, leaves_of(case))
     check_matches(golden, case, outputs, criterion().matcher, golden.targets(case))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logged_metrics(case):
+    """The official program has six numbers for each set of predictions, and one more for the last layer."""
+    metrics = MatchingMetrics()
+    losses = criterion()(outputs_of(case, leaves_of(case)), golden.targets(case), metrics=metrics)
+    for name in ("class_error", "cardinality_error"):
+        golden.check(f"{case}/loss/{name}", metrics.values()[name])
+    official = golden.below(f"{case}/loss/")
+    sets = 2 * golden.config["dec_layers"] + 1
+    assert len(official) == 6 * sets + 1
+    assert len(set(official) & set(WEIGHTS)) == 3 * sets
+    assert "class_error" not in losses

@@ -55,6 +55,13 @@ def test_the_pipeline_knows_the_model(folder, caplog):
     assert not [record.message for record in caplog.records if record.levelname == "ERROR"]
 
 
+def test_the_pipeline_does_not_ask_whether_to_run_code(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *text: asked.append(text) or "n")
+    pipeline("object-detection", model=str(folder), device="cpu")
+    assert not asked
+
+
 @pytest.fixture(scope="module")
 def detector(folder):
     network = DinoDetrForObjectDetection.from_pretrained(folder).eval().model.network

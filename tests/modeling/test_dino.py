@@ -75,6 +75,38 @@ def test_denoising_does_not_disturb_detection(counts):
 
 
 @torch.no_grad()
+def test_denoising_queries_come_first():
+    """In front of the matching queries: in the decoder's input, in its mask, and in what every layer predicts."""
+    model, seen = tiny_network(num_layers=3), {}
+    model.decoder.register_forward_hook(lambda module, args, output: seen.update(queries=args[0], output=output))
+    images, padding = random_batch(2)
+    outputs = model(images, padding, random_targets(2, 3))
+    slots = outputs.denoising.predictions.boxes.shape[2]
+    content, attn_mask = seen["queries"].content, seen["queries"].attn_mask
+    assert content.shape[1] == slots + model.query_selection.num_queries
+    assert torch.equal(content[0, slots:], model.query_selection.content.weight)
+    labels = model.denoising.label_embed.weight
+    assert all((labels == row).all(1).any() or not row.any() for row in content[0, :slots])
+    assert attn_mask[slots:, :slots].all()  # no matching query attends to them
+    assert not attn_mask[:slots, slots:].any()
+    assert torch.equal(seen["output"].boxes[:, :, :slots], outputs.denoising.predictions.boxes)
+    assert torch.equal(seen["output"].boxes[:, :, slots:], outputs.decoder.boxes)
+
+
+@torch.no_grad()
+def test_noise_is_drawn_once_and_the_decoder_runs_once(monkeypatch):
+    """Looking forward twice is a matter of gradients: it needs no second draw and no second pass."""
+    model, calls = tiny_network(num_layers=3), []
+    draw = model.denoising.draw
+    monkeypatch.setattr(model.denoising, "draw", lambda *args: calls.append("draw") or draw(*args))
+    model.decoder.register_forward_hook(lambda *args: calls.append("decoder"))
+    for layer in model.decoder.layers:
+        layer.register_forward_hook(lambda *args: calls.append("layer"))
+    model(*random_batch(2), random_targets(2, 3))
+    assert calls == ["draw", "layer", "layer", "layer", "decoder"]
+
+
+@torch.no_grad()
 def test_images_do_not_disturb_each_other():
     model = tiny_network().eval()
     images, padding = random_batch(3)

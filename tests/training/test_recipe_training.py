@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from dino.inference.predictor import Predictor
+from dino.layers.matching_metrics import MatchingMetrics
 from dino.training import recipe_training
 from dino.training.recipe_completion import DataFiles, complete
 from dino.training.recipe_reading import read_recipe
@@ -32,8 +33,10 @@ def entries(folder):
     return [json.loads(line) for line in (folder / "run/metrics.json").read_text().splitlines()]
 
 
-def losses(folder):
-    return [(x["iteration"], x["total_loss"]) for x in entries(folder) if "total_loss" in x]
+def losses(folder, *names):
+    """(iteration, total loss and values of these names) of each log."""
+    names = ("iteration", "total_loss", *names)
+    return [tuple(x[name] for name in names) for x in entries(folder) if "total_loss" in x]
 
 
 def train(folder, *overrides, resume=False, counts=COUNTS, change=lambda cfg: None, **options):
@@ -76,6 +79,9 @@ def test_metrics(unbroken):
     first, *_, last = entries(unbroken[0])
     assert len([key for key in first if key.startswith("loss_")]) == 3 * 5  # two layers, proposals, denoising of both
     assert {"total_loss", "lr", "time", "data_time", "skipped_steps"} <= set(first)
+    assert sum(value for key, value in first.items() if key.startswith("loss_")) == pytest.approx(first["total_loss"])
+    assert set(MatchingMetrics.NAMES) <= set(first)
+    assert 0 <= first["class_error"] <= 100
     assert any("grad_norm" in x for x in entries(unbroken[0]))
     assert first["lr"] == pytest.approx(2e-4)
     assert entries(unbroken[0])[-2]["lr"] == pytest.approx(2e-5)  # the last fifth at a tenth
@@ -102,7 +108,7 @@ def assert_same_run(folder, unbroken):
     for state in (ours, theirs):
         del state["about"]["commit"], state["about"]["recipe"], state["about"]["seed"]
     assert_same(ours, theirs)
-    assert losses(folder) == losses(unbroken)
+    assert losses(folder, *MatchingMetrics.NAMES) == losses(unbroken, *MatchingMetrics.NAMES)
     assert [iteration for iteration, _ in losses(folder)] == list(range(6))
     ours, theirs = (json.loads((x / "run/evaluations.json").read_text()) for x in (folder, unbroken))
     assert ours == theirs

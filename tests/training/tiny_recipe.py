@@ -36,6 +36,7 @@ LOSSLESS = (  # a run that is broken off and resumed: all states that a checkpoi
     "train.eval_period=3",
     "train.checkpointer.period=2",
     "train.seed=7",
+    "train.log_matching=True",
 )
 
 

@@ -235,6 +235,7 @@ def _build_trainer(cfg: DictConfig, model: nn.Module, about: dict) -> tuple[Trai
         grad_accum_steps=cfg.train.grad_accum_steps,
         log_period=cfg.train.log_period,
         skip_non_finite=cfg.train.skip_non_finite,
+        log_matching=cfg.train.get("log_matching", False),
     )
     return trainer, Ema(model, cfg.train.ema.decay) if cfg.train.ema.enabled else None
 

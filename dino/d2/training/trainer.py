@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -115,12 +116,15 @@ class Trainer(SimpleTrainer, TrainingStep):
 
     def log(self, data_time: float) -> None:
         """Write the means since the last log to the event storage."""
-        losses, norm = self.means()
+        losses, norm, metrics = self.means()
+        everywhere = comm.gather(metrics) if metrics else []  # empty on all processes but the main one
         if comm.is_main_process():
             storage = get_event_storage()
             storage.put_scalar("skipped_steps", self.checker.skipped, smoothing_hint=False)
             if norm is not None:
                 storage.put_scalar("grad_norm", norm, smoothing_hint=False)
+            for name in metrics:
+                storage.put_scalar(name, fmean(found[name] for found in everywhere), smoothing_hint=False)
         if losses:
             self.write_metrics({name: torch.tensor(value) for name, value in losses.items()}, data_time, self.iter)
 

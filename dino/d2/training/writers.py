@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, get_event_storage
 
+from dino.layers.matching_metrics import MatchingMetrics
 from dino.training.curves import draw_curves
 from dino.training.metrics_file import append_metrics, forget_metrics
 from dino.utils.files import DataError, write_whole
 
 __all__ = ["ConsoleWriter", "MetricsWriter", "WandbWriter", "draw_curves", "forget_metrics"]
 
-_MAIN_LOSSES = ("total_loss", "loss_ce", "loss_bbox", "loss_giou")
+_SHOWN = ("total_loss", "loss_ce", "loss_bbox", "loss_giou", *MatchingMetrics.NAMES, "lr")
 
 
 class ConsoleWriter(CommonMetricPrinter):
@@ -34,7 +35,7 @@ class ConsoleWriter(CommonMetricPrinter):
 
     def _parts(self, iteration: int, histories: dict) -> list[str]:
         """Losses, times, learning rate, remaining time and memory, as far as they are known."""
-        latest = {name: histories[name].latest() for name in _known(histories, *_MAIN_LOSSES, "lr")}
+        latest = {name: histories[name].latest() for name in _known(histories, *_SHOWN)}
         times = {name: histories[name].median(self._window_size) for name in _known(histories, "time", "data_time")}
         parts: list[str] = []
         parts += [f"{name} {value:.3f}" for name, value in latest.items() if name != "lr"]

@@ -45,7 +45,7 @@ class SeparateCriterion(SetCriterion):
             return losses
         proposed = Outputs(outputs.proposals, outputs.proposals.without_layers())
         targets = [self.proposal_target(target) for target in targets]
-        proposal_losses = super().forward(proposed, targets, **options)
+        proposal_losses = super().forward(proposed, targets, **{**options, "metrics": None})
         return losses | {f"{name}_interm": loss for name, loss in proposal_losses.items()}
 
     def proposal_target(self, target: Target) -> Target:
@@ -249,6 +249,6 @@ class CombinedCriterion(nn.Module):
         _check_branches([self], extra)
         losses = call_criterion(self.criterion, outputs, targets, **options)
         for name, criterion in self.branches.items():
-            found = call_criterion(criterion, extra[name], targets, **options)
+            found = call_criterion(criterion, extra[name], targets, **{**options, "metrics": None})
             losses |= {f"{key}_{name}": self.weights.get(name, 1.0) * value for key, value in found.items()}
         return losses

@@ -4,9 +4,12 @@
         --num-gpus 8 train.init_checkpoint=focalnet_large_fl4.ms_in22k.safetensors
 
 Published for this setting: 58.5 AP on COCO val2017, by detrex. Differs from that run: positions are encoded with
-temperature 20 and no offset, norms have weight decay, epochs are counted, not 7,500 iterations, as in the official
-program. There the backbone is that of FocalNet's authors; here it is timm's, with the same blocks, and a norm after
-each map as there. The file is timm's. Not trained here.
+temperature 20 and no offset, not 10000 and -0.5, norms have weight decay, images without objects are kept
+(`dataloader.train.dataset.filter_empty=True` drops them too), images of any shapes meet in a batch, not wide with wide
+and tall with tall, epochs have 7,393 iterations, not 7,500, sides are cut to whole pixels, not rounded, and tokens
+without an anchor are selected last. As there, the last block is left out with a chance of 0.3. There the backbone is
+that of FocalNet's authors; here it is timm's, with the same blocks, and a norm after each map as there. The file is
+timm's. The learning rate falls after 11 epochs. Not trained here.
 
 228,879,556 parameters, 1467.4 G multiply-adds at 800x1280; memory: not measured.
 """

@@ -5,9 +5,12 @@
 
 Published for this setting: 50.3 AP on COCO val2017, by the authors of Align-DETR (arXiv 2304.07527). Its class targets
 join score and IoU, and every object gets two predictions of the encoder and of each decoder layer but the last, weighed
-by their rank. Differs from that run: nothing of the backbone but its stem is frozen there, positions are encoded with
-temperature 10000 and offset -0.5, an epoch has 7,500 iterations, 7,393 here, and a crowded image does not take pairs
-from the images after it. Inference is that of DINO. Not trained here.
+by their rank. Differs from that run: nothing of the backbone but its stem is frozen there; here res2 is too. Positions
+are encoded with temperature 20 and no offset, not 10000 and -0.5, norms have weight decay, images without objects are
+kept (`dataloader.train.dataset.filter_empty=True` drops them too), images of any shapes meet in a batch, not wide with
+wide and tall with tall, epochs have 7,393 iterations, not 7,500, sides are cut to whole pixels, not rounded, and tokens
+without an anchor are selected last. A crowded image takes no pairs from the images after it, as it does there.
+Inference is that of DINO. The learning rate falls after 11 epochs. Not trained here.
 
 47,650,316 parameters, 275.0 G multiply-adds at 800x1280; memory: not measured.
 """

@@ -4,11 +4,12 @@
         --num-gpus 8
 
 Published for this setting: 51.7 AP on COCO val2017, by the authors of Relation-DETR (arXiv 2407.11699). Positions of
-two boxes bias attention between their queries from the second decoder layer on; the encoder fuses the states of all
-its layers; 1500 further queries in training give every object six; the target of a positive is its IoU. Differs from
-that run: nothing of the backbone but its stem is frozen there, positions are encoded with temperature 10000 and offset
--0.5, classes are the 91 raw ids, the learning rate falls after 10 epochs, not 11, sampling offsets have a tenth of it,
-and norms and biases have no weight decay. Not trained here.
+two boxes bias attention between their queries from the second decoder layer on; the encoder fuses the states of all its
+layers; 1500 further queries in training give every object six; the target of a positive is its IoU. Differs from that
+run: positions are encoded with temperature 20 and no offset, not 10000 and -0.5, classes are the 80 of the data, not 91
+raw ids, the learning rate falls after 10 epochs there, sampling offsets have a tenth of it there, norms and biases have
+weight decay, images without objects are kept, and images of any shapes meet in a batch, not those of like shape. The
+learning rate falls after 11 epochs. Not trained here.
 
 48,844,904 parameters, 290.9 G multiply-adds at 800x1280; memory: not measured.
 """

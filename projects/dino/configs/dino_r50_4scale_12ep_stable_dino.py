@@ -6,8 +6,11 @@
 Published for this setting: 50.4 AP on COCO val2017, by the authors of Stable-DINO (arXiv 2304.04742). Its class targets
 are squared IoUs, the matching cost modulates scores by positions, and the encoder fuses the states of all its layers.
 Class losses weigh six times, but not those of denoising. Differs from that run: nothing of the backbone but its stem is
-frozen there, positions are encoded with temperature 10000 and offset -0.5, an epoch has 7,500 iterations, 7,393 here,
-and its matching mixes up objects of one class, see `PositionModulatedMatcher`. Not trained here.
+frozen there; here res2 is too. Positions are encoded with temperature 20 and no offset, not 10000 and -0.5, norms have
+weight decay, images without objects are kept (`dataloader.train.dataset.filter_empty=True` drops them too), images of
+any shapes meet in a batch, not wide with wide and tall with tall, epochs have 7,393 iterations, not 7,500, sides are
+cut to whole pixels, not rounded, and tokens without an anchor are selected last. Its matching mixes up objects of one
+class, see `PositionModulatedMatcher`. The learning rate falls after 11 epochs. Not trained here.
 
 48,109,836 parameters, 284.7 G multiply-adds at 800x1280; memory: not measured.
 """

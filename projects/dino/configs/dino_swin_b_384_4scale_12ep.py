@@ -4,8 +4,11 @@
         --num-gpus 8 train.init_checkpoint=swin_base_patch4_window12_384_22kto1k.pth
 
 Published for this setting: 55.8 AP on COCO val2017, by detrex. Differs from that run: positions are encoded with
-temperature 20 and no offset, norms have weight decay, epochs are counted, not 7,500 iterations, as in the official
-program. From ImageNet-22k weights finetuned on 1k, of 384 pixels. Not trained here.
+temperature 20 and no offset, not 10000 and -0.5, norms have weight decay, images without objects are kept
+(`dataloader.train.dataset.filter_empty=True` drops them too), images of any shapes meet in a batch, not wide with wide
+and tall with tall, epochs have 7,393 iterations, not 7,500, sides are cut to whole pixels, not rounded, and tokens
+without an anchor are selected last. From ImageNet-22k weights finetuned on 1k, of 384 pixels, as there. The learning
+rate falls after 11 epochs. Not trained here.
 
 108,257,476 parameters, 546.9 G multiply-adds at 800x1280; memory: not measured.
 """

@@ -4,9 +4,12 @@
         train.init_checkpoint=mae_pretrain_vit_large.pth
 
 Published for this setting: 52.9 AP on COCO val2017, by detrex. Differs from that run: positions are encoded with
-temperature 20 and no offset, norms have weight decay, epochs are counted, not 7,500 iterations, as in the official
-program. The weights are MAE's. The rate falls after 11 epochs here, after four fifths of the way and after a warm-up
-of 250 iterations there. Not trained here.
+temperature 20 and no offset, not 10000 and -0.5, norms have weight decay, images without objects are kept
+(`dataloader.train.dataset.filter_empty=True` drops them too), images of any shapes meet in a batch, not wide with wide
+and tall with tall, epochs have 7,393 iterations, not 7,500, sides are cut to whole pixels, not rounded, and tokens
+without an anchor are selected last. The weights are MAE's, as there. Images are padded to multiples of 16 pixels;
+there, what is over is cut. The rate has no warm-up; there it rises over 250 iterations. The learning rate falls after
+11 epochs; there after four fifths of the way (9.6). Not trained here.
 
 326,779,724 parameters, 1656.1 G multiply-adds at 800x1280; memory: not measured.
 """

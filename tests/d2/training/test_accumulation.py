@@ -12,6 +12,7 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import torch
 
+from dino.layers.matching_metrics import MatchingMetrics
 from dino.modeling import compile_network
 from dino.training.memory_saving import checkpoint_activations
 
@@ -64,6 +65,19 @@ def test_wrapped_uneven_parts_equal_the_whole_batch(recipe):
     """Two of the four parts have no object. Two wrappers around the criterion pass the normaliser through."""
     options = {"wrapper": "own", "own_denoising": False, "change": in_float64}
     assert_equal_steps(step(recipe, UNEVEN, (1, 2, 3, 4), **options), whole_step(recipe, UNEVEN, **options))
+
+
+@pytest.mark.parametrize("recipe", GROUPS)
+def test_metrics_of_parts_are_those_of_the_whole_batch(recipe):
+    """Whatever the criterion, and through wrappers; losses and gradients are those without metrics."""
+    options = {"wrapper": "own", "own_denoising": False, "change": in_float64}
+    found, expected = (step(recipe, UNEVEN, stops, **options, log_matching=True) for stops in ((1, 2, 3, 4), (4,)))
+    assert found["metrics"].keys() == expected["metrics"].keys() == set(MatchingMetrics.NAMES)
+    for name, value in expected["metrics"].items():
+        torch.testing.assert_close(found["metrics"][name], value)
+    alone = whole_step(recipe, UNEVEN, **options)
+    assert alone["metrics"] == {}
+    assert_equal_steps(expected, alone)
 
 
 @pytest.mark.parametrize("wrapper", ["plain", "scaled"])

@@ -25,6 +25,7 @@ OPTIONS = (
     "train.eval_period=0",
     "train.checkpointer.period=2",
     "train.ema.enabled=True",
+    "train.log_matching=True",
     "model.network.decoder._target_=dino.modeling.SharedHeadsDecoder",  # the harder case: one tensor of many names
 )
 
@@ -95,6 +96,15 @@ def test_evaluation_on_two_processes_equals_that_on_one(pair, tmp_path):
     ]
     ours, theirs = (sorted((r["image_id"], r["category_id"], r["score"]) for r in results) for results in found)
     assert len(ours) == len(theirs) == len(set(ours)) == 6 * 20
+
+
+def test_metrics_of_both_processes_are_averaged(pair):
+    """Each has one image, so that a mean of wrong numbers is not one of whole ones."""
+    lines = map(json.loads, (pair / "run/metrics.json").read_text().splitlines())
+    found = [line for line in lines if "total_loss" in line]
+    assert all(0 <= line["class_error"] <= 100 for line in found)
+    assert any(line[name] % 1 == 0.5 for line in found for name in ("cardinality_error", "count_error"))
+    assert all(sum(v for k, v in x.items() if "loss_" in k[:5]) == pytest.approx(x["total_loss"]) for x in found)
 
 
 def test_a_killed_worker_costs_one_checkpoint_period(pair, tmp_path):

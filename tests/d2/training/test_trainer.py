@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dino.d2 import DINODetector
 from dino.d2.training.trainer import EndOfTraining, Trainer
+from dino.layers.matching_metrics import MatchingMetrics
 from dino.utils.files import Stopped, UserError
 from dino.utils.run_folder import note_start
 
@@ -75,6 +76,47 @@ def test_the_trainer_reads_nothing_back_in_an_iteration_that_does_not_log(tmp_pa
             trainer.run_step()
     assert waits.found  # the instrument works: this iteration logs
     assert trainer.checker.pending is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_metrics_are_logged_beside_the_losses(tmp_path, dtype):
+    """As means since the last log, outside the sum, with the same losses as without them."""
+    every = run(make_seeded(tmp_path, dtype=dtype, log_matching=True), 0, 4)
+    other = run(make_seeded(tmp_path, dtype=dtype, log_matching=True, log_period=2), 0, 4)
+    without = run(make_seeded(tmp_path, dtype=dtype), 0, 4)
+    assert every["total_loss"] == without["total_loss"]
+    assert set(every) - set(without) == set(MatchingMetrics.NAMES)
+    for name in MatchingMetrics.NAMES:
+        values = [value for value, _ in every[name]]
+        means = [sum(values[:2]) / 2, sum(values[2:]) / 2]
+        assert [value for value, _ in other[name]] == pytest.approx(means, rel=1e-5)
+
+
+def test_metrics_wait_for_nothing_and_cost_nothing_when_off(tmp_path, monkeypatch):
+    trainer = make(tmp_path, log_period=100, log_matching=True)
+    forward, found = MatchingMetrics.add, []
+
+    def add(*args):
+        with Waits() as waits:
+            forward(*args)
+        found.append(waits.found)
+
+    monkeypatch.setattr(MatchingMetrics, "add", add)
+    run(trainer, 0, 2)
+    assert found == [[], []]
+    run(make(tmp_path, log_period=100), 0, 2)
+    assert len(found) == 2
+
+
+def test_a_criterion_without_metrics_is_named_in_the_first_step(tmp_path):
+    class TwoArguments(torch.nn.Module):
+        def forward(self, outputs, targets):
+            return {"loss_own": outputs.decoder.boxes.sum()}
+
+    model = tiny_detector()
+    model.criterion = TwoArguments()
+    with pytest.raises(UserError, match=r"train\.log_matching=True, but the criterion takes no `metrics`"):
+        run(make(tmp_path, model, log_matching=True), 0, 1)
 
 
 class Operations(TorchDispatchMode):

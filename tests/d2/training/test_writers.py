@@ -31,6 +31,14 @@ def test_console_shows_one_short_line(caplog):
     assert "lr 1.00e-04  eta 0:00:10" in line
 
 
+def test_console_shows_metrics_that_are_logged(caplog):
+    with EventStorage(4) as storage, caplog.at_level(logging.INFO):
+        storage.put_scalars(loss_giou=1.0, class_error=62.5, cardinality_error=7.0, count_error=1.25, lr=1e-4)
+        writers.ConsoleWriter(max_iter=10).write()
+    metrics = "class_error 62.500  cardinality_error 7.000  count_error 1.250"
+    assert caplog.records[-1].getMessage() == f"iter 4/10  loss_giou 1.000  {metrics}  lr 1.00e-04"
+
+
 class FakeWandb(types.ModuleType):
     """Remembers what it is given."""
 
