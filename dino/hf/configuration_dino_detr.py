@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -25,6 +27,20 @@ def _of_both(end: str) -> property:
             setattr(config, f"{part}_{end}", value)
 
     return property(lambda config: getattr(config, f"encoder_{end}"), set_both)
+
+
+def _check_kinds(kind: type, fields: Mapping[str, Any]) -> None:
+    """Raise a DataError for a method's name among the fields, or for labels that transformers can't count."""
+    method = next((name for name in fields if callable(getattr(kind, name, None))), None)
+    if method is not None:
+        raise DataError(f"{method!r:.100} is no field of a config, but a method")
+    names, count = fields.get("id2label"), fields.get("num_labels")
+    if names is not None and (not isinstance(names, Mapping) or {*map(str, names)} != {*map(str, range(len(names)))}):
+        raise DataError(f"id2label is {reprlib.repr(names)}: a dict of the labels 0, 1, … -> names was expected")
+    if not isinstance(fields.get("label2id"), Mapping | None):
+        raise DataError(f"label2id is {reprlib.repr(fields['label2id'])}: a dict of name -> label was expected")
+    if count is not None and type(count) is not int:
+        raise DataError(f"num_labels is {reprlib.repr(count)}: a whole number was expected")
 
 
 class DinoDetrConfig(SavesRemoteCode, PretrainedConfig):
@@ -84,6 +100,7 @@ class DinoDetrConfig(SavesRemoteCode, PretrainedConfig):
     ]
 
     def __init__(self, **fields: Any):
+        _check_kinds(type(self), fields)
         others = {name: value for name, value in fields.items() if name not in FIELDS and name not in _OTHER_NAMES}
         if "num_classes" in fields:
             others.setdefault("num_labels", fields["num_classes"])

@@ -24,12 +24,12 @@ from dino.training.memory_saving import checkpoint_activations
 from dino.utils.device import to_device
 from dino.utils.files import DataError, UserError
 from dino.weights.addresses import locate
-from dino.weights.load_report import reason_of
 from dino.weights.loading import first_names, load_weights
 from dino.weights.network_parts import build_network
 from dino.weights.size_check import SizeGuard
 
 from .configuration_dino_detr import DinoDetrConfig
+from .loading_check import guard_of_files, loading_from
 from .recording import Recorder, attentions_of, hidden_states_of, states_of
 
 _logger = logging.get_logger(__name__)
@@ -142,6 +142,12 @@ class DinoDetrPreTrainedModel(PreTrainedModel):
         self.base_model.recompute(enable)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *arguments: Any, **options: Any) -> Any:
+        """Load a model, see transformers. Its network must not be larger than the weights in the files."""
+        with loading_from(pretrained_model_name_or_path, options):
+            return super().from_pretrained(pretrained_model_name_or_path, *arguments, **options)
+
+    @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
         """Nothing, see `SavesRemoteCode`."""
 
@@ -172,7 +178,7 @@ class DinoDetrModel(DinoDetrPreTrainedModel):
         super().__init__(config)
         config.follow_labels()
         is_new = not nn.LayerNorm(1).weight.is_meta  # else weights are loaded later
-        network = _build(config)
+        network = _build(config, None if is_new else guard_of_files(config.num_labels))
         if is_new and config.use_pretrained_backbone:
             _load_backbone(network, config)
         self._shared = {name: first for name, first in first_names(network).items() if name != first}
@@ -325,15 +331,15 @@ def _plain_construction() -> Iterator[None]:
             torch.set_default_dtype(dtype)
 
 
-def _build(config: DinoDetrConfig) -> DINO:
+def _build(config: DinoDetrConfig, guard: SizeGuard | None = None) -> DINO:
     """Build the network of a config with random weights, on the CPU."""
     description = {"network": config.describe()}
     try:
-        with _plain_construction(), SizeGuard(_LARGEST):
+        with _plain_construction(), guard or SizeGuard(_LARGEST):
             return build_network(description)
     except Exception as error:  # wrong arguments can raise anything
-        why = error if isinstance(error, DataError) else reason_of(error)
-        raise DataError(f"can't build the network of this config: {why}") from error
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise DataError(f"can't build the network of this config: {kind}{str(error)[:1000]}") from error
 
 
 def _load_backbone(network: DINO, config: DinoDetrConfig) -> None:
@@ -398,19 +404,36 @@ def _or_else(given: bool | None, default: bool | None) -> bool:
 
 def _read_images(pixel_values: Tensor, pixel_mask: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor | None]:
     """Check the images -> the arguments of the network, in the dtype of `like`."""
-    if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
-        raise DataError(f"pixel_values must be (B, 3, H, W), not {tuple(pixel_values.shape)}")
+    _check_pixels(pixel_values)
     images = pixel_values.to(like.dtype)
     if pixel_mask is None:
         return images, None
-    if pixel_mask.shape != (len(images), *images.shape[2:]):
-        expected = (len(images), *images.shape[2:])
-        raise DataError(f"pixel_mask must be {expected}, as pixel_values, not {tuple(pixel_mask.shape)}")
+    expected = (len(images), *images.shape[2:])
+    if not isinstance(pixel_mask, Tensor) or pixel_mask.shape != expected:
+        raise DataError(f"pixel_mask must be {expected}, as pixel_values, not {_name_kind(pixel_mask)}")
     padding = ~pixel_mask.bool()
-    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if padding.device.type == "cpu" and not recorded and not padding.any():
-        return images, None  # faster
-    return images, padding
+    if padding.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return images, padding  # reading it would wait for the device
+    if padding.flatten(1).all(1).any():
+        raise DataError("pixel_mask is 0 all over an image: it must be 1 in the image and 0 in the padding")
+    return images, padding if padding.any() else None  # None: faster
+
+
+def _check_pixels(pixel_values: Any) -> None:
+    """Raise a DataError unless these are images as the image processor makes them."""
+    shape = tuple(pixel_values.shape) if isinstance(pixel_values, Tensor) else ()
+    if len(shape) != 4 or shape[1] != 3 or 0 in shape or not pixel_values.is_floating_point():
+        raise DataError(
+            f"pixel_values must be (B, 3, H, W), not {_name_kind(pixel_values)}: normalised images, as the image "
+            'processor makes them, called with return_tensors="pt"'
+        )
+
+
+def _name_kind(value: Any) -> str:
+    """What an argument is, for a message."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{tuple(value.shape)}" if value.is_floating_point() else f"{tuple(value.shape)} {value.dtype}"
 
 
 @torch.compiler.disable
@@ -426,26 +449,34 @@ def _read_labels(labels: Any, images: Tensor, num_labels: int) -> list[Target]:
 def _check_values(targets: list[Target], num_labels: int) -> None:
     """Raise a DataError for labels that the model lacks, or for boxes that are no fractions of an image."""
     indices = [i for i, target in enumerate(targets) if len(target.labels)]
-    ends = [end for i in indices for x in targets[i] for end in x.float().aminmax()]
-    values = torch.stack(ends).view(-1, 4).tolist() if ends else []
-    for i, (first, last, low, high) in zip(indices, values, strict=True):
+    ends = [_ends_of(targets[i]) for i in indices]
+    for i, (first, last, low, high, side) in zip(indices, torch.stack(ends).tolist() if ends else [], strict=True):
         if not 0 <= first <= last < num_labels:
             raise DataError(
                 f"labels[{i}]: class_labels go from {first:.0f} to {last:.0f}, but the model has the labels 0 to "
                 f"{num_labels - 1}. Give the image processor the category_ids of the data set, or the model num_labels"
             )
-        if not -_OUTSIDE <= low <= high <= 1 + _OUTSIDE:
+        if not -_OUTSIDE <= low <= high <= 1 + _OUTSIDE or side < 0:
             raise DataError(
                 f"labels[{i}]: boxes go from {low:g} to {high:g}, but (cx, cy, w, h) as fractions of the image were "
                 "expected, from 0 to 1. The image processor makes them of a data set's pixels"
             )
 
 
+def _ends_of(target: Target) -> Tensor:
+    """(5,) first and last label, smallest and largest number of the boxes, smallest side."""
+    ends = [*target.labels.float().aminmax(), *target.boxes.aminmax(), target.boxes[:, 2:].min()]
+    return torch.stack(ends)
+
+
 def _read_objects(label: Any, name: str, device: torch.device) -> Target:
     """Check the shapes of an image's labels."""
     if not isinstance(label, Mapping) or not {"class_labels", "boxes"} <= label.keys():
         raise DataError(f"{name} must be a dict of class_labels and boxes, as the image processor makes it")
-    classes, boxes = (torch.as_tensor(label[key]) for key in ("class_labels", "boxes"))
+    try:
+        classes, boxes = (torch.as_tensor(label[key]) for key in ("class_labels", "boxes"))
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise DataError(f"{name}: class_labels and boxes must be tensors: {str(error)[:200]}") from error
     count = classes.numel()
     whole = not count or not (classes.is_floating_point() or classes.is_complex())
     if classes.ndim != 1 or not whole or (boxes.shape != (count, 4) and boxes.numel() + count > 0):

@@ -110,7 +110,7 @@ class Detector(nn.Module):
             images: B images (3, h, w) of any sizes, RGB, values 0 to 255.
             targets: objects of each image.
             sources: what an error message calls each image.
-            loss_options: `normalizer` and `non_finite`, see `SetCriterion.forward` and `call_criterion`.
+            loss_options: `normalizer`, `non_finite` and `metrics`, see `SetCriterion.forward` and `call_criterion`.
 
         Raises:
             FloatingPointError: a matching cost is NaN or infinite; names the image.

@@ -56,11 +56,12 @@ class SizeGuard(TorchFunctionMode):
 
     Args:
         weights: the tensors of the file.
+        spare: numbers beyond twice the file's.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor]):
+    def __init__(self, weights: Mapping[str, Tensor], spare: int = _SPARE):
         super().__init__()
-        self.most = 2 * sum(tensor.numel() for tensor in weights.values()) + _SPARE
+        self.most = 2 * sum(tensor.numel() for tensor in weights.values()) + spare
         self.most_calls = _CALLS * len(weights) + _SPARE_CALLS
         self.made = self.calls = 0
 

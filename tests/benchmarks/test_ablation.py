@@ -52,6 +52,7 @@ def prepared(folder):
     command = program.training_command
     program.training_command = lambda *a: ["python", str(folder / "trainer.py"), *command(*a)[2:]]
     program.RECIPES = folder / "recipes"
+    program.anchor_distances = lambda path, files: {"ATD100": len(path.read_text()) / 10, "last_ATD100": 1.0}
     program.ablation_report = SimpleNamespace(**{**vars(program.ablation_report), "write": lambda *_: None})
     return program
 
@@ -81,6 +82,7 @@ def test_cells_run_once_and_in_order(program, tmp_path, capsys):
     assert (result["recipe"], result["seed"], result["data"], result["AP"]) == ("better", 1, "shapes", 38)
     assert result["budget"] == {"iterations": 10, "batch": 2, "epochs": 2, "evaluations": 2}
     assert (result["last_AP"], result["APs"]) == (20.0, None)
+    assert (result["ATD100"], result["last_ATD100"]) == (0.5, 1.0)  # of the checkpoint, which is removed afterwards
     assert result["curve"] == [{"iteration": i, "AP": 38, "last_AP": 20.0} for i in (5, 10)]
     assert result["processor_seconds"] > 0
     assert result["wall_seconds"] > 0
@@ -212,6 +214,30 @@ def test_table_and_picture_from_planted_results(tmp_path):
     assert "+ pure query selection" not in picture
     shapes = report.load(tmp_path / "results", "shapes")
     assert report.points(shapes, "chain_4_twice") == ([10, 20], [6, 12], [5, 10], [7, 14])
+
+
+def test_distances_of_anchors_are_beside_ap_where_they_were_measured(tmp_path):
+    """Not in earlier results, nor in tables without any; the paper's figures of other numbers are below a table."""
+    report = load_program("ablation", "benchmarks").ablation_report
+    planted(tmp_path)
+    page = tmp_path / "ablation.md"
+    report.write(tmp_path, page)
+    assert ": ATD(100) |" not in page.read_text()
+    for seed, value in enumerate((0.25, 0.35)):
+        path = tmp_path / f"shapes/chain_5_contrastive_{seed}.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), report.ATD: value}))
+    report.write(tmp_path, page)
+    text = page.read_text()
+    chain, layers = text.split("**Layers**")
+    layers, denoising = layers.split("**Denoising**")
+    assert rows_of(chain)["+ contrastive denoising (DINO)"][3] == "0.300 ± 0.071 (2)"
+    assert rows_of(chain)["+ look forward twice"][3] == ""
+    assert text.count("hard shapes: ATD(100) | hard shapes: gain") == 3
+    assert "table 6" in layers
+    assert "table 7" in denoising
+    plant(tmp_path, "encoder_6", 31.0, data="bccd")
+    report.write(tmp_path, page)
+    assert "BCCD: ATD(100)" not in page.read_text()
 
 
 def test_a_table_has_the_data_sets_on_which_it_ran(tmp_path):

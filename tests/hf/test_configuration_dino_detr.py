@@ -196,3 +196,19 @@ def test_other_names_change_a_saved_config(tmp_path, names, expected):
     changed = DinoDetrConfig.from_pretrained(tmp_path, **names)
     assert {name: getattr(changed, name) for name in expected} == expected
     assert not {"num_heads", "d_ffn", "use_dn"} & changed.to_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"id2label": ["red"]}, "id2label is .*: a dict of the labels 0, 1, … -> names was expected"),
+        ({"id2label": {"red": 0}}, "id2label is "),
+        ({"id2label": {"0": "red", "5": "green"}}, "id2label is "),
+        ({"label2id": 3}, "label2id is 3: a dict of name -> label was expected"),
+        ({"num_labels": "3"}, "num_labels is '3': a whole number was expected"),
+        ({"to_dict": 3}, "'to_dict' is no field of a config, but a method"),
+    ],
+)
+def test_fields_of_other_kinds_are_named(field, message):
+    with pytest.raises(ValueError, match=message):
+        DinoDetrConfig(**{**TINY, **field})
