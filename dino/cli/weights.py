@@ -46,22 +46,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_arguments(parser, {"--download needs a name": args.download and not args.name})
 
     from dino.weights import locate
+    from dino.weights.published import find
+
+    if args.download:
+        entry = find(args.name)
+        print(locate(entry.name if entry else args.name))
+    else:
+        print("\n".join(_answer(args.name)))
+
+
+def _answer(name: str) -> list[str]:
+    """What is known of the entry with a name; a list of the entries with a word in their names.
+
+    Raises:
+        DataError: no name has this word.
+    """
+    from dino.weights import locate
     from dino.weights.published import NOT_READ, PUBLISHED, find
 
-    entry = find(args.name)
-    if args.download:
-        print(locate(entry.name if entry else args.name))
-        return
-    chosen, others = ([e for name, e in table.items() if args.name in name] for table in (PUBLISHED, NOT_READ))
-    if entry is None and not chosen + others:
-        locate(args.name)  # raises the error that names similar ones
-    if entry:
-        lines = _describe(entry)
-    elif args.name in NOT_READ:
-        lines = _describe_not_read(NOT_READ[args.name])
-    else:
-        lines = _list(chosen, others)
-    print("\n".join(lines))
+    if entry := find(name):
+        return _describe(entry)
+    if name in NOT_READ:
+        return _describe_not_read(NOT_READ[name])
+    chosen, others = ([e for key, e in table.items() if name in key] for table in (PUBLISHED, NOT_READ))
+    if not chosen + others:
+        locate(name)  # raises the error that names similar ones
+    return _list(chosen, others)
 
 
 def _find_here(entry: Published) -> Path | None:

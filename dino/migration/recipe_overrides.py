@@ -29,6 +29,13 @@ _RECIPES = {  # backbone there -> names of recipes with the nearest
     "swin_L_384_22k": r"dino_swin_l_384_\dscale_\d+ep",
     "convnext_xlarge_22k": r"dino_convnext_l_\dscale_\d+ep",
 }
+_WEIGHTS = {  # files of Swin's authors, which recipes do not name
+    "swin_T_224_1k": "swin_tiny_patch4_window7_224.pth",
+    "swin_B_224_22k": "swin_base_patch4_window7_224_22k.pth",
+    "swin_B_384_22k": "swin_base_patch4_window12_384_22k.pth",
+    "swin_L_224_22k": "swin_large_patch4_window7_224_22k.pth",
+    "swin_L_384_22k": "swin_large_patch4_window12_384_22k.pth",
+}
 _FUNCTION = "optimizer.params.lr_factor_func"  # its value is a function, which no override can give
 _INDEX = re.compile(r"\.(\d+)")
 _QUOTES = str.maketrans({letter: "_" for letter in '"\\\n\r'})  # in a docstring
@@ -119,7 +126,15 @@ def _nearest(config: Mapping[str, Any], wanted: Wanted, never_read: list[str]) -
     recipe = min(names, key=lambda name: len(compared[name][0]) + len(compared[name][1]))
     overrides, additions = compared[recipe]
     lines = [f"{key}={_written(value)}" for key, value in overrides.items()]
-    return Conversion(recipe, lines, overrides, additions, list(wanted.remarks), never_read)
+    return Conversion(recipe, lines, overrides, additions, [*wanted.remarks, *_weights(backbone)], never_read)
+
+
+def _weights(backbone: str) -> list[Remark]:
+    """Where the weights of a backbone come from, unless the recipe or an override says it."""
+    if backbone not in _WEIGHTS:
+        return []
+    text = f"start from train.init_checkpoint={_WEIGHTS[backbone]}, a file of Swin's authors; the recipe names none"
+    return [Remark("backbone", backbone, "by hand", text)]
 
 
 def _compare(cfg: DictConfig, wanted: Wanted) -> tuple[dict[str, Any], dict[str, Any]]:
