@@ -29,12 +29,12 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/settings.md"
 RECIPE = ROOT / "configs/dino_r50_4scale_12ep.py"
 PARTS = """dino.modeling:Decoder
-dino.modeling:TorchvisionBackbone,TimmBackbone dino.d2.detectron2_backbones:vitdet,regnet,AsBackbone
+dino.modeling:TorchvisionBackbone,TimmBackbone dino.d2.detectron2_backbones:vitdet,regnet,dilated_stages,AsBackbone
 dino.d2.data_loading:ShortSide,OneOf dino.d2.combining_mapper:CombiningMapper dino.data.mixing:Mosaic,MixUp
 dino.d2.training.optimizer:layerwise_params
 dino.d2.augmented_detector:AugmentedDetector
 dino.layers.loss_scaling:LossScaling
-dino.modeling.variants:LearnedQueries,PatternSelection,LearnedPositionEncoding
+dino.modeling.variants:LearnedQueries,PatternSelection,LearnedPositionEncoding,DropoutEncoder,DropoutDecoder
 dino.layers:IoUAwareLoss,SquaredIoULoss,VarifocalLoss,MatchabilityLoss
 dino.modeling.variants:PositionModulatedMatcher,ThresholdMatcher,MixedMatchingCriterion,RankedCriterion
 dino.modeling.variants:OneToManyCriterion,CombinedCriterion

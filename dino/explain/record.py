@@ -22,7 +22,7 @@ from dino.layers import (
     Tokens,
 )
 from dino.modeling import DINO, Decoder, QuerySelection
-from dino.modeling.variants import DistinctSelection, LookForwardOnce, PureSelection
+from dino.modeling.variants import DistinctSelection, LearnedSizeSelection, LookForwardOnce, PureSelection
 from dino.structures import concatenate
 
 _LOOKS = {"once": LookForwardOnce, "twice": Decoder}
@@ -117,7 +117,7 @@ def _check_parts(network: DINO) -> None:
     selection, denoising = network.query_selection, network.denoising
     classes = network.decoder.class_heads[0].out_features
     if (
-        type(selection) not in (QuerySelection, DistinctSelection, PureSelection)
+        type(selection) not in (QuerySelection, DistinctSelection, LearnedSizeSelection, PureSelection)
         or selection.class_head.out_features != classes
     ):
         raise ValueError(

@@ -5,7 +5,13 @@ from dino.explain import record
 from dino.explain.record import _labels_of
 from dino.layers import deform_attn
 from dino.modeling import Decoder, share_heads
-from dino.modeling.variants import LearnedQueries, PositiveDenoising, SecondPass, SharedHybridBranch
+from dino.modeling.variants import (
+    LearnedQueries,
+    LearnedSizeSelection,
+    PositiveDenoising,
+    SecondPass,
+    SharedHybridBranch,
+)
 
 from ..tiny import default_criterion, random_batch, random_targets, tiny_network
 
@@ -108,6 +114,15 @@ def test_box_losses_pull_at_two_layers(change):
     torch.testing.assert_close(gradients["once"], torch.stack([predicted, torch.zeros(3, 3)], -1))
     assert torch.equal(refined > 0, torch.eye(3, dtype=torch.bool).roll(1, 0).tril(-1))
     torch.testing.assert_close(refined.diagonal(-1), predicted.diagonal()[1:])
+
+
+def test_anchors_of_a_learned_size_are_drawn():
+    network = moving_network()
+    network.query_selection = LearnedSizeSelection(num_queries=12, num_classes=3, embed_dim=32)
+    torch.nn.init.constant_(network.query_selection.size.weight, 0.0)  # half of the image, in the finest level
+    recorded = tiny_record(network)
+    assert not recorded.anchors.requires_grad
+    assert (recorded.anchors[..., 2:] == 0.5).all()
 
 
 def test_matches_and_losses():
