@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import reprlib
 import warnings
-from collections.abc import Mapping, Sequence
-from numbers import Integral
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ if not hasattr(_TorchvisionProcessor, "_preprocess"):  # 4.57 to 5.3 have a slow
 
 _DEEP = ("I", "F")  # how the names of Pillow's modes of more than 8 bits begin
 _PER_CALL = set(_TorchvisionProcessor.valid_kwargs.__annotations__)  # settings that a call can replace
+_LONGEST = 20_000  # pixels of a side
 _BILINEAR = (None, Image.Resampling.BILINEAR, InterpolationMode.BILINEAR)  # names of the filter; None: the default
 
 
@@ -56,7 +58,7 @@ class DinoDetrImageProcessor(SavesRemoteCode, _TorchvisionProcessor):
         kwargs: settings of transformers' `DeformableDetrImageProcessor`, such as `size`, `image_mean`, `do_pad`.
 
     Raises:
-        UserError: `max_detections` is no positive number, an id comes twice, or `input_range` is no range.
+        UserError: a setting has a value that makes no images, or no detections; the message names it.
     """
 
     valid_kwargs = _Settings
@@ -70,9 +72,11 @@ class DinoDetrImageProcessor(SavesRemoteCode, _TorchvisionProcessor):
         input_range: Sequence[float] | None = None,
         **kwargs: Any,
     ):
+        _check_names(type(self), kwargs)
         super().__init__(**kwargs)
         if not isinstance(max_detections, int) or max_detections < 1:
             raise UserError(f"max_detections must be a whole number from 1 on, not {max_detections!r}")
+        _check_settings(self)
         scale = check_input_range(input_range)
         self.max_detections = max_detections
         self.category_ids = None if category_ids is None else _check_ids(category_ids)
@@ -269,11 +273,56 @@ def _read_opened(image: Image.Image, input_range: Sequence[float] | None) -> np.
     return np.array(image.convert("RGB"))
 
 
+def _check_names(kind: type, settings: Mapping[str, Any]) -> None:
+    """Raise a UserError for a method's name among the settings."""
+    method = next((name for name in settings if callable(getattr(kind, name, None))), None)
+    if method is not None:
+        raise UserError(f"{method!r:.100} is no setting of an image processor, but a method")
+
+
+def _check_settings(processor: DinoDetrImageProcessor) -> None:
+    """Raise a UserError for a setting of transformers' that makes no images."""
+    for name, (expected, fits) in _EXPECTED.items():
+        value = getattr(processor, name, None)
+        if value is not None and not fits(value):
+            raise UserError(f"{name} must be {expected}, not {reprlib.repr(_sides_of(value))}")
+
+
+def _is_number(value: Any, least: float, most: float) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(least <= value <= most)  # NaN is none
+
+
+def _are_colors(value: Any, least: float) -> bool:
+    """Whether these are numbers, one or three."""
+    numbers = list(value) if isinstance(value, Iterable) else [value]
+    return len(numbers) in (1, 3) and all(_is_number(number, least, 1e6) for number in numbers)
+
+
+def _are_sides(size: Any) -> bool:
+    """Whether all sides of transformers' size are pixels of an image that fits into memory."""
+    return all(isinstance(side, Integral) and 1 <= side <= _LONGEST for side in _sides_of(size).values())
+
+
+def _sides_of(value: Any) -> Any:
+    """The sides that a size states, as a dict; any other value as it is."""
+    sides = vars(value) if hasattr(value, "shortest_edge") else value
+    return {name: side for name, side in sides.items() if side is not None} if isinstance(sides, Mapping) else value
+
+
+# Setting of transformers' -> what a message calls its values, and the test of a value.
+_EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "image_mean": ("three numbers", lambda value: _are_colors(value, -1e6)),
+    "image_std": ("three positive numbers", lambda value: _are_colors(value, 1e-6)),
+    "rescale_factor": ("a number such as 1/255", lambda value: _is_number(value, 1e-6, 1e6)),
+    **dict.fromkeys(("size", "pad_size"), (f"whole numbers of pixels from 1 to {_LONGEST:,}", _are_sides)),
+}
+
+
 def _check_ids(category_ids: Sequence[int]) -> list[int]:
     """`category_ids` as a list, each a whole number that comes once."""
-    ids = list(category_ids)
-    if not all(isinstance(value, Integral) for value in ids) or len(set(ids)) < len(ids):
-        raise UserError(f"category_ids must be whole numbers, one a label, each once, not {ids}")
+    ids = list(category_ids) if isinstance(category_ids, Iterable) else [None]
+    if not all(isinstance(value, Integral) and abs(value) < 2**63 for value in ids) or len(set(ids)) < len(ids):
+        raise UserError(f"category_ids must be whole numbers, one a label, each once, not {reprlib.repr(category_ids)}")
     return ids
 
 

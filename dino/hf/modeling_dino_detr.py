@@ -471,12 +471,7 @@ def _ends_of(target: Target) -> Tensor:
 
 def _read_objects(label: Any, name: str, device: torch.device) -> Target:
     """Check the shapes of an image's labels."""
-    if not isinstance(label, Mapping) or not {"class_labels", "boxes"} <= label.keys():
-        raise DataError(f"{name} must be a dict of class_labels and boxes, as the image processor makes it")
-    try:
-        classes, boxes = (torch.as_tensor(label[key]) for key in ("class_labels", "boxes"))
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise DataError(f"{name}: class_labels and boxes must be tensors: {str(error)[:200]}") from error
+    classes, boxes = _read_label(label, name)
     count = classes.numel()
     whole = not count or not (classes.is_floating_point() or classes.is_complex())
     if classes.ndim != 1 or not whole or (boxes.shape != (count, 4) and boxes.numel() + count > 0):
@@ -485,3 +480,13 @@ def _read_objects(label: Any, name: str, device: torch.device) -> Target:
             f"{classes.dtype} and {tuple(boxes.shape)}"
         )
     return Target(to_device(classes, device, torch.int64), to_device(boxes.reshape(-1, 4), device, torch.float32))
+
+
+def _read_label(label: Any, name: str) -> tuple[Tensor, Tensor]:
+    """`class_labels` and `boxes` of an image, of any shapes."""
+    if not isinstance(label, Mapping) or not {"class_labels", "boxes"} <= label.keys():
+        raise DataError(f"{name} must be a dict of class_labels and boxes, as the image processor makes it")
+    try:
+        return torch.as_tensor(label["class_labels"]), torch.as_tensor(label["boxes"])
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise DataError(f"{name}: class_labels and boxes must be tensors: {str(error)[:200]}") from error

@@ -112,7 +112,10 @@ def _write(path: Path, write: Callable[[Path], object], move: Callable[[Path, Pa
     part = None
     try:
         part = make_part(path)
+        mode = part.stat().st_mode
         write(part)
+        if part.stat().st_mode != mode:  # safetensors makes files that nobody else can read
+            part.chmod(mode)
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         move(part, path)

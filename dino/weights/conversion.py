@@ -30,6 +30,7 @@ from .load_report import reason_of
 from .loading import load_weights
 from .names import StateDict
 from .reading import DESCRIPTION, read_content
+from .transformers_folder import keeps_losses
 from .transformers_writing import write_folder
 
 
@@ -190,8 +191,7 @@ def _describe(given: _Input, position: _Position) -> dict[str, Any]:
     if given.found.format == "own":
         return _with_classes({key: content[key] for key in DESCRIPTION if key in content}, classes)
     described = with_description(content, given.own, _unshown(given, position), given.source)
-    if described["names"] == coco_names(classes):
-        print(f"names: those of COCO, because the model has {classes} classes")
+    _print_names(described["names"], classes)
     return {key: described[key] for key in DESCRIPTION if key in described}
 
 
@@ -202,9 +202,14 @@ def _describe_or_warn(given: _Input, position: _Position) -> dict[str, Any]:
     except DataError as error:
         print(f"warning: no description, so the file serves with a recipe alone: {error}")
     described = name_classes(given.content, given.classes)
-    if described["names"] == coco_names(given.classes):
-        print(f"names: those of COCO, because the model has {given.classes} classes")
+    _print_names(described["names"], given.classes)
     return described
+
+
+def _print_names(names: list[str], classes: int) -> None:
+    """Say that the names are those of COCO, where they are."""
+    if names == coco_names(classes):
+        print(f"names: those of COCO, because the model has {classes} classes")
 
 
 def _with_classes(described: dict[str, Any], classes: int) -> dict[str, Any]:
@@ -240,6 +245,8 @@ def _write_folder(target: Path, given: _Input, position: _Position) -> None:
     print(f"{target}: folder for transformers, {len(names)} classes; {given.source} was in {given.found.format} format")
     if UNUSED_LABELS in given.own:
         print("dropped: the label embeddings that belong to no class; transformers has no place for them")
+    if not keeps_losses(config.get("criterion")):
+        print("dropped: the losses of its recipe; transformers' Trainer computes those of DINO")
 
 
 def _unshown(given: _Input, position: _Position) -> Unshown:

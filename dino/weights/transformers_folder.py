@@ -419,6 +419,7 @@ _LOSSES = {  # field -> its name in a recipe's criterion
     "giou_loss_coefficient": "giou_weight",
     "focal_alpha": "alpha",
 }
+_GAMMA = 2.0  # of the focal loss
 _COSTS = {"class_cost": "class_cost", "bbox_cost": "l1_cost", "giou_cost": "giou_cost"}  # the same, in its matcher
 
 
@@ -493,6 +494,18 @@ def _mirror_losses(criterion: Any) -> dict[str, Any]:
     found = {name: criterion.get(argument) for name, argument in _LOSSES.items()}
     found |= {name: matcher.get(argument) for name, argument in _COSTS.items()}
     return {name: value for name, value in found.items() if _EXPECTED[name][1](value)}
+
+
+def keeps_losses(criterion: Any) -> bool:
+    """Whether the fields of a folder for transformers express a recipe's criterion; no criterion is DINO's own."""
+    fields = {**FIELDS, **_mirror_losses(criterion)}
+    matcher = {"_target_": "dino.layers.HungarianMatcher", "alpha": fields["focal_alpha"], "gamma": _GAMMA}
+    matcher |= {argument: fields[name] for name, argument in _COSTS.items()}
+    usual = {"_target_": "dino.layers.SetCriterion", "gamma": _GAMMA, "class_loss": None, "matcher": matcher}
+    usual |= {argument: fields[name] for name, argument in _LOSSES.items()}
+    if not isinstance(criterion, dict):
+        return criterion is None
+    return {**usual, **criterion, "matcher": {**matcher, **_at(criterion, "matcher")}} == usual
 
 
 def _at(node: _Node, key: str) -> _Node:

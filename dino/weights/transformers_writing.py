@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,13 +43,13 @@ A detector of {classes}: DINO (DETR with improved denoising anchor boxes), conve
 import dino.hf  # pip install "dino-detectron2[hf]"; registers the model type {model_type}
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeline
 
-folder = "{name}"  # this folder
+folder = {quoted}  # this folder
 model = AutoModelForObjectDetection.from_pretrained(folder)
 processor = AutoImageProcessor.from_pretrained(folder)
 detect = pipeline("object-detection", model=model, image_processor=processor)
 ```
 
-Without transformers: `dino predict {name} PICTURE`, or `dino.load("{name}")`.
+Without transformers: `dino predict {word} PICTURE`, or `dino.load({quoted})`.
 
 Classes: {names}.
 
@@ -105,4 +106,5 @@ def _write_card(name: str, names: list[str]) -> str:
     shown = ", ".join(" ".join(text.split()) for text in names[:100])
     more = f" and {len(names) - 100:,} more" if len(names) > 100 else ""
     classes = f"{len(names):,} classes" if len(names) > 1 else "one class"
-    return _CARD.format(name=name, classes=classes, model_type=MODEL_TYPE, names=shown + more)
+    written = {"name": name, "quoted": json.dumps(name, ensure_ascii=False), "word": shlex.quote(name)}
+    return _CARD.format(**written, classes=classes, model_type=MODEL_TYPE, names=shown + more)

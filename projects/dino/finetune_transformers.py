@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import timm
+import torch
 import torchvision
 from torchvision.transforms import v2
 from transformers import HfArgumentParser, TrainingArguments, set_seed
@@ -52,7 +52,7 @@ class Settings(TrainingArguments):
     weight_decay: float = 1e-4
     max_grad_norm: float = 0.1
     per_device_train_batch_size: int = 2
-    per_device_eval_batch_size: int = 2
+    per_device_eval_batch_size: int = 1  # padding costs AP
     num_train_epochs: float = 12
     lr_scheduler_type: str = "cosine"
     eval_strategy: str = "epoch"
@@ -61,6 +61,7 @@ class Settings(TrainingArguments):
     load_best_model_at_end: bool = True
     metric_for_best_model: str = "AP"
     remove_unused_columns: bool = False
+    dataloader_pin_memory: bool = torch.accelerator.is_available()
     report_to: str = "none"
 
 
@@ -70,7 +71,8 @@ def make_processor(start):
     options = options if start.short_side else {}
     if start.model:
         return DinoDetrImageProcessor.from_pretrained(start.model, **options)
-    if is_of_timm(start.backbone):
+    timm = find_timm(start.backbone)
+    if timm:
         pixels = timm.get_pretrained_cfg(start.backbone)
         options.update(image_mean=list(pixels.mean), image_std=list(pixels.std))
     return DinoDetrImageProcessor(**options)
@@ -90,11 +92,31 @@ def open_data(start, size):
     return train, val
 
 
-def is_of_timm(backbone):
-    """Whether a name is timm's, not torchvision's."""
-    if not (hasattr(torchvision.models, backbone) or timm.is_model(backbone)):
+def find_timm(backbone):
+    """The library timm where the name of a backbone is its own; None where torchvision has it."""
+    if hasattr(torchvision.models, backbone):
+        return None
+    try:
+        import timm
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--backbone {backbone}: torchvision lacks it, and timm is missing: pip install timm"
+        ) from error
+    if not timm.is_model(backbone):
         raise UserError(f"--backbone {backbone}: neither torchvision nor timm has it")
-    return not hasattr(torchvision.models, backbone)
+    return timm
+
+
+def read_fields(text):
+    """The value of --fields."""
+    try:
+        fields = dict(json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--fields {text}: no JSON object: {error}") from error
+    known = DinoDetrConfig()
+    if unknown := [name for name in fields if not hasattr(known, name)]:
+        raise UserError(f"--fields: DinoDetrConfig has no {unknown[0]}; docs/transformers.md lists its fields")
+    return fields
 
 
 def make_model(start, data):
@@ -103,28 +125,31 @@ def make_model(start, data):
     labels["category_ids"] = data.category_ids
     if start.model:
         return DinoDetrForObjectDetection.from_pretrained(start.model, ignore_mismatched_sizes=True, **labels)
-    try:
-        fields = json.loads(start.fields)
-    except ValueError as error:
-        raise UserError(f"--fields {start.fields}: no JSON: {error}") from error
-    backbone = {"backbone": start.backbone, "use_timm_backbone": is_of_timm(start.backbone)}
+    backbone = {"backbone": start.backbone, "use_timm_backbone": find_timm(start.backbone) is not None}
     weights = {
         "use_pretrained_backbone": not start.from_scratch,
         "backbone_checkpoint": start.backbone_checkpoint or None,
     }
-    return DinoDetrForObjectDetection(DinoDetrConfig(**{**backbone, **weights, **fields}, **labels))
+    return DinoDetrForObjectDetection(DinoDetrConfig(**{**backbone, **weights, **read_fields(start.fields)}, **labels))
+
+
+def find_checkpoint(output, resume):
+    """The checkpoint that the training continues from, or None."""
+    last = get_last_checkpoint(output) if Path(output).is_dir() else None
+    if resume == "last" and not last:
+        raise UserError(f"--resume_from_checkpoint last: {output} holds no checkpoint")
+    if last and not resume:
+        raise UserError(f"{last} exists: give --resume_from_checkpoint last, or another --output_dir")
+    return last if resume == "last" else resume
 
 
 def main(argv=None):
     """Train, evaluate after each epoch, save the best model with its processor in `output_dir`."""
     usage = "finetune_transformers.py --train_json FILE --train_images FOLDER --val_json FILE --val_images FOLDER …"
     start, settings = HfArgumentParser((Start, Settings), usage=usage).parse_args_into_dataclasses(argv)
-    output, resume = settings.output_dir, settings.resume_from_checkpoint
-    last = get_last_checkpoint(output) if Path(output).is_dir() else None
-    if resume == "last" and not last:
-        raise UserError(f"--resume_from_checkpoint last: {output} holds no checkpoint")
-    if last and not resume:
-        raise UserError(f"{last} exists: give --resume_from_checkpoint last, or another --output_dir")
+    resume = find_checkpoint(settings.output_dir, settings.resume_from_checkpoint)
+    if start.short_side < 0:
+        raise UserError(f"--short_side {start.short_side}: a number of pixels was expected")
     if start.from_scratch and (start.model or start.backbone_checkpoint):
         raise UserError("--from_scratch contradicts --model and --backbone_checkpoint")
     set_seed(settings.seed)
@@ -141,7 +166,7 @@ def main(argv=None):
         processing_class=processor,
         compute_metrics=CocoMetrics(val),
     )
-    trainer.train(resume_from_checkpoint=last if resume == "last" else resume)
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.save_metrics("eval", trainer.evaluate())
 

@@ -210,6 +210,19 @@ def test_a_folder_says_which_package_it_needs(monkeypatch, tmp_path):
         runpy.run_path(str(tmp_path / "dino_detr.py"))
 
 
+def test_a_persons_file_of_the_same_name_is_kept(model, tmp_path):
+    file = tmp_path / "dino_detr.py"
+    file.write_text("print('mine')\n")
+    with pytest.warns(UserWarning, match=r"dino_detr.py is no file of this project and stays as it is"):
+        model.save_pretrained(tmp_path)
+    assert file.read_text() == "print('mine')\n"
+    file.unlink()
+    write_remote_code(tmp_path)
+    file.write_text(file.read_text() + "# of an earlier version\n")
+    write_remote_code(tmp_path)
+    assert "earlier" not in file.read_text()
+
+
 def test_the_hubs_names_in_auto_map_are_not_saved(model, tmp_path):
     model.config.auto_map = {"AutoConfig": "person/one--dino_detr.DinoDetrConfig"}
     model.save_pretrained(tmp_path)

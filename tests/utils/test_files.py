@@ -231,3 +231,15 @@ def test_an_error_at_the_end_does_not_hide_the_first():
 
     with pytest.raises(ValueError, match="first"):
         fail_twice()
+
+
+def test_a_new_file_can_be_read_by_those_that_may_read_others(tmp_path):
+    """safetensors makes files for their owner alone."""
+
+    def write(part):
+        part.unlink()
+        part.touch(mode=0o600)
+
+    (tmp_path / "other").touch()
+    write_whole(tmp_path / "model.safetensors", write)
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode

@@ -1,8 +1,11 @@
 """`dino convert CHECKPOINT FOLDER --to huggingface`, and back."""
 
 import argparse
+import ast
 import json
 import os
+import re
+import shlex
 
 import pytest
 import torch
@@ -78,6 +81,8 @@ def test_what_is_written(tmp_path):
     assert len(second) == 8
     assert keys == {f"model.network.{key}" for key in own - second}  # a shared tensor under its first name
     assert metadata == {"format": "pt"}
+    modes = {path.stat().st_mode for path in (tmp_path / "model").iterdir()}
+    assert len(modes) == 1, "weights that only their owner can read"
     config = json.loads((tmp_path / "model/config.json").read_text())
     assert config["architectures"] == ["DinoDetrForObjectDetection"]
     assert (config["model_type"], config["dtype"], config["category_ids"]) == ("dino_detr", "float32", IDS)
@@ -209,6 +214,44 @@ def test_a_file_keeps_the_key_form_of_the_proposal(tmp_path, name):
     official_file(tmp_path / "official.pth")
     convert_file(tmp_path / "official.pth", tmp_path / name, to="huggingface")
     assert recognise(weights_of(read_content(tmp_path / name))) == "huggingface"
+
+
+def test_the_card_quotes_the_name_of_the_folder(tmp_path):
+    name = 'my "best" $model'
+    write_tiny(tmp_path / name)
+    card = (tmp_path / name / "README.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", card, re.M | re.S)
+    (line,) = [line for line in code.splitlines() if line.startswith("folder = ")]
+    assert ast.literal_eval(line.removeprefix("folder = ").partition("  #")[0]) == name
+    (command,) = re.findall("`(dino predict .*?)`", card)
+    assert shlex.split(command) == ["dino", "predict", name, "PICTURE"]
+
+
+MATCHER = {"_target_": "dino.layers.HungarianMatcher", "class_cost": 1.5}
+CRITERION = {"_target_": "dino.layers.SetCriterion", "matcher": MATCHER, "class_weight": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("criterion", "kept"),
+    [
+        (None, True),
+        (CRITERION, True),
+        ({**CRITERION, "alpha": 0.5, "matcher": {**MATCHER, "alpha": 0.5, "gamma": 2}}, True),
+        ({**CRITERION, "alpha": 0.5, "matcher": {**MATCHER, "alpha": 0.25}}, False),
+        ({**CRITERION, "class_loss": {"_target_": "dino.layers.SquaredIoULoss"}}, False),
+        ({**CRITERION, "matcher": {"_target_": "dino.modeling.variants.PositionModulatedMatcher"}}, False),
+        ({"_target_": "dino.layers.LossScaling", "criterion": CRITERION, "factors": {}}, False),
+        ("text", False),
+    ],
+)
+def test_losses_that_a_folder_can_not_express_are_named(tmp_path, capsys, criterion, kept):
+    write_own(tmp_path / "own.pth")
+    content = torch.load(tmp_path / "own.pth")
+    config = json.loads(content["about"]["config"]) | ({"criterion": criterion} if criterion else {})
+    content["about"]["config"] = json.dumps(config)
+    torch.save(content, tmp_path / "own.pth")
+    convert_file(tmp_path / "own.pth", tmp_path / "model", to="huggingface")
+    assert ("dropped: the losses of its recipe" in capsys.readouterr().out) == (not kept)
 
 
 def test_the_command(tmp_path, capsys):
