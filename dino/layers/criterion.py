@@ -84,12 +84,11 @@ class SetCriterion(nn.Module):
         """Outputs and B targets -> named scalars in float32.
 
         Args:
-            outputs: of the network.
-            targets: the objects of each image.
-            normalizer: (2,) float32, at least 1: the numbers of objects and of denoised objects, which divide the sums
-                over both. None: those of this batch, averaged over the processes. Give every part of a batch those of
-                the whole (`global_loss_normalizer`): the sum of the parts' losses is then the loss of the batch.
-            non_finite, metrics: see `HungarianMatcher.forward`; collects the matching of the last decoder layer.
+            outputs, targets: of the network; the objects of each image.
+            normalizer: (2,) float32, at least 1: numbers of objects and of denoised objects, the divisors. None: those of
+                this batch, averaged over the processes. Give a part of a batch those of the whole: losses then add up.
+            non_finite: see `HungarianMatcher.forward`.
+            metrics: collects the matching of the last decoder layer.
 
         Raises:
             NonFiniteCostError: see `HungarianMatcher.forward`; elsewhere NaN predictions give NaN losses.
