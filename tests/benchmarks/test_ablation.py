@@ -217,7 +217,7 @@ def test_table_and_picture_from_planted_results(tmp_path):
 
 
 def test_distances_of_anchors_are_beside_ap_where_they_were_measured(tmp_path):
-    """Earlier results have none; a table without any has no column."""
+    """Not in earlier results, nor in tables without any; the paper's figures of other numbers are below a table."""
     report = load_program("ablation", "benchmarks").ablation_report
     planted(tmp_path)
     page = tmp_path / "ablation.md"
@@ -228,10 +228,13 @@ def test_distances_of_anchors_are_beside_ap_where_they_were_measured(tmp_path):
         path.write_text(json.dumps({**json.loads(path.read_text()), report.ATD: value}))
     report.write(tmp_path, page)
     text = page.read_text()
-    chain = text.split("**Layers**")[0]
+    chain, layers = text.split("**Layers**")
+    layers, denoising = layers.split("**Denoising**")
     assert rows_of(chain)["+ contrastive denoising (DINO)"][3] == "0.300 ± 0.071 (2)"
     assert rows_of(chain)["+ look forward twice"][3] == ""
     assert text.count("hard shapes: ATD(100) | hard shapes: gain") == 3
+    assert "table 6" in layers
+    assert "table 7" in denoising
     plant(tmp_path, "encoder_6", 31.0, data="bccd")
     report.write(tmp_path, page)
     assert "BCCD: ATD(100)" not in page.read_text()
