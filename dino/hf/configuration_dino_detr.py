@@ -176,6 +176,12 @@ class DinoDetrConfig(SavesRemoteCode, PretrainedConfig):
             changes["backbone_kwargs"] = {**(self.backbone_kwargs or {}), **frozen}
         return changes
 
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], **options: Any) -> Any:
+        """A config of a file's fields, see transformers. The file can't name a `backbone_checkpoint`; `options` can."""
+        fields = {name: value for name, value in config_dict.items() if name != "backbone_checkpoint"}
+        return super().from_dict(fields, **options)
+
     def to_dict(self) -> dict[str, Any]:
         """All fields but `backbone_checkpoint`, which is a file of this machine."""
         fields = super().to_dict()

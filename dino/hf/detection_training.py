@@ -14,6 +14,7 @@ from dino.data.coco import CocoImages, collate, to_results
 from dino.evaluation.average_precision import evaluate
 from dino.structures import Detections
 from dino.training.parameter_groups import parameter_groups, tenth_for_backbone
+from dino.utils.files import UserError
 
 from .image_processing_dino_detr import DinoDetrImageProcessor
 
@@ -54,7 +55,15 @@ class DetectionTrainer(Trainer):
     Detections have one shape in all processes, unlike labels, and are small: 300 rows of 6 numbers an image. Needs
     `processing_class`: the image processor. `compute_metrics`: `CocoMetrics`, or any that reads what
     `prediction_step` returns.
+
+    Raises:
+        UserError: there are metrics to compute, but no image processor.
     """
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        if self.compute_metrics is not None and not hasattr(self.processing_class, "post_process_object_detection"):
+            raise UserError("DetectionTrainer needs processing_class, the image processor: it makes the detections")
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of the arguments; the backbone learns at a tenth of `learning_rate`."""

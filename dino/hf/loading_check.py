@@ -76,7 +76,7 @@ def _find_folder(source: _Source) -> Path | None:
         return Path(source.name, places.get("subfolder", ""))
     try:
         found = cached_file(source.name, CONFIG_NAME, local_files_only=True, **places)
-    except OSError:
+    except (OSError, ValueError):  # a name that no repository can have
         return None
     return None if found is None else Path(found).parent
 

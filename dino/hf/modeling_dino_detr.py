@@ -152,8 +152,17 @@ class DinoDetrPreTrainedModel(PreTrainedModel):
         """Nothing, see `SavesRemoteCode`."""
 
     def save_pretrained(self, *arguments: Any, **options: Any) -> None:
-        """Save the model into a folder, see transformers. The folder never asks for a backbone's weights."""
-        config = self.config
+        """Save the model into a folder, see transformers. The folder never asks for a backbone's weights.
+
+        Raises:
+            ValueError: the config got other labels than the network was built for, so that nothing could load it.
+        """
+        config, built = self.config, self.base_model.num_labels
+        if config.num_labels != built:
+            raise UserError(
+                f"the config has {config.num_labels} labels, but the network {built}. Load the folder with the new "
+                "labels: from_pretrained(FOLDER, id2label=…, label2id=…, ignore_mismatched_sizes=True)"
+            )
         changed = config.without_pretrained_backbone()
         kept = {name: getattr(config, name) for name in changed}
         try:
@@ -185,6 +194,7 @@ class DinoDetrModel(DinoDetrPreTrainedModel):
         self._frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
         self._new: dict[nn.Module, nn.Module] | None = {} if is_new else None  # module -> the same of a new network
         self._recorder = Recorder(network)
+        self.num_labels = config.num_labels  # of the network; the config's can be set
         self.network = network.to(torch.empty(0).device, torch.get_default_dtype())
         self.gradient_checkpointing = False
         self.register_load_state_dict_pre_hook(_repeat_shared)

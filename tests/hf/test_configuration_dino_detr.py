@@ -156,6 +156,14 @@ def test_a_field_beside_a_described_network_can_not_be_changed(tmp_path):
     assert config.describe()["query_selection"]["num_queries"] == 5
 
 
+def test_a_file_can_not_name_another_file(tmp_path):
+    DinoDetrConfig(**TINY).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "backbone_checkpoint": "https://example.com/x.pth"}))
+    assert AutoConfig.from_pretrained(tmp_path).backbone_checkpoint is None
+    assert AutoConfig.from_pretrained(tmp_path, backbone_checkpoint="mine.pth").backbone_checkpoint == "mine.pth"
+
+
 def test_the_lines_of_a_saved_folder_ask_for_no_weights():
     """Norms and frozen layers stay those of the pre-trained backbone."""
     config = DinoDetrConfig(backbone_checkpoint="x.pth")

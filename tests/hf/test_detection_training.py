@@ -49,6 +49,12 @@ def make_trainer(folder, data, processor, model=None, **settings):
     )
 
 
+def test_metrics_need_the_image_processor_before_training(tmp_path, data):
+    arguments = transformers.TrainingArguments(tmp_path, use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match="DetectionTrainer needs processing_class, the image processor"):
+        DetectionTrainer(tiny_model(), arguments, eval_dataset=data, compute_metrics=CocoMetrics(data))
+
+
 def test_batches_are_those_of_the_image_processor(files, data, processor):
     """Pictures and labels, from the annotations of the file."""
     content = files.read()

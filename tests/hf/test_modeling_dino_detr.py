@@ -209,6 +209,16 @@ def test_loading_builds_one_network(tmp_path, monkeypatch):
     assert len(built) == 1
 
 
+def test_labels_that_the_network_lacks_are_not_saved(tmp_path):
+    for model in (tiny_model(), tiny_model().model):
+        model.config.id2label = {0: "red", 1: "green"}
+        with pytest.raises(ValueError, match=r"has 2 labels, but the network 3\. .*ignore_mismatched_sizes=True"):
+            model.save_pretrained(tmp_path)
+        model.config.id2label = {0: "red", 1: "green", 2: "yellow"}
+        model.save_pretrained(tmp_path)
+        assert type(model).from_pretrained(tmp_path).config.id2label[2] == "yellow"
+
+
 def test_no_memory_is_taken_on_the_meta_device():
     with torch.device("meta"):
         model = tiny_model()
