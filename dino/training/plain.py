@@ -412,7 +412,7 @@ def _write_results(
 ) -> dict[str, float]:
     """Evaluate, and write results.json and metrics.json -> the metrics."""
     results = _predict(detector, data, settings)
-    metrics = {**average_precision.evaluate(data.data, results), "training_seconds": round(seconds, 1)}
+    metrics = {**average_precision.evaluate(data.data, results), "training_seconds": round(seconds, 3)}
     for name, content in (("results.json", results), ("metrics.json", metrics)):
         write_whole(folder / name, lambda part, content=content: part.write_text(json.dumps(content)))
     print("\n".join(f"{printable(name, 66):>18} {_shown(name, value)}" for name, value in metrics.items()))
