@@ -108,7 +108,7 @@ def note(setting: Setting) -> str:
     said = [f"{kind}{text}" for kind, text in kinds.items() if text]
     said += ["never read there"] if setting.never_read else []
     said += [f"{code(value.theirs)} {meaning(value)}" for value in setting.values if value != Value(value.theirs)]
-    return ". ".join(["; ".join(said), setting.note] if setting.note else ["; ".join(said)])
+    return ". ".join(filter(None, ["; ".join(said), setting.note]))
 
 
 def meaning(value: Value) -> str:

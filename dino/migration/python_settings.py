@@ -133,9 +133,10 @@ def _find_base(where: str, name: Any, path: Path, folder: Path) -> Path:
         raise DataError(f"{where}: {_BASE} must name files, not {printable(name)}")
     try:
         base = resolve_inside(path.parent, name)
-    except DataError:
-        base = None
-    if base is None or not base.resolve().is_relative_to(folder.resolve()):
+        inside = base.resolve().is_relative_to(folder.resolve())
+    except ValueError:  # also of a NUL in the name
+        inside = False
+    if not inside:
         raise DataError(
             f"{where}: {_BASE} = {printable(name)!r} leaves the folder {_shown(folder)}: put a copy of that file into "
             "the folder, and name it there"
@@ -186,8 +187,10 @@ def _parse(path: Path) -> ast.Module:
             warnings.simplefilter("ignore")  # of odd escapes
             return ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        line = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
-        raise DataError(f"{_shown(path)}{line}: no Python: {printable(error, 100)}") from None
+        syntax = isinstance(error, SyntaxError)
+        line = f", line {error.lineno}" if syntax and error.lineno else ""
+        reason = (error.msg if syntax else str(error)) or "nested too deeply"
+        raise DataError(f"{_shown(path)}{line}: no Python: {printable(reason, 100)}") from None
 
 
 def _target(statement: ast.stmt) -> str | None:

@@ -55,6 +55,7 @@ def test_own_values_replace_those_of_bases(tmp_path):
         ("_base_ = ['b.py']\n", "a.py, line 1: _base_ = 'b.py' is no Python file in"),
         ("\n_base_ = ['../b.py']\n", "a.py, line 2: _base_ = '../b.py' leaves the folder"),
         ("_base_ = ['/etc/passwd']\n", "_base_ = '/etc/passwd' leaves the folder"),
+        ("_base_ = 'b\\0.py'\n", "a.py, line 1: _base_ = 'b\\\\x00.py' leaves the folder"),
         ("_base_ = [1]\n", "a.py, line 1: _base_ must name files, not 1"),
         ("_base_ = 1\n", "a.py, line 1: _base_ must name files, not 1"),
         ("_base_ = 'a.py'\n", "a.py: its _base_ leads back to itself"),
@@ -65,6 +66,7 @@ def test_what_is_refused(tmp_path, capfd, text, message):
         read_settings(write(tmp_path, a=text))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert not str(caught.value).endswith(": ")  # a reason
     assert "executed" not in capfd.readouterr().out
 
 

@@ -182,15 +182,18 @@ def test_what_no_override_can_change_is_a_recipe(settings, tmp_path):
 
 
 def test_dropout_is_another_class(settings):
-    found = convert(settings, "dropout=0.1", "transformer_activation=gelu")
-    assert found.overrides == [
-        "model.network.encoder._target_=dino.modeling.variants.DropoutEncoder",
-        "model.network.decoder._target_=dino.modeling.variants.SharedHeadsDropoutDecoder",
-    ]
+    """The class alone would have its own dropout, so the command must not name it without the numbers."""
+    found = convert(settings, "dropout=0.0", "transformer_activation=gelu")
+    assert found.overrides == []
+    classes = {"encoder": "DropoutEncoder", "decoder": "SharedHeadsDropoutDecoder"}
     assert found.additions == {
         f"model.network.{part}.{name}": value
-        for part in ("encoder", "decoder")
-        for name, value in (("dropout", 0.1), ("activation", "gelu"))
+        for part, chosen in classes.items()
+        for name, value in (
+            ("_target_", f"dino.modeling.variants.{chosen}"),
+            ("dropout", 0.0),
+            ("activation", "gelu"),
+        )
     }
 
 

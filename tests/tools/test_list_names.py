@@ -37,6 +37,10 @@ def test_rows():
     assert tool.row(settings["config_file"])[1] == ""
 
 
+def test_notes_begin_with_a_word(page):
+    assert "| . " not in page
+
+
 def test_check_finds_an_old_page(tmp_path, monkeypatch):
     monkeypatch.setattr(tool, "PAGE", tmp_path / "names.md")
     monkeypatch.setattr("sys.argv", ["list_names.py", "--check"])
