@@ -87,6 +87,8 @@ def _read_text(path: Path) -> str:
     Raises:
         DataError: it is too large, or no text.
     """
+    if not path.is_file():  # reading a pipe would wait for a writer
+        raise DataError(f"{_shown(path)} is no regular file")
     with open(path, "rb") as file:
         data = file.read(_MOST_BYTES + 1)
     if len(data) > _MOST_BYTES:

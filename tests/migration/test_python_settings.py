@@ -1,6 +1,7 @@
 """Configuration files are read as data: anything but plain values is one clear error, and nothing is executed."""
 
 import json
+import os
 
 import pytest
 
@@ -112,6 +113,9 @@ def test_other_files(tmp_path):
         read_settings(write_official(tmp_path) / "DINO_4scal.py")
     with pytest.raises(PathError, match="can't be the folder"):
         read_settings(tmp_path)
+    os.mkfifo(tmp_path / "pipe.py")
+    with pytest.raises(DataError, match=r"pipe\.py is no regular file"):
+        read_settings(tmp_path / "pipe.py")
 
 
 def test_json_of_a_run(tmp_path):
