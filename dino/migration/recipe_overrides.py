@@ -157,12 +157,16 @@ def _compare(cfg: DictConfig, wanted: Wanted) -> tuple[dict[str, Any], dict[str,
             raise DataError(str(error)) from None
         if plain(OmegaConf.select(cfg, key)) != before:
             overrides[key] = value
-    for node in {key.rpartition(".")[0] for key in additions}:  # else a new class would have its own defaults
-        target = f"{node}._target_"
-        additions |= {target: overrides.pop(target)} if target in overrides else {}
+    additions |= _classes_of(additions, overrides)
     if BATCH in overrides:  # else the learning rate would grow with the batch
         overrides["optimizer.lr"] = cfg.optimizer.lr
     return overrides, additions
+
+
+def _classes_of(additions: Mapping[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Take the classes of added arguments out of the overrides: alone, a class would have its own defaults."""
+    targets = {f"{key.rpartition('.')[0]}._target_": None for key in additions}
+    return {target: overrides.pop(target) for target in targets if target in overrides}
 
 
 def _written(value: Any) -> str:
