@@ -157,7 +157,8 @@ def _compare(cfg: DictConfig, wanted: Wanted) -> tuple[dict[str, Any], dict[str,
             raise DataError(str(error)) from None
         if plain(OmegaConf.select(cfg, key)) != before:
             overrides[key] = value
-    for node in dict.fromkeys(key.rpartition(".")[0] for key in additions):  # else a new class would have its own defaults
+    # A new class in the command, without the arguments, would have its own defaults.
+    for node in dict.fromkeys(key.rpartition(".")[0] for key in additions):
         target = f"{node}._target_"
         additions |= {target: overrides.pop(target)} if target in overrides else {}
     if BATCH in overrides:  # else the learning rate would grow with the batch
