@@ -13,7 +13,8 @@ from dino.utils.printable import printable
 from .name_map import NameMap, Setting, Value
 
 BATCH = "dataloader.train.total_batch_size"
-_LARGEST = 1_000_000  # of any number
+_LARGEST = 1_000_000  # of any number but a seed
+_LARGEST_SEED = 2**32 - 1
 _MOST_DROPS = 100  # of the learning rate
 _NETWORK = "model.network"
 _TRAIN_AUGMENTATIONS = "dataloader.train.mapper.augmentations.1.branches"  # one without a crop, one with it
@@ -52,7 +53,11 @@ class Wanted(NamedTuple):
 
 
 def convert_values(config: Mapping[str, Any], name_map: NameMap) -> Wanted:
-    """All settings, each function of several once."""
+    """All settings, each function of several once.
+
+    Raises:
+        DataError: a value is none that the setting can have.
+    """
     values: dict[str, Any] = {}
     remarks: list[Remark] = []
     usual: set[str] = set()
@@ -63,7 +68,9 @@ def convert_values(config: Mapping[str, Any], name_map: NameMap) -> Wanted:
             continue
         if setting is None:
             remarks.append(Remark(key, value, _UNKNOWN, "no file and no argument of the official program has it"))
-        elif setting.convert not in called:
+            continue
+        _check_truth(setting, value)
+        if setting.convert not in called:
             function = _FUNCTIONS.get(setting.convert)
             called |= {setting.convert} if function else set()
             found = function(config) if function else _convert_one(setting, value)
@@ -71,6 +78,12 @@ def convert_values(config: Mapping[str, Any], name_map: NameMap) -> Wanted:
             remarks += found.remarks
             usual |= found.usual
     return Wanted(values, remarks, frozenset(usual))
+
+
+def _check_truth(setting: Setting, value: Any) -> None:
+    """Refuse what is neither True nor False, nor 1 or 0, for a setting that is read as a truth value."""
+    if isinstance(setting.default, bool) and not setting.never_read and value not in (True, False):
+        raise DataError(f"{setting.key}={printable(value)}: True or False was expected")
 
 
 def _convert_one(setting: Setting, value: Any) -> Wanted:
@@ -95,6 +108,9 @@ def _convert_listed(setting: Setting, value: Value) -> Wanted:
 def _copy(setting: Setting, value: Any) -> Wanted:
     """A value as it stands, with a note where it is the default there, and ours differs."""
     keys, usual = setting.keys(), same(value, setting.default)
+    if type(setting.default) in (int, float) and setting.key != "epochs":  # `_schedule` checks these
+        most = _LARGEST_SEED if setting.key == "seed" else _LARGEST
+        _number({setting.key: value}, setting.key, whole=isinstance(setting.default, int), most=most)
     differs = usual and "ours_default" in setting.stated
     remarks = [Remark(setting.key, value, _NOTE, setting.why)] if differs else []
     return Wanted(dict.fromkeys(keys, value), remarks, frozenset(keys if usual and not differs else ()))
@@ -124,17 +140,17 @@ def same(one: Any, other: Any) -> bool:
     return isinstance(one, bool) == isinstance(other, bool) and one == other
 
 
-def _number(config: Mapping[str, Any], key: str, *, whole: bool = False, least: float = 0) -> Any:
+def _number(config: Mapping[str, Any], key: str, *, whole: bool = False, least: float = 0, most: int = _LARGEST) -> Any:
     """The value of a setting that must be a number.
 
     Raises:
-        DataError: it is none, or smaller than `least`.
+        DataError: it is none, or smaller than `least`, or larger than `most`.
     """
     value = config[key]
     kinds = int if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= _LARGEST:
+    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
         kind = "a whole number" if whole else "a number"
-        raise DataError(f"{key}={printable(value)}: {kind} from {least} to {_LARGEST:,} was expected")
+        raise DataError(f"{key}={printable(value)}: {kind} from {least} to {most:,} was expected")
     return value
 
 
