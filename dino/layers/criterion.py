@@ -85,9 +85,8 @@ class SetCriterion(nn.Module):
 
         Args:
             outputs, targets: of the network; the objects of each image.
-            normalizer: (2,) float32, at least 1: numbers of objects and of denoised objects, as divisors. None: those
-                of this batch, averaged over the processes. Give a part of a batch those of the whole: losses then add
-                up.
+            normalizer: (2,) float32, at least 1: numbers of objects and of denoised objects, as divisors. None: this
+                batch's, averaged over the processes. Give a part of a batch those of the whole: losses then add up.
             non_finite: see `HungarianMatcher.forward`.
             metrics: collects the matching of the last decoder layer.
 

@@ -157,13 +157,18 @@ def _compare(cfg: DictConfig, wanted: Wanted) -> tuple[dict[str, Any], dict[str,
             raise DataError(str(error)) from None
         if plain(OmegaConf.select(cfg, key)) != before:
             overrides[key] = value
-    # A new class in the command, without the arguments, would have its own defaults.
-    for node in dict.fromkeys(key.rpartition(".")[0] for key in additions):
-        target = f"{node}._target_"
-        additions |= {target: overrides.pop(target)} if target in overrides else {}
+    _move_classes(overrides, additions)
     if BATCH in overrides:  # else the learning rate would grow with the batch
         overrides["optimizer.lr"] = cfg.optimizer.lr
     return overrides, additions
+
+
+def _move_classes(overrides: dict[str, Any], additions: dict[str, Any]) -> None:
+    """Let the classes follow their arguments into the additions: alone they would have their own defaults."""
+    for node in dict.fromkeys(key.rpartition(".")[0] for key in additions):
+        target = f"{node}._target_"
+        if target in overrides:
+            additions[target] = overrides.pop(target)
 
 
 def _written(value: Any) -> str:
