@@ -121,7 +121,9 @@ def _write(path: Path, write: Callable[[Path], object], move: Callable[[Path, Pa
         move(part, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         full = f"the disk is full, or the file is too large for its file system ({error})"
-        raise UserError(f"can't write {path}: {error if isinstance(error, OSError) else full}") from error
+        named = isinstance(error, OSError) and error.filename  # its text has the temporary name
+        reason = OSError(error.errno, error.strerror) if named else error if isinstance(error, OSError) else full
+        raise UserError(f"can't write {path}: {reason}") from error
     finally:
         if part:
             with suppress(OSError):
