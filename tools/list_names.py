@@ -11,13 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from generated_page import markdown_table, write_page
+
 from dino import cli
 from dino.migration import PROGRAMS, NameMap, Setting, Value, read_map
-from dino.utils.files import UserError, counted, write_whole
+from dino.utils.files import counted
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/names.md"
 DATA = ROOT / "dino/migration"
+TABLE_HEAD = (("there", "default", "here", "default", "note"), ("---",) * 5)
 HEAD = """# Names of settings in other programs
 
 `python tools/list_names.py` writes this page from [dino/migration](../dino/migration): change the files there.
@@ -57,7 +60,7 @@ def section(name_map: NameMap) -> Iterator[str]:
     yield f"Defaults here: of `{name_map.recipe}`."
     for group, title in name_map.groups.items():
         rows = [row(setting) for setting in settings if setting.group == group]
-        yield from (f"\n### {title}\n", *table(rows)) if rows else ()
+        yield from (f"\n### {title}\n", markdown_table([*TABLE_HEAD, *rows])) if rows else ()
 
 
 def numbers(settings: list[Setting]) -> str:
@@ -70,12 +73,6 @@ def numbers(settings: list[Setting]) -> str:
     }
     counts = {what: sum(bool(getattr(setting, kind)) for setting in settings) for kind, what in kinds.items()}
     return ", ".join(f"{number} {what}" for what, number in counts.items() if number)
-
-
-def table(rows: list[list[str]]) -> Iterator[str]:
-    """Rows -> Markdown."""
-    for cells in ([["there", "default", "here", "default", "note"], ["---"] * 5]) + rows:
-        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def row(setting: Setting) -> list[str]:
@@ -125,12 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    args = build_parser().parse_args()
-    text = page()
-    if args.check and (not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text):
-        raise UserError(f"{PAGE} is out of date: run python tools/list_names.py")
-    if not args.check:
-        write_whole(PAGE, lambda part: part.write_text(text, encoding="utf-8"))
+    write_page(PAGE, page(), "list_names.py", check=build_parser().parse_args().check)
     return 0
 
 

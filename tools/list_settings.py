@@ -22,8 +22,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from generated_page import markdown_table, write_page
+
 from dino import cli  # comes first: silences warnings of Detectron2's import
-from dino.utils.files import UserError, write_whole
+from dino.utils.files import UserError
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/settings.md"
@@ -94,8 +96,7 @@ class Row(NamedTuple):
 
 def table(rows: list[Row], value: str = "default") -> str:
     """Rows -> Markdown."""
-    cells = [Row("setting", value, "meaning"), Row("---", "---", "---"), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in cells)
+    return markdown_table([Row("setting", value, "meaning"), Row("---", "---", "---"), *rows])
 
 
 def code(value: Any) -> str:
@@ -367,12 +368,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    args = build_parser().parse_args()
-    text = page()
-    if args.check and (not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text):
-        raise UserError(f"{PAGE} is out of date: run python tools/list_settings.py")
-    if not args.check:
-        write_whole(PAGE, lambda part: part.write_text(text, encoding="utf-8"))
+    write_page(PAGE, page(), "list_settings.py", check=build_parser().parse_args().check)
     return 0
 
 

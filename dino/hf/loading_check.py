@@ -40,11 +40,19 @@ def loading_from(name: Any, options: Mapping[str, Any]) -> Iterator[None]:
     Args:
         name: the first argument of `from_pretrained`.
         options: its other arguments.
+
+    Raises:
+        DataError: a file is broken.
     """
     other = name is None or options.get("state_dict") is not None or options.get("gguf_file") is not None
-    token = _SOURCE.set(None if other else _Source(str(name), options))
+    source = None if other else _Source(str(name), options)
+    token = _SOURCE.set(source)
     try:
         yield
+    except SafetensorError:  # of a version that opens the weights before it builds the network
+        if source is not None:
+            _list_weights(_find_folder(source))
+        raise
     finally:
         _SOURCE.reset(token)
 

@@ -119,10 +119,11 @@ def _write(path: Path, write: Callable[[Path], object], move: Callable[[Path, Pa
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         move(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+    except RuntimeError as error:  # torch.save reports a full disk so
         full = f"the disk is full, or the file is too large for its file system ({error})"
-        named = isinstance(error, OSError) and error.filename  # its text has the temporary name
-        reason = OSError(error.errno, error.strerror) if named else error if isinstance(error, OSError) else full
+        raise UserError(f"can't write {path}: {full}") from error
+    except OSError as error:  # without its file name, which is the temporary one
+        reason = OSError(error.errno, error.strerror) if error.filename else error
         raise UserError(f"can't write {path}: {reason}") from error
     finally:
         if part:

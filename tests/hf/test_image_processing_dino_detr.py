@@ -238,7 +238,7 @@ def test_what_dino_has_not_is_refused(options, message):
         ({"size": {"shortest_edge": 10**9}}, "size must be whole numbers of pixels from 1 to 20,000, not .*10{9}"),
         ({"size": {"height": 0.5, "width": 4}}, "size must be whole numbers"),
         ({"pad_size": {"height": 10**6, "width": 4}}, "pad_size must be whole numbers"),
-        ({"image_mean": [1, 2]}, r"image_mean must be three numbers, not \(1, 2\)"),
+        ({"image_mean": [1, 2]}, r"image_mean must be three numbers, not [\[(]1, 2[\])]"),
         ({"image_mean": [0.5, 0.5, float("nan")]}, "image_mean must be three numbers"),
         ({"image_std": [0, 0, 0]}, "image_std must be three positive numbers"),
         ({"rescale_factor": 0}, "rescale_factor must be a number such as 1/255, not 0"),

@@ -131,7 +131,7 @@ def test_the_best_model_is_kept(tmp_path):
         save_steps=1,
         load_best_model_at_end=True,
         optim="adamw_torch",
-        learning_rate=0.05,
+        learning_rate=0.1,
         lr_scheduler_type="constant",
     )
     trainer.train()

@@ -17,7 +17,8 @@ def load_program(name, folder="tools"):
     """The module in `tools/<name>.py`, or in another folder that is no package."""
     spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with mock.patch.object(sys, "path", [str(ROOT / folder), *sys.path]):  # its neighbours, as Python itself does
+        spec.loader.exec_module(module)
     return module
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from dino.migration import PROGRAMS, read_map
+from dino.utils.files import UserError
 from tests.tools.programs import load_program
 
 tool = load_program("list_names")
@@ -44,7 +45,7 @@ def test_notes_begin_with_a_word(page):
 def test_check_finds_an_old_page(tmp_path, monkeypatch):
     monkeypatch.setattr(tool, "PAGE", tmp_path / "names.md")
     monkeypatch.setattr("sys.argv", ["list_names.py", "--check"])
-    with pytest.raises(tool.UserError, match="is out of date: run python"):
+    with pytest.raises(UserError, match="is out of date: run python"):
         tool.main()
     monkeypatch.setattr("sys.argv", ["list_names.py"])
     assert tool.main() == 0
