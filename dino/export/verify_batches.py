@@ -1,7 +1,7 @@
 """Batches on which an exported program is compared, beside pictures alone: padded, of delicate, smallest, largest size.
 
-A cell of a level is padding where the pixel in its upper left corner is. At some sizes, the delicate ones, programs that
-look for this pixel by float32 division take the one before, which changes the mask of a picture that ends exactly there.
+A cell of a level is padding where the pixel in its upper left corner is. At some sizes, the delicate ones, programs
+that look for this pixel by float32 division take the one before: the mask of a picture that ends there changes.
 """
 
 from __future__ import annotations
