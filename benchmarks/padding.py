@@ -1,4 +1,6 @@
-"""What padding in a batch changes: `python benchmarks/padding.py model.pth --val-json F --val-images DIR --output FILE`.
+"""What padding in a batch changes.
+
+    python benchmarks/padding.py model.pth --val-json val.json --val-images images --output results.json
 
 Every picture of a data set runs alone, then in canvases that are larger than it by the given shares, as in a batch with
 a larger picture: zeros at the right and at the bottom, with the padding mask. AP of each, and how many detections of
