@@ -23,11 +23,10 @@ from tests.d2.processes import environment
 from tests.tools.programs import ROOT, load_program
 from tests.weights.folders import NAMES, write_own
 
-for library in ("fastapi", "uvicorn", "python_multipart"):
+_, _, uvicorn = (
     pytest.importorskip(library, reason="the extra `serve` is not installed: pip install '.[serve]'")
-
-import uvicorn
-
+    for library in ("fastapi", "python_multipart", "uvicorn")
+)
 FOLDER = "projects/dino/serving"
 serve = load_program("serve", FOLDER)
 BOUND = "----a-line-between-fields"

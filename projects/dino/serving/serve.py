@@ -133,7 +133,9 @@ def make_app(service, max_bytes):
 
 def build_parser():
     parser = new_parser("serve.py", __doc__, "")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, the folder of a run, an address or name")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a checkpoint, the folder of a run, an address or name"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for other machines (default %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="0 for a free one (default %(default)s)")
     parser.add_argument("--device", help="default: a GPU where there is one")
