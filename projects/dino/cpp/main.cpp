@@ -1,17 +1,20 @@
-// Detect in a picture, without Python: detect PACKAGE.pt2 PICTURE.ppm [REPEAT]
+// Detect in a picture, without Python: detect FOLDER PICTURE.ppm [REPEAT]
 //
-// Prints a line for each detection: score, x0, y0, x1, y1 in pixels of the picture, name. With REPEAT, the network runs
-// that often, and the median time goes to the error stream. docs/serving.md explains; make_package.py makes the package.
+// FOLDER is made by make_package.py; docs/serving.md explains. Prints a line for each detection: score, x0, y0, x1, y1
+// in pixels of the picture, name. With REPEAT, the network runs that often, and medians of its time go to the error
+// stream.
 
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <ctime>
 #include <exception>
 #include <fstream>
 #include <limits>
@@ -56,23 +59,11 @@ at::Tensor read_ppm(const std::string& path) {
   return pixels.permute({2, 0, 1}).unsqueeze(0);
 }
 
-// Size after resizing, by the rule in the package: see `resize` in docs/export.md.
-Size resized_size(const Metadata& about, Size size) {
-  const auto number = [&](const char* key) { return std::stoll(about.at(key)); };
-  if (about.count("fit_height")) {
-    const double scale = std::min(double(number("fit_height")) / size.height, double(number("fit_width")) / size.width);
-    const auto fit = [&](int64_t side) { return std::max<int64_t>(1, int64_t(side * scale + 0.5)); };
-    return {fit(size.height), fit(size.width)};
-  }
-  const int64_t smaller = std::min(size.height, size.width), larger = std::max(size.height, size.width);
-  int64_t side = number("short_side");
-  const int64_t most = number("max_size");  // 0: no bound
-  if (most && double(larger) / smaller * side > most) {
-    side = std::max<int64_t>(1, std::nearbyint(double(most * smaller) / larger));  // half to even, as Python rounds
-  }
-  int64_t other = smaller == side ? larger : std::max<int64_t>(1, side * larger / smaller);
-  other = std::min(other, most ? 2 * most : 128 * side);
-  return size.height <= size.width ? Size{side, other} : Size{other, side};
+// Size after resizing: as large as fits into the network's size. The rule `fit` of docs/export.md.
+Size resized_size(Size most, Size size) {
+  const double scale = std::min(double(most.height) / size.height, double(most.width) / size.width);
+  const auto fit = [&](int64_t side) { return std::max<int64_t>(1, int64_t(side * scale + 0.5)); };
+  return {fit(size.height), fit(size.width)};
 }
 
 std::vector<std::string> split_lines(const std::string& text) {
@@ -84,15 +75,11 @@ std::vector<std::string> split_lines(const std::string& text) {
   return lines;
 }
 
-// (1, 3, H, W) uint8 as the network wants it; `size` is the part that the picture covers.
-at::Tensor prepare(const at::Tensor& picture, const Metadata& about, Size size) {
+// (1, 3, H, W) uint8 of the size `most`; the picture, resized to `size`, is in the upper left corner.
+at::Tensor prepare(const at::Tensor& picture, Size most, Size size) {
   // Antialiased like Pillow's bilinear filter, within one unit of 255.
-  at::Tensor images = at::_upsample_bilinear2d_aa(picture, {size.height, size.width}, /*align_corners=*/false);
-  if (about.count("fit_height")) {
-    const int64_t height = std::stoll(about.at("fit_height")), width = std::stoll(about.at("fit_width"));
-    images = at::constant_pad_nd(images, {0, width - size.width, 0, height - size.height});
-  }
-  return images.contiguous();
+  const auto resized = at::_upsample_bilinear2d_aa(picture, {size.height, size.width}, /*align_corners=*/false);
+  return at::constant_pad_nd(resized, {0, most.width - size.width, 0, most.height - size.height}).contiguous();
 }
 
 void print_detections(const std::vector<at::Tensor>& found, const Metadata& about, Size size, Size original) {
@@ -110,31 +97,48 @@ void print_detections(const std::vector<at::Tensor>& found, const Metadata& abou
   }
 }
 
-void detect(const std::string& package, const std::string& path, int repeat) {
+double median(std::vector<double> values) {
+  const auto middle = values.begin() + values.size() / 2;
+  std::nth_element(values.begin(), middle, values.end());
+  return *middle;
+}
+
+// The attention operator: its library registers it with PyTorch.
+void load_operator(const std::string& path) {
+  if (!dlopen(path.c_str(), RTLD_NOW)) {
+    throw std::runtime_error(dlerror());
+  }
+}
+
+void detect(const std::string& folder, const std::string& path, int repeat) {
   const c10::InferenceMode no_gradients;
-  torch::inductor::AOTIModelPackageLoader model(package);
+  load_operator(folder + "/_deform_attn_schema.so");
+  load_operator(folder + "/_deform_attn_cpu.so");
+  torch::inductor::AOTIModelPackageLoader model(folder + "/network.pt2");
   const Metadata about = model.get_metadata();
+  const Size most{std::stoll(about.at("height")), std::stoll(about.at("width"))};
   const at::Tensor picture = read_ppm(path);
-  const Size original{picture.size(2), picture.size(3)}, size = resized_size(about, original);
-  const at::Tensor images = prepare(picture, about, size);
+  const Size original{picture.size(2), picture.size(3)}, size = resized_size(most, original);
+  const at::Tensor images = prepare(picture, most, size);
   const at::Tensor sizes = at::tensor({size.height, size.width}, at::kLong).unsqueeze(0);  // (1, 2)
   std::vector<at::Tensor> found = model.run({images, sizes});  // boxes, scores, labels
-  std::vector<double> times;
+  std::vector<double> wall, processor;  // milliseconds of each run
   for (int i = 0; i < repeat; ++i) {
     const auto start = std::chrono::steady_clock::now();
+    const std::clock_t ticks = std::clock();
     found = model.run({images, sizes});
-    times.push_back(std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count());
+    processor.push_back(1000.0 * (std::clock() - ticks) / CLOCKS_PER_SEC);
+    wall.push_back(std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count());
   }
   print_detections(found, about, size, original);
   if (repeat > 0) {
-    std::nth_element(times.begin(), times.begin() + repeat / 2, times.end());
-    std::fprintf(stderr, "%.1f milliseconds\n", times[repeat / 2]);
+    std::fprintf(stderr, "%.1f ms, %.1f ms of processor time\n", median(wall), median(processor));
   }
 }
 
 int main(int count, char** words) {
   if (count < 3 || count > 4) {
-    std::fprintf(stderr, "usage: detect PACKAGE.pt2 PICTURE.ppm [REPEAT]\n");
+    std::fprintf(stderr, "usage: detect FOLDER PICTURE.ppm [REPEAT]\n");
     return 2;
   }
   try {
