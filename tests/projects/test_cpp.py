@@ -4,17 +4,18 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dino import Predictor, cli
+from dino import Predictor
 from dino.cli import report_errors
 from dino.data.images import resize_image
 from dino.export.export_wrapper import Fixed, describe
-from dino.modeling.detector import Preprocessing, resized_size
+from dino.modeling.detector import Preprocessing
 from tests.tools.programs import ROOT, load_program, run_python
 from tests.weights.folders import write_own
 
@@ -25,27 +26,40 @@ make_package = load_program("make_package", FOLDER)
 needs_tools = pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("g++")), reason="no cmake or no g++")
 
 
-def metadata(fixed=None, **sizes):
-    return make_package.to_metadata(describe(["red", "dark green"], [0.5, 0.25], Preprocessing(**sizes), fixed))
+def test_metadata_are_texts_that_the_program_reads():
+    about = describe(["red", "dark green"], [0.5, 0.25], Preprocessing(), Fixed(1, 480, 640))
+    found = make_package.to_metadata(about)
+    assert found == {"names": "red\ndark green", "thresholds": "0.5\n0.25", "height": "480", "width": "640"}
+    files = {make_package.NETWORK, *make_package.OPERATOR}
+    assert set(re.findall(r'about\.at\("(\w+)"\)', SOURCE)) == set(found)
+    assert set(re.findall(r'folder \+ "/([\w.]+)"', SOURCE)) == files
 
 
-@pytest.mark.parametrize("fixed", [None, Fixed(1, 480, 640)])
-def test_metadata_are_texts_that_the_program_reads(fixed):
-    about = metadata(fixed, max_size=None)
-    assert (about["names"], about["thresholds"]) == ("red\ndark green", "0.5\n0.25")
-    rule = {"fit_height": "480", "fit_width": "640"} if fixed else {"short_side": "800", "max_size": "0"}
-    assert about.items() >= rule.items()
-    assert all(f'"{key}"' in SOURCE for key in about)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["absent.pth", "package", "--size", 64, 85], "absent.pth"),
+        (["absent.pth", ".", "--size", 64, 85], ". exists: choose another name"),
+    ],
+)
+def test_mistakes_are_one_error(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(make_package.operator, "verdict", lambda device: Verdict(True))
+    assert report_errors(lambda: make_package.main([*map(str, words)])) > 0
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_program_of_another_origin_is_refused(tmp_path, capsys):
-    program = torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
-    torch.export.save(program, tmp_path / "other.pt2")
-    words = [str(tmp_path / "other.pt2"), str(tmp_path / "package.pt2")]
+def test_without_the_compiled_operator_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(make_package.operator, "verdict", lambda device: Verdict(False, "it is not built"))
+    words = ["model.pth", str(tmp_path / "package"), "--size", "64", "85"]
     assert report_errors(lambda: make_package.main(words)) == 1
-    assert "other.pt2 has no description: it was not written by `dino export`" in capsys.readouterr().err
-    assert report_errors(lambda: make_package.main([words[0], "package.bin"])) == 1
-    assert "torch wants a name that ends in .pt2" in capsys.readouterr().err
+    assert "the compiled attention operator is needed, but it is not built" in capsys.readouterr().err
+
+
+class Verdict(NamedTuple):
+    usable: bool
+    reason: str = ""
 
 
 def test_the_resizing_is_that_of_pillow():
@@ -66,38 +80,6 @@ def build(folder, source=ROOT / FOLDER):
     return folder
 
 
-HARNESS = """
-#define main detect_main
-#include "main.cpp"
-#undef main
-#include <iostream>
-int main() {
-  int64_t height, width, side, most;
-  while (std::cin >> height >> width >> side >> most) {
-    const Metadata about{{"short_side", std::to_string(side)}, {"max_size", std::to_string(most)}};
-    const Size size = resized_size(about, {height, width});
-    std::cout << size.height << " " << size.width << "\\n";
-  }
-}
-"""
-
-
-@pytest.mark.slow
-@needs_tools
-def test_sizes_are_those_of_the_detector(tmp_path):
-    shutil.copytree(ROOT / FOLDER, tmp_path / "source")
-    (tmp_path / "source/main.cpp").rename(tmp_path / "source/original.cpp")
-    (tmp_path / "source/main.cpp").write_text(HARNESS.replace('"main.cpp"', '"original.cpp"'))
-    program = build(tmp_path / "build", tmp_path / "source") / "detect"
-    draw = np.random.default_rng(0).integers
-    cases = [(*draw(1, 5000, 2).tolist(), draw(2, 1200), draw(0, 2) * draw(1200, 2000)) for _ in range(5000)]
-    cases += [(1, 65535, 800, 1333), (65535, 1, 800, 0), (800, 800, 800, 1333), (1333, 2, 800, 1333)]
-    lines = "\n".join(" ".join(map(str, case)) for case in cases)
-    found = subprocess.run([program], input=lines, capture_output=True, text=True, check=True).stdout.split("\n")
-    expected = [" ".join(map(str, resized_size(h, w, side, most or None))) for h, w, side, most in cases]
-    assert found[:-1] == expected
-
-
 def detections(text):
     """(score, box, name) of each line."""
     rows = [line.split(" ", 5) for line in text.splitlines()]
@@ -107,11 +89,12 @@ def detections(text):
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """A folder with checkpoint, package and program, made by the commands of the page."""
+    found = make_package.operator.verdict(torch.device("cpu"))
+    if not found.usable:
+        pytest.skip(f"no compiled attention operator: {found.reason}")
     folder = tmp_path_factory.mktemp("cpp")
     write_own(folder / "model.pth")
-    export = ["export", folder / "model.pth", folder / "mine.pt2", "--size", 64, 85, "--score-thresh", 0.05]
-    assert cli.main([*map(str, export)]) == 0
-    words = (ROOT / FOLDER / "make_package.py", "mine.pt2", "mine_package.pt2")
+    words = (ROOT / FOLDER / "make_package.py", "model.pth", "package", "--size", 64, 85, "--score-thresh", 0.05)
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
     result = run_python(*words, folder=folder, **cache)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -131,7 +114,7 @@ def test_detections_are_those_of_the_predictor(built, size):
     pixels = np.random.default_rng(sum(size)).integers(256, size=(*size, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(built / "picture.ppm")
     expected = Predictor(built / "model.pth", score_thresh=0.05)(built / "picture.ppm")
-    result = run_detect(built, "mine_package.pt2", "picture.ppm")
+    result = run_detect(built, "package", "picture.ppm")
     assert result.returncode == 0, result.stderr
     found = detections(result.stdout)
     assert len(found) == len(expected) > 3
@@ -147,11 +130,11 @@ def test_bad_files_are_one_error(built):
     (built / "text.ppm").write_text("no picture")
     (built / "short.ppm").write_bytes(b"P6\n# a comment\n8 8\n255\nabc")
     for words, code, message in [
-        (("mine_package.pt2", "absent.ppm"), 1, "absent.ppm: no binary PPM file"),
-        (("mine_package.pt2", "text.ppm"), 1, "text.ppm: no binary PPM file"),
-        (("mine_package.pt2", "short.ppm"), 1, "short.ppm: the file ends early"),
-        (("absent.pt2", "short.ppm"), 1, "absent.pt2"),
-        (("mine_package.pt2",), 2, "usage: detect"),
+        (("package", "absent.ppm"), 1, "absent.ppm: no binary PPM file"),
+        (("package", "text.ppm"), 1, "text.ppm: no binary PPM file"),
+        (("package", "short.ppm"), 1, "short.ppm: the file ends early"),
+        (("absent", "short.ppm"), 1, "absent/_deform_attn_schema.so"),
+        (("package",), 2, "usage: detect"),
     ]:
         result = run_detect(built, *words)
         assert result.returncode == code, result.stderr

@@ -44,7 +44,9 @@ def compile_network(detector, fixed, metadata, path):
 
 def build_parser():
     parser = new_parser("make_package.py", __doc__, "")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, the folder of a run, an address or name")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a checkpoint, the folder of a run, an address or name"
+    )
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="the folder to write; it must not exist")
     parser.add_argument("--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), required=True, help="in pixels")
     parser.add_argument("--score-thresh", type=float, default=SCORE_THRESH, help="default %(default)s")
