@@ -1,5 +1,6 @@
 """The C++ example: its package by AOTInductor, its program by CMake, its detections beside the predictor's."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -169,3 +170,10 @@ def test_the_commands_of_the_page():
     assert f"cmake -S {FOLDER} -B" in blocks
     for flag in re.findall(r'"(--[\w-]+)"', serve):
         assert f"`{flag}" in page, flag
+
+
+def test_the_figures_of_the_page():
+    result = json.loads((ROOT / "benchmarks/results/cpp_cpu_1thread.json").read_text())["milliseconds"]
+    expected = [(t["processor"], result["eager"]["processor"] / t["processor"], t["wall"]) for t in result.values()]
+    found = re.findall(r"^\| .+ \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", PAGE.read_text(), re.M)
+    assert found == [(f"{processor:.1f}", f"{ratio:.3g}", f"{wall:.0f}") for processor, ratio, wall in expected]
