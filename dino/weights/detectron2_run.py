@@ -18,11 +18,12 @@ import yaml
 from dino.modeling.detector import Preprocessing
 from dino.utils.files import DataError
 
-from .folder_json import MOST_TEXT, read_json
+from .folder_json import read_json
 
 RECIPE, CLASSES = "config.yaml", "inference/classes.json"
 _REFERENCE = re.compile(r"\$\{(\.*)([\w.]+)\}")  # to another setting: relative with dots in front
 _LONGEST_CHAIN = 20  # of references
+_MOST_TEXT = 2**20  # bytes of a recipe: PyYAML takes a second for them
 
 
 def describe_run(checkpoint: Path) -> dict[str, Any]:
@@ -78,9 +79,9 @@ _InertLoader.add_multi_constructor("tag:yaml.org,2002:python/", _inert)
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
-        text = file.read(MOST_TEXT + 1)
-    if len(text) > MOST_TEXT:
-        raise DataError(f"it has more than {MOST_TEXT:,} bytes")
+        text = file.read(_MOST_TEXT + 1)
+    if len(text) > _MOST_TEXT:
+        raise DataError(f"it has more than {_MOST_TEXT:,} bytes")
     found = yaml.load(text, _InertLoader)
     if not isinstance(found, dict):
         raise DataError("it holds no settings")
