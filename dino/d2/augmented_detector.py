@@ -29,8 +29,8 @@ class AugmentedDetector(DINODetector):
     the size of the plain evaluation there. Training is that of `DINODetector`. State the augmentation beside an AP
     reached with it: the paper's figures for the ResNet-50 and most others are without.
 
-    Detectron2's `GeneralizedRCNNWithTTA` refuses every model but R-CNNs: `AugmentedDetector.from_model(cfg, model)` takes
-    the same arguments.
+    Detectron2's `GeneralizedRCNNWithTTA` refuses every model but R-CNNs: `AugmentedDetector.from_model(cfg, model)`
+    takes the same arguments.
 
     Args:
         sizes: lengths of the short side of the views in pixels, that of the main view first.

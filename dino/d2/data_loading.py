@@ -351,7 +351,9 @@ class Evaluator(COCOEvaluator):
         names = self._metadata.get("thing_classes")
         if self._output_dir and names and len(labels) == len(names):
             classes = {"names": list(names), "category_ids": sorted(labels, key=labels.get)}
-            write_whole(os.path.join(self._output_dir, "classes.json"), lambda part: part.write_text(json.dumps(classes)))
+            write_whole(
+                os.path.join(self._output_dir, "classes.json"), lambda part: part.write_text(json.dumps(classes))
+            )
 
     def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
         """Detectron2's, with names that can be printed."""

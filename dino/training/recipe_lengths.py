@@ -1,7 +1,8 @@
 """Numbers of iterations that follow from epochs and the data, in a form that Detectron2's own programs can read.
 
-A recipe writes `max_iter=iterations("train.epochs")`. `dino train` leaves such a number open until it has read the data.
-Detectron2's `tools/lazyconfig_train_net.py` reads it as any other number: omegaconf counts the images of the recipe then.
+A recipe writes `max_iter=iterations("train.epochs")`. `dino train` leaves such a number open until it has read the
+data. Detectron2's `tools/lazyconfig_train_net.py` reads it as any other number: omegaconf counts the recipe's images
+then.
 """
 
 from __future__ import annotations

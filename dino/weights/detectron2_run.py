@@ -1,8 +1,8 @@
 """The description of a checkpoint of Detectron2's own programs, from the files of its run.
 
-Their checkpoints hold nothing but weights. Beside them lies the recipe as `config.yaml`, whose YAML names Python objects,
-and in `inference` what `dino.d2.data_loading.Evaluator` wrote. Neither is trusted: tags become text, an interpolation
-can only name a setting of the same file, and the network passes the same checks as any other description.
+Their checkpoints hold nothing but weights. Beside them lies the recipe as `config.yaml`, whose YAML names Python
+objects, and in `inference` what `dino.d2.data_loading.Evaluator` wrote. Neither is trusted: tags become text, an
+interpolation can only name a setting of the same file, and the network passes the same checks as any other description.
 """
 
 from __future__ import annotations
@@ -130,4 +130,3 @@ def _at(recipe: Any, keys: Sequence[Any]) -> Any:
     for key in keys:
         recipe = recipe[int(key) if isinstance(recipe, list) else key]
     return recipe
-
