@@ -170,7 +170,7 @@ def inspect(tools: Tools) -> None:
     tools.expect("benchmark", tools.command("benchmark.py", *words, "--task", "eval"), "300 iters in")
     drawn = tools.work / "visualized"
     found = str(tools.run / "inference/coco_instances_results.json")
-    words = ("--input", found, "--output", str(drawn), "--dataset", "bccd_val", "--conf-threshold", "0.01")
+    words = ("--input", found, "--output", str(drawn), "--dataset", "bccd_val", "--conf-threshold", "0.2")
     tools.expect("visualize_json_results", tools.command("visualize_json_results.py", *words, first=("register",)))
     count = len(list(drawn.glob("*.jpg")))
     tools.note("drawn pictures", count > 0, count=count)

@@ -224,6 +224,8 @@ def shown(value: Any, resolved: Any) -> str:
         return code(value["_target_"])
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
         return ", ".join(shown(item, item) for item in value)
+    if isinstance(value, str) and "${" in value and isinstance(resolved, dict):
+        return code(value)
     if isinstance(value, str) and "${" in value:
         return f"{code(resolved)} from `{value}`"
     return code(value)
@@ -297,7 +299,10 @@ def recipe_sections() -> Iterator[tuple[str, list[Row]]]:
     from detectron2.config import LazyConfig
     from omegaconf import OmegaConf
 
+    from dino.training.recipe_lengths import leave_open
+
     cfg = LazyConfig.load(str(RECIPE))
+    leave_open(cfg)
     raw, resolved = (OmegaConf.to_container(cfg, resolve=resolve) for resolve in (False, True))
     remarks = {}
     for path in sorted((ROOT / "configs/common").rglob("*.py")):
