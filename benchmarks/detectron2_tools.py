@@ -29,9 +29,9 @@ from detectron2.config import LazyConfig
 
 from dino.utils.recipes import find_recipe
 
-recipe = LazyConfig.load(str(find_recipe("dino_r18_small_data")))
+_recipe = LazyConfig.load(str(find_recipe("dino_r18_small_data")))
 dataloader, lr_multiplier, model, optimizer, train = (
-    recipe[key] for key in ("dataloader", "lr_multiplier", "model", "optimizer", "train")
+    _recipe[key] for key in ("dataloader", "lr_multiplier", "model", "optimizer", "train")
 )
 for split, node in (("train", dataloader.train), ("val", dataloader.test)):
     files = dict(annotations=f"{bccd}/{{split}}.json", images="{bccd}/images")

@@ -224,11 +224,8 @@ def shown(value: Any, resolved: Any) -> str:
         return code(value["_target_"])
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
         return ", ".join(shown(item, item) for item in value)
-    if isinstance(value, str) and "${" in value and isinstance(resolved, dict):
-        return code(value)
-    if isinstance(value, str) and "${" in value:
-        return f"{code(resolved)} from `{value}`"
-    return code(value)
+    reference = isinstance(value, str) and "${" in value and not isinstance(resolved, dict)
+    return f"{code(resolved)} from `{value}`" if reference else code(value)
 
 
 def part_rows(key: str, part: Callable, values: dict, resolved: dict, remarks: dict[str, str]) -> list[Row]:

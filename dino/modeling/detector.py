@@ -17,7 +17,6 @@ from dino.layers.matcher import NonFiniteCostError
 from dino.layers.postprocess import detections
 from dino.structures import Detections, Outputs, Target
 from dino.utils.device import to_device
-from dino.utils.files import UserError
 
 from .cuda_graphs import CudaGraphs
 from .dino import DINO
@@ -92,13 +91,6 @@ class Detector(nn.Module):
         for name in ("pixel_mean", "pixel_std"):
             values = torch.tensor(list(getattr(preprocessing, name)), dtype=torch.float32)
             self.register_buffer(name, values.view(3, 1, 1), persistent=False)
-
-    def __prepare_scriptable__(self) -> None:
-        """Called by `torch.jit.script`, whose compiler does not know what this class is written in."""
-        raise UserError(
-            f"{type(self).__name__} can be traced, not scripted: `dino export`, or torch.jit.trace (in Detectron2: "
-            "TracingAdapter in place of scripting_with_instances)"
-        )
 
     @property
     def device(self) -> torch.device:

@@ -85,6 +85,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     found = yaml.load(text, _InertLoader)
     if not isinstance(found, dict):
         raise DataError("it holds no settings")
+    if "MODEL" in found:
+        raise DataError(
+            "it is a config of Detectron2's older system, yacs: predict by DefaultPredictor with it, after "
+            "dino.d2.add_dino_config(cfg)"
+        )
     return found
 
 

@@ -64,6 +64,12 @@ def test_other_files_of_this_name_are_refused(tmp_path):
             describe_run(tmp_path / "model_final.pth")
 
 
+def test_yacs_has_its_own_predictor(tmp_path):
+    (tmp_path / "config.yaml").write_text("MODEL: {META_ARCHITECTURE: DINODetector}")
+    with pytest.raises(DataError, match="yacs: predict by DefaultPredictor"):
+        describe_run(tmp_path / "model_final.pth")
+
+
 def test_classes_come_from_the_evaluation(tmp_path):
     assert "names" not in described(tmp_path, "1")
     (tmp_path / "inference").mkdir()
