@@ -224,9 +224,8 @@ def shown(value: Any, resolved: Any) -> str:
         return code(value["_target_"])
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
         return ", ".join(shown(item, item) for item in value)
-    if isinstance(value, str) and "${" in value:
-        return f"{code(resolved)} from `{value}`"
-    return code(value)
+    reference = isinstance(value, str) and "${" in value and not isinstance(resolved, dict)
+    return f"{code(resolved)} from `{value}`" if reference else code(value)
 
 
 def part_rows(key: str, part: Callable, values: dict, resolved: dict, remarks: dict[str, str]) -> list[Row]:
@@ -297,7 +296,10 @@ def recipe_sections() -> Iterator[tuple[str, list[Row]]]:
     from detectron2.config import LazyConfig
     from omegaconf import OmegaConf
 
+    from dino.training.recipe_lengths import leave_open
+
     cfg = LazyConfig.load(str(RECIPE))
+    leave_open(cfg)
     raw, resolved = (OmegaConf.to_container(cfg, resolve=resolve) for resolve in (False, True))
     remarks = {}
     for path in sorted((ROOT / "configs/common").rglob("*.py")):

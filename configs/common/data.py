@@ -33,6 +33,8 @@ dataloader.train = L(TrainLoader)(
     repeat_threshold=0.0,  # e.g. 0.1: classes on less than a tenth of the images have theirs shown more often
     sorted_batches=1,  # e.g. 8: so many share out their images by shape, which saves padding
     num_workers=4,
+    seed="${oc.select:train.seed,0}",
+    settings="${oc.select:train,null}",
 )
 dataloader.test = L(
     build_detection_test_loader

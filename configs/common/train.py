@@ -1,7 +1,9 @@
-"""How to run. A number of iterations that is None follows from the epochs and the length of the data.
+"""How to run. A number of iterations follows from the epochs and the length of the data.
 
 The comments are the descriptions in docs/settings.md.
 """
+
+from dino.training.recipe_lengths import iterations
 
 train = dict(
     output_dir="./output",  # folder of the run; one that holds a run is refused without --resume
@@ -10,7 +12,7 @@ train = dict(
     min_backbone=0.95,  # least share of the backbone's tensors that it must have
     epochs=12,  # length of the training; may be a fraction
     eval_epochs=1,  # between evaluations, and between checkpoints
-    max_iter=None,  # length in iterations, instead of epochs
+    max_iter=iterations("train.epochs"),  # length in iterations, instead of epochs
     reference_batch=None,  # total batch for which the learning rate is meant; None for the recipe's own
     grad_accum_steps=1,  # parts into which the batch of one step is divided: less memory
     clip_norm=0.1,  # gradients are scaled down to this norm, all together
@@ -36,7 +38,7 @@ train = dict(
         fp16_compression=False,  # send gradients in float16
     ),
     checkpointer=dict(
-        period=None,  # iterations between checkpoints
+        period=iterations("train.eval_epochs"),  # iterations between checkpoints
         max_to_keep=3,  # how many numbered checkpoints stay
     ),
     best=dict(
@@ -44,7 +46,7 @@ train = dict(
         mode="max",  # or min
         patience=0,  # evaluations without a better value after which the training ends; 0: never
     ),
-    eval_period=None,  # iterations between evaluations; 0 for the last one only
+    eval_period=iterations("train.eval_epochs", least=0),  # iterations between evaluations; 0 for the last one only
     log_period=20,  # iterations between lines of the log
     log_matching=False,  # log class_error, cardinality_error and count_error of the last decoder layer too
     wandb=dict(

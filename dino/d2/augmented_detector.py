@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from detectron2.config import CfgNode
 from torch import Tensor
 
 from dino.inference.tta import join, make_view, views
@@ -27,6 +28,9 @@ class AugmentedDetector(DINODetector):
     the main view, and their boxes are averages over the views. The main view is the first of `sizes`, not mirrored: put
     the size of the plain evaluation there. Training is that of `DINODetector`. State the augmentation beside an AP
     reached with it: the paper's figures for the ResNet-50 and most others are without.
+
+    Detectron2's `GeneralizedRCNNWithTTA` refuses every model but R-CNNs: `AugmentedDetector.from_model(cfg, model)`
+    takes the same arguments.
 
     Args:
         sizes: lengths of the short side of the views in pixels, that of the main view first.
@@ -66,6 +70,30 @@ class AugmentedDetector(DINODetector):
             f"test-time augmentation: {self.sizes} pixels, flips {self.flips}, main view {self.sizes[0]} pixels; "
             "name it beside any AP"
         )
+
+    @classmethod
+    def from_model(cls, cfg: CfgNode, model: DINODetector) -> AugmentedDetector:
+        """What `GeneralizedRCNNWithTTA(cfg, model)` is to Detectron2's R-CNNs, which takes no other models.
+
+        Args:
+            cfg: of Detectron2's yacs system; `TEST.AUG` states the views, `INPUT.MIN_SIZE_TEST` the main one.
+            model: whose network is used, not copied.
+        """
+        aug, main, preprocessing = cfg.TEST.AUG, cfg.INPUT.MIN_SIZE_TEST, model.preprocessing
+        made = cls(
+            sizes=[main, *(size for size in aug.MIN_SIZES if size != main)],
+            max_size=aug.MAX_SIZE,
+            flips=(False, True) if aug.FLIP else (False,),
+            network=model.network,
+            criterion=model.criterion,
+            num_classes=model.num_classes,
+            pixel_mean=preprocessing.pixel_mean,
+            pixel_std=preprocessing.pixel_std,
+            max_detections=model.max_detections,
+            score_thresh=model.score_thresh,
+            input_range=preprocessing.input_range,
+        )
+        return made.to(model.device).eval()
 
     @torch.no_grad()
     def detect(

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import io
+import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ from dino.data.images import read_image
 from dino.data.mixing import Picture
 from dino.evaluation.average_precision import complete_annotations
 from dino.modeling.detector import resized_size
-from dino.utils.files import DataError
+from dino.utils.files import DataError, write_whole
 from dino.utils.printable import printable
 
 logger = logging.getLogger("detectron2.dino")
@@ -342,6 +343,17 @@ class Evaluator(COCOEvaluator):
             self._coco_api.dataset = {"info": {}, **data, "annotations": complete_annotations(data["annotations"])}
             with contextlib.redirect_stdout(io.StringIO()):
                 self._coco_api.createIndex()
+
+    def _eval_predictions(self, predictions, img_ids=None):
+        """Detectron2's. The classes are written beside the detections: they describe the checkpoints of such a run."""
+        super()._eval_predictions(predictions, img_ids)
+        labels = self._metadata.get("thing_dataset_id_to_contiguous_id", {})
+        names = self._metadata.get("thing_classes")
+        if self._output_dir and names and len(labels) == len(names):
+            classes = {"names": list(names), "category_ids": sorted(labels, key=labels.get)}
+            write_whole(
+                os.path.join(self._output_dir, "classes.json"), lambda part: part.write_text(json.dumps(classes))
+            )
 
     def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
         """Detectron2's, with names that can be printed."""

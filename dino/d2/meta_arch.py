@@ -15,6 +15,7 @@ from dino.modeling.detector import IMAGENET_MEAN, IMAGENET_STD, Detector, Prepro
 from dino.modeling.dino import DINO
 from dino.structures import Detections, Target
 from dino.utils.device import to_device
+from dino.utils.files import UserError
 
 from .config import parts_from_config
 
@@ -60,6 +61,13 @@ class DINODetector(Detector):
         super().__init__(network, preprocessing, criterion=criterion)
         self.num_classes = num_classes
         self.score_thresh = score_thresh
+
+    def __prepare_scriptable__(self) -> None:
+        """Called by `torch.jit.script`, whose compiler does not know what this class is written in."""
+        raise UserError(
+            f"{type(self).__name__} can be traced, not scripted: `dino export`, or TracingAdapter and torch.jit.trace "
+            "in place of scripting_with_instances"
+        )
 
     @property
     def max_detections(self) -> int:

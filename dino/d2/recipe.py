@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from dino.d2.training.parallel import entered_by_main
 from dino.training import recipe_completion
 from dino.training.recipe_completion import NO_FILES, DataFiles, scale_to_batch, use_epochs
+from dino.training.recipe_lengths import leave_open
 from dino.training.recipe_nodes import add_branch
 from dino.training.recipe_reading import check_recipe
 from dino.utils.files import UserError
@@ -57,6 +58,7 @@ def read_recipe(config_file: str) -> DictConfig:
     path = str(find_recipe(config_file))
     cfg = LazyConfig.load(path)
     check_recipe(cfg, path)
+    leave_open(cfg)
     return cfg
 
 

@@ -10,6 +10,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,12 +19,35 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 
+def _seed_of(numbers: Sequence[int]) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 def seed_random(*numbers: int) -> None:
     """Seed Python, numpy and torch, on all devices, from several numbers, without a device sync."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    seed = _seed_of(numbers)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+@contextmanager
+def _seeded(*numbers: int) -> Iterator[None]:
+    """Within the block, the generators of Python, numpy and torch's CPU start from several numbers.
+
+    Afterwards they continue where they were: samples that are read in the main process leave no trace in its noise.
+    """
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = _seed_of(numbers)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # augmentations run on the CPU: those of other devices are not touched
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
 
 
 def repeat_factors(labels: Sequence[Collection[int]], threshold: float) -> Tensor:
@@ -126,6 +150,8 @@ class Place(NamedTuple):
 class SeededImages(Dataset):
     """Maps an image with random numbers from the seed and its position in the stream.
 
+    Random numbers of the process that reads the image continue as if no image had been read.
+
     Args:
         images: entries of a data set.
         mapper: entry, and its `Place` as `place` -> the mapped image.
@@ -146,7 +172,7 @@ class SeededImages(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Any:
         """(position, index) -> the mapped image."""
         position, index = key
-        seed_random(self.seed, position)
         own = np.random.SeedSequence((self.seed, position)).spawn(1)[0]
         place = Place(self.images, index, position // self.total_batch_size, np.random.default_rng(own))
-        return self.mapper(self.images[index], place=place)
+        with _seeded(self.seed, position):
+            return self.mapper(self.images[index], place=place)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from dino.utils.files import DataError, UsageError, UserError
 from dino.utils.overrides import apply, has_key, keys_of
 
 from .recipe_data import class_names
+from .recipe_lengths import LENGTHS, count_iterations, leave_open
 from .recipe_nodes import LazyCall
 from .recipe_parts import build_schedule, check_supported
 
@@ -23,11 +23,6 @@ logger = logging.getLogger("detectron2.dino")
 
 _DATASET = "dino.d2.data_loading.dataset"
 _BATCH = "dataloader.train.total_batch_size"
-_EPOCHS = {  # numbers of iterations, and the epochs from which they follow where they are None
-    "train.max_iter": "train.epochs",
-    "train.eval_period": "train.eval_epochs",
-    "train.checkpointer.period": "train.eval_epochs",
-}
 # The key of a recipe that states the number of classes, and that of Detectron2's R-CNNs. Other parts interpolate it.
 _NUM_CLASSES = ("model.num_classes", "model.roi_heads.num_classes")
 
@@ -75,6 +70,7 @@ def complete(
             train what the recipe asks for.
         DataError: a file is broken, or the classes don't fit.
     """
+    leave_open(cfg)
     _use_files(cfg, files, eval_only)
     if cfg.train.get("reference_batch") is None:
         cfg.train.reference_batch = OmegaConf.select(cfg, _BATCH)
@@ -101,7 +97,7 @@ def _check_counts(cfg: DictConfig) -> None:
 
 def _prefer_epochs(cfg: DictConfig, stated: set[str]) -> None:
     """Let epochs that an override states replace iterations that the recipe states."""
-    for iterations, epochs in _EPOCHS.items():
+    for iterations, epochs in LENGTHS.items():
         if epochs in stated and iterations not in stated:
             OmegaConf.update(cfg, iterations, None)
 
@@ -178,14 +174,14 @@ def _common_names(cfg: DictConfig, eval_only: bool, names_of: Callable[[Mapping]
 def use_epochs(cfg: DictConfig, num_images: int) -> None:
     """Turn epochs into iterations wherever the recipe leaves a number of iterations open (None)."""
     train = cfg.train
-    per_epoch = max(1, math.ceil(num_images / cfg.dataloader.train.total_batch_size))
+    data = (num_images, cfg.dataloader.train.total_batch_size)
     if train.max_iter is None:
-        train.max_iter = max(1, round(train.epochs * per_epoch))
+        train.max_iter = count_iterations(train.epochs, *data)
     if train.eval_period is None:
-        train.eval_period = round(train.eval_epochs * per_epoch)
+        train.eval_period = count_iterations(train.eval_epochs, *data, least=0)
     if train.checkpointer.period is None:
-        train.checkpointer.period = max(1, round(train.eval_epochs * per_epoch))
-    logger.info(f"1 epoch = {per_epoch} iterations, {train.max_iter} iterations in all")
+        train.checkpointer.period = count_iterations(train.eval_epochs, *data)
+    logger.info(f"1 epoch = {count_iterations(1, *data)} iterations, {train.max_iter} iterations in all")
 
 
 def scale_to_batch(cfg: DictConfig, overrides: Sequence[str]) -> None:

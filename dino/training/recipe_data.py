@@ -110,7 +110,9 @@ class TrainLoader:
     Args:
         dataset: of the training images.
         mapper: reads and augments an image.
-        total_batch_size, num_workers, repeat_threshold, sorted_batches: as of `dino.d2.training.sampler.TrainLoader`.
+        total_batch_size, num_workers, repeat_threshold, sorted_batches, seed, start: as of
+            `dino.d2.training.sampler.TrainLoader`.
+        settings: not used; for the same arguments.
     """
 
     def __init__(
@@ -122,6 +124,9 @@ class TrainLoader:
         num_workers: int = 0,
         repeat_threshold: float = 0.0,
         sorted_batches: int = 1,
+        seed: int = 0,
+        start: int | None = None,
+        settings: Mapping | None = None,
     ):
         self.images = _Entries(open_images(dataset))
         self.mapper = mapper
@@ -129,7 +134,7 @@ class TrainLoader:
         self.num_workers = num_workers
         self.sorted_batches = min(sorted_batches, max(1, len(self.images) // total_batch_size))
         self.ratios = [entry["width"] / entry["height"] for entry in self.images.data.images]
-        self.seed, self.start, self.parts = 0, 0, 1
+        self.seed, self.start, self.parts = seed, start or 0, 1
         self.repeats: Tensor | None = None
         if repeat_threshold > 0:
             self.repeats = repeat_factors([entry.labels for entry in self.images], repeat_threshold)

@@ -22,6 +22,7 @@ from dino.utils.moved import current_name
 from dino.utils.recipes import find_recipe
 
 from . import parameter_groups
+from .recipe_lengths import leave_open
 from .recipe_nodes import LazyCall, add_branch, full_name
 
 STOOD_IN = ("detectron2", "dino.d2")  # packages that are never imported here
@@ -89,6 +90,7 @@ def read_recipe(name_or_path: str) -> DictConfig:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         raise UserError(f"the recipe {path} can't be read: {_line_of(error)}{kind}{error}") from error
     check_recipe(cfg, path)
+    leave_open(cfg)
     _use_text(cfg)
     return cfg
 

@@ -147,7 +147,8 @@ def _name_kind(content: Mapping) -> str:
         state = weights_of(content)
         if recognise(state) == "own":
             return (
-                ": it is a bare state dict. Evaluate the checkpoint of another training program with its recipe, dino "
+                ": it is a bare state dict. For the checkpoint of Detectron2's own lazyconfig_train_net.py, put the "
+                "config.yaml of its run beside it. Evaluate that of another training program with its recipe, dino "
                 "eval FILE --config-file RECIPE; convert the original of a converted file again (detrex' with "
                 "--temperature and --offset)"
             )

@@ -59,6 +59,7 @@ _CONVNEXT_BLOCK = (  # in its authors' file · torchvision · timm
     ("pwconv2.*", "block.5.*", "mlp.fc2.*"),
     ("gamma", "layer_scale", "gamma"),
 )
+_CONVNEXT_V2_BLOCK = (("grn.gamma", "mlp.grn.weight"), ("grn.beta", "mlp.grn.bias"))  # in its authors' file · timm
 _MAP_NORMS = tuple((f"norm{stage}.*", f"norms.res{stage + 2}.*") for stage in range(4))
 _CONVNEXT_TO_TORCHVISION = rules(
     (
@@ -76,7 +77,10 @@ _CONVNEXT_TO_TIMM = rules(
         *_MAP_NORMS,
         ("downsample_layers.0.*", "stem.*"),
         ("downsample_layers.{i}.*", "stages.{i}.downsample.*"),
-        *((f"stages.{{i}}.{{i}}.{theirs}", f"stages.{{i}}.blocks.{{i}}.{ours}") for theirs, _, ours in _CONVNEXT_BLOCK),
+        *(
+            (f"stages.{{i}}.{{i}}.{theirs}", f"stages.{{i}}.blocks.{{i}}.{ours}")
+            for theirs, *_, ours in (*_CONVNEXT_BLOCK, *_CONVNEXT_V2_BLOCK)
+        ),
     )
 )
 # A FocalNet under its authors' names, as in detrex · timm. A stage ends with its downsampling there, and begins with it
@@ -144,8 +148,11 @@ def _tables(state: StateDict, backbone: nn.Module, target: Iterable[str]) -> lis
 
 
 def _as_convolution(value: Tensor, shape: torch.Size | None) -> Tensor:
-    """A weight (O, I) as that of a 1x1 convolution, a scale (C,) as (C, 1, 1), where the model has these shapes."""
-    fits = shape is not None and len(shape) == value.ndim + 2 and shape == (*value.shape, 1, 1)
+    """A weight (O, I) as that of a 1x1 convolution, a scale (C,) as (C, 1, 1), where the model has these shapes.
+
+    ConvNeXt V2's authors write the scales of a norm as (1, 1, 1, C).
+    """
+    fits = shape is not None and (shape == (*value.shape, 1, 1) or value.shape == (1, 1, 1, *shape))
     return value.reshape(shape) if fits else value
 
 
@@ -223,8 +230,12 @@ def _has_without_squeezing(backbone: nn.Module, block: str) -> bool:
 
 
 def _without_front(state: StateDict) -> StateDict:
-    """Drop the prefix under which a program keeps its backbone."""
-    return {_THEIR_FRONTS.sub("", key): value for key, value in state.items()}
+    """Drop the prefixes under which a program keeps its backbone: `backbone.`, and of DETR `backbone.0.body.`."""
+    plain = {_THEIR_FRONTS.sub("", key): value for key, value in state.items()}
+    for front in ("0.", "body."):
+        if all(key.startswith(front) for key in plain):
+            plain = {key.removeprefix(front): value for key, value in plain.items()}
+    return plain
 
 
 def _pads_like_tensorflow(backbone: nn.Module) -> bool:

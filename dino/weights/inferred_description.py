@@ -16,6 +16,7 @@ from dino.utils.files import DataError
 
 from .addresses import locate
 from .coco_classes import coco_ids, coco_names
+from .detectron2_run import describe_run
 from .file_facts import find_position, has_shared_heads
 from .file_weights import read_weights
 from .levels import count_projections
@@ -111,7 +112,8 @@ def open_checkpoint(source: str | Path) -> tuple[str, dict[str, Any]]:
 def describe_content(content: dict[str, Any], source: str) -> dict[str, Any]:
     """Describe the model in the content of a file of another program, see `with_description`.
 
-    The content of any other file, such as that of a backbone, stays as it is.
+    A bare state dict of this project's own names is described by the run of Detectron2's programs around it, if there
+    is one. The content of any other file, such as that of a backbone, stays as it is.
 
     Raises:
         DataError: its model can't be described, or has a backbone that this project lacks.
@@ -119,10 +121,20 @@ def describe_content(content: dict[str, Any], source: str) -> dict[str, Any]:
     if isinstance(content.get("about"), Mapping) or not any(isinstance(v, Mapping | Tensor) for v in content.values()):
         return content
     found = read_weights(content)
-    if found.format in ("own", "backbone"):
+    if found.format == "own":
+        return {**content, **_describe_own(content, found.state, source)}
+    if found.format == "backbone":
         return content
     refuse_missing_backbone(found.state)
     return with_description(content, found.state, find_unshown(content, found.format, source), source)
+
+
+def _describe_own(content: Mapping, own: StateDict, source: str) -> dict[str, Any]:
+    """The description in the folder of a file, and the names of classes as far as something says them."""
+    described = describe_run(Path(source))
+    if not described or "names" in described:
+        return described
+    return {**described, **name_classes(content, len(own["decoder.class_heads.0.bias"]))}
 
 
 def with_description(content: Mapping, own: StateDict, unshown: Unshown, source: str) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class Report:
         without_detector: names of tensors that keep their initial values, because only a backbone was loaded.
         why_missing: {name: reason} of missing tensors.
         doubts: sentences on what may be wrong.
+        backbone_keys: names of the backbone's tensors as the file has them, without a common prefix; for messages.
     """
 
     source: str
@@ -57,6 +58,7 @@ class Report:
     without_detector: list[str] = field(default_factory=list)
     why_missing: dict[str, str] = field(default_factory=dict)
     doubts: list[str] = field(default_factory=list)
+    backbone_keys: list[str] = field(default_factory=list)
 
     @property
     def form(self) -> str:

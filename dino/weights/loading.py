@@ -163,7 +163,7 @@ def _choose(network: DINO, content: Mapping, report: Report, wishes: _Wishes) ->
     if report.format == "backbone":
         chosen = _choose_backbone(_read_backbone(found.state, network, report, wishes), target, report, wishes)
     elif wishes.parts == "backbone":
-        own = _rename_backbone(found.state, network)
+        own = _rename_backbone(found.state, network, report)
         report.unexpected += [name for name in own if not name.startswith(_BACKBONE)]
         chosen = _choose_backbone(_backbone_of(own), target, report, wishes)
     else:
@@ -184,7 +184,7 @@ def _choose_all(
     own, fresh_rows = fit_classes(own, target.tensors, content, wishes.classes, by_name, report)
     sizes = _Sizes.of(own)
     own, fresh_levels = fit_levels(own, network)
-    own = _rename_backbone(own, network)
+    own = _rename_backbone(own, network, report)
     chosen = _compare(own, target, sizes, report, wishes, fresh_rows | fresh_levels)
     _check_shared(chosen, target)
     return chosen
@@ -198,11 +198,14 @@ def _read_backbone(state: StateDict, network: DINO, report: Report, wishes: _Wis
     """
     backbone, kind = network.neck.backbone, name_any_detector(state)
     if not kind:
+        report.backbone_keys = list(state)
         own = fit_backbone(state, backbone)
         check_network(state, own, backbone)
         report.notes += doubts_of_name(report.source, backbone)
         return _with_front(own)
     own, others = cut_backbone(state, backbone)
+    left = set(others)
+    report.backbone_keys = [key for key in state if key not in left]
     own = _with_front(own)
     if wishes.parts != "backbone":
         _refuse_detector(kind, own, _backbone_of(network.state_dict()))
@@ -245,11 +248,12 @@ def _doubt_position(content: Mapping, report: Report, network: DINO) -> list[str
     return [] if same else [f"the file was trained with the position encoding {theirs}, the model has {ours}"]
 
 
-def _rename_backbone(own: StateDict, network: DINO) -> StateDict:
-    """Rename the backbone's tensors to the names of the network's backbone."""
+def _rename_backbone(own: StateDict, network: DINO, report: Report) -> StateDict:
+    """Rename the backbone's tensors to the names of the network's backbone; the report keeps the names before."""
     backbone = _backbone_of(own)
     rest = {key: value for key, value in own.items() if key not in backbone}
     named = {key.removeprefix(_BACKBONE): value for key, value in backbone.items()}
+    report.backbone_keys = list(named)
     return rest | _with_front(fit_backbone(named, network.neck.backbone))
 
 
@@ -361,11 +365,11 @@ def _check_backbone(report: Report, own: StateDict, target: _Target, min_backbon
     loaded = set(report.loaded)
     absent = [name.removeprefix(_BACKBONE) for name in wanted if name not in loaded]
     if len(absent) > (1 - min_backbone) * len(wanted):
-        theirs = [name.removeprefix(_BACKBONE) for name in own]
+        theirs = list(filter(_counts, report.backbone_keys))
         known = f"a DINO in {report.format} format" if report.format != "backbone" else "no DINO in a known format"
         raise DataError(
             f"the file is {known}, and has only {len(wanted) - len(absent)} of the {len(wanted)} tensors of the "
-            f"model's backbone. The model needs {shorten(absent, 3)}; the file has {shorten(theirs, 3)}. "
+            f"model's backbone. The model needs {shorten(absent, 3)}; the file has {shorten(theirs, 3) or 'none'}. "
             "min_backbone=0 (train.min_backbone=0) keeps the initial values of the backbone"
         )
 

@@ -3,7 +3,8 @@ import pytest
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import torch
-from detectron2.config import instantiate
+from detectron2.config import get_cfg, instantiate
+from detectron2.modeling import GeneralizedRCNNWithTTA
 
 from dino.d2.augmented_detector import AugmentedDetector
 from dino.d2.meta_arch import DINODetector
@@ -93,3 +94,27 @@ def test_as_an_option_of_the_evaluation(tmp_path):
     cfg.model.weights = [2.0, 2.0, 1.0, 1.0]
     cfg.dataloader.test.mapper.augmentations = []
     assert 0 <= engine.evaluate_checkpoint(cfg)["bbox"]["AP"] <= 100
+
+
+def test_what_a_user_of_detectron2s_augmentation_does(network):
+    """The arguments of `GeneralizedRCNNWithTTA`, which takes R-CNNs only."""
+    cfg = get_cfg()
+    cfg.INPUT.MIN_SIZE_TEST, cfg.TEST.AUG.MIN_SIZES, cfg.TEST.AUG.MAX_SIZE = 64, (48, 64, 96), 200
+    model, image = plain(network), random_input("a.png", height=64, width=80)
+    with pytest.raises(AssertionError, match="only supported on GeneralizedRCNN"):
+        GeneralizedRCNNWithTTA(cfg, model)
+    found = AugmentedDetector.from_model(cfg, model)
+    assert (found.sizes, found.max_size, found.flips) == ([64, 48, 96], 200, [False, True])
+    assert found.network is network
+    assert_same(found([image])[0], augmented(network, sizes=[64, 48, 96], max_size=200)([image])[0])
+    cfg.TEST.AUG.FLIP = False
+    assert AugmentedDetector.from_model(cfg, model).flips == [False]
+
+
+def test_settings_of_the_model_stay(network):
+    model = plain(network)
+    model.score_thresh, model.max_detections = 0.25, 7
+    made = AugmentedDetector.from_model(get_cfg(), model)
+    assert (made.score_thresh, made.max_detections, made.num_classes) == (0.25, 7, 3)
+    assert torch.equal(made.pixel_mean, model.pixel_mean)
+    assert not made.training

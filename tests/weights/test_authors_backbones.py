@@ -1,10 +1,13 @@
 """ConvNeXt and FocalNet under their authors' names, as in detrex: equal maps from torchvision's and timm's networks."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from dino.modeling import TimmBackbone, TorchvisionBackbone, build_dino
+from dino.utils.files import DataError
 from dino.weights import load_weights
 from dino.weights.imagenet import fit_backbone
 
@@ -117,6 +120,85 @@ def test_convnext_in_timms_network(options):
     state = random_state(convnext(40, (2, 2, 6, 2)))
     backbone = TimmBackbone("convnext_atto", map_norm="LN", options=options)
     check_maps(backbone, state, convnext_maps(state, IMAGES))
+
+
+@pytest.mark.parametrize("front", ["module.", "backbone.0.", "backbone.0.body.", "body.", "model.backbone."])
+def test_prefixes_of_a_convnext(front):
+    pytest.importorskip("timm", reason="timm is not installed")
+    state = random_state(convnext(40, (2, 2, 6, 2)))
+    backbone = TimmBackbone("convnext_atto", map_norm="LN")
+    report = load_weights(build_dino(backbone=backbone, **SMALL), {front + key: x for key, x in state.items()})
+    assert (report.format, report.unexpected) == ("backbone", [])
+    assert not [name for name in report.missing if "backbone" in name]
+    assert torch.equal(backbone.body.stages_2.downsample[1].weight, state["downsample_layers.2.1.weight"])
+
+
+def test_a_detector_with_a_convnext():
+    """As the official program stores it: the backbone is a part of a list."""
+    pytest.importorskip("timm", reason="timm is not installed")
+    network, theirs = (build_dino(backbone=TimmBackbone("convnext_atto", map_norm="LN"), **SMALL) for _ in range(2))
+    state = {k: v for k, v in theirs.state_dict().items() if "backbone" not in k}
+    meta = random_state(convnext(40, (2, 2, 6, 2)))
+    for front in ("neck.backbone.", "neck.backbone.body."):
+        report = load_weights(network, state | {front + key: x for key, x in meta.items()})
+        assert (report.format, report.problems, report.unexpected) == ("own", [], [])
+        assert torch.equal(network.neck.backbone.body.stem_0.weight, meta["downsample_layers.0.0.weight"])
+
+
+def test_convnext_v2_in_timms_network():
+    """Its response normalisation, whose scales its authors write as (1, 1, 1, C)."""
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    whole = timm.create_model("convnextv2_atto")
+    whole.load_state_dict(random_state({name: x.shape for name, x in whole.state_dict().items()}))
+    theirs = {convnext_name(name): as_written(name, x) for name, x in whole.state_dict().items()}
+    backbone = TimmBackbone("convnextv2_atto")
+    report = load_weights(build_dino(backbone=backbone, **SMALL), {"model": theirs})
+    assert not [name for name in report.missing if "backbone" in name]
+    assert len([name for name in report.loaded if ".grn." in name]) == 24
+    maps = whole.eval().forward_intermediates(IMAGES, intermediates_only=True)[1:]
+    for found, expected in zip(backbone.eval()(IMAGES).values(), maps, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def as_written(name, x):
+    """A tensor of timm's ConvNeXt V2 with its authors' shape."""
+    x = x[:, :, 0, 0] if ".mlp.fc" in name and x.ndim == 4 else x
+    return x[None, None, None] if ".grn." in name else x
+
+
+def convnext_name(name):
+    """A name of timm's ConvNeXt as its authors have it."""
+    for ours, theirs in (
+        (r"^stem\.", "downsample_layers.0."),
+        (r"^stages\.(\d)\.downsample\.", r"downsample_layers.\1."),
+        (r"\.blocks\.", "."),
+        (r"\.conv_dw\.", ".dwconv."),
+        (r"\.mlp\.fc", ".pwconv"),
+        (r"\.mlp\.grn\.weight", ".grn.gamma"),
+        (r"\.mlp\.grn\.bias", ".grn.beta"),
+        (r"^head\.norm", "norm"),
+        (r"^head\.fc", "head"),
+    ):
+        name = re.sub(ours, theirs, name)
+    return name
+
+
+def test_messages_list_the_backbones_own_keys():
+    """Those of the file as it has them, and none of the detector around."""
+    pytest.importorskip("timm", reason="timm is not installed")
+    meta = random_state(convnext(40, (2, 2, 6, 2)))
+    network = build_dino(backbone=TorchvisionBackbone("resnet18"), **SMALL)
+    detector = {k: v for k, v in network.state_dict().items() if "backbone" not in k}
+    keys = f"the file has {', '.join(list(meta)[:3])} and {len(meta) - 3} more\\."
+    for state in (
+        meta,
+        {f"backbone.{key}": value for key, value in meta.items()},
+        detector | {f"neck.backbone.{key}": value for key, value in meta.items()},
+    ):
+        with pytest.raises(DataError, match=r"The model needs body\.conv1\.weight, .*" + keys):
+            load_weights(network, state)
+    with pytest.raises(DataError, match="the file has none"):
+        load_weights(network, detector)
 
 
 @pytest.mark.parametrize(("levels", "window", "first_map"), [(3, 5, 1), (4, 3, 0)])

@@ -240,13 +240,6 @@ def _build_trainer(cfg: DictConfig, model: nn.Module, about: dict) -> tuple[Trai
     return trainer, Ema(model, cfg.train.ema.decay) if cfg.train.ema.enabled else None
 
 
-def _use_determinism(cfg: DictConfig) -> None:
-    """Set the seed, the same for all processes, and deterministic kernels if the recipe enables them."""
-    if cfg.train.seed < 0:
-        cfg.train.seed = comm.shared_random_seed()
-    use_deterministic_kernels(cfg)
-
-
 def _make_checkpointer(cfg: DictConfig, model: nn.Module, about: dict) -> Checkpointer:
     """The checkpointer of a training; `about`: what repeating the run needs."""
     return Checkpointer(
