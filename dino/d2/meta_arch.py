@@ -40,8 +40,8 @@ class DINODetector(Detector):
         score_thresh: lowest score of a returned detection, in [0, 1]; 0 for everything (AP is computed so).
         input_range: values [low, high] of grey images of more than 8 bits that become 0 and 255, in training and
             wherever the checkpoint is used; None for the rule by type, see `dino.data.images.read_image`.
-        instances: (Detections of each picture, their sizes) -> `Instances`: `ClippedInstances`, Detectron2's convention,
-            or `UnclippedInstances`.
+        instances: (Detections of each picture, their sizes) -> `Instances`: `ClippedInstances`, which is Detectron2's
+            convention, or `UnclippedInstances`.
     """
 
     @configurable

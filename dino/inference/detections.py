@@ -47,7 +47,7 @@ class Detections:
         read: reads `source` if that is a file or a Pillow image.
         strips: the file, where it is too large to be decoded whole.
         category_ids: of the classes in the data set of the training, by label.
-        clipped: whether the boxes have been clipped to the picture; a `Predictor` returns them as predicted, see `clip`.
+        clipped: whether the boxes are clipped to the picture; a `Predictor` returns them as predicted, see `clip`.
     """
 
     detections: structures.Detections

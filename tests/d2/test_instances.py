@@ -123,9 +123,14 @@ def test_scores_below_the_threshold_still_go():
 
 def test_the_block_ends_after_an_error_and_leaves_others_alone():
     model = DINODetector(network=tiny_network(), **PARTS)
-    with pytest.raises(KeyError), unclipped(model):
-        assert type(model.instances) is UnclippedInstances
-        raise KeyError
+
+    def fail():
+        with unclipped(model):
+            assert type(model.instances) is UnclippedInstances
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert type(model.instances) is ClippedInstances
 
     class Mine(ClippedInstances):

@@ -170,7 +170,7 @@ def test_detection_names_the_image_of_a_batch():
 
 @pytest.mark.parametrize("clips", [False, True], ids=["unclipped", "clipped"])
 def test_detection_reads_back_once_per_batch(monkeypatch, clips):
-    """Whether all is finite, and whether no clipped box is empty, in one transfer each: no other number is asked for."""
+    """Whether all is finite, and whether no clipped box is empty, in one transfer each: nothing else is asked for."""
     asked, tolist = [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: (asked.append(x.shape), tolist(x))[1])
     model, inputs = tiny_detector().eval(), [random_input(f"{n}.png") for n in range(3)]
