@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 from detectron2.data import Metadata
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 
 from dino.inference.detections import Detections
 from dino.inference.predictor import Predictor
+
+from .instances import ClippedInstances
 
 
 class InstancesPredictor:
@@ -42,8 +44,8 @@ class InstancesPredictor:
         """Detect in one picture (H, W, 3), uint8, BGR.
 
         Returns:
-            {"instances": Instances} on the CPU with `pred_boxes` (xyxy in pixels of the picture, not clipped), `scores`
-            and `pred_classes`, best first.
+            {"instances": Instances} on the CPU with `pred_boxes` (xyxy in pixels of the picture, clipped to it),
+            `scores` and `pred_classes`, best first.
 
         Raises:
             DataError: the array is no picture.
@@ -54,4 +56,4 @@ class InstancesPredictor:
 
 def to_instances(found: Detections) -> Instances:
     """The objects of a picture as Detectron2's `Instances`, see `Detections.to_instances`."""
-    return Instances(found.image_size, pred_boxes=Boxes(found.boxes), scores=found.scores, pred_classes=found.labels)
+    return ClippedInstances()([found.detections], [found.image_size])[0]

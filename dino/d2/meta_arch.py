@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from dino.data.images import check_input_range
@@ -18,10 +18,14 @@ from dino.utils.device import to_device
 from dino.utils.files import UserError
 
 from .config import parts_from_config
+from .instances import ClippedInstances
 
 _SET_CLASSES = (
     "set the number before the model is built, cfg.model.num_classes of a recipe or cfg.MODEL.DINO.NUM_CLASSES"
 )
+
+
+_CLIPPED = ClippedInstances()
 
 
 @META_ARCH_REGISTRY.register()
@@ -37,6 +41,8 @@ class DINODetector(Detector):
         score_thresh: lowest score of a returned detection, in [0, 1]; 0 for everything (AP is computed so).
         input_range: values [low, high] of grey images of more than 8 bits that become 0 and 255, in training and
             wherever the checkpoint is used; None for the rule by type, see `dino.data.images.read_image`.
+        instances: (Detections of each picture, their sizes) -> `Instances`: `ClippedInstances`, which is Detectron2's
+            convention, or `UnclippedInstances`.
     """
 
     @configurable
@@ -51,6 +57,7 @@ class DINODetector(Detector):
         max_detections: int = 300,
         score_thresh: float = 0.0,
         input_range: Sequence[float] | None = None,
+        instances: Callable[[Sequence[Detections], Sequence[tuple[int, int]]], list[Instances]] = _CLIPPED,
     ):
         preprocessing = Preprocessing(
             tuple(pixel_mean),
@@ -61,6 +68,7 @@ class DINODetector(Detector):
         super().__init__(network, preprocessing, criterion=criterion)
         self.num_classes = num_classes
         self.score_thresh = score_thresh
+        self.instances = instances
 
     def __prepare_scriptable__(self) -> None:
         """Called by `torch.jit.script`, whose compiler does not know what this class is written in."""
@@ -95,7 +103,8 @@ class DINODetector(Detector):
 
         Returns:
             training: a dict of scalars to be summed. Evaluation: for each image {"instances": Instances} with
-            `pred_boxes` (xyxy in pixels, not clipped), `scores` and `pred_classes`, best first.
+            `pred_boxes` (xyxy in pixels, clipped to the picture unless `instances` is another part), `scores` and
+            `pred_classes`, best first.
 
         Raises:
             ValueError: the data has another number of classes, or a label is outside [0, C); names the image.
@@ -109,12 +118,10 @@ class DINODetector(Detector):
             return self.losses(images, targets, sources=sources, **loss_options)
         sizes = [(x.get("height", x["image"].shape[1]), x.get("width", x["image"].shape[2])) for x in batched_inputs]
         found = self.detect(images, sizes, sources=sources)
-        return [{"instances": self._to_instances(*pair)} for pair in zip(sizes, found, strict=True)]
-
-    def _to_instances(self, size: tuple[int, int], found: Detections) -> Instances:
-        """The detections of an image (height, width) with a score of at least `score_thresh`."""
-        instances = Instances(size, pred_boxes=Boxes(found.boxes), scores=found.scores, pred_classes=found.labels)
-        return instances[found.scores >= self.score_thresh] if self.score_thresh > 0 else instances
+        instances = self.instances(found, sizes)
+        if self.score_thresh > 0:
+            instances = [x[x.scores >= self.score_thresh] for x in instances]
+        return [{"instances": x} for x in instances]
 
     def _check_classes(self, batched_inputs: list[dict]) -> None:
         """Raise a ValueError if the data, as far as it states its number of classes, has another one than the model."""

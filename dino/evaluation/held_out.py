@@ -115,9 +115,7 @@ def _predict(predictor: Predictor, ids: dict[int, int], part: dict[str, Any], fo
         height, width = prediction.image_size
         if (image["height"], image["width"]) != (height, width):
             raise DataError(f"{path} is {width}x{height}, the annotations say {image['width']}x{image['height']}")
-        detections = prediction.detections
-        limits = detections.boxes.new_tensor([width, height, width, height])
-        clipped = detections._replace(boxes=detections.boxes.clamp(min=0).minimum(limits))
+        clipped = prediction.detections.clip((height, width))
         rows = to_results(clipped, image["id"], list(range(len(predictor.names))))
         results += [{**row, "category_id": ids[row["category_id"]]} for row in rows if row["category_id"] in ids]
     return results

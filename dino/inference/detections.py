@@ -38,7 +38,7 @@ class Detections:
     `found[mask]` keeps some of them, as in `found[found.scores > 0.7]`; a slice or indices choose, too.
 
     Attributes:
-        detections: the tensors of K objects, boxes in pixels of the picture and not clipped to it, best first.
+        detections: the tensors of K objects, boxes in pixels of the picture, best first.
         names: K class names.
         image_size: height and width of the picture in pixels.
         source: the given picture; a `Path` where it was read from a file, or from an address: then of a temporary file,
@@ -47,6 +47,7 @@ class Detections:
         read: reads `source` if that is a file or a Pillow image.
         strips: the file, where it is too large to be decoded whole.
         category_ids: of the classes in the data set of the training, by label.
+        clipped: whether the boxes are clipped to the picture; a `Predictor` returns them as predicted, see `clip`.
     """
 
     detections: structures.Detections
@@ -57,6 +58,7 @@ class Detections:
     read: Callable[[Any], np.ndarray] = read_image
     strips: Strips | None = None
     category_ids: Sequence[int] = range(1, 2**31)
+    clipped: bool = False
 
     @property
     def boxes(self) -> Tensor:
@@ -105,8 +107,18 @@ class Detections:
         boxes = scale(self.detections, self.image_size, size).boxes
         return draw_detections(Image.fromarray(pixels), boxes.tolist(), self.labels.tolist(), texts)
 
+    def clip(self) -> Detections:
+        """Clip the boxes to the picture, and drop those that are empty then: for crops, masks, and Detectron2's habit.
+
+        AP is computed without, as by the official program.
+        """
+        inside = self.detections.clip(self.image_size)
+        return replace(self, detections=inside, clipped=True)[inside.nonempty()]
+
     def to_coco(self, *, image_id: int) -> list[dict]:
         """Entries of COCO's results format: `image_id`, `category_id`, `bbox` (xywh in pixels) and `score`.
+
+        Boxes are as predicted unless the detections are `clipped`.
 
         Args:
             image_id: of the picture in the annotations.
@@ -114,7 +126,7 @@ class Detections:
         return to_results(self.detections, image_id, self.category_ids)
 
     def to_supervision(self) -> supervision.Detections:
-        """`supervision.Detections`, with the names under `data["class_name"]`.
+        """`supervision.Detections`, with the names under `data["class_name"]`; as predicted unless `clipped`.
 
         Raises:
             UserError: supervision is not installed.
@@ -133,7 +145,7 @@ class Detections:
         )
 
     def to_instances(self) -> Any:
-        """Detectron2's `Instances`: `pred_boxes` (xyxy in pixels, not clipped), `scores` and `pred_classes`.
+        """Detectron2's `Instances`: `pred_boxes` (xyxy in pixels), `scores` and `pred_classes`, clipped as its own.
 
         Raises:
             UserError: Detectron2 is not installed.

@@ -9,6 +9,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
 from dino.d2 import DINODetector
+from dino.d2.instances import ClippedInstances, UnclippedInstances
 from dino.modeling.backbones import Padding
 
 from ..modeling.test_transfers import Waits
@@ -167,16 +168,18 @@ def test_detection_names_the_image_of_a_batch():
         tiny_detector().eval()(inputs)
 
 
-def test_detection_reads_back_once_per_batch(monkeypatch):
-    """Whether all is finite, in one transfer: elsewhere, no number is asked for."""
+@pytest.mark.parametrize("clips", [False, True], ids=["unclipped", "clipped"])
+def test_detection_reads_back_once_per_batch(monkeypatch, clips):
+    """Whether all is finite, and whether no clipped box is empty, in one transfer each: nothing else is asked for."""
     asked, tolist = [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: (asked.append(x.shape), tolist(x))[1])
     model, inputs = tiny_detector().eval(), [random_input(f"{n}.png") for n in range(3)]
+    model.instances = ClippedInstances() if clips else UnclippedInstances()
     with Waits() as waits:
         found = model(inputs)
     assert len(found) == 3
     assert waits.seen == []
-    assert asked == [(3,)]
+    assert asked == [(3,)] * (1 + clips)
 
 
 def test_images_without_file_name_are_called_by_their_id():

@@ -55,6 +55,26 @@ def test_coco():
     assert found(0).to_coco(image_id=5) == []
 
 
+def test_clipped():
+    every = found()
+    inside = every.clip()
+    assert (every.clipped, inside.clipped, inside[:1].clipped, inside.clip().clipped) == (False, True, True, True)
+    assert inside.boxes.tolist() == [[20, 30, 80, 90], [0, 0, 30, 20], [100, 60, 160, 120]]
+    assert every.boxes[1].tolist() == [-5, -5, 30, 20]
+    assert torch.equal(inside.clip().boxes, inside.boxes)
+    assert inside.names == every.names
+    assert inside.to_coco(image_id=5)[1]["bbox"] == [0, 0, 30, 20]
+    assert len(found(0).clip()) == 0
+
+
+def test_boxes_that_are_empty_after_clipping_are_dropped():
+    boxes = torch.tensor([[-9.0, 5, 0, 9], [5, 5, 5, 9], [1, 1, 2, 2], [170, 5, 180, 9], [5, 4, 9, 4]])
+    values = structures.Detections(boxes, torch.linspace(0.9, 0.5, 5), torch.arange(5))
+    every = Detections(values, list("abcde"), (120, 160), None)
+    assert every.clip().names == ["c"]
+    assert every.clip().labels.tolist() == [2]
+
+
 def check_supervision(given, count):
     assert given.xyxy.shape == (count, 4)
     assert given.confidence.shape == given.class_id.shape == given.data["class_name"].shape == (count,)
@@ -109,7 +129,8 @@ def test_instances():
     assert isinstance(instances, Instances)
     assert isinstance(instances.pred_boxes, Boxes)
     assert instances.image_size == (120, 160)
-    assert torch.equal(instances.pred_boxes.tensor, every.boxes)
+    assert torch.equal(instances.pred_boxes.tensor, every.clip().boxes)
+    assert not torch.equal(instances.pred_boxes.tensor, every.boxes)
     assert torch.equal(instances.scores, every.scores)
     assert torch.equal(instances.pred_classes, every.labels)
     assert len(found(0).to_instances()) == 0

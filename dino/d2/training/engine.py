@@ -23,6 +23,7 @@ from torch import nn
 from dino.d2.checkpoint import Checkpointer
 from dino.d2.combining_mapper import CombiningMapper
 from dino.d2.data_loading import load_dataset
+from dino.d2.instances import unclipped
 from dino.d2.recipe import names_of, use_epochs
 from dino.d2.recipe_description import describe
 from dino.layers.cpu_feed_forward import use_cpu_feed_forward
@@ -346,7 +347,7 @@ def _evaluate_weights(cfg: DictConfig, model: nn.Module, kind: str, folder: str 
     low = amp.enabled and amp.evaluation
     autocast = torch.autocast(torch.device(cfg.train.device).type, getattr(torch, amp.dtype)) if low else nullcontext()
     loader = Watched(instantiate(cfg.dataloader.test), f"evaluation, {kind}: batch")
-    with autocast, replayed(model, cfg.train.cuda_graphs), prints_to_log():
+    with autocast, replayed(model, cfg.train.cuda_graphs), unclipped(model), prints_to_log():
         result = inference_on_dataset(model, loader, instantiate(evaluator))
     if comm.is_main_process():
         print_csv_format(result)

@@ -1,0 +1,61 @@
+"""From `Detections` to Detectron2's `Instances`: clipped to the picture, as its detectors return them, or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from detectron2.structures import Boxes, Instances
+from torch import Tensor, nn
+
+from dino.structures import Detections
+
+
+class UnclippedInstances:
+    """Boxes as the network predicts them, as the official program computes AP; they can cross the picture's borders."""
+
+    def __call__(self, found: Sequence[Detections], sizes: Sequence[tuple[int, int]]) -> list[Instances]:
+        """Detections of each picture, and its height and width in pixels -> `Instances` with as many objects."""
+        return [
+            Instances(size, pred_boxes=Boxes(d.boxes), scores=d.scores, pred_classes=d.labels)
+            for d, size in zip(found, sizes, strict=True)
+        ]
+
+
+class ClippedInstances(UnclippedInstances):
+    """Boxes clipped to the picture, without those that are empty then: as of Detectron2's `detector_postprocess`.
+
+    The centre of a predicted box lies in the picture: only a box whose width or height is 0 in float32 can be empty.
+    """
+
+    def __call__(self, found: Sequence[Detections], sizes: Sequence[tuple[int, int]]) -> list[Instances]:
+        """As of `UnclippedInstances`, clipped; the device is read once for the whole batch."""
+        found = [d.clip(size) for d, size in zip(found, sizes, strict=True)]
+        masks = [d.nonempty() for d in found]  # (K,) each
+        kept = zip(super().__call__(found, sizes), masks, _complete(masks), strict=True)
+        return [instances if complete else instances[mask] for instances, mask, complete in kept]
+
+
+def _complete(masks: Sequence[Tensor]) -> Sequence[bool]:
+    """For each mask, whether it is True everywhere; a traced graph may not depend on it, and selects always."""
+    if torch.jit.is_tracing() or not masks:
+        return [False] * len(masks)
+    return torch.stack([mask.all() for mask in masks]).tolist()
+
+
+@contextmanager
+def unclipped(model: nn.Module) -> Iterator[None]:
+    """Let a `DINODetector` return `UnclippedInstances` within the block, for AP as the official program computes it.
+
+    Another part than `ClippedInstances`, and another detector, stay as they are.
+    """
+    part = getattr(model, "instances", None)
+    if type(part) is not ClippedInstances:
+        yield
+        return
+    model.instances = UnclippedInstances()
+    try:
+        yield
+    finally:
+        model.instances = part
