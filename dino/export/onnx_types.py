@@ -47,7 +47,7 @@ def pin_locations(model: Any) -> None:
     ]
     for name, side in (("pin_first", 0), ("pin_last", 1)):
         graph.initializer.append(numpy_helper.from_array(np.full(2, side, np.int64), name))
-    nodes += [helper.make_node(kind, inputs, [output], f"{output}_node") for kind, inputs, output in steps]
+    nodes += [helper.make_node(kind, inputs, [output], f"pin_{output}_node") for kind, inputs, output in steps]
     graph.node.extend(nodes)
 
 
