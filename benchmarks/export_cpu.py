@@ -1,151 +1,285 @@
-"""AP, time and size of an exported model on a CPU, in float32 and with 8-bit integers, in ONNX Runtime.
+"""Size, time and AP of exported models on a CPU, by engine and type of arithmetic.
 
-    python benchmarks/export_cpu.py model.pth --val-json val.json --val-images images \\
-        --train-json train.json --train-images images --size 240 320 --output results.json
+    python benchmarks/export_cpu.py model.pth --val val.json images --train train.json images --output results.json
+    python benchmarks/export_cpu.py --table results.json
 
-`network` is the network in PyTorch with the operator that runs by default, `grid` and `gather` are the two ONNX forms.
-The others quantise `grid` with ONNX Runtime's tools: `weights` its matrix products (weights beforehand, activations
-while it runs), `convolutions` its convolutions with ranges measured on training images, `all` both kinds with such
-ranges. Images run one by one; every round runs each of them once per contender, times are medians. A form that ONNX
-Runtime can't run is named in the results with what it says.
+AP and one time come from `model.pth`, on each validation image. The other times come from the published network
+(ResNet-50, 4 scales, 80 classes) with random weights, of which time does not depend, on images of noise. Contenders
+take turns: every round runs each of them once; times are medians over rounds, after one that does not count. `torch`
+is the network as `dino predict` runs it. OpenVINO reads the ONNX files; its `bf16` is its default on processors that
+have it, and its `int8` computes the rest in bfloat16 there. Beside wall time, results hold processor time.
 """
 
 import argparse
+import collections
 import functools
 import json
+import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
-import onnx
-import onnxruntime
+import numpy as np
 import torch
 from measure import origin
-from onnxruntime.quantization import (
-    CalibrationDataReader,
-    QuantType,
-    quantize_dynamic,
-    quantize_static,
-    shape_inference,
-)
 
 from dino.evaluation.average_precision import evaluate, to_results
-from dino.export.export_checkpoint import exportable
-from dino.export.export_formats import run_onnx, write
-from dino.export.export_wrapper import Fixed, describe, prepare
-from dino.export.verify import pictures, read_data, run_exported, run_network
+from dino.export.export_checkpoint import Narrow, export_checkpoint, exportable
+from dino.export.export_formats import write
+from dino.export.export_wrapper import Prepared, describe, prepare
+from dino.export.onnx_int8 import quantised
+from dino.export.onnx_types import to_float16
+from dino.export.verify import pictures, read_data, run_exported
+from dino.inference.cpu import prepare_for_cpu
 from dino.inference.tiling import scale
+from dino.modeling import TorchvisionBackbone, build_dino, compile_network
+from dino.modeling.detector import Detector
 from dino.utils.files import write_whole
 from dino.weights.description import detector_from_checkpoint
 
-MATRIX, CONVOLUTION = ["MatMul", "Gemm"], ["Conv"]
+SIZES = ((480, 640), (800, 1066))
+TYPES = ("float32", "fp16", "int8")
+ROWS = {
+    "torch float32": "PyTorch, float32",
+    "torch bf16": "PyTorch, bfloat16",
+    "torch compiled": "PyTorch, compiled",
+    **{f"onnxruntime {kind}": f"ONNX Runtime, {kind}" for kind in TYPES},
+    **{f"openvino {kind}": f"OpenVINO, {kind}" for kind in ("float32", "bf16", "int8")},
+}
+NUM_CLASSES = 80
 
 
-class Calibration(CalibrationDataReader):
-    """Training images, one by one."""
+def network_runner(detector, dtype=torch.float32, compiled=False):
+    """Detect by PyTorch, as `dino predict` does."""
+    detector.network.to(dtype)
+    prepare_for_cpu(detector.network)
+    if compiled:
+        compile_network(detector.network)
 
-    def __init__(self, inputs):
-        self.feeds = iter([{"images": x.images, "sizes": x.sizes} for x in inputs])
+    def run(inputs):
+        height, width = inputs.sizes[0]
+        return detector.detect([torch.from_numpy(inputs.images[0, :, :height, :width])])[0]
 
-    def get_next(self):
-        return next(self.feeds, None)
-
-
-def quantised(content, calibration):
-    """Name -> bytes of each quantised form."""
-    with tempfile.TemporaryDirectory() as folder:
-        source, ready, target = (Path(folder) / name for name in ("source.onnx", "ready.onnx", "target.onnx"))
-        source.write_bytes(content)
-        shape_inference.quant_pre_process(source, ready, skip_symbolic_shape=True)
-        quantize_dynamic(ready, target, op_types_to_quantize=MATRIX, weight_type=QuantType.QInt8)
-        made = {"weights": target.read_bytes()}
-        for name, operators in (("convolutions", CONVOLUTION), ("all", [*CONVOLUTION, *MATRIX])):
-            reader = Calibration(calibration)
-            per_channel = operators == CONVOLUTION  # ONNX Runtime refuses to run some products with it
-            options = {"per_channel": per_channel, "weight_type": QuantType.QInt8, "activation_type": QuantType.QUInt8}
-            options["nodes_to_exclude"] = products_of_activations(ready)
-            quantize_static(ready, target, reader, op_types_to_quantize=operators, **options)
-            made[name] = target.read_bytes()
-    return made
+    return run
 
 
-def products_of_activations(path):
-    """Names of the matrix products that have no weights: those of the self-attention among queries."""
-    graph = onnx.load(path).graph
-    weights = {tensor.name for tensor in graph.initializer}
-    return [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] not in weights]
+def onnxruntime_session(path, threads, **options):
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = threads
+    for name, value in options.items():
+        setattr(settings, name, value)
+    return onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
 
 
-def find_runners(files, fixed, inputs):
-    """Name -> function, of the programs that ONNX Runtime can run; name -> what it says, of the others."""
-    runners, refused = {}, {}
-    for name, content in files.items():
-        try:
-            runners[name] = functools.partial(run_exported, run_onnx(content), fixed=fixed)
-            runners[name](inputs)
-        except Exception as error:  # its exceptions have no common class
-            runners.pop(name, None)
-            refused[name] = {"refused": str(error).splitlines()[0][:300]}
-    return runners, refused
+def onnxruntime_runner(path, threads):
+    session = onnxruntime_session(path, threads)
+    outputs = ["boxes", "scores", "labels"]
+    return functools.partial(run_exported, lambda images, sizes: session.run(outputs, feed(images, sizes)), fixed=None)
 
 
-def measure(runners, source, resize):
-    """Name -> AP and median time, from one run per image and contender."""
-    times = {name: [] for name in runners}
-    results = {name: [] for name in runners}
-    for picture in pictures(source):
-        inputs = prepare(picture.pixels, resize)
-        for name, run in runners.items():
-            start = time.perf_counter()
-            found = run(inputs)
-            times[name].append(1000 * (time.perf_counter() - start))
-            scaled = scale(found, inputs.sizes[0].tolist(), picture.pixels.shape[:2])
-            results[name] += to_results(scaled, picture.image_id, source.category_ids)
-    return {
-        name: {
-            "AP": evaluate(source.data, results[name])["AP"],
-            "milliseconds": statistics.median(times[name][1:]),
-        }
-        for name in runners
+def openvino_runner(path, threads, hint):
+    import openvino
+
+    settings = {"INFERENCE_NUM_THREADS": threads, **({"INFERENCE_PRECISION_HINT": hint} if hint else {})}
+    compiled = openvino.compile_model(openvino.Core().read_model(path), "CPU", settings)
+
+    def run(images, sizes):
+        found = compiled(feed(images, sizes))
+        return [found[name] for name in ("boxes", "scores", "labels")]
+
+    return functools.partial(run_exported, run, fixed=None)
+
+
+def feed(images, sizes):
+    return {"images": images, "sizes": sizes}
+
+
+def runners(make_detector, files, threads, chosen):
+    """Name -> function from `Prepared` to detections."""
+    makers = {
+        "torch float32": lambda: network_runner(make_detector()),
+        "torch bf16": lambda: network_runner(make_detector(), torch.bfloat16),
+        "torch compiled": lambda: network_runner(make_detector(), compiled=True),
+        **{f"onnxruntime {k}": functools.partial(onnxruntime_runner, files[k], threads) for k in TYPES},
+        "openvino float32": lambda: openvino_runner(files["float32"], threads, "f32"),
+        "openvino bf16": lambda: openvino_runner(files["float32"], threads, "bf16"),
+        "openvino int8": lambda: openvino_runner(files["int8"], threads, None),
     }
+    return {name: makers[name]() for name in ROWS if name in chosen}
 
 
-def parse_arguments(argv=None):
+def timed(run, inputs):
+    """Result, and milliseconds on the wall and of the processor."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    found = run(inputs)
+    return found, (1000 * (time.perf_counter() - wall), 1000 * (time.process_time() - cpu))
+
+
+def medians(times):
+    """Of (wall, processor) pairs, but for the first."""
+    wall, cpu = (statistics.median(values) for values in zip(*(times[1:] or times), strict=True))
+    return {"milliseconds": wall, "processor_milliseconds": cpu}
+
+
+def measure_trained(contenders, data, resize):
+    """AP and times on each image."""
+    times, results = collections.defaultdict(list), collections.defaultdict(list)
+    for picture in pictures(data):
+        inputs = prepare(picture.pixels, resize)
+        for name, run in contenders.items():
+            found, spent = timed(run, inputs)
+            times[name].append(spent)
+            scaled = scale(found, inputs.sizes[0].tolist(), picture.pixels.shape[:2])
+            results[name] += to_results(scaled, picture.image_id, data.category_ids)
+    return {name: {"AP": evaluate(data.data, results[name])["AP"], **medians(times[name])} for name in contenders}
+
+
+def measure_times(contenders, size, rounds):
+    """Times on noise of one size."""
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 3, *size), dtype=np.uint8)
+    inputs = Prepared(pixels, np.array([size], np.int64))
+    times = collections.defaultdict(list)
+    for _ in range(rounds + 1):
+        for name, run in contenders.items():
+            times[name].append(timed(run, inputs)[1])
+    return {name: medians(values) for name, values in times.items()}
+
+
+def profile(path, size, threads, runs=3):
+    """Operator -> its share of ONNX Runtime's time, the largest first."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"enable_profiling": True, "profile_file_prefix": f"{folder}/profile"}
+        session = onnxruntime_session(path, threads, **options)
+        for _ in range(runs):
+            session.run(None, feed(np.zeros((1, 3, *size), np.uint8), np.array([size], np.int64)))
+        events = json.loads(Path(session.end_profiling()).read_text())
+    spent = collections.Counter()
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("kernel_time"):
+            spent[event["args"]["op_name"]] += event["dur"]
+    return {name: value / spent.total() for name, value in spent.most_common(12)}
+
+
+def random_detector():
+    torch.manual_seed(0)
+    network = build_dino(backbone=TorchvisionBackbone("resnet50"), num_classes=NUM_CLASSES)
+    return Detector(network, names=[f"class {i}" for i in range(NUM_CLASSES)]).eval()
+
+
+def export_random(folder, train, names):
+    """Type -> file of the published network, and its size in MB; ranges of 4 training images."""
+    detector = random_detector()
+    about = describe(detector.names, [0.5] * NUM_CLASSES, detector.preprocessing, None)
+    data = read_data(*train, names, 4)
+    calibration = [prepare(picture.pixels, {"short_side": SIZES[0][0], "max_size": None}) for picture in pictures(data)]
+    content = write("onnx", exportable(detector), None, about)
+    made = {
+        "float32": content,
+        "fp16": to_float16(content),
+        "int8": next(quantised(content, calibration, None))[1],
+    }
+    return {kind: put(folder / f"random_{kind}.onnx", content) for kind, content in made.items()}
+
+
+def put(path, content):
+    path.write_bytes(content)
+    return str(path)
+
+
+def export_trained(folder, args):
+    """Type -> file, as `dino export` writes it."""
+    files = {kind: folder / f"trained_{kind}.onnx" for kind in TYPES}
+    for kind, path in files.items():
+        narrow = Narrow(kind, tuple(args.train) if kind == "int8" else None)
+        data = {"verify_json": args.val[0], "verify": args.val[1], "limit": args.images}
+        export_checkpoint(args.checkpoint, path, form="onnx", narrow=narrow, **(data if kind == "int8" else {}))
+    return {kind: str(path) for kind, path in files.items()}
+
+
+def megabytes(files):
+    return {kind: os.path.getsize(path) / 1e6 for kind, path in files.items()}
+
+
+def measure(args):
+    """All results."""
+    load, threads = os.getloadavg(), torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        trained = functools.partial(detector_from_checkpoint, args.checkpoint)
+        files = export_trained(folder, args)
+        data = read_data(*args.val, trained().names, args.images)
+        contenders = runners(trained, files, threads, args.contenders)
+        resize = describe([], [], trained().preprocessing, None)["resize"]
+        result = {"trained": measure_trained(contenders, data, resize)}
+        result["trained_megabytes"], result["images"] = megabytes(files), len(data)
+        files = export_random(folder, args.train, trained().names)
+        contenders = runners(random_detector, files, threads, args.contenders)
+        for size in SIZES:
+            result["{}x{}".format(*size)] = measure_times(contenders, size, args.rounds)
+        result["megabytes"] = megabytes(files)
+        result["profile"] = {kind: profile(files[kind], SIZES[0], threads) for kind in ("float32", "int8")}
+    return {"load_average": {"before": load, "after": os.getloadavg()}, "rounds": args.rounds} | result
+
+
+def table(result):
+    """Lines of the table in docs/export.md."""
+    sizes = ["{}x{}".format(*size) for size in SIZES]
+    yield f"| engine, type | MB | {sizes[0]}, ms | {sizes[1]}, ms | trained: MB | ms | AP |"
+    yield "|---|---|---|---|---|---|---|"
+    for name, words in ROWS.items():
+        if name not in result["trained"]:
+            continue
+        engine, kind = name.split()
+        of_file = {"bf16": "float32"}.get(kind, kind)
+        cells = [*(_time(result[size], name, engine) for size in sizes), "", _time(result["trained"], name, engine)]
+        if engine != "torch":
+            cells[2] = f"{result['trained_megabytes'][of_file]:.1f}"
+        size = "" if engine == "torch" else f"{result['megabytes'][of_file]:.0f}"
+        yield f"| {words} | {size} | {' | '.join(cells)} | {100 * result['trained'][name]['AP']:.2f} |"
+
+
+def _time(times, name, engine):
+    """Milliseconds, and how many times as fast as float32 in the same engine."""
+    base = times[f"{engine} float32"]["milliseconds"]
+    return f"{times[name]['milliseconds']:.0f} ({base / times[name]['milliseconds']:.2f})"
+
+
+def versions():
+    import onnx
+    import onnxruntime
+    import openvino
+
+    return {library.__name__: library.__version__ for library in (onnx, onnxruntime, openvino)}
+
+
+def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--val-json", type=Path, required=True)
-    parser.add_argument("--val-images", type=Path, required=True)
-    parser.add_argument("--train-json", type=Path, required=True, help="to measure ranges on")
-    parser.add_argument("--train-images", type=Path, required=True)
-    parser.add_argument("--calibrate", type=int, default=32, help="number of these")
-    parser.add_argument("--images", type=int, default=100, help="how many to evaluate on")
-    parser.add_argument("--size", nargs=2, type=int, required=True, help="height and width that images are fitted into")
-    parser.add_argument("--output", type=Path, required=True)
-    return parser.parse_args(argv)
+    parser.add_argument("checkpoint", nargs="?", type=Path)
+    for name, what in (("--val", "to measure AP on"), ("--train", "to measure ranges on")):
+        parser.add_argument(name, nargs=2, type=Path, metavar=("ANNOTATIONS", "IMAGES"), help=f"COCO data {what}")
+    parser.add_argument("--images", type=int, default=1000, help="most of the validation images (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="of the times on noise (default %(default)s)")
+    parser.add_argument("--contenders", nargs="+", choices=ROWS, default=list(ROWS), help="default: all")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--table", type=Path, help="print the table of a file of results instead")
+    return parser
 
 
 @torch.no_grad()
 def main(argv=None):
-    args = parse_arguments(argv)
-    detector, fixed = detector_from_checkpoint(args.checkpoint), Fixed(1, *args.size)
-    about = describe(detector.names, [0.5] * len(detector.names), detector.preprocessing, fixed)
-    source = read_data(args.val_json, args.val_images, detector.names, args.images)
-    training = read_data(args.train_json, args.train_images, detector.names, args.calibrate)
-    calibration = [prepare(picture.pixels, about["resize"]) for picture in pictures(training)]
-    files = {form: write("onnx", exportable(detector), fixed, about, sampling=form) for form in ("grid", "gather")}
-    files |= quantised(files["grid"], calibration)
-    runners, refused = find_runners(files, fixed, calibration[0])
-    network = {"network": lambda inputs: run_network(detector, inputs)}
-    found = measure(network | runners, source, about["resize"]) | refused
-    for name, content in files.items():
-        found[name]["megabytes"] = len(content) / 1e6
-    versions = {"onnxruntime": onnxruntime.__version__, "onnx": onnx.__version__}
-    result = {"origin": origin(torch.device("cpu")), "versions": versions, "images": len(source), "results": found}
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.table:
+        print("\n".join(table(json.loads(args.table.read_text()))))
+        return
+    if not (args.checkpoint and args.val and args.train and args.output):
+        parser.error("give CHECKPOINT, --val, --train and --output, or --table")
+    result = {"origin": origin(torch.device("cpu")), "versions": versions(), **measure(args)}
     write_whole(args.output, lambda part: part.write_text(json.dumps(result, indent=1)))
-    for name, values in found.items():
-        texts = (f"{key} {value if isinstance(value, str) else format(value, '.4g')}" for key, value in values.items())
-        print(f"{name:>14} " + "  ".join(texts))
+    print("\n".join(table(result)))
 
 
 if __name__ == "__main__":

@@ -15,11 +15,20 @@ examples:
   dino export output/mine model.onnx --val val.json images                      (compares AP with the network)
   dino export model_final.pth model.onnx --size 640 640 --sampling gather       (one size; no GridSample)
   dino export model_final.pth model.ts --size 800 1333
+  dino export output/mine half.onnx --dtype fp16 --val val.json images          (half the size)
+  dino export output/mine int8.onnx --dtype int8 --calibrate train.json images --val val.json images
 docs/export.md shows how to run the file. TensorRT and OpenVINO read the ONNX file.
 """
 _SUFFIXES = {".onnx": "onnx", ".pt2": "torch-export", ".ts": "torchscript", ".torchscript": "torchscript"}
 _FORMATS = ("onnx", "torch-export", "torchscript")
 _SAMPLING = ("grid", "gather")
+_DTYPES = {"onnx": ("float32", "fp16", "int8"), "torch-export": ("float32", "bf16"), "torchscript": ("float32", "bf16")}
+_WHY = {
+    ("onnx", "bf16"): "ONNX Runtime computes no bfloat16 on CPUs: use --dtype fp16, or --format torch-export. OpenVINO "
+    "runs a float32 file in bfloat16 by itself, where the processor has it",
+    ("torch-export", "fp16"): "float16 is slow in torch on CPUs: use --dtype bf16",
+    ("torch-export", "int8"): "8 bits are for ONNX: give OUT the suffix .onnx",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,6 +47,24 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=1, help="images at once, with --size (default %(default)s)")
     parser.add_argument(
         "--sampling", choices=_SAMPLING, default="grid", help="gather: for engines whose GridSample is wrong"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "fp16", "bf16", "int8"),
+        default="float32",
+        help="type of convolutions and matrix products: fp16 and int8 for ONNX, bf16 for the others (default float32)",
+    )
+    parser.add_argument(
+        "--calibrate",
+        nargs=2,
+        metavar=("ANNOTATIONS", "IMAGES"),
+        help="for int8: training data in COCO format, to measure ranges of values on",
+    )
+    parser.add_argument(
+        "--max-ap-loss",
+        type=float,
+        metavar="POINTS",
+        help="refuse a file that loses more AP on --val (default: 0.1; 1 for bf16 and int8)",
     )
     parser.add_argument(
         "--score-thresh",
@@ -64,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the verb."""
     args = _parse(argv)
 
-    from dino.export.export_checkpoint import export_checkpoint
+    from dino.export.export_checkpoint import Narrow, export_checkpoint
     from dino.export.export_wrapper import Fixed
 
     export_checkpoint(
@@ -78,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         verify=args.verify,
         verify_json=args.verify_json,
         limit=args.limit,
+        narrow=Narrow(args.dtype, args.calibrate, args.max_ap_loss),
     )
 
 
@@ -99,9 +127,28 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--val and --verify exclude each other": args.val and args.verify,
         "--score-thresh must lie between 0 and 1": not all(0 <= score <= 1 for score in args.score_thresh),
     }
+    problems |= _problems_of_type(args)
     check_arguments(parser, problems)
     _find_files(args)
     return args
+
+
+def _problems_of_type(args: argparse.Namespace) -> dict[str, bool]:
+    """What is wrong with --dtype and the flags that belong to it."""
+    known = args.format and args.dtype not in _DTYPES[args.format]
+    why = _WHY.get((args.format.replace("torchscript", "torch-export"), args.dtype)) if known else None
+    with_ap = args.val or args.verify_json
+    int8 = args.dtype == "int8"
+    return {
+        f"--dtype {args.dtype} with --format {args.format}: {why}": bool(known),
+        "--dtype int8 needs training images to measure ranges on: --calibrate ANNOTATIONS IMAGES": int8
+        and not args.calibrate,
+        "--dtype int8 needs validation data to measure its loss of AP on: --val ANNOTATIONS IMAGES": int8
+        and not with_ap,
+        "--calibrate is for --dtype int8": bool(args.calibrate) and not int8,
+        "--max-ap-loss needs --val: the AP is measured there": args.max_ap_loss is not None and not with_ap,
+        "--max-ap-loss must be at least 0 points": args.max_ap_loss is not None and not args.max_ap_loss >= 0,
+    }
 
 
 def _find_files(args: argparse.Namespace) -> None:
@@ -120,5 +167,7 @@ def _find_files(args: argparse.Namespace) -> None:
         )
     elif args.verify:
         args.verify = find_folder(args.verify, "image folder")
+    if args.calibrate:
+        args.calibrate = tuple(map(Path, find_data(*args.calibrate, before="--calibrate")))
     if args.format == "onnx":
         arguments.need(("onnx", "onnxruntime", "onnxscript"), "ONNX", "'dino-detectron2[onnx]'")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from dino.data.images import IMAGE_SUFFIXES
 from dino.inference.cpu import fold_norms
@@ -15,8 +18,39 @@ from dino.utils.files import DataError, UserError, make_folder, write_new
 from dino.weights.description import detector_from_checkpoint
 
 from .export_formats import FORMATS, write
-from .export_wrapper import ExportWrapper, Fixed, describe
-from .verify import Limits, compare, read_data
+from .export_wrapper import ExportWrapper, Fixed, Prepared, describe, prepare
+from .onnx_int8 import quantised
+from .onnx_types import to_float16
+from .verify import Limits, compare, pictures, read_data
+
+MAX_AP_LOSS = {"float32": 0.1, "fp16": 0.1, "bf16": 1.0, "int8": 1.0}  # points, by default
+_MISSING = {"float32": 0.02, "fp16": 0.05, "bf16": 0.2, "int8": 0.2}  # share of detections, where AP is unknown
+_CALIBRATION = 32  # images to measure ranges on
+
+
+class Narrow(NamedTuple):
+    """A type of the arithmetic, and what it may cost.
+
+    Args:
+        dtype: float32, fp16, bf16 or int8.
+        calibrate: for int8: annotations and folder of training images, to measure ranges on.
+        max_ap_loss: points of AP that may be lost; by default those of `MAX_AP_LOSS`.
+    """
+
+    dtype: str = "float32"
+    calibrate: tuple[Path, Path] | None = None
+    max_ap_loss: float | None = None
+
+    def limits(self, *, with_ap: bool) -> Limits:
+        """Largest differences to accept: of AP alone where it is known, else of the share of detections found."""
+        if self.dtype == "float32" and self.max_ap_loss is None:
+            return Limits()
+        loss = MAX_AP_LOSS[self.dtype] if self.max_ap_loss is None else self.max_ap_loss
+        missing = 1.0 if with_ap else _MISSING[self.dtype]
+        return Limits(missing=missing, box=math.inf, score=math.inf, ap=loss / 100)
+
+
+_FLOAT32 = Narrow()
 
 
 def export_checkpoint(
@@ -31,6 +65,7 @@ def export_checkpoint(
     verify: Path | None = None,
     verify_json: Path | None = None,
     limit: int = 50,
+    narrow: Narrow = _FLOAT32,
 ) -> None:
     """Export one file. A file that differs too much from the network is not kept.
 
@@ -43,6 +78,7 @@ def export_checkpoint(
         copy: "model", "ema", or "auto" for the running average if the checkpoint has one.
         verify: folder of images to compare on. verify_json: their annotations, to compare AP.
         limit: number of these images.
+        narrow: the type of the arithmetic; int8 needs `verify_json`.
 
     Raises:
         DataError: the checkpoint can't be used or exported, or the comparison fails.
@@ -55,19 +91,57 @@ def export_checkpoint(
     spread = _spread(thresholds, detector.names)
     about = describe(detector.names, spread, detector.preprocessing, fixed, detector.category_ids)
     source = _read_images(verify, verify_json, detector, limit)
+    to_int8 = narrow.calibrate and _calibration(narrow.calibrate, detector, about["resize"])
     print(f"exporting {checkpoint} as {form}; this takes a minute or two", flush=True)
-    content = write(form, exportable(detector), fixed, about, sampling=sampling)
-    run = FORMATS[form].run(content)
-    if source is not None:
+    content = write(form, exportable(_cast(detector, narrow.dtype)), fixed, about, sampling=sampling)
+
+    def issues_of(content: bytes) -> list[str]:
+        run = FORMATS[form].run(content)
+        if source is None:
+            return []
         comparison = compare(detector, run, source, resize=about["resize"], fixed=fixed)
-        print(comparison)
-        if issues := comparison.issues(Limits()):
-            raise DataError(f"{output} is not written, since it differs from the network: {'; '.join(issues)}")
+        print(comparison, flush=True)
+        return comparison.issues(narrow.limits(with_ap=verify_json is not None))
+
+    for words, made in _candidates(content, narrow.dtype, to_int8, fixed):
+        if words:
+            print(f"in 8 bits: {words}, {len(made) / 1e6:.1f} MB", flush=True)
+        if not (issues := issues_of(made)):
+            break
+    else:
+        raise DataError(f"{output} is not written, since it differs from the network: {'; '.join(issues)}")
     make_folder(output.parent)
-    write_new(output, lambda part: part.write_bytes(content))
+    write_new(output, lambda part: part.write_bytes(made))
     size = f"batch {fixed.batch}, {fixed.height} x {fixed.width}" if fixed else "any batch and size"
     checked = "" if verify else "; not compared with the network: --verify IMAGES does that"
-    print(f"{output}: {form}, {size}, {len(detector.names)} classes, {len(content) / 1e6:.1f} MB{checked}")
+    kind = form if narrow.dtype == "float32" else f"{form} {narrow.dtype}"
+    print(f"{output}: {kind}, {size}, {len(detector.names)} classes, {len(made) / 1e6:.1f} MB{checked}")
+
+
+def _cast(detector: Detector, dtype: str) -> Detector:
+    """The detector to export: in bfloat16 for programs of torch, else as it is."""
+    if dtype != "bf16":
+        return detector
+    detector = deepcopy(detector)
+    detector.network.to(torch.bfloat16)
+    return detector
+
+
+def _candidates(
+    content: bytes, dtype: str, to_int8: list[Prepared] | None, fixed: Fixed | None
+) -> Iterator[tuple[str, bytes]]:
+    """Files of this type to try in turn, with what is in 8 bits."""
+    if dtype == "int8":
+        yield from quantised(content, to_int8 or [], fixed)
+    else:
+        yield "", to_float16(content) if dtype == "fp16" else content
+
+
+def _calibration(paths: tuple[Path, Path], detector: Detector, resize: dict[str, Any]) -> list[Prepared]:
+    """Training images to measure ranges on."""
+    input_range = detector.preprocessing.input_range
+    data = read_data(*paths, detector.names, _CALIBRATION, input_range)
+    return [prepare(picture.pixels, resize) for picture in pictures(data, input_range)]
 
 
 def _read_images(folder: Path | None, annotations: Path | None, detector: Detector, limit: int) -> Any:

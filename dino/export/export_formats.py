@@ -18,6 +18,7 @@ from dino.layers import deform_attn_implementation
 from dino.utils.files import DataError
 
 from .export_wrapper import ExportWrapper, Fixed
+from .onnx_types import pin_locations, remove_traces
 
 _KEY = "dino"  # of the description inside a file
 _OPSET = 18  # of ONNX; GridSample needs 16
@@ -111,7 +112,10 @@ def _to_onnx(wrapper: ExportWrapper, fixed: Fixed | None, about: dict[str, Any])
         program = torch.onnx.export(graph, opset_version=_OPSET, dynamo=True, verbose=False, optimize=False, **names)
     _tidy(program.model)
     program.model.metadata_props[_KEY] = json.dumps(about)
-    return program.model_proto.SerializeToString()
+    model = program.model_proto
+    remove_traces(model)
+    pin_locations(model)
+    return model.SerializeToString()
 
 
 def _tidy(model) -> None:

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from dino import cli
+from dino.export import export_checkpoint
+from dino.export.export_checkpoint import Narrow
 from dino.export.export_formats import FORMATS, _Format
 from dino.export.verify import Comparison, Limits, _match
 from dino.layers import Detections
@@ -136,6 +138,99 @@ def test_bad_arguments(checkpoint, tmp_path, capsys, arguments, code, message):
     assert export(checkpoint, tmp_path / "out.onnx", *arguments) == code
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
+
+
+def data_flags(data, flag):
+    return [flag, data.annotations, data.images]
+
+
+def test_8_bits_with_their_loss_of_ap(checkpoint, tmp_path, capsys):
+    """Random weights: an AP of 0 loses nothing."""
+    pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    data = write_coco(tmp_path / "data")
+    flags = ["--dtype", "int8", *data_flags(data, "--calibrate"), *data_flags(data, "--val")]
+    assert export(checkpoint, tmp_path / "int8.onnx", "--size", 96, 128, *flags) == 0, capsys.readouterr().err
+    out = capsys.readouterr().out
+    assert "in 8 bits: all convolutions and matrix products" in out
+    assert "exported, difference" in out
+    assert "onnx int8, batch 1, 96 x 128" in out
+    model = onnx.load(tmp_path / "int8.onnx")
+    assert "dino" in {p.key for p in model.metadata_props}
+    assert "QuantizeLinear" in {node.op_type for node in model.graph.node}
+
+
+def fake_int8(monkeypatch, *losses):
+    """8-bit files of ever fewer operators, that lose these points of AP."""
+    rest = iter(losses)
+    monkeypatch.setattr(export_checkpoint, "quantised", lambda *_: ((f"form {i}", b"a program") for i in range(2)))
+    exact = Comparison(images=5, detections=100, matched=1, box=90, score=0.9, ap=(0.5, 0.5))
+    monkeypatch.setattr(export_checkpoint, "compare", lambda *_, **__: exact._replace(ap=(0.5, 0.5 - next(rest) / 100)))
+
+
+@pytest.mark.parametrize(
+    ("losses", "flags", "written"),
+    [
+        *((((0.9,), [], "form 0")), (((1.1, 0.9), [], "form 1")), (((1.1, 1.05), [], None))),
+        *(((0.9, 0.9), ["--max-ap-loss", 0.5], None), ((4.9,), ["--max-ap-loss", 5], "form 0")),
+    ],
+)
+def test_the_bound_of_the_loss(checkpoint, tmp_path, monkeypatch, capsys, losses, flags, written):
+    """The first form below the bound is written; none, if all lose more."""
+    pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+    data = write_coco(tmp_path / "data")
+    pretend(monkeypatch)
+    fake_int8(monkeypatch, *losses)
+    flags = ["--dtype", "int8", *data_flags(data, "--calibrate"), *data_flags(data, "--val"), *flags]
+    assert export(checkpoint, tmp_path / "out.onnx", *flags) == (0 if written else 1)
+    out, err = capsys.readouterr()
+    assert (tmp_path / "out.onnx").exists() == bool(written)
+    if written:
+        assert out.count("in 8 bits") == len(losses)
+        assert f"in 8 bits: {written}" in out
+    else:
+        assert f"out.onnx is not written, since it differs from the network: AP falls by {losses[-1]:.2f}" in err
+
+
+@pytest.mark.parametrize("dtype", ["float32", "fp16", "bf16"])
+def test_bounds_of_types(dtype):
+    with_ap, without = (Narrow(dtype).limits(with_ap=known) for known in (True, False))
+    loss = {"float32": 0.001, "fp16": 0.001, "bf16": 0.01}[dtype]
+    assert with_ap.ap == without.ap == loss
+    assert Narrow(dtype, max_ap_loss=3).limits(with_ap=True).ap == 0.03
+    assert (with_ap == Limits()) == (dtype == "float32")
+    assert without.missing < 0.5
+
+
+def test_bfloat16_for_programs_of_torch(checkpoint, tmp_path, capsys):
+    flags = ["--dtype", "bf16", "--size", 96, 128]
+    assert export(checkpoint, tmp_path / "model.ts", *flags) == 0, capsys.readouterr().err
+    assert "torchscript bf16" in capsys.readouterr().out
+    run = FORMATS["torchscript"].run((tmp_path / "model.ts").read_bytes())
+    boxes, scores, _ = run(np.zeros((1, 3, 96, 128), np.uint8), np.array([[96, 128]]))
+    assert boxes.dtype == scores.dtype == np.float32
+    assert np.isfinite(boxes).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["o.onnx", "--dtype", "bf16"], "ONNX Runtime computes no bfloat16 on CPUs"),
+        (["o.pt2", "--dtype", "fp16"], "use --dtype bf16"),
+        (["o.ts", "--dtype", "int8", "--val", "a", "b", "--calibrate", "a", "b"], "8 bits are for ONNX"),
+        (["o.onnx", "--dtype", "int8", "--val", "a", "b"], "--calibrate ANNOTATIONS IMAGES"),
+        (["o.onnx", "--dtype", "int8", "--calibrate", "a", "b"], "--val ANNOTATIONS IMAGES"),
+        (["o.onnx", "--calibrate", "a", "b"], "--calibrate is for --dtype int8"),
+        (["o.onnx", "--max-ap-loss", 1], "--max-ap-loss needs --val"),
+        (["o.onnx", "--max-ap-loss", "nan", "--val", "a", "b"], "--max-ap-loss must be at least 0 points"),
+    ],
+)
+def test_types_that_do_not_fit(capsys, arguments, message):
+    with pytest.raises(SystemExit) as caught:
+        export("model.pth", *arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
