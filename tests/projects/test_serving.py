@@ -57,7 +57,7 @@ def form(content, field="image", name="photo.png"):
 
 def send(port, body=None, path="/predict", **headers):
     """(status, decoded JSON, headers) of a request in a connection of its own; GET where there is no body."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     with contextlib.closing(connection):
         kind = {"Content-Type": f"multipart/form-data; boundary={BOUND}"}
         connection.request("GET" if body is None else "POST", path, body, {**kind, **headers})
@@ -79,7 +79,7 @@ class Gated:
 
     def __call__(self, pictures):
         self.batches.append(len(pictures))
-        assert self.gate.wait(30)
+        assert self.gate.wait(120)
         if not all(pixels.any() for pixels in pictures):
             raise FloatingPointError("a black picture")
         return self.predictor(pictures)
@@ -109,7 +109,7 @@ def running(predictor, queue=16, max_bytes=100_000):
         yield server.servers[0].sockets[0].getsockname()[1], server
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()
 
 
@@ -119,7 +119,7 @@ def gated(predictor):
 
 
 def wait_until(condition):
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
@@ -198,8 +198,10 @@ def test_a_full_queue(gated):
     """The third of two is refused, health is not, and those who came first get their answers."""
     with running(gated, queue=2) as (port, _), ThreadPoolExecutor(2) as clients:
         gated.gate.clear()
-        accepted = [clients.submit(post, port, picture(seed)) for seed in range(2)]
-        wait_until(lambda: gated.batches and send(port, path="/health")[1]["waiting"] == 1)
+        first = clients.submit(post, port, picture(0))
+        wait_until(lambda: gated.batches)
+        accepted = [first, clients.submit(post, port, picture(1))]
+        wait_until(lambda: send(port, path="/health")[1]["waiting"] == 1)
         status, content, headers = post(port, picture(2))
         assert (status, headers["Retry-After"]) == (503, "1")
         assert "queue is full" in content["detail"]
@@ -267,7 +269,7 @@ def test_the_command(checkpoint):
         assert send(port, path="/health")[1]["status"] == "ok"
         assert post(port, picture(0))[0] == 200
         process.send_signal(signal.SIGTERM)
-        _, rest = process.communicate(timeout=30)
+        _, rest = process.communicate(timeout=120)
         assert process.returncode == 128 + signal.SIGTERM
         assert "Traceback" not in rest
     finally:
