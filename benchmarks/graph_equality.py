@@ -233,8 +233,13 @@ def summarise(found, tie_bound):
         "largest_score_difference": max(row["score"] for row in found),
         "pictures_with_other_tokens": sum(row["other_tokens"] for row in found),
         "largest_difference_of_tied_logits": max(row["tie"] for row in found),
-        "beyond_the_bounds": [row for row in found if not all(row[key] <= bounds[key] for key in bounds)],
+        "beyond_the_bounds": [row for row in found if beyond(row, bounds)],
     }
+
+
+def beyond(row, bounds):
+    """Whether a difference exceeds its bound, or is no number."""
+    return not all(row[key] <= bound for key, bound in bounds.items())
 
 
 def build_parser():
@@ -269,7 +274,7 @@ def main(argv=None):
     }
     write_whole(args.output, lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))
     for name, figures in results.items():
-        print(name, {key: value for key, value in figures.items() if key != "beyond_the_bounds"})
+        print(name, figures | {"beyond_the_bounds": len(figures["beyond_the_bounds"])})
     if any(figures["beyond_the_bounds"] for figures in results.values()):
         sys.exit("some batches are beyond the bounds, see the file")
 

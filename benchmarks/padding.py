@@ -2,10 +2,11 @@
 
     python benchmarks/padding.py model.pth --val-json val.json --val-images images --output results.json
 
-Every picture of a data set runs alone, then in canvases that are larger than it by the given shares, as in a batch with
-a larger picture: zeros at the right and at the bottom, with the padding mask. AP of each, and how many detections of
-the picture alone (scores from 0.05) are found again: equal label, IoU of at least 0.9. The mask keeps padding out of
-attention and selection, not out of the convolutions' borders and the statistics of GroupNorm.
+Every picture of a data set runs alone, then in larger canvases, as in a batch with a larger picture: zeros at the right
+and at the bottom, with the padding mask. Sides of a canvas are a share of the picture's, as they are or rounded up to a
+multiple of the coarsest stride. AP of each, and how many detections of the picture alone (scores from 0.05) are found
+again: equal label, IoU of at least 0.9. The mask keeps padding out of attention and selection, not out of the
+convolutions' borders and the statistics of GroupNorm; and it has whole cells, which need not end where a picture does.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from measure import origin  # noqa: E402
 from dino.evaluation.average_precision import evaluate, to_results  # noqa: E402
 from dino.export.export_wrapper import describe, prepare  # noqa: E402
 from dino.export.verify import _match, pictures, read_data, run_network  # noqa: E402
+from dino.export.verify_batches import network_strides  # noqa: E402
 from dino.inference.tiling import scale  # noqa: E402
 from dino.utils.files import write_whole  # noqa: E402
 from dino.weights.description import detector_from_checkpoint  # noqa: E402
@@ -32,27 +34,30 @@ from dino.weights.description import detector_from_checkpoint  # noqa: E402
 SHARES = (1.0, 1.05, 1.25, 1.5, 2.0)  # of both sides of a picture
 
 
-def padded(inputs, share):
-    """One prepared image in a canvas whose sides are `share` times as long."""
-    height, width = (round(side * share) for side in inputs.images.shape[2:])
+def padded(inputs, share, multiple):
+    """One prepared image in a canvas whose sides are `share` times as long, rounded up to a multiple."""
+    height, width = (-(-round(side * share) // multiple) * multiple for side in inputs.images.shape[2:])
     images = np.zeros((1, 3, height, width), np.uint8)
     images[:, :, : inputs.images.shape[2], : inputs.images.shape[3]] = inputs.images
     return inputs._replace(images=images)
 
 
-def measure(detector, source, shares):
-    """Share -> figures."""
-    results, differences = {share: [] for share in shares}, {share: [] for share in shares}
+def measure(detector, source, canvases):
+    """Figures for each pair of share and multiple."""
+    results, differences = ({canvas: [] for canvas in canvases} for _ in range(2))
     resize = describe(detector.names, [], detector.preprocessing, None)["resize"]
     for picture in pictures(source, detector.preprocessing.input_range):
         inputs = prepare(picture.pixels, resize)
         alone = run_network(detector, inputs)
-        for share in shares:
-            found = run_network(detector, padded(inputs, share))
-            differences[share] += _match(alone, found)
+        for canvas in canvases:
+            found = run_network(detector, padded(inputs, *canvas))
+            differences[canvas] += _match(alone, found)
             scaled = scale(found, inputs.sizes[0].tolist(), picture.pixels.shape[:2])
-            results[share] += to_results(scaled, picture.image_id, source.category_ids)
-    return {share: summarise(source, results[share], differences[share]) for share in shares}
+            results[canvas] += to_results(scaled, picture.image_id, source.category_ids)
+    return [
+        {"share": canvas[0], "multiple": canvas[1], **summarise(source, results[canvas], differences[canvas])}
+        for canvas in canvases
+    ]
 
 
 def summarise(source, results, differences):
@@ -85,11 +90,12 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     detector = detector_from_checkpoint(args.checkpoint).eval()
     source = read_data(args.val_json, args.val_images, detector.names, args.images)
-    found = measure(detector, source, SHARES)
-    result = {"origin": origin(torch.device("cpu")), "images": len(source), "shares_of_the_sides": found}
+    coarsest = network_strides(detector.network)[-1]
+    found = measure(detector, source, [(share, multiple) for share in SHARES for multiple in (1, coarsest)])
+    result = {"origin": origin(torch.device("cpu")), "images": len(source), "canvases": found}
     write_whole(args.output, lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))
-    for share, figures in found.items():
-        print(share, "  ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+    for figures in found:
+        print("  ".join(f"{key} {value:.4g}" for key, value in figures.items()))
 
 
 if __name__ == "__main__":

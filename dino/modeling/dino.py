@@ -73,10 +73,8 @@ class DINO(nn.Module):
     def tokenize(self, maps: list[Tensor], padding_mask: Tensor | None) -> Tokens:
         """L maps (B, E, h, w) and the padding mask (B, H, W) of the images -> one sequence of tokens."""
         masks = [_downsample(padding_mask, m) for m in maps]  # (B, h, w)
-        position = [
-            self.position_encoding(mask) + code[:, None, None]
-            for mask, code in zip(masks, self.level_embed, strict=True)
-        ]
+        pairs = zip(masks, self.level_embed, strict=True)
+        position = [self.position_encoding(mask) + code[:, None, None] for mask, code in pairs]
         features = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)
         return Tokens(
             features=features,
@@ -88,20 +86,13 @@ class DINO(nn.Module):
 
 
 def _downsample(padding_mask: Tensor | None, features: Tensor) -> Tensor:
-    """Padding mask (B, H, W) of the images, or None, at the size of features (B, E, h, w) -> (B, h, w) bool.
-
-    A cell takes the pixel in its upper left corner, as in the official program's nearest-neighbour resize. That resize
-    divides float32 numbers: at many sizes, such as 240 and 600, ONNX Runtime's takes the pixel before. PyTorch's equals
-    these integers wherever maps have ceil(H / stride) rows (all sizes to 1,400 pixels, strides 4 to 128). Where maps
-    have fewer (ConvNeXt's patches drop the last pixels), it takes the pixel before in 140 of 7,468 pairs of size and
-    stride, such as 454 and 32, which changes the mask of pictures that end at exactly this pixel.
-    """
-    cells = features.shape[-2:]
+    """Padding mask (B, H, W) of the images, or None, at the size of features (B, E, h, w) -> (B, h, w) bool."""
     if padding_mask is None:
-        return features.new_zeros((features.shape[0], *cells), dtype=torch.bool)
-    sides = zip(cells, padding_mask.shape[-2:], strict=True)
-    rows, columns = (torch.arange(n, device=padding_mask.device) * pixels // n for n, pixels in sides)
-    return padding_mask.index_select(1, rows).index_select(2, columns)
+        return features.new_zeros((features.shape[0], *features.shape[-2:]), dtype=torch.bool)
+    for axis, cells in enumerate(features.shape[-2:], 1):  # by integers: dino/export/verify_batches.py says why
+        pixels = torch.arange(cells, device=padding_mask.device) * padding_mask.shape[axis] // cells
+        padding_mask = padding_mask.index_select(axis, pixels)
+    return padding_mask
 
 
 def _valid_size(padding_mask: Tensor) -> Tensor:
