@@ -2,7 +2,8 @@
 
     python benchmarks/memory.py --predictions 3000 --threads 1 --results benchmarks/results/memory_cpu.json
 
-A ResNet-18 DINO with fused operations of oneDNN and random weights; every picture has another size. A straight line is
+A ResNet-18 DINO with fused operations of oneDNN and random weights; each picture has one of 40 sizes, at random. oneDNN
+keeps some kB for every new size, so that memory grows as long as new sizes come (`--sizes 0`). A straight line is
 fitted to samples of the bytes that the C library has given out (those of tensors, and of oneDNN's cache), and to
 samples of the resident memory, after freed memory was given back to the system. The latter has steps of some MB, up and
 down, where blocks in use lie between free ones.
@@ -128,6 +129,7 @@ def build_parser():
     parser.add_argument("--every", type=int, default=50, help="predictions from sample to sample (default 50)")
     parser.add_argument("--warm-up", type=int, default=500, help="predictions before the first sample (default 500)")
     parser.add_argument("--threads", type=int, default=1, help="that predict at once (default 1)")
+    parser.add_argument("--sizes", type=int, default=40, help="of pictures; 0 for new ones all the time (default 40)")
     parser.add_argument("--results", type=Path, default=Path("output/memory.json"), help="the JSON file to write")
     return parser
 
@@ -137,8 +139,15 @@ def main():
     options = build_parser().parse_args()
     torch.set_num_threads(1)
     report = origin(torch.device("cpu"))
-    numbers, values = sample(small_predictor(), options.predictions, options.every, options.warm_up, options.threads)
-    report |= {"predicting_threads": options.threads, "warm_up": options.warm_up, "numbers": numbers}
+    sizes = [x.shape[:2] for x in pictures(options.sizes, 1)] if options.sizes else None
+    counts = options.predictions, options.every, options.warm_up, options.threads
+    numbers, values = sample(small_predictor(), *counts, sizes)
+    report |= {
+        "sizes": options.sizes or "new ones",
+        "predicting_threads": options.threads,
+        "warm_up": options.warm_up,
+        "numbers": numbers,
+    }
     for name, column in zip(("given out", "resident"), zip(*values, strict=True), strict=True):
         if None not in column:
             line = fit(numbers, column)
