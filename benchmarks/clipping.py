@@ -22,11 +22,12 @@ from measure import origin  # noqa: E402
 from dino import Predictor  # noqa: E402
 from dino.data.coco import read_annotations  # noqa: E402
 from dino.evaluation.average_precision import evaluate  # noqa: E402
+from dino.inference.tiling import clip  # noqa: E402
 
 
 def crossing(found):
     """How many boxes cross a border of the picture by more than a hundredth of a pixel."""
-    inside = found.detections.clip(found.image_size)
+    inside = clip(found.detections, found.image_size)
     return int(((found.boxes - inside.boxes).abs().amax(1) > 0.01).sum())
 
 

@@ -117,24 +117,11 @@ class Outputs(NamedTuple):
 
 
 class Detections(NamedTuple):
-    """The detections of one image, best first. In a batch, all three tensors have B in front.
-
-    Boxes are as predicted: they can cross the borders of the picture until somebody calls `clip`.
-    """
+    """The detections of one image, best first, not clipped. In a batch, all three tensors have B in front."""
 
     boxes: Tensor  # (K, 4) float32, xyxy in pixels
     scores: Tensor  # (K,) float32 in [0, 1]
     labels: Tensor  # (K,) int64
-
-    def clip(self, size: tuple[int, int]) -> Detections:
-        """Clip the boxes of one picture to its `size` (height, width) in pixels; as many, some may be empty."""
-        height, width = size
-        x, y = self.boxes[:, 0::2].clamp(min=0).clamp(max=width), self.boxes[:, 1::2].clamp(min=0).clamp(max=height)
-        return Detections(torch.stack([x, y], -1).flatten(1), self.scores, self.labels)
-
-    def nonempty(self) -> Tensor:
-        """(K,) bool: which boxes have a positive width and height."""
-        return (self.boxes[..., 2:] > self.boxes[..., :2]).all(-1)
 
 
 def separate(predictions: LayerOutputs, denoising: DenoisingQueries) -> tuple[LayerOutputs, DenoisingOutputs]:

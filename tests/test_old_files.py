@@ -136,7 +136,7 @@ def losses(detector):
 @torch.no_grad()
 def instances(detector):
     """Boxes with scores and classes behind them, of both pictures; not clipped, as that commit returned them."""
-    from dino.d2.instances import unclipped
+    from dino.d2.meta_arch import unclipped
 
     with unclipped(detector):
         found = [x["instances"] for x in detector.eval()([{**x, "instances": None} for x in batch()])]

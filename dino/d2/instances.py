@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from detectron2.structures import Boxes, Instances
-from torch import Tensor, nn
+from torch import Tensor
 
+from dino.inference.tiling import clip, nonempty
 from dino.structures import Detections
 
 
 class UnclippedInstances:
     """Boxes as the network predicts them, as the official program computes AP; they can cross the picture's borders."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
 
     def __call__(self, found: Sequence[Detections], sizes: Sequence[tuple[int, int]]) -> list[Instances]:
         """Detections of each picture, and its height and width in pixels -> `Instances` with as many objects."""
@@ -31,8 +34,8 @@ class ClippedInstances(UnclippedInstances):
 
     def __call__(self, found: Sequence[Detections], sizes: Sequence[tuple[int, int]]) -> list[Instances]:
         """As of `UnclippedInstances`, clipped; the device is read once for the whole batch."""
-        found = [d.clip(size) for d, size in zip(found, sizes, strict=True)]
-        masks = [d.nonempty() for d in found]  # (K,) each
+        found = [clip(d, size) for d, size in zip(found, sizes, strict=True)]
+        masks = [nonempty(d) for d in found]  # (K,) each
         kept = zip(super().__call__(found, sizes), masks, _complete(masks), strict=True)
         return [instances if complete else instances[mask] for instances, mask, complete in kept]
 
@@ -42,20 +45,3 @@ def _complete(masks: Sequence[Tensor]) -> Sequence[bool]:
     if torch.jit.is_tracing() or not masks:
         return [False] * len(masks)
     return torch.stack([mask.all() for mask in masks]).tolist()
-
-
-@contextmanager
-def unclipped(model: nn.Module) -> Iterator[None]:
-    """Let a `DINODetector` return `UnclippedInstances` within the block, for AP as the official program computes it.
-
-    Another part than `ClippedInstances`, and another detector, stay as they are.
-    """
-    part = getattr(model, "instances", None)
-    if type(part) is not ClippedInstances:
-        yield
-        return
-    model.instances = UnclippedInstances()
-    try:
-        yield
-    finally:
-        model.instances = part

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from detectron2.config import configurable
@@ -18,7 +19,7 @@ from dino.utils.device import to_device
 from dino.utils.files import UserError
 
 from .config import parts_from_config
-from .instances import ClippedInstances
+from .instances import ClippedInstances, UnclippedInstances
 
 _SET_CLASSES = (
     "set the number before the model is built, cfg.model.num_classes of a recipe or cfg.MODEL.DINO.NUM_CLASSES"
@@ -123,6 +124,17 @@ class DINODetector(Detector):
             instances = [x[x.scores >= self.score_thresh] for x in instances]
         return [{"instances": x} for x in instances]
 
+    @contextmanager
+    def unclipped(self) -> Iterator[None]:
+        """Return `UnclippedInstances` within the block, unless the part is another one than `ClippedInstances`."""
+        before = self.instances
+        if type(before) is ClippedInstances:
+            self.instances = UnclippedInstances()
+        try:
+            yield
+        finally:
+            self.instances = before
+
     def _check_classes(self, batched_inputs: list[dict]) -> None:
         """Raise a ValueError if the data, as far as it states its number of classes, has another one than the model."""
         for x in batched_inputs:
@@ -143,6 +155,11 @@ class DINODetector(Detector):
             )
         target = to_target(labels, instances.gt_boxes.tensor, instances.image_size)
         return Target(*(to_device(values, self.device) for values in target))
+
+
+def unclipped(model: nn.Module) -> AbstractContextManager[None]:
+    """Context where a `DINODetector` does not clip, as the official program computes AP; other detectors stay."""
+    return model.unclipped() if isinstance(model, DINODetector) else nullcontext()
 
 
 def _describe(x: dict) -> str:

@@ -13,6 +13,7 @@ from dino.data.coco import classes_of, read_annotations
 from dino.data.halves import split_halves
 from dino.inference.cpu import keep_freed_memory
 from dino.inference.predictor import Predictor
+from dino.inference.tiling import clip
 from dino.utils.files import DataError, UserError, make_folder, resolve_inside, write_whole
 
 from .average_precision import to_results
@@ -115,7 +116,7 @@ def _predict(predictor: Predictor, ids: dict[int, int], part: dict[str, Any], fo
         height, width = prediction.image_size
         if (image["height"], image["width"]) != (height, width):
             raise DataError(f"{path} is {width}x{height}, the annotations say {image['width']}x{image['height']}")
-        clipped = prediction.detections.clip((height, width))
+        clipped = clip(prediction.detections, (height, width))
         rows = to_results(clipped, image["id"], list(range(len(predictor.names))))
         results += [{**row, "category_id": ids[row["category_id"]]} for row in rows if row["category_id"] in ids]
     return results

@@ -21,7 +21,7 @@ from dino.utils.printable import printable
 from .drawing import draw_detections
 from .picture_inputs import to_pixels
 from .strips import Strips
-from .tiling import scale, take
+from .tiling import clip, nonempty, scale, take
 
 if TYPE_CHECKING:
     import supervision
@@ -112,8 +112,8 @@ class Detections:
 
         AP is computed without, as by the official program.
         """
-        inside = self.detections.clip(self.image_size)
-        return replace(self, detections=inside, clipped=True)[inside.nonempty()]
+        inside = clip(self.detections, self.image_size)
+        return replace(self, detections=inside, clipped=True)[nonempty(inside)]
 
     def to_coco(self, *, image_id: int) -> list[dict]:
         """Entries of COCO's results format: `image_id`, `category_id`, `bbox` (xywh in pixels) and `score`.

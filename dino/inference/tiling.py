@@ -89,3 +89,15 @@ def scale(found: Detections, size: Sequence[int], new_size: Sequence[int]) -> De
     """Detections in pixels of a picture of `size` (height, width) -> in pixels of the same picture at `new_size`."""
     x, y = new_size[1] / size[1], new_size[0] / size[0]
     return found._replace(boxes=found.boxes * found.boxes.new_tensor([x, y, x, y]))
+
+
+def clip(found: Detections, size: Sequence[int]) -> Detections:
+    """Clip boxes to their picture of `size` (height, width) in pixels: as many detections, some may be empty then."""
+    height, width = size
+    x, y = found.boxes[:, 0::2].clamp(min=0).clamp(max=width), found.boxes[:, 1::2].clamp(min=0).clamp(max=height)
+    return found._replace(boxes=torch.stack([x, y], -1).flatten(1))
+
+
+def nonempty(found: Detections) -> Tensor:
+    """(K,) bool: which boxes have a positive width and height."""
+    return (found.boxes[:, 2:] > found.boxes[:, :2]).all(-1)

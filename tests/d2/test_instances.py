@@ -14,7 +14,8 @@ from torch import nn
 
 from dino.d2 import DINODetector
 from dino.d2.augmented_detector import AugmentedDetector
-from dino.d2.instances import ClippedInstances, UnclippedInstances, unclipped
+from dino.d2.instances import ClippedInstances, UnclippedInstances
+from dino.d2.meta_arch import unclipped
 from dino.d2.tiled_detector import TiledDetector
 from dino.structures import Detections
 

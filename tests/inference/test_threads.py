@@ -1,5 +1,6 @@
 """One `Predictor` for several threads: each finds what one thread alone finds, to the last bit."""
 
+import inspect
 import queue
 import threading
 from functools import partial
@@ -120,7 +121,8 @@ def test_the_limit_of_graphs_holds_in_every_thread(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda part, **options: given.append(options))
     tiny(LITTLE).compile()
     assert len(given) == len(PARTS)
-    assert {options.get("recompile_limit", 64) for options in given} == {64}
+    argument = "recompile_limit" in inspect.signature(torch.compile).parameters  # else the setting is the process's
+    assert {options.get("recompile_limit") for options in given} == {64 if argument else None}
 
 
 @pytest.mark.slow

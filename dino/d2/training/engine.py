@@ -23,7 +23,7 @@ from torch import nn
 from dino.d2.checkpoint import Checkpointer
 from dino.d2.combining_mapper import CombiningMapper
 from dino.d2.data_loading import load_dataset
-from dino.d2.instances import unclipped
+from dino.d2.meta_arch import unclipped
 from dino.d2.recipe import names_of, use_epochs
 from dino.d2.recipe_description import describe
 from dino.layers.cpu_feed_forward import use_cpu_feed_forward
