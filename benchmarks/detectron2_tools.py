@@ -144,7 +144,7 @@ def train(tools: Tools) -> None:
     tool = "lazyconfig_train_net.py"
     process = tools.start("train", tools.command(tool, *words))
     checkpoint = tools.run / "last_checkpoint"
-    while process.poll() is None and not checkpoint.is_file():
+    while process.poll() is None and not (checkpoint.is_file() and checkpoint.read_text()):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()

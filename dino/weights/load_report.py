@@ -45,7 +45,7 @@ class Report:
         without_detector: names of tensors that keep their initial values, because only a backbone was loaded.
         why_missing: {name: reason} of missing tensors.
         doubts: sentences on what may be wrong.
-        backbone_keys: names of the backbone's tensors as the file has them, without a common prefix; for messages.
+        backbone_keys: names of the backbone's tensors before they are renamed, for messages.
     """
 
     source: str

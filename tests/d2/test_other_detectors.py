@@ -26,6 +26,9 @@ def test_an_ancestor_is_built_for_the_classes_of_the_data(tmp_path, name):
     train, val = write_two_sets(tmp_path)
     cfg = load_recipe(*file_arguments(train, val), config=FOLDER / f"{name}.py")
     base = load_recipe(*file_arguments(train, val), config=FOLDER / "base.py")
+    for loader in (cfg.dataloader.train, base.dataloader.train):
+        assert OmegaConf.to_container(loader, resolve=False).pop("settings") == "${oc.select:train,null}"
+        del loader.settings  # all of `train`, which may differ in other settings
     for part in ("dataloader", "train.max_iter", "train.eval_period", "train.seed"):
         assert OmegaConf.select(cfg, part) == OmegaConf.select(base, part)
     assert cfg.train.init_checkpoint == ""
