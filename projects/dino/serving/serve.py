@@ -13,16 +13,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import uvicorn
-from fastapi import FastAPI, HTTPException, Request, UploadFile
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-
 from dino import Predictor
 from dino.cli import SCORE_THRESH, arguments, check_arguments, new_parser, report_errors
 from dino.data.images import IMAGE_SUFFIXES
 from dino.inference.cpu import keep_freed_memory
 from dino.utils.files import DataError
+
+try:
+    import python_multipart  # noqa: F401 - FastAPI reads forms with it
+    import uvicorn
+    from fastapi import FastAPI, HTTPException, Request, UploadFile
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse
+except ImportError as error:
+    sys.exit(f"error: the server needs more packages: pip install '.[serve]' ({error})")
 
 FIELD = "send the picture as a file in the form field image: curl -F image=@photo.jpg ADDRESS/predict"
 GRACE = 30  # seconds that requests have to end after SIGTERM
