@@ -20,7 +20,7 @@ from dino.inference.cpu import keep_freed_memory
 from dino.utils.files import DataError
 
 try:
-    import python_multipart  # noqa: F401 - FastAPI reads forms with it
+    import python_multipart
     import uvicorn
     from fastapi import FastAPI, HTTPException, Request, UploadFile
     from fastapi.exceptions import RequestValidationError
