@@ -59,6 +59,8 @@ class PositionRelation(nn.Module):
         if torch.jit.is_tracing() or torch.compiler.is_exporting() or transformed():  # operators that all of them know
             bias = self.pair_bias(source, target)
             bias = bias if mask is None else bias + mask
+            if transformed():  # fused attention has no derivative by the bias there
+                return (q @ k.mT * q.shape[-1] ** -0.5 + bias).softmax(-1).to(v.dtype) @ v
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
         return torch.ops.dino.relation_attention(q, k, v, mask, *self.factors(source, target))
 

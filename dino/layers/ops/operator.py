@@ -180,7 +180,7 @@ def _first_time(device: torch.device, final: bool) -> bool:
 
 @torch.compiler.assume_constant_result
 def _use_gather() -> bool:
-    """Whether the plain form avoids `grid_sample`, which has no rule for `torch.func.jvp`. Compiled graphs keep this."""
+    """Whether the plain form avoids `grid_sample`, for which `torch.func.jvp` has no rule. Compiled graphs keep it."""
     return requested() == "gather" or transformed()
 
 
