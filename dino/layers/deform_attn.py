@@ -69,8 +69,8 @@ class MultiScaleDeformableAttention(nn.Module):
         samples = (*query.shape[:2], self.num_heads, self.num_levels, self.num_points)  # (B, Q, M, L, P)
         value = self.value_proj(value)
         if padding is not None:
-            fill = Tensor.masked_fill if torch.is_grad_enabled() else Tensor.masked_fill_  # see FeedForward.forward
-            value = fill(value, padding[..., None], 0)
+            fill = Tensor.masked_fill if torch.is_grad_enabled() or torch.jit.is_tracing() else Tensor.masked_fill_
+            value = fill(value, padding[..., None], 0)  # not in place for gradients, see FeedForward.forward
         value = value.unflatten(-1, (self.num_heads, -1))  # (B, S, M, D)
         logits = self.attention_weights(query).view(*samples[:3], -1)  # (B, Q, M, L*P)
         offsets = self.sampling_offsets(query).view(*samples, 2)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .boxes import to_float32
+from .ops.operator import transformed
 
 _EPS = 1e-5  # added to sizes
 _SCALE = 100.0  # radians of the highest frequency
@@ -55,9 +56,11 @@ class PositionRelation(nn.Module):
         Returns:
             (B, M, Q, D).
         """
-        if torch.jit.is_tracing() or torch.compiler.is_exporting():  # operators that any runtime has
+        if torch.jit.is_tracing() or torch.compiler.is_exporting() or transformed():  # operators that all of them know
             bias = self.pair_bias(source, target)
             bias = bias if mask is None else bias + mask
+            if transformed():  # fused attention has no derivative by the bias there
+                return (q @ k.mT * q.shape[-1] ** -0.5 + bias).softmax(-1).to(v.dtype) @ v
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
         return torch.ops.dino.relation_attention(q, k, v, mask, *self.factors(source, target))
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import dino.layers.relation  # noqa: F401 - registers its operator
 from dino.layers.ops.operator import use_compiled
@@ -114,7 +114,7 @@ def empty_images(network: nn.Module, batch: int, height: int, width: int) -> tup
 
 
 def _operator_formulas() -> dict:
-    """Formulas for `FlopCounterMode`: the deformable attention operator in both forms, its reference, and the relation.
+    """Formulas for `FlopCounterMode`, which knows neither these operators nor the fused attention of CPUs.
 
     The reference samples each level with `grid_sample`, then multiplies the samples by their weights. The counter
     ignores these products, so they are counted with the samples.
@@ -130,9 +130,13 @@ def _operator_formulas() -> dict:
         pairs = math.prod(q[:3]) * k[2]  # q (B, M, Q, D), k (B, M, K, D), weight (2, M, 16), rows (B, M, Q, 33)
         return 2 * pairs * (2 * q[-1] + 2 * weight[-1] + rows[-1])
 
+    def of_attention(q: tuple, k: tuple, v: tuple, *_, out_shape=None, **__) -> int:
+        return sdpa_flop_count(q, k, v)
+
     compiled = [getattr(torch.ops.dino, form, None) for form in ("deform_attn_forward", "deform_attn_fused_forward")]
     formulas = {torch.ops.aten.grid_sampler_2d: of_reference, torch.ops.aten.grid_sampler: of_reference}
     formulas[torch.ops.dino.relation_attention] = of_relation
+    formulas[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = of_attention
     return {**formulas, **{operator: of_operator for operator in compiled if operator is not None}}
 
 

@@ -122,6 +122,40 @@ def test_multiply_adds_are_those_of_the_paper(r50, levels, published, tolerance)
     )
 
 
+def test_multiply_adds_are_those_of_fvcore():
+    """By kind of operator. fvcore knows no fused attention, counts 4 multiply-adds for a channel of a sample, and skips
+    what no result needs: the last layer's boxes for a next layer."""
+    analysis = pytest.importorskip("fvcore.nn")
+    network = tiny_network().eval()
+    images, _ = network_cost.empty_images(network, 1, 96, 128)
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network
+
+        def forward(self, images):
+            outputs = self.network(images, None)
+            return outputs.decoder, outputs.proposals
+
+    with torch.no_grad():
+        theirs = analysis.FlopCountAnalysis(Wrapper(), images).unsupported_ops_warnings(False).by_operator()
+    counter = network_cost.FlopCounterMode(display=False, custom_mapping=network_cost._operator_formulas())
+    with network_cost.nothing_computed(network, training=False), counter:
+        network(*network_cost.empty_images(network, 1, 96, 128))
+    ours = {str(name).split(".")[-1]: flops // 2 for name, flops in counter.get_flop_counts()["Global"].items()}
+    samples = sum(flops for name, flops in ours.items() if "deform_attn" in name or "grid_sampler" in name)
+    products = sum(ours.get(name, 0) for name in ("mm", "addmm", "bmm", "linear"))
+    attention = sum(flops for name, flops in ours.items() if "dot_product" in name)
+    unused = 12 * sum(p.numel() for p in network.decoder.box_heads[-1].parameters() if p.dim() == 2)
+    assert ours["convolution"] == theirs["conv"]
+    assert products == theirs["linear"] + unused
+    assert attention == 2 * 2 * 12 * 12 * 32  # two layers, two products, 12 queries of 32 channels
+    assert samples * 4 == theirs["grid_sampler"] * 5
+    total = network_cost.count_multiply_adds(network, 1, 96, 128)["total"]
+    assert total == theirs["conv"] + theirs["linear"] + unused + theirs["grid_sampler"] * 5 // 4 + attention
+
+
 def test_multiply_adds_grow_with_the_batch_and_computing_is_not_needed(r50):
     one = network_cost.count_multiply_adds(r50[4], 1, 320, 320)["total"]
     assert network_cost.count_multiply_adds(r50[4], 64, 320, 320)["total"] == 64 * one

@@ -50,7 +50,8 @@ def deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tenso
 
     The context manager `deform_attn_implementation` or the variable DINO_DEFORM_ATTN (auto, reference, gather or
     compiled) chooses the form. Each call outside compiled code reads the variable. Autocast casts `value` and
-    `weights`, never `locations`.
+    `weights`, never `locations`. `torch.jit.trace` records plain PyTorch, which any process can run, and the transforms
+    of `torch.func` differentiate and map plain PyTorch.
 
     Args:
         value: (B, S, M, D), float32, float64, float16 or bfloat16; levels concatenated, row after row inside a level.
@@ -64,9 +65,10 @@ def deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tenso
 
     Raises:
         ValueError: sizes do not fit together; DINO_DEFORM_ATTN is another word.
-        RuntimeError: "compiled" was chosen, but the operator is not built or fails its self-test.
+        RuntimeError: "compiled" was chosen, but the operator is not built, fails its self-test or can't run here.
     """
-    check_sizes(value, shapes, locations, weights)
+    if not torch.jit.is_tracing():  # there the sizes are tensors: a comparison would fix them, with a warning
+        check_sizes(value, shapes, locations, weights)
     if use_compiled(value.device):
         return torch.ops.dino.deform_attn_forward(value, flat(shapes), locations, weights)
     dtype = autocast_dtype(value.device.type)
@@ -124,22 +126,49 @@ def use_compiled(device: torch.device) -> bool:
     """Whether the compiled operator runs on `device`. Compiled graphs keep the answer of their tracing.
 
     Raises:
-        RuntimeError: "compiled" was chosen, but the operator is not built, fails its self-test, or can't be tested now.
+        RuntimeError: "compiled" was chosen, but the operator is not built, fails its self-test, can't be tested now, or
+            meets `torch.jit.trace` or `torch.func`, which need plain PyTorch.
         ValueError: DINO_DEFORM_ATTN is an unknown word.
     """
     choice = requested()
     if choice in PLAIN:
         return False
-    found = verdict(device)
+    found = _unfit_for_caller() or verdict(device)
     if found.usable:
         return True
     if choice == "compiled":
-        raise RuntimeError(f"the compiled deform_attn was asked for, but {found.reason}")
+        error = NotImplementedError if found is _TRANSFORMED else RuntimeError
+        raise error(f"the compiled deform_attn was asked for, but {found.reason}")
     if found.broken and _first_time(device, found.final):
         always = f"deform_attn runs as plain PyTorch: {found.reason}"
         now = f"deform_attn runs as plain PyTorch this time: {found.reason}"
         warnings.warn(always if found.final else now, RuntimeWarning, stacklevel=3)
     return False
+
+
+def transformed() -> bool:
+    """Whether a transform of `torch.func` (grad, jvp, vmap, …) runs. It has no rules for operators of torch.library."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def _unfit_for_caller() -> _Verdict | None:
+    """Why the operator, usable or not, is no choice for this call; None where it is one. Says nothing about devices.
+
+    The sizes of levels are tensors inside `torch.jit.trace`, with which fvcore and the old ONNX exporter work as well.
+    An operator takes numbers: the trace would fix them.
+    """
+    if torch.jit.is_tracing():
+        return _TRACED
+    return _TRANSFORMED if transformed() else None
+
+
+_TRACED = _Verdict(False, False, "torch.jit.trace can't record it for pictures of other sizes: use auto or reference")
+_TRANSFORMED = _Verdict(
+    False,
+    False,
+    "torch.func can't transform it: use auto or gather; or, instead of vmap, fold the mapped dimension into the batch "
+    "dimension",
+)
 
 
 def _first_time(device: torch.device, final: bool) -> bool:
@@ -151,8 +180,8 @@ def _first_time(device: torch.device, final: bool) -> bool:
 
 @torch.compiler.assume_constant_result
 def _use_gather() -> bool:
-    """Whether the plain form avoids `grid_sample`. Compiled graphs keep the answer."""
-    return requested() == "gather"
+    """Whether the plain form avoids `grid_sample`, for which `torch.func.jvp` has no rule. Compiled graphs keep it."""
+    return requested() == "gather" or transformed()
 
 
 def verdict(device: torch.device) -> _Verdict:
@@ -291,8 +320,9 @@ def _gradient(form: str, ctx, grad: Tensor) -> tuple:
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The type to which autocast currently casts values and weights; None where autocast is off."""
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    """The type to which autocast currently casts values and weights; None where autocast is off or unknown (meta)."""
+    known = torch.amp.is_autocast_available(device_type)
+    return torch.get_autocast_dtype(device_type) if known and torch.is_autocast_enabled(device_type) else None
 
 
 def _cast_for_autocast(x: Tensor, dtype: torch.dtype | None) -> Tensor:

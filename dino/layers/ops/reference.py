@@ -1,5 +1,6 @@
 """Deformable attention in plain PyTorch: the definition of the operator (Deformable DETR, arXiv 2010.04159, eq. 3)."""
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -52,7 +53,8 @@ def _sum_of_samples(value: Tensor, shapes: Shapes, locations: Tensor, weights: T
     batch, _, heads, dim = value.shape
     queries = locations.shape[1]
     dtype = torch.promote_types(value.dtype, torch.float32)
-    with torch.autocast(value.device.type, enabled=False):
+    # Autocast refuses tensors without data.
+    with contextlib.nullcontext() if value.is_meta else torch.autocast(value.device.type, enabled=False):
         grids = (2 * locations.to(dtype) - 1).transpose(1, 2).flatten(0, 1)  # (B*M, Q, L, P, 2)
         weights = weights.to(dtype).transpose(1, 2).flatten(0, 1)  # (B*M, Q, L, P)
         result = value.new_zeros((batch * heads, dim, queries), dtype=dtype)
