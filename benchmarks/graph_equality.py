@@ -33,6 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from measure import origin, version_of  # noqa: E402
 
 from dino.data.images import IMAGE_SUFFIXES, read_image, resize_image  # noqa: E402
+from dino.export import export_formats  # noqa: E402
 from dino.export.export_checkpoint import exportable  # noqa: E402
 from dino.export.export_formats import FORMATS, write  # noqa: E402
 from dino.export.export_wrapper import ExportWrapper, Fixed  # noqa: E402
@@ -159,8 +160,7 @@ def make_engines(detector, wrapper):
     engines = {}
     if operator.verdict(torch.device("cpu")).usable:
         engines["PyTorch, compiled operator"] = lambda *inputs: run_torch(wrapper, "compiled", *inputs)
-    program = write("torch-export", exported(detector), None, {})
-    engines["torch.export"] = FORMATS["torch-export"].run(program)
+    engines["torch.export"] = run_program(detector)
     onnx = write("onnx", exported(detector), None, {})
     engines["ONNX Runtime"] = FORMATS["onnx"].run(onnx)
     if version_of("openvino"):
@@ -168,6 +168,13 @@ def make_engines(detector, wrapper):
     traced = exported(detector)
     engines[TRACED] = lambda *inputs: run_torchscript(traced, *inputs)
     return engines
+
+
+@torch.no_grad()
+def run_program(detector):
+    """The graph that ONNX files are made from. (A file of any size takes minutes to read.)"""
+    with deform_attn_implementation("reference"):
+        return export_formats._from_torch(export_formats._trace(exported(detector), None).module())
 
 
 def exported(detector):
