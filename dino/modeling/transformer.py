@@ -213,13 +213,12 @@ class QuerySelection(nn.Module):
     def anchors(self, memory: Tokens) -> tuple[Tensor, Tensor]:
         """One box per token in logit space (B, S, 4), +inf where unusable; whether it is usable (B, S) bool.
 
-        An anchor is usable if all its numbers lie within (0.01, 0.99) and its token is not padding. The bounds leave out
-        what may be a rounded 0.01 or 0.99: OpenVINO's quotient 0.5 / 50 is larger than PyTorch's.
+        An anchor is usable if all its numbers lie within (0.01, 0.99) and its token is not padding.
         """
         centers = _token_centers(memory)  # (B, S, 2)
         sizes = [self.sides(centers, level).expand(h * w, 2) for level, (h, w) in enumerate(memory.shapes)]
         boxes = torch.cat([centers, torch.cat(sizes).expand(centers.shape[0], -1, -1)], -1)  # (B, S, 4)
-        usable = ((boxes > 0.010001) & (boxes < 0.989999)).all(-1)
+        usable = ((boxes > 0.010001) & (boxes < 0.989999)).all(-1)  # OpenVINO's 0.5 / 50 exceeds 0.01
         if memory.padding_mask is not None:
             usable = usable & ~memory.padding_mask
         return torch.log(boxes / (1 - boxes)).masked_fill(~usable[..., None], math.inf), usable
