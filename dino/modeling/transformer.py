@@ -218,7 +218,7 @@ class QuerySelection(nn.Module):
         centers = _token_centers(memory)  # (B, S, 2)
         sizes = [self.sides(centers, level).expand(h * w, 2) for level, (h, w) in enumerate(memory.shapes)]
         boxes = torch.cat([centers, torch.cat(sizes).expand(centers.shape[0], -1, -1)], -1)  # (B, S, 4)
-        usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1)
+        usable = ((boxes > 0.010001) & (boxes < 0.989999)).all(-1)  # OpenVINO's 0.5 / 50 exceeds 0.01
         if memory.padding_mask is not None:
             usable = usable & ~memory.padding_mask
         return torch.log(boxes / (1 - boxes)).masked_fill(~usable[..., None], math.inf), usable

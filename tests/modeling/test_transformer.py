@@ -5,7 +5,7 @@ import torch
 
 from dino.layers import Queries, Tokens, refine
 from dino.layers.position_encoding import encode_boxes
-from dino.modeling import Decoder, Encoder, QuerySelection, SharedHeadsDecoder, share_heads
+from dino.modeling import Decoder, Encoder, QuerySelection, SharedHeadsDecoder, share_heads, transformer
 from dino.modeling.transformer import MLP, _token_centers, full_attention
 
 SHAPES = [(4, 6), (2, 3)]
@@ -315,3 +315,17 @@ def test_mlp():
     mlp = MLP(2, 3, 4)
     assert [type(layer).__name__ for layer in mlp] == ["Linear", "ReLU", "Linear"]
     assert mlp(torch.randn(5, 2)).shape == (5, 4)
+
+
+@pytest.mark.parametrize("error", [-1.2e-7, 0.0, 1.2e-7])
+def test_usable_anchors_do_not_hang_on_the_last_bit(monkeypatch, error):
+    """Centres lie at 0.01 or 0.99 exactly where a level has 50 or 250 cells, and engines round their quotients."""
+    centers = transformer._token_centers
+    monkeypatch.setattr(transformer, "_token_centers", lambda tokens: centers(tokens) * (1 + error))
+    selection = QuerySelection(num_queries=5, num_classes=3, embed_dim=8)
+    for cells in (49, 50, 51, 150, 250, 850):
+        features = torch.zeros(1, 4 * cells, 8)
+        tokens = Tokens(features, features, None, [(4, cells)], torch.tensor([[[float(cells), 4.0]]]))
+        _, usable = selection.anchors(tokens)
+        exact = [cells < 50 * (2 * i + 1) < 99 * cells for i in range(cells)]
+        assert usable.view(4, cells).tolist() == [exact] * 4
