@@ -3,6 +3,7 @@ import torch
 
 from dino.layers import ContrastiveDenoising, SinePositionEncoding
 from dino.modeling import DINO, ChannelMapper, Decoder, Encoder, QuerySelection, TorchvisionBackbone, share_heads
+from dino.modeling.dino import _downsample
 
 from ..tiny import default_criterion, random_batch, random_targets, tiny_network
 
@@ -226,3 +227,38 @@ def test_published_parameter_counts():
         shared = resnet50_network(91, finest, 5)
         share_heads(shared.decoder)
         assert count_parameters(shared) == 47_255_806 - 256
+
+
+def masks_of(height, width, ends, cells):
+    """The mask of a picture of size `ends` in a batch, at the size of a level."""
+    padding = torch.zeros(1, height, width, dtype=torch.bool)
+    padding[:, ends[0] :] = True
+    padding[:, :, ends[1] :] = True
+    return padding, _downsample(padding, torch.zeros(1, 1, *cells))[0]
+
+
+@pytest.mark.parametrize(("side", "cells"), [(240, 15), (480, 30), (600, 19), (750, 47), (454, 14), (97, 97), (5, 1)])
+def test_a_cell_is_padding_where_its_first_pixel_is(side, cells):
+    """By Python's integers, for pictures that end at the first pixel of a cell, one before, and one after."""
+    for cell in range(cells):
+        first = cell * side // cells
+        for end in {max(1, first - 1), max(1, first), first + 1}:
+            _, mask = masks_of(side, 33, (end, 17), (cells, 2))
+            assert mask[:, 0].tolist() == [i * side // cells >= end for i in range(cells)]
+            assert mask[0].tolist() == [False, False]
+
+
+def test_masks_of_maps_that_round_up_equal_the_official_resize():
+    """The official program's nearest-neighbour resize, for every side up to 1,400 pixels: as exact as integers."""
+    for side in range(1, 1401):
+        pixels = torch.arange(side, dtype=torch.float32)[None, None]
+        for stride in (4, 8, 16, 32, 64, 128):
+            cells = -(-side // stride)
+            official = torch.nn.functional.interpolate(pixels, size=cells)[0, 0].long()
+            assert torch.equal(official, torch.arange(cells) * side // cells), (side, stride)
+
+
+def test_masks_equal_the_official_resize_in_two_dimensions():
+    padding, mask = masks_of(240, 333, (231, 300), (30, 42))
+    official = torch.nn.functional.interpolate(padding[None].float(), size=(30, 42))[0, 0].bool()
+    assert torch.equal(mask, official)
