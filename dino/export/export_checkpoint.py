@@ -21,10 +21,10 @@ from .export_formats import FORMATS, write
 from .export_wrapper import ExportWrapper, Fixed, Prepared, describe, prepare
 from .onnx_int8 import quantised
 from .onnx_types import to_float16
-from .verify import Limits, compare, pictures, read_data
+from .verify import Comparison, Limits, compare, pictures, read_data
 
-MAX_AP_LOSS = {"float32": 0.1, "fp16": 0.1, "bf16": 1.0, "int8": 1.0}  # points, by default
-_MISSING = {"float32": 0.02, "fp16": 0.05, "bf16": 0.2, "int8": 0.2}  # share of detections, where AP is unknown
+MAX_AP_LOSS = {"fp16": 0.1, "bf16": 1.0, "int8": 1.0}  # points, by default
+_MISSING = {"fp16": 0.05, "bf16": 0.2, "int8": 0.2}  # share of detections, where AP is unknown
 _CALIBRATION = 32  # images to measure ranges on
 
 
@@ -34,20 +34,27 @@ class Narrow(NamedTuple):
     Args:
         dtype: float32, fp16, bf16 or int8.
         calibrate: for int8: annotations and folder of training images, to measure ranges on.
-        max_ap_loss: points of AP that may be lost; by default those of `MAX_AP_LOSS`.
+        max_ap_loss: points of AP that may be lost; by default those of `MAX_AP_LOSS`, or 0.1.
     """
 
     dtype: str = "float32"
     calibrate: tuple[Path, Path] | None = None
     max_ap_loss: float | None = None
 
-    def limits(self, *, with_ap: bool) -> Limits:
-        """Largest differences to accept: of AP alone where it is known, else of the share of detections found."""
+    def issues(self, comparison: Comparison) -> list[str]:
+        """Differences that are too large, in words.
+
+        Of narrower types, AP alone counts where it is known, else the share of detections that are found. Batches
+        are printed, but don't count: the AP of four pictures is not precise enough.
+        """
         if self.dtype == "float32" and self.max_ap_loss is None:
-            return Limits()
+            return comparison.issues(Limits())
+        if self.dtype == "float32":
+            return comparison.issues(Limits(ap=self.max_ap_loss / 100))
         loss = MAX_AP_LOSS[self.dtype] if self.max_ap_loss is None else self.max_ap_loss
-        missing = 1.0 if with_ap else _MISSING[self.dtype]
-        return Limits(missing=missing, box=math.inf, score=math.inf, ap=loss / 100)
+        missing = _MISSING[self.dtype] if comparison.ap is None else 1.0
+        limits = Limits(missing=missing, box=math.inf, score=math.inf, ap=loss / 100)
+        return comparison._replace(cases=()).issues(limits)
 
 
 _FLOAT32 = Narrow()
@@ -101,7 +108,7 @@ def export_checkpoint(
             return []
         comparison = compare(detector, run, source, resize=about["resize"], fixed=fixed)
         print(comparison, flush=True)
-        return comparison.issues(narrow.limits(with_ap=verify_json is not None))
+        return narrow.issues(comparison)
 
     for words, made in _candidates(content, narrow.dtype, to_int8, fixed):
         if words:
