@@ -17,7 +17,7 @@ from dino.structures import SCORE_THRESH
 from dino.utils.files import DataError, UserError, make_folder, write_new
 from dino.weights.description import detector_from_checkpoint
 
-from .export_formats import FORMATS, write
+from .export_formats import FORMATS, Run, write
 from .export_wrapper import ExportWrapper, Fixed, Prepared, describe, prepare
 from .onnx_int8 import quantised
 from .onnx_types import to_float16
@@ -102,27 +102,32 @@ def export_checkpoint(
     print(f"exporting {checkpoint} as {form}; this takes a minute or two", flush=True)
     content = write(form, exportable(_cast(detector, narrow.dtype)), fixed, about, sampling=sampling)
 
-    def issues_of(content: bytes) -> list[str]:
-        run = FORMATS[form].run(content)
-        if source is None:
-            return []
-        comparison = compare(detector, run, source, resize=about["resize"], fixed=fixed)
-        print(comparison, flush=True)
-        return narrow.issues(comparison)
-
-    for words, made in _candidates(content, narrow.dtype, to_int8, fixed):
-        if words:
-            print(f"in 8 bits: {words}, {len(made) / 1e6:.1f} MB", flush=True)
-        if not (issues := issues_of(made)):
+    for made in _candidates(content, narrow.dtype, to_int8, fixed):
+        comparison = _compare(detector, FORMATS[form].run(made), source, about["resize"], fixed)
+        if not (issues := narrow.issues(comparison) if comparison else []):
             break
-    else:
+    if issues:
         raise DataError(f"{output} is not written, since it differs from the network: {'; '.join(issues)}")
     make_folder(output.parent)
     write_new(output, lambda part: part.write_bytes(made))
+    print(f"{output}: {_summary(form, narrow.dtype, fixed, detector, made, compared=source is not None)}")
+
+
+def _compare(detector: Detector, run: Run, source: Any, resize: dict[str, Any], fixed: Fixed | None) -> Any:
+    """Compare with the network and print the result; None without images."""
+    if source is None:
+        return None
+    comparison = compare(detector, run, source, resize=resize, fixed=fixed)
+    print(comparison, flush=True)
+    return comparison
+
+
+def _summary(form: str, dtype: str, fixed: Fixed | None, detector: Detector, content: bytes, *, compared: bool) -> str:
+    """What was written, in words."""
     size = f"batch {fixed.batch}, {fixed.height} x {fixed.width}" if fixed else "any batch and size"
-    checked = "" if verify else "; not compared with the network: --verify IMAGES does that"
-    kind = form if narrow.dtype == "float32" else f"{form} {narrow.dtype}"
-    print(f"{output}: {kind}, {size}, {len(detector.names)} classes, {len(made) / 1e6:.1f} MB{checked}")
+    kind = form if dtype == "float32" else f"{form} {dtype}"
+    checked = "" if compared else "; not compared with the network: --verify IMAGES does that"
+    return f"{kind}, {size}, {len(detector.names)} classes, {len(content) / 1e6:.1f} MB{checked}"
 
 
 def _cast(detector: Detector, dtype: str) -> Detector:
@@ -134,14 +139,14 @@ def _cast(detector: Detector, dtype: str) -> Detector:
     return detector
 
 
-def _candidates(
-    content: bytes, dtype: str, to_int8: list[Prepared] | None, fixed: Fixed | None
-) -> Iterator[tuple[str, bytes]]:
-    """Files of this type to try in turn, with what is in 8 bits."""
-    if dtype == "int8":
-        yield from quantised(content, to_int8 or [], fixed)
-    else:
-        yield "", to_float16(content) if dtype == "fp16" else content
+def _candidates(content: bytes, dtype: str, to_int8: list[Prepared] | None, fixed: Fixed | None) -> Iterator[bytes]:
+    """Files of this type to try in turn; prints what is in 8 bits."""
+    if dtype != "int8":
+        yield to_float16(content) if dtype == "fp16" else content
+        return
+    for words, made in quantised(content, to_int8 or [], fixed):
+        print(f"in 8 bits: {words}, {len(made) / 1e6:.1f} MB", flush=True)
+        yield made
 
 
 def _calibration(paths: tuple[Path, Path], detector: Detector, resize: dict[str, Any]) -> list[Prepared]:
