@@ -83,8 +83,7 @@ def export_checkpoint(
         sampling: "grid", or "gather" for engines whose GridSample is wrong.
         thresholds: stored in the file: one for all classes, or one for each.
         copy: "model", "ema", or "auto" for the running average if the checkpoint has one.
-        verify: folder of images to compare on. verify_json: their annotations, to compare AP.
-        limit: number of these images.
+        verify: folder of images to compare on. verify_json: their annotations, to compare AP. limit: how many.
         narrow: the type of the arithmetic; int8 needs `verify_json`.
 
     Raises:
@@ -103,8 +102,7 @@ def export_checkpoint(
     content = write(form, exportable(_cast(detector, narrow.dtype)), fixed, about, sampling=sampling)
 
     for made in _candidates(content, narrow.dtype, to_int8, fixed):
-        comparison = _compare(detector, FORMATS[form].run(made), source, about["resize"], fixed)
-        if not (issues := narrow.issues(comparison) if comparison else []):
+        if not (issues := _issues(detector, FORMATS[form].run(made), source, about["resize"], fixed, narrow)):
             break
     if issues:
         raise DataError(f"{output} is not written, since it differs from the network: {'; '.join(issues)}")
@@ -113,13 +111,15 @@ def export_checkpoint(
     print(f"{output}: {_summary(form, narrow.dtype, fixed, detector, made, compared=source is not None)}")
 
 
-def _compare(detector: Detector, run: Run, source: Any, resize: dict[str, Any], fixed: Fixed | None) -> Any:
-    """Compare with the network and print the result; None without images."""
+def _issues(
+    detector: Detector, run: Run, source: Any, resize: dict[str, Any], fixed: Fixed | None, narrow: Narrow
+) -> list[str]:
+    """Compare with the network and print the result -> the differences that are too large; none without images."""
     if source is None:
-        return None
+        return []
     comparison = compare(detector, run, source, resize=resize, fixed=fixed)
     print(comparison, flush=True)
-    return comparison
+    return narrow.issues(comparison)
 
 
 def _summary(form: str, dtype: str, fixed: Fixed | None, detector: Detector, content: bytes, *, compared: bool) -> str:
