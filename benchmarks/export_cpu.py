@@ -1,7 +1,7 @@
 """Size, time and AP of exported models on a CPU, by engine and type of arithmetic.
 
     python benchmarks/export_cpu.py model.pth --val val.json images --train train.json images --output results.json
-    python benchmarks/export_cpu.py --table results.json
+    python benchmarks/export_cpu.py --table results.json      (into docs/export.md)
 
 AP and one time come from `model.pth`, on each validation image. The other times come from the published network
 (ResNet-50, 4 scales, 80 classes) with random weights, of which time does not depend, on images of noise. Contenders
@@ -15,6 +15,7 @@ import collections
 import functools
 import json
 import os
+import re
 import statistics
 import tempfile
 import time
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import origin
+from measure import ROOT, origin
 
 from dino.evaluation.average_precision import evaluate, to_results
 from dino.export.export_checkpoint import Narrow, export_checkpoint, exportable
@@ -38,6 +39,8 @@ from dino.modeling.detector import Detector
 from dino.utils.files import write_whole
 from dino.weights.description import detector_from_checkpoint
 
+PAGE = ROOT / "docs/export.md"
+BEGIN, END = "<!-- begin: made by benchmarks/export_cpu.py -->", "<!-- end -->"
 SIZES = ((480, 640), (800, 1066))
 TYPES = ("float32", "fp16", "int8")
 ROWS = {
@@ -247,6 +250,39 @@ def _time(times, name, engine):
     return f"{times[name]['milliseconds']:.0f} ({base / times[name]['milliseconds']:.2f})"
 
 
+def section(result):
+    """What docs/export.md says about one file of results."""
+    origin_, profiles = result["origin"], result["profile"]
+    about, libraries = origin_["hardware"], ", ".join(" ".join(x) for x in result["versions"].items())
+    load = result["load_average"]
+    saved = sum(profiles["float32"].get(name, 0) for name in ("GridSample", "ReduceSum"))
+    shares = (
+        f"in {kind} {', '.join(f'{name} {100 * share:.0f} %' for name, share in list(values.items())[:8])}"
+        for kind, values in profiles.items()
+    )
+    return "\n".join(
+        [
+            *table(result),
+            "",
+            f"{about['cpu']}, {about['threads']} of {about['cores']} cores, {origin_['date']}, torch "
+            f"{origin_['versions']['torch']}, {libraries}; medians of {result['rounds']} rounds (trained: of "
+            f"{result['images']} images); load of the machine {load['before'][0]:.1f} before, {load['after'][0]:.1f} "
+            "after. In brackets: how many times as fast as float32 in the same engine.",
+            "",
+            f"ONNX Runtime's time by operator at {SIZES[0][0]}x{SIZES[0][1]}: {'; '.join(shares)}. "
+            f"An operator of our own could save GridSample and ReduceSum at most, for {1 / (1 - saved):.2f} times the "
+            "speed: too little to build it.",
+        ]
+    )
+
+
+def write_page(result):
+    """Put the section between its marks."""
+    text, marks = PAGE.read_text(), re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+    made = f"{BEGIN}\n\n{section(result)}\n\n{END}"
+    write_whole(PAGE, lambda part: part.write_text(marks.sub(lambda _: made, text)))
+
+
 def versions():
     import onnx
     import onnxruntime
@@ -264,7 +300,7 @@ def build_parser():
     parser.add_argument("--rounds", type=int, default=5, help="of the times on noise (default %(default)s)")
     parser.add_argument("--contenders", nargs="+", choices=ROWS, default=list(ROWS), help="default: all")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--table", type=Path, help="print the table of a file of results instead")
+    parser.add_argument("--table", type=Path, help="put the table of a file of results into docs/export.md instead")
     return parser
 
 
@@ -273,7 +309,7 @@ def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.table:
-        print("\n".join(table(json.loads(args.table.read_text()))))
+        write_page(json.loads(args.table.read_text()))
         return
     if not (args.checkpoint and args.val and args.train and args.output):
         parser.error("give CHECKPOINT, --val, --train and --output, or --table")

@@ -48,24 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sampling", choices=_SAMPLING, default="grid", help="gather: for engines whose GridSample is wrong"
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "fp16", "bf16", "int8"),
-        default="float32",
-        help="type of convolutions and matrix products: fp16 and int8 for ONNX, bf16 for the others (default float32)",
-    )
-    parser.add_argument(
-        "--calibrate",
-        nargs=2,
-        metavar=("ANNOTATIONS", "IMAGES"),
-        help="for int8: training data in COCO format, to measure ranges of values on",
-    )
-    parser.add_argument(
-        "--max-ap-loss",
-        type=float,
-        metavar="POINTS",
-        help="refuse a file that loses more AP on --val (default: 0.1; 1 for bf16 and int8)",
-    )
+    _add_types(parser)
     parser.add_argument(
         "--score-thresh",
         nargs="+",
@@ -85,6 +68,28 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--verify-json", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=int, default=50, help="number of images to compare on (default %(default)s)")
     return parser
+
+
+def _add_types(parser: argparse.ArgumentParser) -> None:
+    """The flags of narrower types."""
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "fp16", "bf16", "int8"),
+        default="float32",
+        help="type of convolutions and matrix products: fp16 and int8 for ONNX, bf16 for the others (default float32)",
+    )
+    parser.add_argument(
+        "--calibrate",
+        nargs=2,
+        metavar=("ANNOTATIONS", "IMAGES"),
+        help="for int8: training data in COCO format, to measure ranges of values on",
+    )
+    parser.add_argument(
+        "--max-ap-loss",
+        type=float,
+        metavar="POINTS",
+        help="refuse a file that loses more AP on --val (default: 0.1; 1 for bf16 and int8)",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -17,14 +17,14 @@ from dino.structures import SCORE_THRESH
 from dino.utils.files import DataError, UserError, make_folder, write_new
 from dino.weights.description import detector_from_checkpoint
 
-from .export_formats import FORMATS, write
+from .export_formats import FORMATS, Run, write
 from .export_wrapper import ExportWrapper, Fixed, Prepared, describe, prepare
 from .onnx_int8 import quantised
 from .onnx_types import to_float16
-from .verify import Limits, compare, pictures, read_data
+from .verify import Comparison, Limits, compare, pictures, read_data
 
-MAX_AP_LOSS = {"float32": 0.1, "fp16": 0.1, "bf16": 1.0, "int8": 1.0}  # points, by default
-_MISSING = {"float32": 0.02, "fp16": 0.05, "bf16": 0.2, "int8": 0.2}  # share of detections, where AP is unknown
+MAX_AP_LOSS = {"fp16": 0.1, "bf16": 1.0, "int8": 1.0}  # points, by default
+_MISSING = {"fp16": 0.05, "bf16": 0.2, "int8": 0.2}  # share of detections, where AP is unknown
 _CALIBRATION = 32  # images to measure ranges on
 
 
@@ -34,20 +34,27 @@ class Narrow(NamedTuple):
     Args:
         dtype: float32, fp16, bf16 or int8.
         calibrate: for int8: annotations and folder of training images, to measure ranges on.
-        max_ap_loss: points of AP that may be lost; by default those of `MAX_AP_LOSS`.
+        max_ap_loss: points of AP that may be lost; by default those of `MAX_AP_LOSS`, or 0.1.
     """
 
     dtype: str = "float32"
     calibrate: tuple[Path, Path] | None = None
     max_ap_loss: float | None = None
 
-    def limits(self, *, with_ap: bool) -> Limits:
-        """Largest differences to accept: of AP alone where it is known, else of the share of detections found."""
+    def issues(self, comparison: Comparison) -> list[str]:
+        """Differences that are too large, in words.
+
+        Of narrower types, AP alone counts where it is known, else the share of detections that are found. Batches
+        are printed, but don't count: the AP of four pictures is not precise enough.
+        """
         if self.dtype == "float32" and self.max_ap_loss is None:
-            return Limits()
+            return comparison.issues(Limits())
+        if self.dtype == "float32":
+            return comparison.issues(Limits(ap=self.max_ap_loss / 100))
         loss = MAX_AP_LOSS[self.dtype] if self.max_ap_loss is None else self.max_ap_loss
-        missing = 1.0 if with_ap else _MISSING[self.dtype]
-        return Limits(missing=missing, box=math.inf, score=math.inf, ap=loss / 100)
+        missing = _MISSING[self.dtype] if comparison.ap is None else 1.0
+        limits = Limits(missing=missing, box=math.inf, score=math.inf, ap=loss / 100)
+        return comparison._replace(cases=()).issues(limits)
 
 
 _FLOAT32 = Narrow()
@@ -76,8 +83,7 @@ def export_checkpoint(
         sampling: "grid", or "gather" for engines whose GridSample is wrong.
         thresholds: stored in the file: one for all classes, or one for each.
         copy: "model", "ema", or "auto" for the running average if the checkpoint has one.
-        verify: folder of images to compare on. verify_json: their annotations, to compare AP.
-        limit: number of these images.
+        verify: folder of images to compare on. verify_json: their annotations, to compare AP. limit: how many.
         narrow: the type of the arithmetic; int8 needs `verify_json`.
 
     Raises:
@@ -95,27 +101,33 @@ def export_checkpoint(
     print(f"exporting {checkpoint} as {form}; this takes a minute or two", flush=True)
     content = write(form, exportable(_cast(detector, narrow.dtype)), fixed, about, sampling=sampling)
 
-    def issues_of(content: bytes) -> list[str]:
-        run = FORMATS[form].run(content)
-        if source is None:
-            return []
-        comparison = compare(detector, run, source, resize=about["resize"], fixed=fixed)
-        print(comparison, flush=True)
-        return comparison.issues(narrow.limits(with_ap=verify_json is not None))
-
-    for words, made in _candidates(content, narrow.dtype, to_int8, fixed):
-        if words:
-            print(f"in 8 bits: {words}, {len(made) / 1e6:.1f} MB", flush=True)
-        if not (issues := issues_of(made)):
+    for made in _candidates(content, narrow.dtype, to_int8, fixed):
+        if not (issues := _issues(detector, FORMATS[form].run(made), source, about["resize"], fixed, narrow)):
             break
-    else:
+    if issues:
         raise DataError(f"{output} is not written, since it differs from the network: {'; '.join(issues)}")
     make_folder(output.parent)
     write_new(output, lambda part: part.write_bytes(made))
+    print(f"{output}: {_summary(form, narrow.dtype, fixed, detector, made, compared=source is not None)}")
+
+
+def _issues(
+    detector: Detector, run: Run, source: Any, resize: dict[str, Any], fixed: Fixed | None, narrow: Narrow
+) -> list[str]:
+    """Compare with the network and print the result -> the differences that are too large; none without images."""
+    if source is None:
+        return []
+    comparison = compare(detector, run, source, resize=resize, fixed=fixed)
+    print(comparison, flush=True)
+    return narrow.issues(comparison)
+
+
+def _summary(form: str, dtype: str, fixed: Fixed | None, detector: Detector, content: bytes, *, compared: bool) -> str:
+    """What was written, in words."""
     size = f"batch {fixed.batch}, {fixed.height} x {fixed.width}" if fixed else "any batch and size"
-    checked = "" if verify else "; not compared with the network: --verify IMAGES does that"
-    kind = form if narrow.dtype == "float32" else f"{form} {narrow.dtype}"
-    print(f"{output}: {kind}, {size}, {len(detector.names)} classes, {len(made) / 1e6:.1f} MB{checked}")
+    kind = form if dtype == "float32" else f"{form} {dtype}"
+    checked = "" if compared else "; not compared with the network: --verify IMAGES does that"
+    return f"{kind}, {size}, {len(detector.names)} classes, {len(content) / 1e6:.1f} MB{checked}"
 
 
 def _cast(detector: Detector, dtype: str) -> Detector:
@@ -127,14 +139,14 @@ def _cast(detector: Detector, dtype: str) -> Detector:
     return detector
 
 
-def _candidates(
-    content: bytes, dtype: str, to_int8: list[Prepared] | None, fixed: Fixed | None
-) -> Iterator[tuple[str, bytes]]:
-    """Files of this type to try in turn, with what is in 8 bits."""
-    if dtype == "int8":
-        yield from quantised(content, to_int8 or [], fixed)
-    else:
-        yield "", to_float16(content) if dtype == "fp16" else content
+def _candidates(content: bytes, dtype: str, to_int8: list[Prepared] | None, fixed: Fixed | None) -> Iterator[bytes]:
+    """Files of this type to try in turn; prints what is in 8 bits."""
+    if dtype != "int8":
+        yield to_float16(content) if dtype == "fp16" else content
+        return
+    for words, made in quantised(content, to_int8 or [], fixed):
+        print(f"in 8 bits: {words}, {len(made) / 1e6:.1f} MB", flush=True)
+        yield made
 
 
 def _calibration(paths: tuple[Path, Path], detector: Detector, resize: dict[str, Any]) -> list[Prepared]:

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-_HALF = ("Conv", "MatMul", "Gemm", "Relu", "Clip", "MaxPool", "Add", "Mul")  # may run in float16
-_WITH_WEIGHTS = ("Conv", "MatMul", "Gemm")
+_WITH_WEIGHTS = ("Conv", "MatMul", "Gemm")  # run in float16
+_LIGHT = ("Relu", "Clip", "MaxPool", "Add", "Mul")  # do so between them
 _SCOPES = "pkg.torch.onnx.name_scopes"  # of a node's metadata: the modules that made it
 _HEADS = ("class_head", "box_head", "sampling_offsets", "decoder.position")  # of scores, boxes and sampling locations
 
@@ -100,13 +100,19 @@ class _Halving:
         chosen: set[str] = set()
         values: set[str] = set()  # that these nodes make
         for node in self.graph.node:
-            floats = [name for name in node.input if name and name not in self.weights]
-            heavy = node.op_type in _WITH_WEIGHTS and node.input[1] in self.weights and not _in_heads(node)
-            light = node.op_type in _HALF and node.op_type not in _WITH_WEIGHTS
-            if heavy or (light and floats and values.issuperset(floats)):
+            if self._is_heavy(node) or self._is_light(node, values):
                 chosen.add(node.name)
                 values.update(node.output)
         return chosen
+
+    def _is_heavy(self, node: Any) -> bool:
+        """Whether it is a convolution or product with weights, and none of those that need float32."""
+        return node.op_type in _WITH_WEIGHTS and node.input[1] in self.weights and not _in_heads(node)
+
+    def _is_light(self, node: Any, values: set[str]) -> bool:
+        """Whether it is an operator for float16 that reads nothing but `values` and constants."""
+        read = {name for name in node.input if name and name not in self.weights}
+        return node.op_type in _LIGHT and bool(read) and read <= values
 
     def _as(self, name: str, half: bool, nodes: list[Any]) -> str:
         """The name under which a node of this kind reads a value; adds its cast to `nodes` where it has none."""
