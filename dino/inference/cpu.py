@@ -155,9 +155,9 @@ class _Fused(nn.Module):
     """Takes the fused operations where they are possible, else the plain ones: each subclass has both."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Gradients need the plain operations; a compiler gets them too, and fuses them itself."""
-        plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.is_cpu
-        return self.plain(x) if plain else self.fused(x)
+        """Gradients and traces need the plain operations; a compiler gets them too, and fuses them itself."""
+        seen = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        return self.plain(x) if seen or torch.is_grad_enabled() or not x.is_cpu else self.fused(x)
 
 
 class _OneDnnLinear(_Fused, nn.Linear):

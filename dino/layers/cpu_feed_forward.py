@@ -24,7 +24,8 @@ class CpuFeedForward(FeedForward):
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, E) -> the same shape."""
         plain, trains = super().forward, torch.is_grad_enabled()
-        if x.shape[1] <= _PART or torch.compiler.is_compiling() or (trains and torch.is_autocast_enabled("cpu")):
+        seen = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if seen or x.shape[1] <= _PART or (trains and torch.is_autocast_enabled("cpu")):
             return plain(x)
         if not trains:
             return torch.cat([plain(part) for part in x.split(_PART, 1)], 1)

@@ -26,5 +26,5 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, E) -> the same shape."""
         # Not in place where there will be a gradient: autograd copies the gradient of a changed view twice.
-        hidden = F.relu(self.linear1(x), inplace=not torch.is_grad_enabled())  # (B, N, F)
+        hidden = F.relu(self.linear1(x), inplace=not (torch.is_grad_enabled() or torch.jit.is_tracing()))  # (B, N, F)
         return self.norm(x + self.linear2(hidden))

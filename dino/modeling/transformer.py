@@ -187,7 +187,7 @@ class QuerySelection(nn.Module):
 
     def contents(self, features: Tensor) -> Tensor:
         """Contents of the queries, given the features (B, Q, E) of their tokens -> (B, Q, E)."""
-        return self.content.weight[: features.shape[1]].expand(features.shape[0], -1, -1)
+        return self.content.weight[: features.shape[1]].repeat(features.shape[0], 1, 1)
 
     def best_tokens(self, features: Tensor, anchors: Tensor, usable: Tensor, padding_mask: Tensor | None) -> Tensor:
         """(B, Q) indices of the chosen tokens, best first, given their features (B, S, E) and anchors (B, S, 4)."""

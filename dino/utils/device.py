@@ -21,10 +21,17 @@ def to_device(values: Tensor | Sequence, device: torch.device, dtype: torch.dtyp
     The host may change `values` after the call, unless they are a tensor in pinned memory. The driver has copied other
     memory when the call returns.
     """
-    values = torch.as_tensor(values, dtype=dtype)
+    values = _traced(values).to(dtype=dtype) if torch.jit.is_tracing() else torch.as_tensor(values, dtype=dtype)
     if device.type == "cuda" and values.device.type == "cpu" and values.nbytes > _STAGED:
         values = values.pin_memory()  # no copy if pinned already; PyTorch keeps the memory until the device has read it
     return values.to(device, non_blocking=True)
+
+
+def _traced(values: Tensor | Sequence | int) -> Tensor:
+    """Numbers as a tensor; those of a shape stay open in a trace by `torch.jit.trace`."""
+    if isinstance(values, (list, tuple)) and values:
+        return torch.stack([_traced(value) for value in values])
+    return torch.as_tensor(values)
 
 
 def to_host(x: Tensor) -> Callable[[], Tensor]:

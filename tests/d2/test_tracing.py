@@ -9,7 +9,9 @@ import pytest
 import torch
 from detectron2.export import TracingAdapter
 from detectron2.utils.analysis import FlopCountAnalysis, activation_count_operators, flop_count_operators
+from torch.utils.flop_counter import FlopCounterMode
 
+from dino.inference.cpu import prepare_for_cpu
 from dino.layers.ops import operator
 
 from .tiny import tiny_detector
@@ -76,3 +78,43 @@ def test_the_first_use_of_a_process_is_a_count():
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "operator: 3" in done.stdout  # one for each attention over the pyramid
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["as trained", "prepared for a CPU"])
+def test_one_trace_is_for_all_sizes(detector, prepared):
+    """The sizes of levels and of the picture stay open."""
+    sizes = [(256, 320), (320, 192), (96, 512)]
+    expected = [detector([{"image": picture(*size).fill_(7)}])[0]["instances"] for size in sizes]
+    if prepared:
+        prepare_for_cpu(detector)
+    traced, _ = traced_by_adapter(detector, picture(*sizes[0]))
+    for size, instances in zip(sizes, expected, strict=True):
+        boxes, _, scores, _ = traced(picture(*size).fill_(7))
+        torch.testing.assert_close(boxes, instances.pred_boxes.tensor, rtol=1e-4, atol=2e-3)
+        torch.testing.assert_close(scores, instances.scores)
+
+
+def test_the_counter_of_torch(detector):
+    """Also without gradients, as `DINODetector` predicts."""
+    with FlopCounterMode(display=False) as counter:
+        detector([{"image": picture()}])
+    assert counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_traces_of_the_network(detector, gradients):
+    """torch compares a second trace, which it makes without gradients, with the first."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = detector.network
+
+        def forward(self, images):
+            return self.network(images, None).decoder
+
+    images = torch.rand(1, 3, 64, 80)
+    with warnings.catch_warnings(), torch.set_grad_enabled(gradients):
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(Wrapper(), images)
+    torch.testing.assert_close(tuple(traced(images)), tuple(detector.network(images, None).decoder))
