@@ -270,6 +270,7 @@ def main() -> int:
     if args.probe:
         print(json.dumps(probe(str(args.bccd), str(args.detectron2), args.probe == "warm")))
         return 0
+    source = origin(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(args.work or temporary).resolve()
         work.mkdir(parents=True, exist_ok=True)
@@ -277,9 +278,7 @@ def main() -> int:
         for step in (train, inspect, train_by_yacs, trace):
             step(tools)
     if args.output:
-        args.output.write_text(
-            json.dumps({"origin": origin(torch.device("cpu")), "runs": tools.results}, indent=1) + "\n"
-        )
+        args.output.write_text(json.dumps({"origin": source, "runs": tools.results}, indent=1) + "\n")
     return 0 if all(result["well"] for result in tools.results.values()) else 1
 
 
