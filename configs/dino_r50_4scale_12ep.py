@@ -6,7 +6,7 @@ Published for this setting: 49.0 AP on COCO val2017, by the authors of the paper
 run: classes are the 80 of the data, not 91 raw ids, in label embeddings and random labels too, and tokens without an
 anchor are selected last. The learning rate falls after 11 epochs. Not trained here.
 
-46,884,456 parameters, 275.0 G multiply-adds at 800x1280; memory: not measured.
+46,884,456 parameters, 277.5 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from dino.modeling import SharedHeadsDecoder

@@ -7,7 +7,7 @@ run: classes are the 80 of the data, not 91 raw ids, in label embeddings and ran
 anchor are selected last. Its settings file is not published. The learning rate falls after 20 epochs (paper, appendix
 D.3). Not trained here.
 
-46,884,456 parameters, 275.0 G multiply-adds at 800x1280; memory: not measured.
+46,884,456 parameters, 277.5 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .dino_r50_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train

@@ -8,7 +8,7 @@ anchor are selected last. Its settings file is not published. Its weights (`chec
 epoch 34 of 36, and its authors chose the epoch of the drop by AP (issue 104 there); here the last ones are evaluated.
 The learning rate falls after 30 epochs (paper, appendix D.3). Not trained here.
 
-46,884,456 parameters, 275.0 G multiply-adds at 800x1280; memory: not measured.
+46,884,456 parameters, 277.5 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .dino_r50_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train

@@ -7,7 +7,7 @@ run: classes are the 80 of the data, not 91 raw ids, in label embeddings and ran
 anchor are selected last. It had 16 GPUs with one image each, which were not padded to another one's size and filled
 denoising groups alone. The learning rate falls after 11 epochs. Not trained here.
 
-47,247,080 parameters, 823.8 G multiply-adds at 800x1280; memory: not measured.
+47,247,080 parameters, 826.3 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .dino_r50_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train

@@ -9,7 +9,7 @@ denoising groups alone. Its settings file is not published. Its weights (`checkp
 32 of 36; here the last ones are evaluated. The learning rate falls after 30 epochs (paper, appendix D.3).
 Not trained here.
 
-47,247,080 parameters, 823.8 G multiply-adds at 800x1280; memory: not measured.
+47,247,080 parameters, 826.3 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .dino_r50_5scale_12ep import dataloader, lr_multiplier, model, optimizer, train

@@ -9,7 +9,7 @@ run: classes are the 80 of the data, not 91 raw ids, in label embeddings and ran
 anchor are selected last. As there, the weights are ImageNet-22k's of 384 pixels, and activations of the backbone are
 computed twice (train.activation_checkpointing). The learning rate falls after 11 epochs. Not trained here.
 
-217,221,340 parameters, 978.6 G multiply-adds at 800x1280; memory: not measured.
+217,221,340 parameters, 981.0 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from dino.modeling import SharedHeadsDecoder

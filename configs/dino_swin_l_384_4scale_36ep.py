@@ -11,7 +11,7 @@ of epoch 30 of 36, so its rate probably fell before that; here the last ones are
 ImageNet-22k's of 384 pixels, and activations of the backbone are computed twice (train.activation_checkpointing). The
 learning rate falls after 30 epochs (paper, appendix D.3). Not trained here.
 
-217,221,340 parameters, 978.6 G multiply-adds at 800x1280; memory: not measured.
+217,221,340 parameters, 981.0 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .dino_swin_l_384_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train

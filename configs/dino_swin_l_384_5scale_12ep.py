@@ -10,7 +10,7 @@ anchor are selected last. It had 16 GPUs with one image each, which were not pad
 denoising groups alone. As there, the weights are ImageNet-22k's of 384 pixels, and activations of the backbone are
 computed twice (train.activation_checkpointing). The learning rate falls after 11 epochs. Not trained here.
 
-217,567,964 parameters, 1526.3 G multiply-adds at 800x1280; memory: not measured.
+217,567,964 parameters, 1528.8 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .dino_swin_l_384_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train

@@ -12,7 +12,7 @@ those of epoch 28 of 36, so its rate probably fell before that; here the last on
 are ImageNet-22k's of 384 pixels, and activations of the backbone are computed twice (train.activation_checkpointing).
 The learning rate falls after 30 epochs (paper, appendix D.3). Not trained here.
 
-217,567,964 parameters, 1526.3 G multiply-adds at 800x1280; memory: not measured.
+217,567,964 parameters, 1528.8 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .dino_swin_l_384_5scale_12ep import dataloader, lr_multiplier, model, optimizer, train

@@ -17,7 +17,7 @@ here: 5 scales, the learning rates (1e-4, not scaled to the batch), the epoch of
 900 queries as for COCO; float16, and the backbone's blocks alone recomputed, as the official program offers.
 The learning rate falls after 24 epochs. Not trained here.
 
-217,787,414 parameters, 1533.0 G multiply-adds at 800x1280; memory: not measured.
+217,787,414 parameters, 1535.5 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .dino_swin_l_384_5scale_12ep import dataloader, lr_multiplier, model, optimizer, train

@@ -16,7 +16,7 @@ program offers; the sizes, weights and IoU threshold of test-time augmentation, 
 (appendix A). Differs from that run: classes are the 80 of the data, not 91 raw ids, in label embeddings and random
 labels too, and tokens without an anchor are selected last. The learning rate falls after 15 epochs. Not trained here.
 
-217,567,964 parameters, 1526.3 G multiply-adds at 800x1280; memory: not measured.
+217,567,964 parameters, 1528.8 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .dino_swin_l_384_5scale_12ep import dataloader, lr_multiplier, model, optimizer, train

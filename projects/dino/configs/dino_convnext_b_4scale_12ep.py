@@ -12,7 +12,7 @@ in torchvision's ConvNeXt. The learning rate falls after 11 epochs.
 From ImageNet-22k weights, 55.1: they are timm's, through L(TimmBackbone)(name="convnext_base.fb_in22k_ft_in1k_384").
 Not trained here.
 
-108,945,356 parameters, 502.5 G multiply-adds at 800x1280; memory: not measured.
+108,945,356 parameters, 505.0 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .dino_convnext_t_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train

@@ -12,7 +12,7 @@ in torchvision's ConvNeXt. The learning rate falls after 11 epochs.
 From ImageNet-22k weights, 55.5: they are timm's, through L(TimmBackbone)(name="convnext_large.fb_in22k_ft_in1k_384").
 Not trained here.
 
-219,019,020 parameters, 891.6 G multiply-adds at 800x1280; memory: not measured.
+219,019,020 parameters, 894.1 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .dino_convnext_t_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train

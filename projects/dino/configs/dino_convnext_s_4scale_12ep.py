@@ -12,7 +12,7 @@ in torchvision's ConvNeXt. The learning rate falls after 11 epochs.
 From ImageNet-22k weights, 54.2: they are timm's, through L(TimmBackbone)(name="convnext_small.fb_in22k_ft_in1k_384").
 Not trained here.
 
-70,128,684 parameters, 365.7 G multiply-adds at 800x1280; memory: not measured.
+70,128,684 parameters, 368.2 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .dino_convnext_t_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train

@@ -12,7 +12,7 @@ in torchvision's ConvNeXt. The learning rate falls after 11 epochs.
 From ImageNet-22k weights, 52.4: they are timm's, through L(TimmBackbone)(name="convnext_tiny.fb_in22k_ft_in1k_384").
 Not trained here.
 
-48,494,124 parameters, 279.4 G multiply-adds at 800x1280; memory: not measured.
+48,494,124 parameters, 281.9 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from detectron2.config import LazyCall as L

@@ -11,7 +11,7 @@ without an anchor are selected last. As there, the last block is left out with a
 that of FocalNet's authors; here it is timm's, with the same blocks, and a norm after each map as there. The file is
 timm's. The learning rate falls after 11 epochs. Not trained here.
 
-228,352,428 parameters, 918.6 G multiply-adds at 800x1280; memory: not measured.
+228,352,428 parameters, 921.1 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from detectron2.config import LazyCall as L
