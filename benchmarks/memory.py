@@ -2,11 +2,11 @@
 
     python benchmarks/memory.py --predictions 3000 --threads 1 --results benchmarks/results/memory_cpu.json
 
-A ResNet-18 DINO with fused operations of oneDNN and random weights; each picture has one of 40 sizes, at random. oneDNN
-keeps some kB for every new size, so that memory grows as long as new sizes come (`--sizes 0`). A straight line is
-fitted to samples of the bytes that the C library has given out (those of tensors, and of oneDNN's cache), and to
-samples of the resident memory, after freed memory was given back to the system. The latter has steps of some MB, up and
-down, where blocks in use lie between free ones.
+A ResNet-18 DINO with fused operations of oneDNN and random weights; each picture has one of 40 sizes, at random.
+Some kB are kept for every new size, so that memory grows as long as new sizes come (`--sizes 0`).
+A straight line is fitted to samples of the bytes that the C library has given out (tensors, and caches below Python),
+and to samples of the resident memory, after freed memory was given back to the system. The latter has steps of some MB,
+up and down, where blocks in use lie between free ones.
 """
 
 import argparse
