@@ -11,7 +11,7 @@ without an anchor are selected last. As there, the last block is left out with a
 that of FocalNet's authors; here it is timm's, with the same blocks, and a norm after each map as there. The file is
 timm's. The learning rate falls after 11 epochs. Not trained here.
 
-228,879,556 parameters, 1467.4 G multiply-adds at 800x1280; memory: not measured.
+228,879,556 parameters, 1469.8 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .dino_focalnet_l_fl4_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train

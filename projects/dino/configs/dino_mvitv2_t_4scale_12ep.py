@@ -5,7 +5,7 @@
 
 Published for this setting: none. The file is Detectron2's. Not trained here.
 
-44,078,316 parameters, 295.2 G multiply-adds at 800x1280; memory: not measured.
+44,078,316 parameters, 297.7 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from detectron2.config import LazyCall as L

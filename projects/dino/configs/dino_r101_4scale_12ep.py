@@ -10,7 +10,7 @@ and tall with tall, epochs have 7,393 iterations, not 7,500, sides are cut to wh
 without an anchor are selected last. As there, the stem alone is frozen. The file is torchvision's ResNet-101. The
 learning rate falls after 11 epochs. Not trained here.
 
-66,590,220 parameters, 350.8 G multiply-adds at 800x1280; memory: not measured.
+66,590,220 parameters, 353.2 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from dino.modeling import Decoder

@@ -12,7 +12,7 @@ wide and tall with tall, epochs have 7,393 iterations, not 7,500, sides are cut 
 without an anchor are selected last. A crowded image takes no pairs from the images after it, as it does there.
 Inference is that of DINO. The learning rate falls after 11 epochs. Not trained here.
 
-47,650,316 parameters, 275.0 G multiply-adds at 800x1280; memory: not measured.
+47,650,316 parameters, 277.5 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from detectron2.config import LazyCall as L

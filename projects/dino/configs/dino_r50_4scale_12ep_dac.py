@@ -12,7 +12,7 @@ and weighs twice there, learning rates are twice as high there, with a tenth of 
 the 80 of the data, not 91 raw ids, and positives are chosen otherwise, see `ThresholdMatcher`. Inference is that of
 DINO. The learning rate falls after 11 epochs. Not trained here.
 
-47,650,316 parameters, 275.0 G multiply-adds at 800x1280; memory: not measured.
+47,650,316 parameters, 277.5 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from detectron2.config import LazyCall as L

@@ -10,7 +10,7 @@ are DEIM's: from 4 to 29 of about 50 epochs. A mosaic's images have a short side
 DEIM's have half of its 640. Each decoder layer has its own pair of heads; else, weights and network are those of DINO,
 and so is inference. Not trained here.
 
-47,650,316 parameters, 275.0 G multiply-adds at 800x1280; memory: not measured.
+47,650,316 parameters, 277.5 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from detectron2.config import LazyCall as L

@@ -9,7 +9,7 @@ object gets six, and in a pair of heads for each decoder layer, as in H-DETR. Th
 heads, but attend to themselves alone; the encoder has DINO's losses. There, the branch begins at the 301st token, here
 at the 901st. Inference is that of DINO. Not trained here.
 
-48,034,316 parameters, 275.0 G multiply-adds at 800x1280; memory: not measured.
+48,034,316 parameters, 277.5 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from detectron2.config import LazyCall as L

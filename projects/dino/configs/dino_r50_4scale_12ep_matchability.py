@@ -8,7 +8,7 @@ figure for DINO R50. Differs from dino_r50_4scale_12ep.py in the classification 
 decoder layer. DEIM has the mosaics and blends of dino_r50_4scale_12ep_dense_o2o.py beside it. Inference is that of
 DINO. Not trained here.
 
-47,650,316 parameters, 275.0 G multiply-adds at 800x1280; memory: not measured.
+47,650,316 parameters, 277.5 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from detectron2.config import LazyCall as L

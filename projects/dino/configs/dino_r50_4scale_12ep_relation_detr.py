@@ -11,7 +11,7 @@ raw ids, the learning rate falls after 10 epochs there, sampling offsets have a 
 weight decay, images without objects are kept, and images of any shapes meet in a batch, not those of like shape. The
 learning rate falls after 11 epochs. Not trained here.
 
-48,844,904 parameters, 290.9 G multiply-adds at 800x1280; memory: not measured.
+48,844,904 parameters, 291.3 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from detectron2.config import LazyCall as L

@@ -12,7 +12,7 @@ any shapes meet in a batch, not wide with wide and tall with tall, epochs have 7
 cut to whole pixels, not rounded, and tokens without an anchor are selected last. Its matching mixes up objects of one
 class, see `PositionModulatedMatcher`. The learning rate falls after 11 epochs. Not trained here.
 
-48,109,836 parameters, 284.7 G multiply-adds at 800x1280; memory: not measured.
+48,109,836 parameters, 287.2 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from detectron2.config import LazyCall as L

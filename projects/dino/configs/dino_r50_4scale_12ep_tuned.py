@@ -11,7 +11,7 @@ has 300 denoising pairs, which this run changed to 100. Differs from that run: i
 and tall with tall, epochs have 7,393 iterations, not 7,500, sides are cut to whole pixels, not rounded, and tokens
 without an anchor are selected last. The learning rate falls after 11 epochs. Not trained here.
 
-47,650,316 parameters, 275.0 G multiply-adds at 800x1280; memory: not measured.
+47,650,316 parameters, 277.5 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from detectron2.config import LazyCall as L

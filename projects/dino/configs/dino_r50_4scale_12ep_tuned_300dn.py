@@ -6,7 +6,7 @@
 Published for this setting: 50.0 AP on COCO val2017, by detrex. Differs from that run as dino_r50_4scale_12ep_tuned.py,
 which it equals but for 300 denoising pairs. The learning rate falls after 11 epochs. Not trained here.
 
-47,650,316 parameters, 275.0 G multiply-adds at 800x1280; memory: not measured.
+47,650,316 parameters, 277.5 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .dino_r50_4scale_12ep_tuned import dataloader, lr_multiplier, model, optimizer, train

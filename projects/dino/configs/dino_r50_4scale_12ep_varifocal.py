@@ -8,7 +8,7 @@ VarifocalNet (arXiv 2008.13367) without the gradient of its weights, as in RT-DE
 decoder layer. Relation-DETR has both too, see dino_r50_4scale_12ep_relation_detr.py. Inference is that of DINO. Not
 trained here.
 
-47,650,316 parameters, 275.0 G multiply-adds at 800x1280; memory: not measured.
+47,650,316 parameters, 277.5 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from detectron2.config import LazyCall as L

@@ -6,7 +6,7 @@
 Published for this setting: none. The file is pycls'; it was trained on BGR images and is turned to RGB when
 it is loaded. Not trained here.
 
-42,926,892 parameters, 270.3 G multiply-adds at 800x1280; memory: not measured.
+42,926,892 parameters, 272.8 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from detectron2.config import LazyCall as L

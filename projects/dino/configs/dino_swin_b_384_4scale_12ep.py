@@ -10,7 +10,7 @@ and tall with tall, epochs have 7,393 iterations, not 7,500, sides are cut to wh
 without an anchor are selected last. From ImageNet-22k weights finetuned on 1k, of 384 pixels, as there. The learning
 rate falls after 11 epochs. Not trained here.
 
-108,257,476 parameters, 546.9 G multiply-adds at 800x1280; memory: not measured.
+108,257,476 parameters, 549.4 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from dino.modeling import Decoder

@@ -10,7 +10,7 @@ and tall with tall, epochs have 7,393 iterations, not 7,500, sides are cut to wh
 without an anchor are selected last. From ImageNet-22k weights finetuned on 1k, as there. The learning rate falls after
 11 epochs. Not trained here.
 
-217,784,160 parameters, 929.7 G multiply-adds at 800x1280; memory: not measured.
+217,784,160 parameters, 932.2 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from dino.modeling import Decoder

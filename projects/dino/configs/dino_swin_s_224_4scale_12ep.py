@@ -10,7 +10,7 @@ and tall with tall, epochs have 7,393 iterations, not 7,500, sides are cut to wh
 without an anchor are selected last. That is from ImageNet-1k; from ImageNet-22k weights finetuned on 1k, 54.5. The
 learning rate falls after 11 epochs. Not trained here.
 
-69,511,254 parameters, 376.1 G multiply-adds at 800x1280; memory: not measured.
+69,511,254 parameters, 378.6 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from dino.modeling import Decoder

@@ -10,7 +10,7 @@ and tall with tall, epochs have 7,393 iterations, not 7,500, sides are cut to wh
 without an anchor are selected last. The weights are MAE's, as there. Images are padded to multiples of 16 pixels;
 there, what is over is cut. The learning rate falls after 11 epochs. Not trained here.
 
-108,154,572 parameters, 675.2 G multiply-adds at 800x1280; memory: not measured.
+108,154,572 parameters, 677.7 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from ....configs.common.data import dataloader

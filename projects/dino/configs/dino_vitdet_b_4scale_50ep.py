@@ -11,7 +11,7 @@ without an anchor are selected last. The weights are MAE's, as there. Images are
 there, what is over is cut. The rate rises over 250 iterations; there it has no warm-up. The learning rate falls after
 40 epochs. Not trained here.
 
-108,154,572 parameters, 675.2 G multiply-adds at 800x1280; memory: not measured.
+108,154,572 parameters, 677.7 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from detectron2.config import LazyCall as L

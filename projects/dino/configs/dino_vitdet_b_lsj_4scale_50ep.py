@@ -6,7 +6,7 @@
 Published for this setting: none. Data and rates are those of ViTDet (arXiv 2203.16527), the rest is DINO's. The
 weights are MAE's. Not trained here.
 
-108,154,572 parameters, 675.2 G multiply-adds at 800x1280; memory: not measured.
+108,154,572 parameters, 677.7 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from detectron2.config import LazyCall as L

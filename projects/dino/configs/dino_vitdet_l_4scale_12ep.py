@@ -11,7 +11,7 @@ without an anchor are selected last. The weights are MAE's, as there. Images are
 there, what is over is cut. The rate has no warm-up; there it rises over 250 iterations. The learning rate falls after
 11 epochs; there after four fifths of the way (9.6). Not trained here.
 
-326,779,724 parameters, 1656.1 G multiply-adds at 800x1280; memory: not measured.
+326,779,724 parameters, 1658.6 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from .dino_vitdet_b_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train

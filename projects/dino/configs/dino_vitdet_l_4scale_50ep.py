@@ -11,7 +11,7 @@ without an anchor are selected last. The weights are MAE's, as there. Images are
 there, what is over is cut. The rate rises over 250 iterations, as there. The learning rate falls after 40 epochs.
 Not trained here.
 
-326,779,724 parameters, 1656.1 G multiply-adds at 800x1280; memory: not measured.
+326,779,724 parameters, 1658.6 G multiply-adds at 800x1280; memory: not measured.
 """
 
 from detectron2.config import LazyCall as L
