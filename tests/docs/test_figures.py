@@ -88,7 +88,7 @@ def test_the_table_of_the_quick_start(data):
 def test_the_table_of_exported_files():
     """Between its marks the page has the section of each file of results, and nothing else."""
     program = load_program("export_cpu", "benchmarks")
-    (made,) = re.findall(f"{program.BEGIN}(.*){program.END}", (ROOT / "docs/export.md").read_text(), re.DOTALL)
+    (made,) = re.findall(f"{program.BEGIN}(.*?){program.END}", (ROOT / "docs/export.md").read_text(), re.DOTALL)
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("export_cpu_*.json"))]
     assert made.strip() == "\n\n".join(map(program.section, results))
 
