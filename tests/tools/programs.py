@@ -17,8 +17,11 @@ def load_program(name, folder="tools"):
     """The module in `tools/<name>.py`, or in another folder that is no package."""
     spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    with mock.patch.object(sys, "path", [str(ROOT / folder), *sys.path]):  # its neighbours, as Python itself does
+    sys.path.insert(0, str(ROOT / folder))  # of its neighbours, as Python itself does
+    try:
         spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(ROOT / folder))
     return module
 
 
