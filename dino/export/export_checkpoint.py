@@ -98,12 +98,13 @@ def export_checkpoint(
     about = describe(detector.names, spread, detector.preprocessing, fixed, detector.category_ids)
     source = _read_images(verify, verify_json, detector, limit)
     to_int8 = narrow.calibrate and _calibration(narrow.calibrate, detector, about["resize"])
-    print(f"exporting {checkpoint} as {form}; this takes a minute or two", flush=True)
+    print(f"exporting {checkpoint} as {form}; this takes minutes", flush=True)
     content = write(form, exportable(_cast(detector, narrow.dtype)), fixed, about, sampling=sampling)
 
     for made in _candidates(content, narrow.dtype, to_int8, fixed):
         if not (issues := _issues(detector, FORMATS[form].run(made), source, about["resize"], fixed, narrow)):
             break
+        print(f"not kept: {'; '.join(issues)}", flush=True)
     if issues:
         raise DataError(f"{output} is not written, since it differs from the network: {'; '.join(issues)}")
     make_folder(output.parent)

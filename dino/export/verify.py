@@ -75,7 +75,8 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         ap = ", AP {:.1f} and {:.1f}".format(*(100 * value for value in self.ap)) if self.ap else ""
         differences = f"boxes {self.box:.3g} pixels, scores {self.score:.3g}"
-        return f"{self.kind}: {self.matched} of {self.detections} the same, {differences}{ap}; largest at {self.worst}"
+        found = f"{self.matched} of {self.detections} found again"
+        return f"{self.kind}: {found}, {differences}{ap}; boxes differ most in {self.worst}"
 
     def issues(self, limits: Limits) -> list[str]:
         """As `Comparison.issues`, with the name of the case."""
@@ -96,15 +97,17 @@ class Comparison(NamedTuple):
 
     def __str__(self) -> str:
         lines = [
-            f"compared on {self.images} images: {self.matched} of {self.detections} detections are the same",
-            f"largest difference: boxes {self.box:.3g} pixels, scores {self.score:.3g}",
+            f"compared on {self.images} images, each alone: {self.matched} of {self.detections} detections found again "
+            f"(same label, IoU of at least {_SAME_IOU})",
+            f"largest differences of these: boxes {self.box:.3g} pixels, scores {self.score:.3g}",
         ]
         if self.ap:
             network, exported = (100 * value for value in self.ap)
             lines.append(
-                f"AP {network:.1f} of the network, {exported:.1f} exported, difference {exported - network:+.3f}"
+                f"AP {network:.2f} of the network, {exported:.2f} exported, difference {exported - network:+.3f}"
             )
-        return "\n".join([*lines, *(f"  {case}" for case in self.cases)])
+        few = ["a few of them in other sizes and batches, where an AP only compares the two programs:"]
+        return "\n".join([*lines, *(few if self.cases else []), *(f"  {case}" for case in self.cases)])
 
     def issues(self, limits: Limits) -> list[str]:
         """Differences above the limits, in words; empty if there are none."""
@@ -115,7 +118,8 @@ def _issues(found: Comparison | Case, limits: Limits) -> list[str]:
     """Differences of pictures alone, or of one case, above the limits."""
     issues = []
     if found.detections - found.matched > limits.missing * found.detections:
-        issues.append(f"{found.detections - found.matched} of {found.detections} detections are missing or moved")
+        lost = f"{found.detections - found.matched} of {found.detections} detections are missing or moved"
+        issues.append(f"{lost}, {limits.missing:.0%} are allowed")
     if found.box > limits.box:
         issues.append(f"boxes differ by up to {found.box:.3g} pixels, {limits.box:g} are allowed")
     if found.score > limits.score:

@@ -190,7 +190,7 @@ def test_a_failure_names_its_case():
     assert found.issues(Limits()) == []  # of a few, one can be a tie
     found = found._replace(cases=(case._replace(matched=18, box=207.0),))
     lost, moved = found.issues(Limits())
-    assert lost == f"delicate sizes ({case.worst}): 2 of 20 detections are missing or moved"
+    assert lost == f"delicate sizes ({case.worst}): 2 of 20 detections are missing or moved, 5% are allowed"
     assert moved == f"delicate sizes ({case.worst}): boxes differ by up to 207 pixels, 0.5 are allowed"
 
 
