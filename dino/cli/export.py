@@ -127,6 +127,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     problems = {
         f"OUT has none of the suffixes {', '.join(_SUFFIXES)}: give --format": args.format is None,
         "--size, --batch and --limit must be positive": min(*(args.size or [1]), args.batch, args.limit) < 1,
+        "--size can be 10,000 at most": max(args.size or [1]) > 10_000,
         "--batch needs --size; without --size, the file takes any batch": args.batch > 1 and not args.size,
         "--verify-json needs --verify: the folder of the images": args.verify_json and not args.verify,
         "--val and --verify exclude each other": args.val and args.verify,
@@ -165,6 +166,8 @@ def _find_files(args: argparse.Namespace) -> None:
     args.output = Path(expand(args.output))
     if args.output.exists():
         raise UserError(f"{args.output} exists: choose another name, or move it away")
+    if args.format == "torchscript" and not args.size:
+        raise UserError("TorchScript is for one size: give --size HEIGHT WIDTH")
     args.checkpoint = arguments.find_checkpoint(args.checkpoint)
     if args.val or args.verify_json:
         args.verify_json, args.verify = map(

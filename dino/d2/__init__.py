@@ -17,6 +17,8 @@ except ImportError as error:
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of Detectron2 about its own use of PyTorch
+    import dino.training.recipe_lengths  # noqa: F401 - reads the numbers of iterations of a dumped recipe
+
     from .config import add_dino_config, build_adamw
     from .meta_arch import DINODetector
 

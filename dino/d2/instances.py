@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dino.inference.tiling import clip, nonempty
 from dino.structures import Detections
+from dino.utils.device import to_device
 
 
 class UnclippedInstances:
@@ -20,6 +21,8 @@ class UnclippedInstances:
 
     def __call__(self, found: Sequence[Detections], sizes: Sequence[tuple[int, int]]) -> list[Instances]:
         """Detections of each picture, and its height and width in pixels -> `Instances` with as many objects."""
+        if torch.jit.is_tracing():  # which keeps sizes open that are tensors
+            sizes = [to_device(size, torch.device("cpu")) for size in sizes]
         return [
             Instances(size, pred_boxes=Boxes(d.boxes), scores=d.scores, pred_classes=d.labels)
             for d, size in zip(found, sizes, strict=True)

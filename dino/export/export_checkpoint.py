@@ -26,6 +26,7 @@ from .verify import Comparison, Limits, compare, pictures, read_data
 MAX_AP_LOSS = {"fp16": 0.1, "bf16": 1.0, "int8": 1.0}  # points, by default
 _MISSING = {"fp16": 0.05, "bf16": 0.2, "int8": 0.2}  # share of detections, where AP is unknown
 _CALIBRATION = 32  # images to measure ranges on
+_LOWEST_AP, _FEWEST = 0.05, 20  # with less, or on fewer images, an AP does not decide
 
 
 class Narrow(NamedTuple):
@@ -44,15 +45,16 @@ class Narrow(NamedTuple):
     def issues(self, comparison: Comparison) -> list[str]:
         """Differences that are too large, in words.
 
-        Of narrower types, AP alone counts where it is known, else the share of detections that are found. Batches
-        are printed, but don't count: the AP of four pictures is not precise enough.
+        Of narrower types, AP alone counts where it says something, else the share of detections that are found too.
+        Batches are printed, but don't count: the AP of four pictures is not precise enough.
         """
         if self.dtype == "float32" and self.max_ap_loss is None:
             return comparison.issues(Limits())
         if self.dtype == "float32":
             return comparison.issues(Limits(ap=self.max_ap_loss / 100))
         loss = MAX_AP_LOSS[self.dtype] if self.max_ap_loss is None else self.max_ap_loss
-        missing = _MISSING[self.dtype] if comparison.ap is None else 1.0
+        precise = comparison.ap and comparison.ap[0] >= _LOWEST_AP and comparison.images >= _FEWEST
+        missing = 1.0 if precise else _MISSING[self.dtype]
         limits = Limits(missing=missing, box=math.inf, score=math.inf, ap=loss / 100)
         return comparison._replace(cases=()).issues(limits)
 
@@ -94,13 +96,12 @@ def export_checkpoint(
     if output.exists():
         raise UserError(f"{output} exists: choose another name, or move it away")
     detector = detector_from_checkpoint(checkpoint, copy)
-    spread = _spread(thresholds, detector.names)
-    about = describe(detector.names, spread, detector.preprocessing, fixed, detector.category_ids)
+    thresholds = _spread(thresholds, detector.names)
+    about = describe(detector.names, thresholds, detector.preprocessing, fixed, detector.category_ids)
     source = _read_images(verify, verify_json, detector, limit)
     to_int8 = narrow.calibrate and _calibration(narrow.calibrate, detector, about["resize"])
     print(f"exporting {checkpoint} as {form}; this takes minutes", flush=True)
     content = write(form, exportable(_cast(detector, narrow.dtype)), fixed, about, sampling=sampling)
-
     for made in _candidates(content, narrow.dtype, to_int8, fixed):
         if not (issues := _issues(detector, FORMATS[form].run(made), source, about["resize"], fixed, narrow)):
             break

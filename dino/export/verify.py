@@ -204,10 +204,10 @@ def _renumber(data: dict[str, Any], used: Sequence[_Picture]) -> dict[str, Any]:
     return {**data, "images": images, "annotations": [{**entry, "id": i} for i, entry in enumerate(pairs, 1)]}
 
 
-def _average_precisions(data: dict[str, Any], results: tuple[list, list]) -> tuple[float, float]:
-    """AP of the network and of the exported program."""
+def _average_precisions(data: dict[str, Any], results: tuple[list, list]) -> tuple[float, float] | None:
+    """AP of the network and of the exported program; None where the images have no object."""
     network, exported = (evaluate(data, entries)["AP"] for entries in results)
-    return network, exported
+    return (network, exported) if network >= 0 else None
 
 
 def _summarise(differences: Sequence[_Difference]) -> _Summary:

@@ -132,7 +132,7 @@ def _of_one_size(fixed: Fixed, cells: Cells, shapes: Sequence[tuple[int, int]]) 
     padded = [_shrink(shape, share * ratio) for shape, share, ratio in zip(shapes, _SHARES, fit, strict=True)]
     ends = [[*dict.fromkeys(_ends(side, cells(side)))] for side in canvas]
     delicate = [(y, x) for y, x in zip(*(_repeat(e, max(map(len, ends))) for e in ends), strict=True)]
-    delicate += [(y + 1, x + 1) for y, x in delicate]
+    delicate += [(min(y + 1, fixed.height), min(x + 1, fixed.width)) for y, x in delicate]
     for kind, sizes in (("padded pictures", padded), ("delicate sizes", delicate)):
         for start in range(0, len(sizes), fixed.batch):
             yield Batch(kind, canvas, _repeat(sizes[start : start + fixed.batch], fixed.batch), start)

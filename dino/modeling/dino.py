@@ -91,7 +91,7 @@ def _downsample(padding_mask: Tensor | None, features: Tensor) -> Tensor:
         return features.new_zeros((features.shape[0], *features.shape[-2:]), dtype=torch.bool)
     for axis, cells in enumerate(features.shape[-2:], 1):  # by integers: dino/export/verify_batches.py says why
         pixels = torch.arange(cells, device=padding_mask.device) * padding_mask.shape[axis] // cells
-        padding_mask = padding_mask.index_select(axis, pixels)
+        padding_mask = padding_mask.bool().index_select(axis, pixels)
     return padding_mask
 
 

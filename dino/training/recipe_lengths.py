@@ -52,6 +52,10 @@ def leave_open(cfg: DictConfig) -> None:
 def _resolve(epochs: float, least: int, *, _root_: Any) -> int | None:
     """The number, from the recipe's training data; None where these can't be read, as for a mere evaluation."""
     train = OmegaConf.select(_root_, "dataloader.train")
+    if not 0 <= epochs < math.inf:
+        raise UserError(f"a number of epochs can't be {epochs}")
+    if train and train.total_batch_size < 1:
+        raise UserError(f"dataloader.train.total_batch_size can't be {train.total_batch_size}")
     try:
         return count_iterations(epochs, len(instantiate(train.dataset)), train.total_batch_size, least)
     except (AttributeError, UserError):

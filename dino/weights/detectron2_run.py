@@ -23,6 +23,7 @@ from .folder_json import read_json
 RECIPE, CLASSES = "config.yaml", "inference/classes.json"
 _REFERENCE = re.compile(r"\$\{(\.*)([\w.]+)\}")  # to another setting: relative with dots in front
 _LONGEST_CHAIN = 20  # of references
+_LONGEST_NUMBER = 100  # characters: those of base 60 take time by their square
 _MOST_TEXT = 2**20  # bytes of a recipe: PyYAML takes a second for them
 
 
@@ -61,6 +62,11 @@ def _read_classes(path: Path) -> dict[str, Any]:
 
 class _InertLoader(yaml.SafeLoader):
     """Reads YAML as plain data: of a Python object, its text or its list is kept. No node is shared."""
+
+    def construct_scalar(self, node: Any) -> Any:
+        if node.tag != "tag:yaml.org,2002:str" and len(node.value) > _LONGEST_NUMBER:
+            raise DataError("it has a number of more than 100 digits")
+        return super().construct_scalar(node)
 
     def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):

@@ -83,13 +83,14 @@ def test_the_first_use_of_a_process_is_a_count():
 @pytest.mark.parametrize("prepared", [False, True], ids=["as trained", "prepared for a CPU"])
 def test_one_trace_is_for_all_sizes(detector, prepared):
     """The sizes of levels and of the picture stay open."""
-    sizes = [(256, 320), (320, 192), (96, 512)]
+    sizes = [(256, 320), (320, 192), (96, 512), (8, 8)]  # the last has fewer tokens than queries
     expected = [detector([{"image": picture(*size).fill_(7)}])[0]["instances"] for size in sizes]
     if prepared:
         prepare_for_cpu(detector)
     traced, _ = traced_by_adapter(detector, picture(*sizes[0]))
     for size, instances in zip(sizes, expected, strict=True):
-        boxes, _, scores, _ = traced(picture(*size).fill_(7))
+        boxes, _, scores, image_size = traced(picture(*size).fill_(7))
+        assert tuple(image_size.tolist()) == instances.image_size == size
         torch.testing.assert_close(boxes, instances.pred_boxes.tensor, rtol=1e-4, atol=2e-3)
         torch.testing.assert_close(scores, instances.scores)
 

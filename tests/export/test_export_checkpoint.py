@@ -165,7 +165,7 @@ def fake_int8(monkeypatch, *losses):
     """8-bit files of ever fewer operators, that lose these points of AP."""
     rest = iter(losses)
     monkeypatch.setattr(export_checkpoint, "quantised", lambda *_: ((f"form {i}", b"a program") for i in range(2)))
-    exact = Comparison(images=5, detections=100, matched=1, box=90, score=0.9, ap=(0.5, 0.5))
+    exact = Comparison(images=50, detections=100, matched=1, box=90, score=0.9, ap=(0.5, 0.5))
     monkeypatch.setattr(export_checkpoint, "compare", lambda *_, **__: exact._replace(ap=(0.5, 0.5 - next(rest) / 100)))
 
 
@@ -195,14 +195,16 @@ def test_the_bound_of_the_loss(checkpoint, tmp_path, monkeypatch, capsys, losses
 
 @pytest.mark.parametrize(("dtype", "loss"), [("float32", 0.1), ("fp16", 0.1), ("bf16", 1), ("int8", 1)])
 def test_bounds_of_types(dtype, loss):
-    """Narrower types: of AP alone where it is known, else of what is found again."""
-    moved = Comparison(images=5, detections=100, matched=40, box=90, score=0.9, ap=None)
+    """Narrower types: of AP alone where it says something, else of what is found again too."""
+    moved = Comparison(images=20, detections=100, matched=40, box=90, score=0.9, ap=None)
     found = moved._replace(ap=(0.5, 0.5 - 0.009 * loss))
     lost = moved._replace(ap=(0.5, 0.5 - 0.011 * loss))
     assert any("60 of 100 detections are missing" in issue for issue in Narrow(dtype).issues(moved))
     assert (Narrow(dtype).issues(found) == []) == (dtype != "float32")
     assert any("AP falls by" in issue for issue in Narrow(dtype).issues(lost))
     assert not any("AP falls by" in issue for issue in Narrow(dtype, max_ap_loss=2).issues(lost))
+    for unclear in (moved._replace(ap=(0.01, 0.02)), found._replace(images=19)):
+        assert any("60 of 100 detections are missing" in issue for issue in Narrow(dtype).issues(unclear))
 
 
 def test_bfloat16_for_programs_of_torch(checkpoint, tmp_path, capsys):

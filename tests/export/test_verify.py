@@ -149,6 +149,8 @@ def test_the_plan_for_one_size(detector):
     assert {batch.canvas for batch in batches} == {(240, 320)}
     assert {len(batch.sizes) for batch in batches} == {3}
     assert len({size for batch in batches for size in batch.sizes}) > 6
+    batches = plan(detector.network, {"fit": [1, 640]}, SHAPES, Fixed(1, 1, 640))
+    assert {size[0] for batch in batches for size in batch.sizes} == {1}
 
 
 def test_batches_are_filled_from_the_corner():

@@ -239,6 +239,15 @@ def test_a_body_of_unknown_length_is_refused(predictor):
     with running(predictor) as (port, _):
         status, content, _ = send(port, iter([form(picture(0))]))  # sent in chunks
         assert (status, content["detail"]) == (411, "a request needs the header Content-Length")
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection.putrequest("POST", "/predict")
+        connection.putheader("Content-Length", "10")  # which Transfer-Encoding overrides
+        connection.putheader("Transfer-Encoding", "chunked")
+        connection.endheaders(b"0\r\n\r\n")
+        assert connection.getresponse().status in (400, 411)
+        connection.close()
+        connection.request("HEAD", "/health")
+        assert connection.getresponse().status == 405  # and not that its length is missing
 
 
 def test_accepted_requests_end_before_the_server(gated):

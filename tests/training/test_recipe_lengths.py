@@ -1,5 +1,6 @@
 import pytest
 from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 
 from dino.training.recipe_completion import use_epochs
 from dino.training.recipe_lengths import count_iterations, iterations, leave_open
@@ -38,6 +39,20 @@ def test_lengths_follow_from_the_data():
 def test_data_that_is_not_there_leaves_them_open():
     assert lengths(recipe(-1)) == (None, None, None)
     assert OmegaConf.create({"train": {"epochs": 1, "max_iter": iterations("train.epochs")}}).train.max_iter is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": -3}, "a number of epochs can't be -3"),
+        ({"epochs": float("nan")}, "a number of epochs can't be nan"),
+        ({"epochs": float("inf")}, "a number of epochs can't be inf"),
+        ({"batch": 0}, "total_batch_size can't be 0"),
+    ],
+)
+def test_numbers_without_sense(change, message):
+    with pytest.raises(InterpolationResolutionError, match=message):
+        lengths(recipe(40, **change))
 
 
 @pytest.mark.parametrize("count", [1, 39, 40])

@@ -64,6 +64,12 @@ def test_other_files_of_this_name_are_refused(tmp_path):
             describe_run(tmp_path / "model_final.pth")
 
 
+def test_long_numbers_are_refused_at_once(tmp_path):
+    (tmp_path / "config.yaml").write_text("a: 1" + ":1" * 500_000)
+    with pytest.raises(DataError, match="a number of more than 100 digits"):
+        describe_run(tmp_path / "model_final.pth")
+
+
 def test_yacs_has_its_own_predictor(tmp_path):
     (tmp_path / "config.yaml").write_text("MODEL: {META_ARCHITECTURE: DINODetector}")
     with pytest.raises(DataError, match="yacs: predict by DefaultPredictor"):

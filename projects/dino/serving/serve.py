@@ -121,8 +121,8 @@ def make_app(service, max_bytes):
 
     @app.middleware("http")
     async def limit_bytes(request: Request, run):
-        length = request.headers.get("content-length", "0" if request.method == "GET" else "")
-        if not length.isdecimal():
+        length = request.headers.get("content-length", "" if request.method == "POST" else "0")
+        if not length.isdecimal() or "transfer-encoding" in request.headers:
             return JSONResponse({"detail": "a request needs the header Content-Length"}, 411)
         if int(length) > max_bytes:
             return JSONResponse({"detail": f"{length} bytes, more than the limit of {max_bytes}"}, 413)
