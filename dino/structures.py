@@ -63,9 +63,7 @@ def extents(shapes: list[tuple[int, int]], like: torch.Tensor) -> torch.Tensor:
 
 def at_most(count: int, size: int) -> int:
     """The smaller of the two; a graph that is exported or traced for any size keeps the choice open."""
-    if torch.jit.is_tracing():
-        return torch.minimum(torch.as_tensor(count), torch.as_tensor(size))
-    return torch.sym_min(count, size)
+    return torch.as_tensor(size).clamp(max=count) if torch.jit.is_tracing() else torch.sym_min(count, size)
 
 
 class Queries(NamedTuple):

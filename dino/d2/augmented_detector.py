@@ -79,7 +79,8 @@ class AugmentedDetector(DINODetector):
             cfg: of Detectron2's yacs system; `TEST.AUG` states the views, `INPUT.MIN_SIZE_TEST` the main one.
             model: whose network is used, not copied.
         """
-        aug, main, preprocessing = cfg.TEST.AUG, cfg.INPUT.MIN_SIZE_TEST, model.preprocessing
+        aug, main, images = cfg.TEST.AUG, cfg.INPUT.MIN_SIZE_TEST, model.preprocessing._asdict()
+        del images["short_side"], images["max_size"]
         made = cls(
             sizes=[main, *(size for size in aug.MIN_SIZES if size != main)],
             max_size=aug.MAX_SIZE,
@@ -87,11 +88,8 @@ class AugmentedDetector(DINODetector):
             network=model.network,
             criterion=model.criterion,
             num_classes=model.num_classes,
-            pixel_mean=preprocessing.pixel_mean,
-            pixel_std=preprocessing.pixel_std,
-            max_detections=model.max_detections,
             score_thresh=model.score_thresh,
-            input_range=preprocessing.input_range,
+            **images,
         )
         return made.to(model.device).eval()
 
