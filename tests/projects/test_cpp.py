@@ -28,9 +28,14 @@ needs_tools = pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("g+
 
 
 def test_metadata_are_texts_that_the_program_reads():
-    about = describe(["red", "dark green"], [0.5, 0.25], Preprocessing(), Fixed(1, 480, 640))
+    about = describe(["red", "dark\ngreen", ""], [0.5, 0.25, 0.5], Preprocessing(), Fixed(1, 480, 640))
     found = make_package.to_metadata(about)
-    assert found == {"names": "red\ndark green", "thresholds": "0.5\n0.25", "height": "480", "width": "640"}
+    assert found == {
+        "names": "red\ndark green\nclass 2",
+        "thresholds": "0.5\n0.25\n0.5",
+        "height": "480",
+        "width": "640",
+    }
     files = {make_package.NETWORK, *make_package.OPERATOR}
     assert set(re.findall(r'about\.at\("(\w+)"\)', SOURCE)) == set(found)
     assert set(re.findall(r'folder \+ "/([\w.]+)"', SOURCE)) == files

@@ -18,7 +18,7 @@ from dino.export.export_checkpoint import exportable
 from dino.export.export_wrapper import Fixed, describe
 from dino.layers import deform_attn_implementation
 from dino.layers.ops import operator
-from dino.utils.files import UserError
+from dino.utils.files import UserError, make_folder
 from dino.weights.description import detector_from_checkpoint
 
 NETWORK = "network.pt2"
@@ -28,7 +28,8 @@ OPERATOR = ("_deform_attn_schema.so", "_deform_attn_cpu.so")  # main.cpp loads t
 def to_metadata(about):
     """What main.cpp must know, as texts: lines of names and thresholds, and the size that pictures are fitted into."""
     height, width = about["resize"]["fit"]
-    lines = {key: "\n".join(map(str, about[key])) for key in ("names", "thresholds")}
+    names = [" ".join(name.split()) or f"class {label}" for label, name in enumerate(about["names"])]  # a line each
+    lines = {"names": "\n".join(names), "thresholds": "\n".join(map(str, about["thresholds"]))}
     return {**lines, "height": str(height), "width": str(width)}
 
 
@@ -56,7 +57,9 @@ def build_parser():
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
-    check_arguments(parser, {"--size must be positive": min(args.size) < 1})
+    wrong = {"--size must be positive": min(args.size) < 1}
+    wrong["--score-thresh must lie between 0 and 1"] = not 0 <= args.score_thresh <= 1
+    check_arguments(parser, wrong)
     if args.folder.exists():
         raise UserError(f"{args.folder} exists: choose another name, or move it away")
     found = operator.verdict(torch.device("cpu"))
@@ -65,11 +68,15 @@ def main(argv=None):
     detector = detector_from_checkpoint(arguments.find_checkpoint(args.checkpoint))
     fixed = Fixed(1, *args.size)
     about = describe(detector.names, [args.score_thresh] * len(detector.names), detector.preprocessing, fixed)
-    with tempfile.TemporaryDirectory() as part:
-        compile_network(detector, fixed, to_metadata(about), Path(part, NETWORK))
+    print("compiling; this takes minutes", flush=True)
+    make_folder(args.folder.parent)
+    with tempfile.TemporaryDirectory(dir=args.folder.parent, prefix=".") as outer:
+        part = Path(outer, "package")
+        part.mkdir()
+        compile_network(detector, fixed, to_metadata(about), part / NETWORK)
         for name in OPERATOR:
             shutil.copy(operator.FOLDER / name, part)
-        shutil.copytree(part, args.folder)
+        part.rename(args.folder)
     print(f"{args.folder}: {args.size[0]} x {args.size[1]}, {len(detector.names)} classes, for CPUs like this one")
 
 

@@ -17,7 +17,7 @@ from dino import Predictor
 from dino.cli import SCORE_THRESH, arguments, check_arguments, new_parser, report_errors
 from dino.data.images import IMAGE_SUFFIXES
 from dino.inference.cpu import keep_freed_memory
-from dino.utils.files import DataError
+from dino.utils.files import DataError, UserError
 
 try:
     import python_multipart
@@ -161,7 +161,10 @@ def main(argv=None):
     check_arguments(parser, wrong)
     keep_freed_memory()
     options = {name: getattr(args, name) for name in ("device", "score_thresh", "batch_size", "max_pixels")}
-    predictor = Predictor.from_checkpoint(arguments.find_checkpoint(args.checkpoint), **options)
+    try:
+        predictor = Predictor.from_checkpoint(arguments.find_checkpoint(args.checkpoint), **options)
+    except RuntimeError as error:  # of PyTorch about the device
+        raise UserError(f"can't run on {args.device or 'this machine'}: {str(error).splitlines()[0]}") from error
     app = make_app(Service(predictor, args.queue), args.max_bytes)
     uvicorn.run(app, host=args.host, port=args.port, timeout_graceful_shutdown=GRACE)
 
